@@ -1,0 +1,82 @@
+"""The exception tree, split by what the caller can do.
+
+    ParaServeError                 one clear sentence for the user, never a secret or a path of ours
+    ├── InvalidRequest             the request is wrong: change it              (INVALID_ARGUMENT, 400)
+    │   └── UnsupportedModel       the checkpoint is of a kind we cannot run
+    ├── NotFound                   the named thing does not exist               (NOT_FOUND, 404)
+    ├── AlreadyExists              the name is taken                            (ALREADY_EXISTS, 409)
+    ├── InvalidCheckpoint          the stored bytes are wrong: replace them     (INVALID_ARGUMENT, 400)
+    ├── AccessDenied               credentials are missing, wrong or expired    (PERMISSION_DENIED, 403)
+    ├── InsufficientCapacity       no set of nodes can hold it                  (UNAVAILABLE, 503)
+    ├── Unavailable                retry later or elsewhere                     (UNAVAILABLE, 503)
+    │   └── SourceUnavailable      the byte source failed after bounded retries
+    ├── DeadlineExceeded           a stated time limit ran out                  (DEADLINE_EXCEEDED, 504)
+    └── Cancelled                  the caller gave up                           (CANCELLED, 499)
+
+Codes follow Triton's own mapping of errors to gRPC and HTTP where Triton has one.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ParaServeError(Exception):
+    """Base of every error a user may see."""
+
+    #: Name of a `grpc.StatusCode` member, so that this module needs no gRPC.
+    grpc_code: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+
+
+class InvalidRequest(ParaServeError):
+    grpc_code = "INVALID_ARGUMENT"
+    http_status = 400
+
+
+class UnsupportedModel(InvalidRequest):
+    pass
+
+
+class NotFound(ParaServeError):
+    grpc_code = "NOT_FOUND"
+    http_status = 404
+
+
+class AlreadyExists(ParaServeError):
+    grpc_code = "ALREADY_EXISTS"
+    http_status = 409
+
+
+class InvalidCheckpoint(ParaServeError):
+    grpc_code = "INVALID_ARGUMENT"
+    http_status = 400
+
+
+class AccessDenied(ParaServeError):
+    grpc_code = "PERMISSION_DENIED"
+    http_status = 403
+
+
+class InsufficientCapacity(ParaServeError):
+    grpc_code = "UNAVAILABLE"
+    http_status = 503
+
+
+class Unavailable(ParaServeError):
+    grpc_code = "UNAVAILABLE"
+    http_status = 503
+
+
+class SourceUnavailable(Unavailable):
+    pass
+
+
+class DeadlineExceeded(ParaServeError):
+    grpc_code = "DEADLINE_EXCEEDED"
+    http_status = 504
+
+
+class Cancelled(ParaServeError):
+    grpc_code = "CANCELLED"
+    http_status = 499
