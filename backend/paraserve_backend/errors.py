@@ -1,17 +1,17 @@
 """The exception tree, split by what the caller can do.
 
-    ParaServeError                 one clear sentence for the user, never a secret or a path of ours
-    ├── InvalidRequest             the request is wrong: change it              (INVALID_ARGUMENT, 400)
-    │   └── UnsupportedModel       the checkpoint is of a kind we cannot run
-    ├── NotFound                   the named thing does not exist               (NOT_FOUND, 404)
-    ├── AlreadyExists              the name is taken                            (ALREADY_EXISTS, 409)
-    ├── InvalidCheckpoint          the stored bytes are wrong: replace them     (INVALID_ARGUMENT, 400)
-    ├── AccessDenied               credentials are missing, wrong or expired    (PERMISSION_DENIED, 403)
-    ├── InsufficientCapacity       no set of nodes can hold it                  (UNAVAILABLE, 503)
-    ├── Unavailable                retry later or elsewhere                     (UNAVAILABLE, 503)
-    │   └── SourceUnavailable      the byte source failed after bounded retries
-    ├── DeadlineExceeded           a stated time limit ran out                  (DEADLINE_EXCEEDED, 504)
-    └── Cancelled                  the caller gave up                           (CANCELLED, 499)
+    ParaServeError             one clear sentence for the user, never a secret
+    ├── InvalidRequest         the request is wrong: change it           (INVALID_ARGUMENT, 400)
+    │   └── UnsupportedModel   a kind of checkpoint we cannot run
+    ├── NotFound               the named thing does not exist            (NOT_FOUND, 404)
+    ├── AlreadyExists          the name is taken                         (ALREADY_EXISTS, 409)
+    ├── InvalidCheckpoint      the stored bytes are wrong: replace them  (INVALID_ARGUMENT, 400)
+    ├── AccessDenied           credentials are missing or refused        (PERMISSION_DENIED, 403)
+    ├── InsufficientCapacity   no set of nodes can hold it               (UNAVAILABLE, 503)
+    ├── Unavailable            retry later or elsewhere                  (UNAVAILABLE, 503)
+    │   └── SourceUnavailable  the byte source failed, bounded retries included
+    ├── DeadlineExceeded       a stated time limit ran out               (DEADLINE_EXCEEDED, 504)
+    └── Cancelled              the caller gave up                        (CANCELLED, 499)
 
 Codes follow Triton's own mapping of errors to gRPC and HTTP where Triton has one.
 """

@@ -1,0 +1,216 @@
+"""The fetches of this node: each runs in a thread, lands in the host-memory tier, can be joined.
+
+Nothing here decides what to fetch. A fetch that ended, well or not, may be started again; what has
+landed is kept until it is released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from paraserve_backend.agent.threads import in_thread
+from paraserve_backend.errors import AlreadyExists, NotFound, ParaServeError
+from paraserve_backend.fetch import fetch
+from paraserve_backend.landing import FETCHES
+from paraserve_backend.objects import Source
+from paraserve_backend.plan import FetchPlan
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.source import open_source
+from paraserve_backend.tier import Tier
+from paraserve_backend.trace import Span, SpanFile
+
+#: Fetches at once; the rest wait. Each only watches its own threads.
+_MOST_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchRequest:
+    """What to fetch and how to reach its source; None is what the environment says."""
+
+    plan: FetchPlan
+    endpoint_url: str | None
+    region: str | None
+
+    @classmethod
+    def from_message(cls, message: pb.Fetch) -> FetchRequest:
+        """Read a request; raises `InvalidRequest` where the plan is not one."""
+        return cls(
+            plan=FetchPlan.from_json(message.plan_json),
+            endpoint_url=message.endpoint_url or None,
+            region=message.region or None,
+        )
+
+    def open(self) -> Source:
+        return open_source(self.plan.source_uri, endpoint_url=self.endpoint_url, region=self.region)
+
+
+class Fetching:
+    """One fetch on its way. Lives on the event loop; `told` is called from the fetch's thread."""
+
+    def __init__(self, request: FetchRequest) -> None:
+        self.request = request
+        self.cancelled = threading.Event()
+        self._begun = asyncio.Event()
+        self.task: asyncio.Future[int] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._listeners: list[Callable[[int, int], None]] = []
+
+    def listen(self, on_progress: Callable[[int, int], None]) -> None:
+        """Have the landed and the total bytes told from now on."""
+        self._listeners.append(on_progress)
+
+    async def until_begun(self) -> None:
+        """Wait until readers can find the fetch, or it has failed; `wait` then tells why."""
+        await self._begun.wait()
+
+    async def wait(self) -> int:
+        """Return how many bytes were fetched, or raise why not; a cancelled wait ends nothing."""
+        assert self.task is not None, "a fetch is handed out once it runs"
+        return await asyncio.shield(self.task)
+
+    async def stop(self) -> None:
+        """End the fetch; it is no error if it has ended. Readers raise `Cancelled`."""
+        assert self.task is not None, "a fetch is handed out once it runs"
+        self.cancelled.set()
+        await asyncio.wait([self.task])
+
+    def has_ended(self, task: asyncio.Future[int]) -> None:
+        self._begun.set()
+        if not task.cancelled():
+            task.exception()  # looked at: if nobody waits for it, the fetch was stopped
+
+    def set_begun(self) -> None:
+        self._loop.call_soon_threadsafe(self._begun.set)
+
+    def told(self, landed_bytes: int, total_bytes: int) -> None:
+        self._loop.call_soon_threadsafe(self._tell, landed_bytes, total_bytes)
+
+    def _tell(self, landed_bytes: int, total_bytes: int) -> None:
+        for listener in self._listeners:
+            listener(landed_bytes, total_bytes)
+
+
+class Fetches:
+    """The node's fetches by id, over its tier."""
+
+    def __init__(self, tier: Tier, *, threads: int) -> None:
+        self._tier = tier
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="fetch-watch")
+        self._running: dict[str, Fetching] = {}
+
+    async def start(self, request: FetchRequest, timeout_s: float) -> Fetching:
+        """Start a fetch, or join the one that runs; returns when readers can find it.
+
+        Raises:
+            AlreadyExists: the id belongs to another plan.
+        """
+        fetch_id = request.plan.fetch_id
+        fetching = self._running.get(fetch_id)
+        if fetching is None:
+            fetching = self._running[fetch_id] = self._spawn(request, timeout_s)
+        elif fetching.request != request:
+            raise AlreadyExists(f"fetch {fetch_id} is already running with another plan")
+        await fetching.until_begun()
+        return fetching
+
+    async def stop(self, fetch_id: str) -> None:
+        """End a fetch; one that does not run is no error."""
+        fetching = self._running.get(fetch_id)
+        if fetching is not None:
+            await fetching.stop()
+
+    async def release(self, fetch_id: str) -> bool:
+        """Stop a fetch and free its memory; returns whether it was there.
+
+        Only once no model reads it.
+        """
+        await self.stop(fetch_id)
+        return await in_thread(lambda: self._release(fetch_id))
+
+    async def release_replica(self, replica: str) -> bool:
+        """Release all fetches of a replica ("<replica>.<stage>"); returns whether it had any."""
+        ids = [fetch_id for fetch_id in self._ids() if _replica(fetch_id) == replica]
+        released = [await self.release(fetch_id) for fetch_id in ids]
+        return any(released)
+
+    async def release_all(self) -> None:
+        for fetch_id in self._ids():
+            await self.release(fetch_id)
+
+    async def close(self) -> None:
+        """Stop and release everything and give the tier back."""
+        await self.release_all()
+        self._pool.shutdown()
+        self._tier.close()
+
+    async def spans(self, fetch_id: str) -> tuple[Span, ...]:
+        """Return what the processes that read a fetch have measured."""
+        path = self._tier.directory / FETCHES / fetch_id / "spans.jsonl"
+        return await in_thread(SpanFile(path).read)
+
+    async def contents(self) -> tuple[list[pb.TierObject], int]:
+        """Return the objects in the tier and the bytes of memory they take."""
+        return await in_thread(lambda: (_objects(self._tier), self._tier.used_bytes))
+
+    def _spawn(self, request: FetchRequest, timeout_s: float) -> Fetching:
+        fetching = Fetching(request)
+        loop = asyncio.get_running_loop()
+        fetching.task = loop.run_in_executor(self._pool, self._work, fetching, timeout_s)
+        fetching.task.add_done_callback(lambda task: self._ended(fetching, task))
+        return fetching
+
+    def _ended(self, fetching: Fetching, task: asyncio.Future[int]) -> None:
+        del self._running[fetching.request.plan.fetch_id]
+        fetching.has_ended(task)
+
+    def _work(self, fetching: Fetching, timeout_s: float) -> int:
+        request = fetching.request
+        landing = self._tier.begin(request.plan)
+        fetching.set_begun()
+        try:
+            source = request.open()
+        except ParaServeError as error:
+            landing.fail(error)  # readers would wait for ever
+            raise
+        report = fetch(
+            request.plan,
+            source,
+            self._tier,
+            timeout_s=timeout_s,
+            cancel=fetching.cancelled,
+            threads=self._threads,
+            on_progress=fetching.told,
+        )
+        return report.fetched_bytes
+
+    def _release(self, fetch_id: str) -> bool:
+        try:
+            self._tier.release(fetch_id)
+        except NotFound:
+            return False
+        return True
+
+    def _ids(self) -> list[str]:
+        in_tier = {landing.plan.fetch_id for landing in self._tier.fetches()}
+        return sorted(in_tier | self._running.keys())
+
+
+def _objects(tier: Tier) -> list[pb.TierObject]:
+    return [
+        pb.TierObject(
+            key=f"{found.source_uri}/{found.stored.key}",
+            version=found.stored.version,
+            landed_bytes=found.landed_bytes,
+            size_bytes=found.stored.size_bytes,
+        )
+        for found in tier.contents()
+    ]
+
+
+def _replica(fetch_id: str) -> str:
+    return fetch_id.rpartition(".")[0]

@@ -1,0 +1,189 @@
+"""The node agent as a process: puts the pieces together, starts them, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from paraserve_backend.agent.config import AgentConfig
+from paraserve_backend.agent.fetches import Fetches
+from paraserve_backend.agent.keys import KeyStore
+from paraserve_backend.agent.node import node_info
+from paraserve_backend.agent.part import Node
+from paraserve_backend.agent.parts import Parts
+from paraserve_backend.agent.registration import Registration, SchedulerClient
+from paraserve_backend.agent.repository import ModelRepository
+from paraserve_backend.agent.service import AgentService
+from paraserve_backend.agent.stubs import ProcessTable
+from paraserve_backend.agent.triton_client import TritonClient, read_key
+from paraserve_backend.agent.unloading import Unloader
+from paraserve_backend.agent.watchdog import Watchdog
+from paraserve_backend.errors import InvalidRequest, ParaServeError
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
+from paraserve_backend.rpc.paraserve_pb2_grpc import add_AgentServicer_to_server
+from paraserve_backend.tier import Tier
+from paraserve_backend.yaml_config import parse_arguments, read_token
+
+logger = logging.getLogger(__name__)
+
+_UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
+async def run(config: AgentConfig) -> None:
+    """Serve until cancelled; then remove all parts, fetches and keys from the node.
+
+    Raises:
+        InvalidRequest: a setting is wrong, the address is taken, or it would be open to everybody.
+        AlreadyExists: another agent uses the same run_dir.
+    """
+    token = read_token(config.token_file, os.environ)
+    require_loopback(config.listen, token)
+    triton = TritonClient(config.triton, key=read_key(config.triton_key_file))
+    agent = _Agent.make(config, triton)
+    server, port = _listen(config.listen, token)
+    scheduler = SchedulerClient(config.scheduler, token)
+    try:
+        await agent.remove_leftovers()
+        add_AgentServicer_to_server(agent.service(), server)
+        await server.start()
+        info = node_info(config, port, proc=Path("/proc"), dev=Path("/dev"))
+        registration = Registration(scheduler, info, agent.status, agent.changed)
+        logger.info("agent name=%s address=%s", config.name, info.agent_address)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(agent.watchdog.run())
+            group.create_task(registration.run())
+    finally:
+        await server.stop(grace=None)
+        await agent.stop()
+        await scheduler.close()
+        await triton.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Agent:
+    """The pieces of one running agent."""
+
+    config: AgentConfig
+    node: Node
+    parts: Parts
+    watchdog: Watchdog
+    changed: asyncio.Event
+
+    @classmethod
+    def make(cls, config: AgentConfig, triton: TritonClient) -> _Agent:
+        stubs = ProcessTable(config.model_repository)
+        changed = asyncio.Event()
+        node = Node(
+            repository=ModelRepository(config.model_repository),
+            unloader=Unloader(triton=triton, stubs=stubs),
+            fetches=Fetches(Tier.open(config.run_dir / "tier"), threads=config.fetch_threads),
+            keys=KeyStore(config.run_dir / "keys"),
+            part_deadline_s=config.part_deadline_s,
+            remove_deadline_s=config.remove_deadline_s,
+            now=time.time,
+        )
+        parts = Parts(node, changed, failure_kept_s=config.failure_kept_s)
+        watchdog = Watchdog(
+            triton=triton,
+            stubs=stubs,
+            parts=parts,
+            changed=changed,
+            interval_s=config.watch_interval_s,
+        )
+        return cls(config=config, node=node, parts=parts, watchdog=watchdog, changed=changed)
+
+    def service(self) -> AgentService:
+        return AgentService(
+            self.parts,
+            self.node.fetches,
+            self.status,
+            fetch_timeout_s=self.config.part_deadline_s,
+        )
+
+    async def status(self) -> pb.NodeStatus:
+        tier, used_bytes = await self.node.fetches.contents()
+        return pb.NodeStatus(
+            name=self.config.name,
+            triton_live=self.watchdog.triton_live,
+            parts=self.parts.statuses(),
+            tier=tier,
+            tier_used_bytes=used_bytes,
+        )
+
+    async def remove_leftovers(self) -> None:
+        """Take away what an agent left that did not stop cleanly."""
+        models = self.node.repository.ours()
+        if models:
+            logger.info("leftovers models=%s", ",".join(models))
+            await self.node.unloader.unload([models], self.config.remove_deadline_s)
+        for model in models:
+            self.node.repository.remove(model)
+        self.node.repository.remove_unfinished()
+        self.node.keys.clear()
+        await self.node.fetches.release_all()
+
+    async def stop(self) -> None:
+        await self.parts.remove_all()
+        await self.node.fetches.close()
+        shutil.rmtree(self.config.run_dir, ignore_errors=True)
+        logger.info("agent stopped name=%s", self.config.name)
+
+
+def _listen(address: str, token: str | None) -> tuple[grpc.aio.Server, int]:
+    """Return a server that is not started and its port."""
+    interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = (
+        [TokenInterceptor(token)] if token else []
+    )
+    server = grpc.aio.server(interceptors=interceptors, options=_UNLIMITED)
+    try:
+        return server, server.add_insecure_port(address)
+    except RuntimeError:
+        raise InvalidRequest(
+            f"Cannot listen on {address}: the address is in use or not ours."
+        ) from None
+
+
+async def _run_until_signal(config: AgentConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Set, not cancel: a second signal must not break off the clean-up.
+        loop.add_signal_handler(number, stop.set)
+    running = asyncio.create_task(run(config))
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    running.cancel()
+    stopped.cancel()
+    try:
+        await running
+    except asyncio.CancelledError:
+        return
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the agent until SIGTERM; the exit status is 1 where a setting is wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        config = parse_arguments(AgentConfig, arguments, program="paraserve agent")
+        asyncio.run(_run_until_signal(config))
+    except ParaServeError as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What this machine has: the agent's own description for the scheduler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from paraserve_backend.agent.config import AgentConfig
+from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.rpc import paraserve_pb2 as pb
+
+#: The rest is left to Triton, the agent and the Python processes themselves.
+_MEMORY_SHARE = 0.8
+_ANY_HOST = ("0.0.0.0", "[::]", "::")
+
+
+def node_info(config: AgentConfig, bound_port: int, *, proc: Path, dev: Path) -> pb.NodeInfo:
+    """Describe this node; `bound_port` is what `config.listen` became.
+
+    Raises:
+        InvalidRequest: the agent listens on all addresses and `advertise` does not say which one
+            others should use.
+    """
+    return pb.NodeInfo(
+        name=config.name,
+        agent_address=config.advertise or _own_address(config.listen, bound_port),
+        triton_grpc_address=config.advertise_triton or config.triton,
+        memory_bytes=config.memory_bytes or int(available_bytes(proc) * _MEMORY_SHARE),
+        nic_bytes_per_s=config.nic_bytes_per_s,
+        run_dir=str(config.run_dir),
+        channel_host=config.channel_host,
+        channel_port_start=config.channel_port_start,
+        channel_port_end=config.channel_port_end,
+        devices=config.devices or find_devices(dev),
+    )
+
+
+def available_bytes(proc: Path) -> int:
+    """Return the memory the kernel could give out now (MemAvailable)."""
+    for line in (proc / "meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise InvalidRequest("This kernel does not tell its free memory: set memory_bytes.")
+
+
+def find_devices(dev: Path) -> tuple[str, ...]:
+    """Return "cuda:<i>" for each NVIDIA device file, or "cpu"; torch is not asked, it is slow."""
+    numbers = sorted(
+        int(path.name.removeprefix("nvidia"))
+        for path in dev.glob("nvidia*")
+        if path.name.removeprefix("nvidia").isdecimal()
+    )
+    return tuple(f"cuda:{index}" for index in range(len(numbers))) or ("cpu",)
+
+
+def _own_address(listen: str, bound_port: int) -> str:
+    host = listen.rpartition(":")[0]
+    if host in _ANY_HOST:
+        raise InvalidRequest(
+            f"The agent listens on {listen}: set 'advertise' to the host:port others should use."
+        )
+    return f"{host}:{bound_port}"

@@ -1,0 +1,206 @@
+"""The life of one part of a replica on this node: fetch and load at the same time, watch, undo.
+
+Whatever ends a part, everything it brought is taken away again. Which parts there are, and in
+which order commands reach them, is the business of `parts`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from paraserve_backend.agent.failure import failure_of, first_cause
+from paraserve_backend.agent.fetches import Fetches, Fetching, FetchRequest
+from paraserve_backend.agent.keys import KeyStore
+from paraserve_backend.agent.progress import Progress
+from paraserve_backend.agent.repository import ModelRepository
+from paraserve_backend.agent.stubs import Stub
+from paraserve_backend.agent.threads import in_thread
+from paraserve_backend.agent.triton_client import ModelState
+from paraserve_backend.agent.unloading import Unloader
+from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
+from paraserve_backend.rpc import paraserve_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+#: A fetch has the same limit as its part and can say what was missing: let it speak first.
+_TELL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """What the parts of one node share. Limits are those of commands that name none."""
+
+    repository: ModelRepository
+    unloader: Unloader
+    fetches: Fetches
+    keys: KeyStore
+    part_deadline_s: float
+    remove_deadline_s: float
+    #: Seconds since the Unix epoch.
+    now: Callable[[], float]
+
+
+class PartLife:
+    """One part from its start to its removal. Lives on the event loop.
+
+    Making one raises `InvalidRequest` where its fetch plan is malformed.
+    """
+
+    def __init__(self, part: pb.Part, node: Node, on_phase: Callable[[], None]) -> None:
+        self.progress = Progress(part.replica, part.stage, now=node.now, on_phase=on_phase)
+        self._part = part
+        self._node = node
+        self._models = [model.name for model in part.models]
+        self._fetch = FetchRequest.from_message(part.fetch) if part.HasField("fetch") else None
+        #: Every process that was ever seen to run one of the models.
+        self._seen: frozenset[Stub] = frozenset()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the part has failed and nothing is left to undo."""
+        return self.progress.phase == pb.FAILED and self._task is not None and self._task.done()
+
+    def start(self) -> None:
+        """Begin to fetch and load; `progress` tells the rest."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self, deadline_s: float) -> None:
+        """Take the part away, whatever it is doing; returns when its memory is free.
+
+        Raises:
+            DeadlineExceeded: a process survived; the part is still STOPPING, try again.
+        """
+        self.progress.move(pb.STOPPING)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._undo(deadline_s)
+        self.progress.move(pb.STOPPED)
+
+    def observe(self, found: Iterable[Stub], *, triton_live: bool) -> None:
+        """Compare with the processes that live now; a serving part that lost one has failed."""
+        mine = frozenset(stub for stub in found if stub.model in self._models)
+        dead = sorted({stub.model for stub in self._seen - mine})
+        self._seen |= mine
+        if self.progress.phase == pb.READY and dead:
+            cause = f"The process of model {dead[0]} died." if triton_live else "Triton stopped."
+            self._fail(Unavailable(cause))
+            self._task = asyncio.create_task(self._clean_up())
+
+    async def _run(self) -> None:
+        limit_s = self._part.fetch.deadline_s or self._node.part_deadline_s
+        try:
+            async with asyncio.timeout(limit_s + _TELL_S):
+                await self._bring_up(limit_s)
+        except TimeoutError:
+            self._fail(DeadlineExceeded(f"{self._name} was not ready within {limit_s:g} s."))
+            await self._clean_up()
+        except Exception as error:  # the monitor of this task: a bug, too, ends the part cleanly
+            self._fail(first_cause(error))
+            await self._clean_up()
+        else:
+            logger.info("part ready replica=%s stage=%d", self._part.replica, self._part.stage)
+            self.progress.move(pb.READY)
+
+    async def _bring_up(self, limit_s: float) -> None:
+        async with asyncio.TaskGroup() as group:
+            if self._fetch is not None:
+                # Models look for the fetch when they start, so it must be there before them.
+                fetching = await self._node.fetches.start(self._fetch, limit_s)
+                group.create_task(self._follow(fetching))
+            await self._load()
+        self._seen |= await self._stubs()
+        if self._fetch is not None:
+            spans = await self._node.fetches.spans(self._fetch.plan.fetch_id)
+            self.progress.add_spans(spans)
+
+    async def _follow(self, fetching: Fetching) -> None:
+        fetching.listen(self.progress.fetched)
+        with self.progress.span("fetch") as span:
+            span.bytes = await fetching.wait()
+
+    async def _load(self) -> None:
+        with self.progress.span("write models"):
+            await in_thread(self._write)
+        for wave in self._waves():
+            async with asyncio.TaskGroup() as group:
+                for model in wave:
+                    group.create_task(self._load_model(model))
+
+    def _write(self) -> None:
+        if self._part.HasField("channel_keys"):
+            self._node.keys.write(self._part.replica, self._part.channel_keys)
+        for model in self._part.models:
+            self._node.repository.write(model.name, model.files)
+
+    async def _load_model(self, model: str) -> None:
+        with self.progress.span(f"load {model}"):
+            try:
+                await self._node.unloader.triton.load(model)
+            except DeadlineExceeded:
+                logger.info("load goes on model=%s", model)
+            await self._until_ready(model)
+
+    async def _until_ready(self, model: str) -> None:
+        while (state := await self._state(model)) is ModelState.LOADING:
+            await asyncio.sleep(_POLL_S)
+        if state is not ModelState.READY:
+            raise Unavailable(f"Model {model} is {state or 'absent'} after its load.")
+
+    async def _state(self, model: str) -> ModelState:
+        return (await self._node.unloader.triton.states()).get(model, ModelState.ABSENT)
+
+    async def _stubs(self) -> frozenset[Stub]:
+        found = await in_thread(self._node.unloader.stubs.find)
+        return frozenset(stub for stub in found if stub.model in self._models)
+
+    def _waves(self) -> list[list[str]]:
+        """Return the models' names, those that load first first."""
+        ordered = sorted(self._part.models, key=lambda model: model.load_wave)
+        waves = groupby(ordered, key=lambda model: model.load_wave)
+        return [[model.name for model in wave] for _, wave in waves]
+
+    def _fail(self, error: BaseException) -> None:
+        if not isinstance(error, ParaServeError):
+            logger.error("part failed replica=%s", self._part.replica, exc_info=error)
+        failure = failure_of(error)
+        logger.warning(
+            "part failed replica=%s stage=%d code=%s reason=%s",
+            self._part.replica,
+            self._part.stage,
+            failure.grpc_code,
+            failure.message,
+        )
+        self.progress.move(pb.FAILED, failure)
+
+    async def _clean_up(self) -> None:
+        """Undo after a failure; what cannot be undone now, the removal tries again."""
+        try:
+            await self._undo(self._node.remove_deadline_s)
+        except ParaServeError as error:
+            logger.warning("clean-up failed replica=%s reason=%s", self._part.replica, error)
+
+    async def _undo(self, deadline_s: float) -> None:
+        # The fetch goes first: a model that waits for its bytes then gives up, and can be unloaded.
+        if self._fetch is not None:
+            await self._node.fetches.stop(self._fetch.plan.fetch_id)
+        await self._node.unloader.unload(self._waves()[::-1], deadline_s)
+        await in_thread(self._delete)
+        if self._fetch is not None:
+            await self._node.fetches.release(self._fetch.plan.fetch_id)
+
+    def _delete(self) -> None:
+        self._node.unloader.stubs.remove_leftovers(self._seen)
+        for model in self._models:
+            self._node.repository.remove(model)
+        self._node.keys.remove(self._part.replica)
+
+    @property
+    def _name(self) -> str:
+        return f"Stage {self._part.stage} of {self._part.replica}"

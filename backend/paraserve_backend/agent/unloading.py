@@ -1,0 +1,77 @@
+"""Unloading models until their processes and memory are really gone.
+
+Triton answers an unload before anything has ended, so its index and the process table are asked
+until they agree. An unload during a load waits for that load to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paraserve_backend.agent.stubs import Stub, Stubs
+from paraserve_backend.agent.triton_client import ModelState, Triton
+from paraserve_backend.errors import DeadlineExceeded, ParaServeError
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+#: After its processes were killed, Triton needs about a second to notice.
+_AFTER_KILL_S = 5.0
+_GONE = (ModelState.ABSENT, ModelState.UNAVAILABLE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unloader:
+    triton: Triton
+    stubs: Stubs
+
+    async def unload(self, waves: Sequence[Sequence[str]], deadline_s: float) -> None:
+        """Unload models wave after wave and return when their processes are gone.
+
+        Processes that are still there after `deadline_s` are killed.
+
+        Raises:
+            DeadlineExceeded: a process outlived even that.
+        """
+        models = [model for wave in waves for model in wave]
+        try:
+            async with asyncio.timeout(deadline_s):
+                for wave in waves:
+                    await asyncio.gather(*(self.triton.unload(model) for model in wave))
+                await self._until_gone(models)
+        except (TimeoutError, ParaServeError) as error:
+            # Also where Triton is gone: its processes may have outlived it.
+            logger.warning("unload models=%s failed=%r", ",".join(models), error)
+            await self._kill(models)
+
+    async def _kill(self, models: Sequence[str]) -> None:
+        stubs = await self._stubs_of(models)
+        for stub in stubs:
+            logger.warning("kill pid=%d model=%s", stub.pid, stub.model)
+            self.stubs.kill(stub)
+        try:
+            async with asyncio.timeout(_AFTER_KILL_S):
+                while await self._stubs_of(models):
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"The processes of {', '.join(models)} did not end even when killed."
+            ) from None
+        self.stubs.remove_leftovers(stubs)
+
+    async def _until_gone(self, models: Sequence[str]) -> None:
+        while not await self._gone(models):
+            await asyncio.sleep(_POLL_S)
+
+    async def _gone(self, models: Sequence[str]) -> bool:
+        states = await self.triton.states()
+        if any(states.get(model, ModelState.ABSENT) not in _GONE for model in models):
+            return False
+        return not await self._stubs_of(models)
+
+    async def _stubs_of(self, models: Sequence[str]) -> tuple[Stub, ...]:
+        found = await asyncio.to_thread(self.stubs.find)
+        return tuple(stub for stub in found if stub.model in models)

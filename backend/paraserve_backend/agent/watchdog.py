@@ -1,0 +1,54 @@
+"""Looks after the node: is Triton there, do the models' processes live? Restarts nothing itself;
+the scheduler removes and applies again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import NoReturn
+
+from paraserve_backend.agent.parts import Parts
+from paraserve_backend.agent.stubs import Stubs
+from paraserve_backend.agent.triton_client import Triton
+
+logger = logging.getLogger(__name__)
+
+
+class Watchdog:
+    """Checks every `interval_s`. `changed` is set when Triton comes or goes."""
+
+    def __init__(
+        self,
+        *,
+        triton: Triton,
+        stubs: Stubs,
+        parts: Parts,
+        changed: asyncio.Event,
+        interval_s: float,
+    ) -> None:
+        self._triton = triton
+        self._stubs = stubs
+        self._parts = parts
+        self._changed = changed
+        self._interval_s = interval_s
+        #: None before the first look.
+        self._triton_live: bool | None = None
+
+    @property
+    def triton_live(self) -> bool:
+        return self._triton_live is True
+
+    async def run(self) -> NoReturn:
+        while True:
+            await self.check()
+            await asyncio.sleep(self._interval_s)
+
+    async def check(self) -> None:
+        """Look once. Triton is asked at the same time, so that its silence delays nothing."""
+        live, found = await asyncio.gather(self._triton.live(), asyncio.to_thread(self._stubs.find))
+        if live != self._triton_live:
+            logger.info("triton live=%s", live)
+            self._triton_live = live
+            self._changed.set()
+        self._parts.observe(found, triton_live=live)

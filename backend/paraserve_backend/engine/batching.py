@@ -1,0 +1,174 @@
+"""Continuous batching: which sequences take part in the next forward pass, with how many tokens.
+
+Pure bookkeeping on one thread: no tensors, no Triton, no clock. Sequences join and leave between
+iterations. With several batches in flight the running sequences are shared out among them, so that
+the stages of a pipeline work at the same time; a sequence is in at most one batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from paraserve_backend.engine.batch import ForwardBatch, ForwardResult, Row
+from paraserve_backend.engine.block_pool import BlockPool
+from paraserve_backend.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchingLimits:
+    max_sequences: int
+    #: Tokens in one forward pass; longer prompts are prefilled in chunks.
+    max_batch_tokens: int
+    #: Forward passes under way at once: the number of pipeline stages.
+    batches_in_flight: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledBatch:
+    forward: ForwardBatch
+    token_ids: tuple[int, ...]
+    #: One per row of `forward`.
+    sequences: tuple[Sequence, ...]
+
+
+class Batcher:
+    """Owns the sequences and their KV blocks."""
+
+    def __init__(self, limits: BatchingLimits, pool: BlockPool) -> None:
+        self._limits = limits
+        self.pool = pool
+        self.waiting: deque[Sequence] = deque()
+        #: In order of admission: the last is the first to give its blocks up.
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.waiting and not self.running
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence out; its blocks are free at once, or when its batch returns."""
+        sequence.is_dropped = True
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif not sequence.in_flight and sequence in self.running:
+            self._leave(sequence)
+
+    def schedule(self) -> ScheduledBatch | None:
+        """Put together the next forward pass, or `None` when nothing can run now."""
+        self._admit()
+        chosen: list[tuple[Sequence, int]] = []
+        budget = self._limits.max_batch_tokens
+        for sequence in self._candidates():
+            count = min(sequence.num_remaining, budget)
+            if count == 0:
+                break
+            # Preemption below may have sent this one back to the queue.
+            if sequence in self.running and self._reserve(sequence, count, chosen):
+                chosen.append((sequence, count))
+                budget -= count
+        return self._build(chosen) if chosen else None
+
+    def complete(self, batch: ScheduledBatch, result: ForwardResult) -> list[Sequence]:
+        """Fold a result back. Returns the sequences that got a token, dropped ones left out."""
+        tokens = iter(result.token_ids)
+        advanced = []
+        for sequence, row in zip(batch.sequences, batch.forward.rows, strict=True):
+            sequence.in_flight = False
+            sequence.num_computed += row.num_tokens
+            token_id = next(tokens) if row.sampling is not None else None
+            if token_id is not None and not sequence.is_dropped:
+                sequence.append(token_id)
+                advanced.append(sequence)
+            if sequence.is_dropped or sequence.finish_reason is not None:
+                self._leave(sequence)
+        return advanced
+
+    def fail(self, batch: ScheduledBatch) -> tuple[Sequence, ...]:
+        """Drop every sequence of a batch whose forward pass failed."""
+        for sequence in batch.sequences:
+            sequence.in_flight = False
+            self.drop(sequence)
+        return batch.sequences
+
+    def check_integrity(self) -> None:
+        owned = [block for sequence in self.running for block in sequence.block_table]
+        self.pool.check_integrity(owned)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._limits.max_sequences:
+            needed = self._blocks_for(self.waiting[0].num_tokens + 1)
+            if needed > self.pool.num_free - self._promised_blocks():
+                return
+            self.running.append(self.waiting.popleft())
+
+    def _promised_blocks(self) -> int:
+        """Blocks that admitted sequences still need for the prompts they are prefilling."""
+        return sum(
+            max(0, self._blocks_for(sequence.num_tokens) - len(sequence.block_table))
+            for sequence in self.running
+        )
+
+    def _candidates(self) -> list[Sequence]:
+        """Idle sequences, decoding ones first, at most one batch's share of all that run."""
+        idle = [sequence for sequence in self.running if not sequence.in_flight]
+        idle.sort(key=lambda sequence: sequence.num_remaining > 1)
+        return idle[: -(-len(self.running) // self._limits.batches_in_flight)]
+
+    def _reserve(self, sequence: Sequence, count: int, chosen: Seq[tuple[Sequence, int]]) -> bool:
+        """Make sure it owns blocks for `count` more tokens, at younger ones' cost if need be."""
+        missing = self._blocks_for(sequence.num_computed + count) - len(sequence.block_table)
+        while missing > self.pool.num_free:
+            victim = self._victim(chosen)
+            if victim is None or victim is sequence:
+                return False
+            self._preempt(victim)
+        sequence.block_table.extend(self.pool.take(max(0, missing)) or [])
+        return True
+
+    def _victim(self, chosen: Seq[tuple[Sequence, int]]) -> Sequence | None:
+        """The youngest sequence that holds blocks and is neither in flight nor chosen."""
+        busy = {id(sequence) for sequence, _ in chosen}
+        for sequence in reversed(self.running):
+            if sequence.block_table and not sequence.in_flight and id(sequence) not in busy:
+                return sequence
+        return None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send it back to the queue; it will be prefilled again with what it has generated."""
+        self._leave(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.give_back(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = 0
+
+    def _build(self, chosen: list[tuple[Sequence, int]]) -> ScheduledBatch:
+        rows, ids = [], []
+        for sequence, count in chosen:
+            sequence.in_flight = True
+            end = sequence.num_computed + count
+            ids.extend(sequence.ids(sequence.num_computed, end))
+            rows.append(
+                Row(
+                    start=sequence.num_computed,
+                    num_tokens=count,
+                    block_table=tuple(sequence.block_table[: self._blocks_for(end)]),
+                    sampling=sequence.sampling if end == sequence.num_tokens else None,
+                )
+            )
+        return ScheduledBatch(
+            forward=ForwardBatch(rows=tuple(rows)),
+            token_ids=tuple(ids),
+            sequences=tuple(sequence for sequence, _ in chosen),
+        )
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._limits.block_size)

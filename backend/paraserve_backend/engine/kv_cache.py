@@ -1,0 +1,71 @@
+"""The paged KV cache of one stage: keys and values of its layers, in blocks of positions.
+
+Which block holds which sequence is decided by the generate loop and travels with each batch;
+this module only stores and fetches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from paraserve_backend.contract import LayerRange
+from paraserve_backend.engine.dtypes import TORCH_DTYPE
+from paraserve_backend.families.spec import ModelSpec
+
+#: Positions per block, unless the deployment says otherwise.
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCache:
+    """One layer's part of the cache, `[blocks, block_size, kv_heads, head_dim]` each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def write(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store `[tokens, kv_heads, head_dim]` at `slots`, each block * block_size + offset."""
+        self.keys.flatten(0, 1).index_copy_(0, slots, keys)
+        self.values.flatten(0, 1).index_copy_(0, slots, values)
+
+    def gather(self, block_tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of `[rows, blocks]`, as `[rows, kv_heads, blocks * block_size, dim]`."""
+        return _gather(self.keys, block_tables), _gather(self.values, block_tables)
+
+
+class KvCache:
+    """`num_blocks` blocks of `block_size` positions for every layer of a stage."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layers: LayerRange,
+        *,
+        num_blocks: int,
+        block_size: int = BLOCK_SIZE,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        # Zeros, not garbage: a masked position is multiplied by weight 0, and 0 * NaN is NaN.
+        self.storage = torch.zeros(
+            (len(layers), 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim),
+            dtype=TORCH_DTYPE[spec.dtype],
+            device=device,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    def layer(self, index: int) -> LayerCache:
+        """The cache of the stage's `index`-th layer, counted from the stage's own first."""
+        return LayerCache(keys=self.storage[index, 0], values=self.storage[index, 1])
+
+
+def _gather(blocks: torch.Tensor, block_tables: torch.Tensor) -> torch.Tensor:
+    rows = block_tables.shape[0]
+    chosen = blocks.index_select(0, block_tables.flatten())
+    return chosen.view(rows, -1, *blocks.shape[2:]).transpose(1, 2)

@@ -1,0 +1,83 @@
+"""Choosing next tokens from logits: greedy, or drawn after temperature, top-k and top-p.
+
+A draw depends on the request's seed and the token's position alone, so a request gets the same
+tokens whatever else is in its batches and whichever replica serves it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+
+import torch
+
+from paraserve_backend.engine.batch import ForwardResult, Sampling
+
+#: One less than a float64 has, so that a fraction of a sum stays below the sum when rounded.
+_FRACTION_BITS = 52
+#: Up to here a draw would be greedy anyway, and dividing by it could overflow.
+_GREEDY_TEMPERATURE = 1e-5
+
+
+@torch.inference_mode()
+def sample(
+    logits: torch.Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
+) -> ForwardResult:
+    """Choose one token per row of `logits` `[rows, vocab_size]`.
+
+    `positions` are those the chosen tokens will take in their sequences. The log probabilities
+    are those of the model itself, before temperature and filters.
+    """
+    logits = logits.float()
+    token_ids = logits.argmax(dim=-1)
+    for row, (sampling, position) in enumerate(zip(samplings, positions, strict=True)):
+        if sampling.temperature > _GREEDY_TEMPERATURE:
+            token_ids[row] = _draw(logits[row], sampling, position)
+    chosen = logits.gather(1, token_ids[:, None])[:, 0]
+    return ForwardResult(
+        token_ids=tuple(token_ids.tolist()),
+        logprobs=tuple((chosen - logits.logsumexp(dim=-1)).tolist()),
+    )
+
+
+def warp(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Scores `[vocab_size]` after temperature, top-k and top-p; -inf where filtered out.
+
+    Tokens that tie with the last one kept are kept too.
+    """
+    scores = logits / sampling.temperature
+    if 0 < sampling.top_k < len(scores):
+        scores = _drop_below(scores, scores.topk(sampling.top_k).values[-1])
+    if sampling.top_p < 1.0:
+        scores = _drop_below(scores, _top_p_threshold(scores, sampling.top_p))
+    return scores
+
+
+def _draw(logits: torch.Tensor, sampling: Sampling, position: int) -> torch.Tensor:
+    # In order of token id, not of probability: rounding that differs from batch to batch then
+    # moves the borders a little, but never swaps two tokens of nearly equal probability.
+    cumulative = warp(logits, sampling).softmax(dim=-1).double().cumsum(dim=-1)
+    point = cumulative[-1:] * _uniform(sampling.seed, position)
+    # Logits that are not numbers would end past the last token.
+    return torch.searchsorted(cumulative, point, right=True)[0].clamp(max=len(logits) - 1)
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that looks random but follows from its arguments."""
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, position), digest_size=8).digest()
+    return math.ldexp(int.from_bytes(digest, "little") >> (64 - _FRACTION_BITS), -_FRACTION_BITS)
+
+
+def _top_p_threshold(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The lowest score among the fewest best tokens whose probability together reaches `top_p`."""
+    ascending = scores.sort().values
+    dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
+    # The best token stays, whatever `top_p`.
+    first_kept = dropped[:-1].sum()
+    return ascending[first_kept]
+
+
+def _drop_below(scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    return scores.masked_fill(scores < threshold, float("-inf"))

@@ -1,0 +1,50 @@
+"""One request while it generates: its tokens, its KV blocks and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from paraserve_backend.engine.batch import Sampling
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """Owned by the batcher; others only read it."""
+
+    prompt_ids: list[int]
+    sampling: Sampling
+    max_tokens: int
+    #: Token ids that end the sequence; empty when the request ignores them.
+    eos_ids: frozenset[int] = frozenset()
+    output_ids: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    #: Positions `[0, num_computed)` are in the KV cache.
+    num_computed: int = 0
+    in_flight: bool = False
+    #: "stop" (an end token or stop word), "length"; `None` while it runs.
+    finish_reason: str | None = None
+    #: Cancelled, stopped or failed: it leaves as soon as it is not in flight.
+    is_dropped: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens whose keys and values are still to be computed; 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+    def ids(self, start: int, end: int) -> list[int]:
+        """Return token ids of positions `[start, end)`."""
+        prompt_length = len(self.prompt_ids)
+        if start >= prompt_length:
+            return self.output_ids[start - prompt_length : end - prompt_length]
+        return self.prompt_ids[start:end] + self.output_ids[: max(0, end - prompt_length)]
+
+    def append(self, token_id: int) -> None:
+        self.output_ids.append(token_id)
+        if token_id in self.eos_ids:
+            self.finish_reason = "stop"
+        elif len(self.output_ids) >= self.max_tokens:
+            self.finish_reason = "length"

@@ -1,0 +1,78 @@
+"""Typed reads of a Hugging Face config.json; every failure names the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from paraserve_backend.errors import InvalidCheckpoint
+
+
+class Config:
+    """A JSON object whose fields are read by type; `null` counts as absent."""
+
+    def __init__(self, fields: Mapping[str, object], name: str = "config.json") -> None:
+        self._fields = fields
+        self._name = name
+
+    def has(self, field: str) -> bool:
+        return self._fields.get(field) is not None
+
+    def count(self, field: str, default: int | None = None) -> int:
+        """A whole number above zero."""
+        value = self._read(field, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._wrong(field, "a whole number above zero")
+        return value
+
+    def number(self, field: str, default: float | None = None) -> float:
+        """A number above zero."""
+        value = self._read(field, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self._wrong(field, "a number above zero")
+        return float(value)
+
+    def flag(self, field: str, default: bool | None = None) -> bool:
+        value = self._read(field, default)
+        if not isinstance(value, bool):
+            raise self._wrong(field, "true or false")
+        return value
+
+    def text(self, field: str, default: str | None = None) -> str:
+        value = self._read(field, default)
+        if not isinstance(value, str):
+            raise self._wrong(field, "a string")
+        return value
+
+    def texts(self, field: str) -> tuple[str, ...]:
+        value = self._read(field, None)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(field, "a list of strings")
+        return tuple(value)
+
+    def token_ids(self, field: str) -> tuple[int, ...]:
+        """One token id or a list of them; empty when absent."""
+        value = self._fields.get(field)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and item >= 0 for item in ids):
+            raise self._wrong(field, "a token id or a list of them")
+        return tuple(ids)
+
+    def section(self, field: str) -> Config:
+        """A nested object; empty when absent."""
+        value = self._fields.get(field)
+        if value is not None and not isinstance(value, dict):
+            raise self._wrong(field, "an object")
+        return Config(value or {}, f"{field} in {self._name}")
+
+    def invalid(self, problem: str) -> InvalidCheckpoint:
+        return InvalidCheckpoint(f"{self._name}: {problem}.")
+
+    def _read(self, field: str, default: object) -> object:
+        value = self._fields.get(field)
+        value = default if value is None else value
+        if value is None:
+            raise self.invalid(f"the field '{field}' is missing")
+        return value
+
+    def _wrong(self, field: str, expected: str) -> InvalidCheckpoint:
+        return self.invalid(f"'{field}' is {self._fields.get(field)!r}, expected {expected}")

@@ -1,0 +1,34 @@
+"""From a running fetch to an engine that is ready to step. The only place that starts torch."""
+
+from __future__ import annotations
+
+from paraserve_backend.config import KvConfig
+from paraserve_backend.contract import LayerRange
+from paraserve_backend.engine.stage import StageEngine
+from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.roles.fetched import Fetched, read_spec
+
+
+def load_engine(fetched: Fetched, layers: LayerRange, kv: KvConfig, device: str) -> StageEngine:
+    """Adopt the layers' tensors as they land; returns when the last one is in place.
+
+    Raises:
+        ParaServeError: the fetch failed, or the checkpoint does not fit its config.json.
+    """
+    import torch
+
+    from paraserve_backend.engine.kv_cache import KvCache
+    from paraserve_backend.engine.model import StageModel
+    from paraserve_backend.engine.weights import WeightLoader
+
+    if kv.num_blocks is None:
+        raise InvalidRequest("Parameter 'kv_blocks' is missing from config.pbtxt.")
+    spec = read_spec(fetched)
+    target = torch.device(device)
+    with fetched.spans.span("allocate KV cache"):
+        cache = KvCache(
+            spec, layers, num_blocks=kv.num_blocks, block_size=kv.block_size, device=target
+        )
+    with fetched.spans.span("adopt weights"):
+        weights = WeightLoader(fetched.reader, target, None)
+        return StageEngine(StageModel(spec, layers, weights, cache))

@@ -1,0 +1,118 @@
+"""Where a role's weights and small files come from.
+
+On a node with an agent they arrive in the agent's tier while the model loads. A standalone model
+fetches them itself, into a tier of its own, with the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paraserve_backend.config import WeightsConfig
+from paraserve_backend.contract import LayerRange
+from paraserve_backend.errors import InvalidRequest, NotFound, ParaServeError
+from paraserve_backend.families.spec import ModelSpec
+from paraserve_backend.families.table import model_spec
+from paraserve_backend.tier_reader import TierReader
+from paraserve_backend.trace import SpanFile
+
+_log = logging.getLogger(__name__)
+#: A fetch has its own, shorter limits; this one only ends a wait for a writer that vanished.
+_TIMEOUT_S = 3600.0
+_HOST_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """A fetch that may still be running."""
+
+    reader: TierReader
+    #: Phases of the load, for the cold start's timeline.
+    spans: SpanFile
+    close: Callable[[], None]
+
+    def file(self, key: str) -> bytes:
+        return self.reader.read_file(key, timeout_s=_TIMEOUT_S)
+
+    def json(self, key: str) -> dict[str, Any]:
+        """Return a small JSON file, `{}` where the model has none."""
+        try:
+            parsed = json.loads(self.file(key))
+        except NotFound:
+            return {}
+        return parsed if isinstance(parsed, dict) else {}
+
+
+def open_weights(config: WeightsConfig) -> Fetched:
+    """Open the fetch the agent has begun, or begin one here.
+
+    Raises:
+        ParaServeError: there is no such fetch, or the source cannot be read.
+    """
+    if config.source is not None:
+        return _fetch_here(config, config.source)
+    if config.run_dir is None or config.fetch_id is None:
+        raise InvalidRequest("config.pbtxt names no weights: set parameter 'source'.")
+    return _open(config.run_dir / "tier", config.fetch_id, close=_nothing)
+
+
+def read_spec(fetched: Fetched) -> ModelSpec:
+    return model_spec(fetched.json("config.json"), fetched.json("generation_config.json"))
+
+
+def _open(tier_dir: Path, fetch_id: str, close: Callable[[], None]) -> Fetched:
+    return Fetched(
+        reader=TierReader.open(tier_dir, fetch_id),
+        spans=SpanFile(tier_dir / "fetches" / fetch_id / "spans.jsonl"),
+        close=close,
+    )
+
+
+def _nothing() -> None:
+    pass
+
+
+def _fetch_here(config: WeightsConfig, uri: str) -> Fetched:
+    # Only a standalone model needs these; boto3 alone takes 0.3 s to import.
+    from paraserve_backend.checkpoint import read_index
+    from paraserve_backend.fetch import fetch
+    from paraserve_backend.plan import plan_fetch, stage_tensors
+    from paraserve_backend.source import open_source
+    from paraserve_backend.tier import Tier
+
+    source = open_source(uri, endpoint_url=config.endpoint_url, region=config.region)
+    index = read_index(source)
+    spec = model_spec(index.config)
+    whole = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
+    tensors = stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=whole)
+    plan = plan_fetch(index, tensors, fetch_id=f"standalone.{os.getpid()}")
+    folder = Path(tempfile.mkdtemp(prefix="paraserve-standalone-", dir=_HOST_MEMORY))
+    tier = Tier.open(folder / "tier")
+    tier.begin(plan)
+    cancel = threading.Event()
+
+    def run() -> None:
+        try:
+            fetch(plan, source, tier, timeout_s=_TIMEOUT_S, cancel=cancel)
+        except ParaServeError as error:
+            # The reader raises it again where the weights are waited for.
+            _log.error("the fetch of %s failed: %s", uri, error)
+
+    thread = threading.Thread(target=run, name="fetch", daemon=True)
+    thread.start()
+
+    def close() -> None:
+        cancel.set()
+        thread.join()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    return _open(folder / "tier", plan.fetch_id, close)

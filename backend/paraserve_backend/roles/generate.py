@@ -1,0 +1,135 @@
+"""Role `generate`: text in, tokens out, for all requests of a replica at once.
+
+While the replica is a pipeline a forward pass is a call of the ensemble; a replica of one stage
+holds all layers in this process and no Triton call is left in the token loop.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from paraserve_backend.answer import Answer
+from paraserve_backend.config import GenerateConfig, KvConfig
+from paraserve_backend.contract import LayerRange
+from paraserve_backend.engine.batch import ForwardResult
+from paraserve_backend.engine.batching import Batcher, BatchingLimits, ScheduledBatch
+from paraserve_backend.engine.block_pool import BlockPool
+from paraserve_backend.engine.loop import Forward, Gauges, GenerateLoop, Reply, Request
+from paraserve_backend.engine.sequence import Sequence
+from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.families.spec import ModelSpec
+from paraserve_backend.request import GenerateRequest
+from paraserve_backend.roles.fetched import Fetched, open_weights, read_spec
+from paraserve_backend.text import Detokenizer, StopWords, read_tokenizer
+
+if TYPE_CHECKING:
+    from paraserve_backend.engine.stage import StageEngine
+
+
+class GenerateRole:
+    def __init__(self, config: GenerateConfig, forward: Forward | None, gauges: Gauges) -> None:
+        """Load what the role needs; `forward` is `None` when it holds the layers itself."""
+        self._fetched = fetched = open_weights(config.weights)
+        spec = read_spec(fetched)
+        self._vocab_size = spec.vocab_size
+        self._eos_ids = frozenset(spec.eos_token_ids)
+        self._tokenizer = read_tokenizer(fetched.file("tokenizer.json"))
+        self._max_context = min(config.max_context or spec.context_length, spec.context_length)
+        kv = _sized(config.kv, self._max_context, config.max_sequences)
+        assert kv.num_blocks is not None
+        self._max_context = min(self._max_context, kv.num_blocks * kv.block_size)
+        self._loop = GenerateLoop(
+            Batcher(
+                BatchingLimits(
+                    max_sequences=config.max_sequences,
+                    max_batch_tokens=config.max_batch_tokens,
+                    batches_in_flight=config.batches_in_flight,
+                    block_size=kv.block_size,
+                ),
+                BlockPool(kv.num_blocks),
+            ),
+            forward or _local_forward(fetched, spec, kv, config.device),
+            gauges,
+            config.batches_in_flight,
+        )
+
+    def add(self, request: GenerateRequest, reply: Reply) -> None:
+        """Take a request in; its answer goes to `reply` from the loop's thread.
+
+        Raises:
+            InvalidRequest: the prompt is empty, too long, or has unknown tokens.
+        """
+        prompt_ids = self._encode(request)
+        room = self._max_context - len(prompt_ids)
+        sequence = Sequence(
+            prompt_ids=prompt_ids,
+            sampling=request.sampling,
+            max_tokens=min(request.max_tokens, room),
+            eos_ids=frozenset() if request.ignore_eos else self._eos_ids,
+        )
+        answer = Answer(
+            detokenizer=Detokenizer(self._tokenizer, prompt_ids),
+            stop_words=StopWords(request.stop_words),
+            is_stream=request.is_stream,
+            prefix=(request.text or "") if request.echo else "",
+            num_input_tokens=len(prompt_ids),
+        )
+        self._loop.add(Request(sequence=sequence, answer=answer, reply=reply))
+
+    def close(self) -> None:
+        self._loop.close()
+        self._fetched.close()
+
+    def _encode(self, request: GenerateRequest) -> list[int]:
+        if request.input_ids is not None:
+            ids = list(request.input_ids)
+        else:
+            ids = self._tokenizer.encode(request.text or "").ids
+        if not ids:
+            raise InvalidRequest("The prompt is empty; give 'text_input' at least one token.")
+        if len(ids) >= self._max_context:
+            raise InvalidRequest(
+                f"The prompt has {len(ids)} tokens; the context holds {self._max_context}, and at "
+                "least one must be left for the answer."
+            )
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise InvalidRequest(f"Token ids must be in [0, {self._vocab_size}).")
+        return ids
+
+
+class LocalForward:
+    """All layers in this process: passes run one after another on a thread of their own."""
+
+    def __init__(self, engine: StageEngine) -> None:
+        self._engine = engine
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+
+    def submit(self, batch: ScheduledBatch) -> Future[ForwardResult]:
+        return self._thread.submit(self._step, batch)
+
+    def _step(self, batch: ScheduledBatch) -> ForwardResult:
+        import torch
+
+        result = self._engine.step(batch.forward, torch.tensor(batch.token_ids, dtype=torch.int32))
+        assert isinstance(result, ForwardResult)
+        return result
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+
+def _sized(kv: KvConfig, max_context: int, max_sequences: int) -> KvConfig:
+    """A standalone instance gets room for all its sequences at full length."""
+    if kv.num_blocks is not None:
+        return kv
+    blocks = max_sequences * -(-max_context // kv.block_size)
+    return KvConfig(num_blocks=blocks, block_size=kv.block_size)
+
+
+def _local_forward(fetched: Fetched, spec: ModelSpec, kv: KvConfig, device: str) -> LocalForward:
+    # torch takes a second to import, which the head of a pipeline must not pay.
+    from paraserve_backend.roles.engine import load_engine
+
+    whole = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
+    return LocalForward(load_engine(fetched, whole, kv, device))

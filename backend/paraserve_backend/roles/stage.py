@@ -1,0 +1,126 @@
+"""Role `stage`: one forward pass over a contiguous range of layers, and those layers' KV blocks.
+
+The first stage is fed by Triton (the head's ensemble); later ones by the activation channel. Each
+can also be called through Triton alone. A stage keeps no scheduling state.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from paraserve_backend.channel import Channel, CurveKeys, Frame, FrameKind, relay
+from paraserve_backend.config import ChannelConfig, StageConfig
+from paraserve_backend.engine.batch import (
+    ForwardBatch,
+    ForwardResult,
+    decode_batch,
+    encode_result,
+)
+from paraserve_backend.engine.dtypes import TORCH_DTYPE
+from paraserve_backend.engine.hidden import hidden_from_bytes, hidden_to_bytes
+from paraserve_backend.errors import ParaServeError
+from paraserve_backend.roles.engine import load_engine
+from paraserve_backend.roles.fetched import open_weights
+
+_log = logging.getLogger(__name__)
+#: Largest frame a stage takes: the hidden states of the largest batch, and its block tables.
+_MAX_FRAME_BYTES = 1 << 30
+
+Output = torch.Tensor | ForwardResult
+
+
+class StageRole:
+    def __init__(self, config: StageConfig) -> None:
+        self._fetched = open_weights(config.weights)
+        self._layers = config.layers
+        self._engine = load_engine(self._fetched, config.layers, config.kv, config.device)
+        # Triton's thread and the channel's may both ask for a pass.
+        self._lock = threading.Lock()
+        self._relay = _Relay(config.channel, self) if config.channel else None
+
+    def step(self, batch: bytes, inputs: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+        """Run one forward pass asked for through Triton.
+
+        Args:
+            batch: an encoded ForwardBatch.
+            inputs: token ids INT32 [tokens] for the first stage, else hidden states as bytes,
+                UINT8 [tokens, hidden_size * bytes per element].
+
+        Returns:
+            Hidden states as bytes in the same form, or an encoded ForwardResult.
+        """
+        decoded = decode_batch(batch)
+        if self._layers.is_first:
+            output = self._run(decoded, torch.from_numpy(inputs))
+        else:
+            output = self.run(decoded, inputs)
+        if isinstance(output, ForwardResult):
+            return np.frombuffer(encode_result(output), np.uint8)
+        return hidden_to_bytes(output)
+
+    def run(self, batch: ForwardBatch, hidden: memoryview | npt.NDArray[np.generic]) -> Output:
+        """Run one forward pass on hidden states that came as bytes."""
+        spec = self._engine.model.spec
+        dtype = TORCH_DTYPE[spec.dtype]
+        return self._run(
+            batch, hidden_from_bytes(hidden, batch.num_tokens, spec.hidden_size, dtype)
+        )
+
+    def _run(self, batch: ForwardBatch, inputs: torch.Tensor) -> Output:
+        with self._lock:
+            return self._engine.step(batch, inputs)
+
+    def close(self) -> None:
+        if self._relay is not None:
+            self._relay.close()
+        self._fetched.close()
+
+
+class _Relay:
+    """Feeds a stage from the activation channel, on a thread of its own."""
+
+    def __init__(self, config: ChannelConfig, stage: StageRole) -> None:
+        self._stage = stage
+        self._stopping = threading.Event()
+        self._channel = Channel(
+            listen=config.listen,
+            next_address=config.next,
+            keys=CurveKeys.read(config.key_file),
+            max_bytes=_MAX_FRAME_BYTES,
+        )
+        self._thread = threading.Thread(
+            target=relay,
+            args=(self._channel, self._step, self._stopping.is_set),
+            name="stage-relay",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def _step(self, frame: Frame) -> Frame:
+        try:
+            batch = decode_batch(frame.body)
+            output = self._stage.run(batch, memoryview(frame.payload))
+        except ParaServeError as error:
+            return _error_frame(frame, str(error))
+        except Exception:
+            _log.exception("a forward pass failed")
+            return _error_frame(frame, "A forward pass failed; see the server's log.")
+        if isinstance(output, ForwardResult):
+            return Frame(kind=FrameKind.RESULT, number=frame.number, body=encode_result(output))
+        # The batch goes on as it came: the stages all see the same block tables.
+        payload = hidden_to_bytes(output).data.cast("B")
+        return Frame(kind=frame.kind, number=frame.number, body=frame.body, payload=payload)
+
+    def close(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+        self._channel.close()
+
+
+def _error_frame(frame: Frame, message: str) -> Frame:
+    return Frame(kind=FrameKind.ERROR, number=frame.number, body=message.encode())

@@ -1,0 +1,270 @@
+"""The only file that knows Triton: tensors in and out, life cycle, errors to TritonError.
+
+Triton's Python stub imports `TritonPythonModel` through the backend's one-line model.py. An error
+is always answered, never raised from `execute`: a raising stub leaks shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from paraserve_backend.answer import Delta
+from paraserve_backend.channel import Buffer
+from paraserve_backend.config import (
+    GenerateConfig,
+    LinkConfig,
+    RoleConfig,
+    StageConfig,
+    read_config,
+)
+from paraserve_backend.contract import (
+    FORWARD_BATCH,
+    FORWARD_HIDDEN,
+    FORWARD_RESULT,
+    FORWARD_TOKEN_IDS,
+)
+from paraserve_backend.engine.batch import ForwardResult, decode_result, encode_batch
+from paraserve_backend.engine.batching import ScheduledBatch
+from paraserve_backend.errors import ParaServeError, Unavailable
+from paraserve_backend.gauges import GAUGES, RateLimitedGauges
+from paraserve_backend.request import parse_request
+
+_log = logging.getLogger(__name__)
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_TRITON_CODES = {
+    "INVALID_ARGUMENT": pb_utils.TritonError.INVALID_ARG,
+    "NOT_FOUND": pb_utils.TritonError.NOT_FOUND,
+    "ALREADY_EXISTS": pb_utils.TritonError.ALREADY_EXISTS,
+    "CANCELLED": pb_utils.TritonError.CANCELLED,
+    "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE,
+    "DEADLINE_EXCEEDED": pb_utils.TritonError.UNAVAILABLE,  # Triton has no such code
+}
+
+
+class _Adapter(Protocol):
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class TritonPythonModel:
+    """What the stub looks for; one object per model instance."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        logging.basicConfig(level=logging.INFO, format="paraserve %(levelname)s %(message)s")
+        threading.excepthook = _die_loudly
+        try:
+            self._adapter = _adapter(read_config(args["model_config"]))
+        except ParaServeError as error:
+            raise pb_utils.TritonModelException(f"{error.grpc_code}: {error}") from error
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> Any:
+        return self._adapter.execute(requests)
+
+    def finalize(self) -> None:
+        self._adapter.close()
+
+
+def _die_loudly(args: threading.ExceptHookArgs) -> None:
+    """A dead thread would hang the clients: leave, so that the agent's watchdog acts."""
+    name = args.thread.name if args.thread else "?"
+    exc_info = (args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
+    _log.critical("thread %s died", name, exc_info=exc_info)
+    os._exit(70)
+
+
+def _adapter(config: RoleConfig) -> _Adapter:
+    if isinstance(config, GenerateConfig):
+        return _GenerateAdapter(config)
+    if isinstance(config, StageConfig):
+        return _StageAdapter(config)
+    return _LinkAdapter(config)
+
+
+# ---- role generate ----
+
+
+class _GenerateAdapter:
+    def __init__(self, config: GenerateConfig) -> None:
+        from paraserve_backend.roles.generate import GenerateRole
+
+        forward = None
+        if config.forward_model is not None:
+            forward = _EnsembleForward(config.forward_model, config.batches_in_flight)
+        self._role = GenerateRole(config, forward, _triton_gauges(config))
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
+        for request in requests:
+            reply = _Reply(request.get_response_sender())
+            try:
+                tensors = {t.name(): t.as_numpy().ravel().tolist() for t in request.inputs()}
+                parameters = json.loads(request.parameters() or "{}")
+                parsed = parse_request(tensors, parameters, fresh_seed=secrets.randbits(63))
+                self._role.add(parsed, reply)
+            except ParaServeError as error:
+                reply.fail(error)
+            except Exception:
+                _log.exception("a request could not be read")
+                reply.fail(Unavailable("The request could not be read; see the server's log."))
+
+    def close(self) -> None:
+        self._role.close()
+
+
+class _Reply:
+    def __init__(self, sender: pb_utils.ResponseSender) -> None:
+        self._sender = sender
+
+    def send(self, delta: Delta) -> None:
+        tensors = [
+            pb_utils.Tensor("text_output", np.array([delta.text.encode()], object)),
+            pb_utils.Tensor("output_ids", np.array(delta.token_ids, np.int32)),
+        ]
+        if delta.finish_reason is None:
+            self._sender.send(pb_utils.InferenceResponse(tensors))
+            return
+        tensors += [
+            pb_utils.Tensor("finish_reason", np.array([delta.finish_reason.encode()], object)),
+            pb_utils.Tensor("num_input_tokens", np.array([delta.num_input_tokens], np.uint32)),
+            pb_utils.Tensor("num_output_tokens", np.array([delta.num_output_tokens], np.uint32)),
+        ]
+        self._sender.send(pb_utils.InferenceResponse(tensors), flags=_FINAL)
+
+    def fail(self, error: ParaServeError) -> None:
+        self._sender.send(_error_response(error), flags=_FINAL)
+
+    def is_cancelled(self) -> bool:
+        return self._sender.is_cancelled()
+
+
+class _EnsembleForward:
+    """One forward pass = one BLS call of the ensemble; a call blocks, so each has its thread."""
+
+    def __init__(self, model: str, batches_in_flight: int) -> None:
+        self._model = model
+        self._threads = ThreadPoolExecutor(batches_in_flight, thread_name_prefix="forward")
+
+    def submit(self, batch: ScheduledBatch) -> Future[ForwardResult]:
+        return self._threads.submit(self._call, batch)
+
+    def _call(self, batch: ScheduledBatch) -> ForwardResult:
+        encoded = np.frombuffer(encode_batch(batch.forward), np.uint8)
+        response = pb_utils.InferenceRequest(
+            model_name=self._model,
+            requested_output_names=[FORWARD_RESULT],
+            inputs=[
+                pb_utils.Tensor(FORWARD_BATCH, encoded),
+                pb_utils.Tensor(FORWARD_TOKEN_IDS, np.array(batch.token_ids, np.int32)),
+            ],
+        ).exec()
+        if response.has_error():
+            raise Unavailable(response.error().message())
+        return decode_result(response.output_tensors()[0].as_numpy().tobytes())
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+
+def _triton_gauges(config: GenerateConfig) -> RateLimitedGauges:
+    labels = {"deployment": config.deployment, "replica": config.replica}
+    setters = {}
+    for name, description in GAUGES.items():
+        family = pb_utils.MetricFamily(
+            name=f"paraserve_{name}", description=description, kind=pb_utils.MetricFamily.GAUGE
+        )
+        # Kept with its setter: a family that is collected takes its metrics along.
+        metric = family.Metric(labels=labels)
+        setters[name] = partial(_set_metric, family, metric)
+    return RateLimitedGauges(setters)
+
+
+def _set_metric(_family: pb_utils.MetricFamily, metric: pb_utils.Metric, value: float) -> None:
+    metric.set(value)
+
+
+# ---- roles stage and link ----
+
+
+class _StageAdapter:
+    def __init__(self, config: StageConfig) -> None:
+        from paraserve_backend.roles.stage import StageRole
+
+        self._role = StageRole(config)
+        self._input = FORWARD_TOKEN_IDS if config.layers.is_first else FORWARD_HIDDEN
+        self._output = FORWARD_RESULT if config.layers.is_last else FORWARD_HIDDEN
+
+    def execute(
+        self, requests: list[pb_utils.InferenceRequest]
+    ) -> list[pb_utils.InferenceResponse]:
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
+        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        try:
+            output = self._role.step(tensors[FORWARD_BATCH].tobytes(), tensors[self._input])
+        except Exception as error:
+            return _failed_pass(error)
+        return pb_utils.InferenceResponse([pb_utils.Tensor(self._output, output)])
+
+    def close(self) -> None:
+        self._role.close()
+
+
+class _LinkAdapter:
+    def __init__(self, config: LinkConfig) -> None:
+        from paraserve_backend.roles.link import LinkRole
+
+        self._role = LinkRole(config)
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
+        for request in requests:
+            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            self._role.forward(
+                tensors[FORWARD_BATCH].tobytes(),
+                tensors[FORWARD_HIDDEN],
+                _answer(request.get_response_sender()),
+            )
+
+    def close(self) -> None:
+        self._role.close()
+
+
+def _answer(sender: pb_utils.ResponseSender) -> Callable[[Buffer | ParaServeError], None]:
+    def answer(outcome: Buffer | ParaServeError) -> None:
+        if isinstance(outcome, ParaServeError):
+            response = _error_response(outcome)
+        else:
+            result = _bytes_tensor(FORWARD_RESULT, outcome)
+            response = pb_utils.InferenceResponse([result])
+        sender.send(response, flags=_FINAL)
+
+    return answer
+
+
+def _bytes_tensor(name: str, data: Buffer) -> pb_utils.Tensor:
+    value: npt.NDArray[np.uint8] = np.frombuffer(data, np.uint8)
+    return pb_utils.Tensor(name, value)
+
+
+def _failed_pass(error: Exception) -> pb_utils.InferenceResponse:
+    if isinstance(error, ParaServeError):
+        return _error_response(error)
+    _log.exception("a forward pass failed")
+    return _error_response(Unavailable("A forward pass failed; see the server's log."))
+
+
+def _error_response(error: ParaServeError) -> pb_utils.InferenceResponse:
+    code = _TRITON_CODES.get(error.grpc_code, pb_utils.TritonError.INTERNAL)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))

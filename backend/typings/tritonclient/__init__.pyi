@@ -1,0 +1,1 @@
+# The parts of tritonclient that this project uses; the package ships no types of its own.

@@ -1,0 +1,52 @@
+"""Which nodes a deployment may use and what they have free, as a view of the cluster says. Pure."""
+
+from __future__ import annotations
+
+from paraserve_scheduler.config import PolicyConfig
+from paraserve_scheduler.placement import NodeSpace
+from paraserve_scheduler.plans import DeploymentSpec
+from paraserve_scheduler.state import ClusterView, NodeState
+
+
+def is_alive(node: NodeState, now_s: float, config: PolicyConfig) -> bool:
+    return now_s - node.last_seen_s <= config.node_timeout_s
+
+
+def node_spaces(
+    view: ClusterView, spec: DeploymentSpec, now_s: float, config: PolicyConfig
+) -> tuple[NodeSpace, ...]:
+    """What every node that could take a stage of this deployment has to give, by name."""
+    return tuple(
+        _space(view, node, device)
+        for name, node in sorted(view.nodes.items())
+        if is_alive(node, now_s, config)
+        and node.triton_live
+        # What no replica wants still takes memory, nobody knows how much.
+        and not view.orphans(node)
+        and (device := _device(node, spec.device)) is not None
+    )
+
+
+def _device(node: NodeState, wanted: str | None) -> str | None:
+    """The node's device of the wanted kind; with no wish, its first GPU before its CPU."""
+    kinds = [wanted] if wanted else ["cuda", "cpu"]
+    for kind in kinds:
+        for device in node.info.devices:
+            if device.partition(":")[0] == kind:
+                return device
+    return None
+
+
+def _space(view: ClusterView, node: NodeState, device: str) -> NodeSpace:
+    info = node.info
+    used = view.used_ports(info.name)
+    return NodeSpace(
+        name=info.name,
+        device=device,
+        run_dir=info.run_dir,
+        channel_host=info.channel_host,
+        free_ports=tuple(port for port in range(*info.channel_ports) if port not in used),
+        free_bytes=info.memory_bytes - view.reserved_bytes(info.name),
+        # Fetches share a node's bandwidth evenly.
+        bytes_per_s=info.nic_bytes_per_s / (1 + view.running_fetches(info.name)),
+    )

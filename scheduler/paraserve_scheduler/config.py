@@ -1,0 +1,67 @@
+"""Settings of the scheduler process; read from YAML and flags, units in the names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementConfig:
+    """How replicas are cut and what they take."""
+
+    kv_block_size: int = 16
+    #: A replica takes at most this part of what is free on a node after its weights, so that the
+    #: first deployment does not fill the node with KV cache; one full context always fits.
+    kv_share: float = 0.5
+    #: Least tokens of KV cache where the user stated no context length.
+    min_context: int = 256
+    max_batch_tokens: int = 512
+    forward_timeout_s: float = 30.0
+    #: What a cold start takes besides fetching: process start, loading, first forward pass.
+    cold_start_floor_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    """When replicas start and stop."""
+
+    #: A node that was silent for so long is lost.
+    node_timeout_s: float = 5.0
+    #: How long after its own start the scheduler waits for nodes to register again.
+    recovery_grace_s: float = 15.0
+    #: A gateway that was silent for so long has no requests any more; it reports every second.
+    gateway_timeout_s: float = 5.0
+    #: Longest time for a replica to become ready.
+    start_timeout_s: float = 900.0
+    #: Starts that may fail within `failure_window_s` before waiting requests are failed.
+    max_failed_starts: int = 3
+    failure_window_s: float = 60.0
+    #: How long requests wait for nodes with room before they are failed.
+    capacity_grace_s: float = 10.0
+    #: How long after a route was withdrawn a gateway may still send a request along it.
+    settle_s: float = 1.5
+    #: Longest time for running requests to end before their replica is removed.
+    drain_grace_s: float = 30.0
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentDefaults:
+    """For what a user does not state when deploying."""
+
+    keep_alive_s: float = 60.0
+    max_sequences: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    listen_address: str = "127.0.0.1:8470"
+    #: SQLite file; created when missing.
+    state_path: str = "paraserve.db"
+    #: File with the cluster token; without one, only loopback addresses may be used.
+    token_file: str | None = None
+    heartbeat_interval_s: float = 1.0
+    #: Longest time for a node to unload one replica.
+    remove_timeout_s: float = 60.0
+    defaults: DeploymentDefaults = field(default_factory=DeploymentDefaults)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)

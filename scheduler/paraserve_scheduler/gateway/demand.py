@@ -1,0 +1,109 @@
+"""What this gateway's clients want right now, counted: the scheduler scales by it.
+
+Counts only; `scheduler_link` sends the reports and `routes` decides who waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from paraserve_backend.rpc import paraserve_pb2 as pb
+
+
+@dataclass(slots=True)
+class _DeploymentDemand:
+    waiting: int = 0
+    arrived: int = 0
+    in_flight: Counter[str] = field(default_factory=Counter)
+    #: By replica, seconds since the epoch.
+    first_token_s: dict[str, float] = field(default_factory=dict)
+
+
+class Demand:
+    """Belongs to one event loop."""
+
+    def __init__(self, gateway: str) -> None:
+        self._gateway = gateway
+        self._deployments: dict[str, _DeploymentDemand] = {}
+        #: Set when a deployment gets its first waiting request: report without delay.
+        self.urgent = asyncio.Event()
+
+    def arrived(self, deployment: str) -> None:
+        self._of(deployment).arrived += 1
+
+    @contextmanager
+    def waiting(self, deployment: str) -> Iterator[None]:
+        demand = self._of(deployment)
+        demand.waiting += 1
+        if demand.waiting == 1:
+            self.urgent.set()
+        try:
+            yield
+        finally:
+            demand.waiting -= 1
+
+    @contextmanager
+    def working(self, deployment: str, replica: str) -> Iterator[None]:
+        in_flight = self._of(deployment).in_flight
+        in_flight[replica] += 1
+        try:
+            yield
+        finally:
+            in_flight[replica] -= 1
+
+    def first_token(self, deployment: str, replica: str, at_s: float) -> None:
+        """Note a token at `at_s` seconds since the epoch; only a replica's very first counts."""
+        self._of(deployment).first_token_s.setdefault(replica, at_s)
+
+    def num_waiting(self, deployment: str) -> int:
+        demand = self._deployments.get(deployment)
+        return demand.waiting if demand else 0
+
+    def num_in_flight(self, deployment: str, replica: str) -> int:
+        demand = self._deployments.get(deployment)
+        return demand.in_flight[replica] if demand else 0
+
+    def keep(self, replicas: Mapping[str, Collection[str]]) -> None:
+        """Forget deployments and replicas that are not listed and have no request left."""
+        for name, demand in list(self._deployments.items()):
+            _forget_replicas(demand, replicas.get(name, ()))
+            if name not in replicas and not demand.waiting and not demand.in_flight:
+                del self._deployments[name]
+
+    def report(self) -> pb.DemandReport:
+        return pb.DemandReport(
+            gateway=self._gateway,
+            demands=[_message(name, demand) for name, demand in self._deployments.items()],
+        )
+
+    def _of(self, deployment: str) -> _DeploymentDemand:
+        return self._deployments.setdefault(deployment, _DeploymentDemand())
+
+
+def _forget_replicas(demand: _DeploymentDemand, replicas: Collection[str]) -> None:
+    for replica in (set(demand.in_flight) | set(demand.first_token_s)) - set(replicas):
+        if not demand.in_flight[replica]:
+            del demand.in_flight[replica]
+            demand.first_token_s.pop(replica, None)
+
+
+def _message(deployment: str, demand: _DeploymentDemand) -> pb.Demand:
+    replicas = sorted(set(demand.in_flight) | set(demand.first_token_s))
+    return pb.Demand(
+        deployment=deployment,
+        waiting=demand.waiting,
+        in_flight=demand.in_flight.total(),
+        arrived=demand.arrived,
+        replicas=[
+            pb.ReplicaDemand(
+                replica=replica,
+                in_flight=demand.in_flight[replica],
+                first_token_s=demand.first_token_s.get(replica, 0.0),
+            )
+            for replica in replicas
+        ],
+    )

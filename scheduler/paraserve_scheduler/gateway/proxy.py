@@ -1,0 +1,121 @@
+"""One client request from its checks to its last response, whatever protocol it came in by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+
+from paraserve_backend.errors import InvalidRequest, Unavailable
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from tritonclient.grpc import service_pb2 as kserve
+
+from paraserve_scheduler.gateway.config import GatewayConfig
+from paraserve_scheduler.gateway.demand import Demand
+from paraserve_scheduler.gateway.routes import Routes
+from paraserve_scheduler.gateway.upstream import (
+    WANT_EMPTY_FINAL,
+    ReplicaRefused,
+    ResponseTimeouts,
+    Upstream,
+    is_final,
+)
+from paraserve_scheduler.gateway.validation import flag, validate
+
+#: Takes one response to the client; returns when the client can take more.
+Send = Callable[[kserve.ModelInferResponse], Awaitable[None]]
+
+_MAX_REPLICAS_TRIED = 3
+
+
+class Proxy:
+    """Both services of a gateway hand their requests to the same one."""
+
+    def __init__(
+        self, config: GatewayConfig, *, routes: Routes, demand: Demand, upstream: Upstream
+    ) -> None:
+        self._config = config
+        self._routes = routes
+        self._demand = demand
+        self._upstream = upstream
+
+    async def stream(self, request: kserve.ModelInferRequest, send: Send) -> None:
+        """Send every response, in order; waits for a replica first if there is none.
+
+        An empty final response is sent only if the client asked for it. Cancelling this cancels
+        the request at its replica.
+
+        Raises:
+            ParaServeError: one sentence for the client, under the right code.
+        """
+        self._admit(request)
+        await self._forward(request, send)
+
+    async def single(self, request: kserve.ModelInferRequest) -> kserve.ModelInferResponse:
+        """Return the one response to a request that is not streamed.
+
+        Raises:
+            InvalidRequest: the request asks for a stream, or got one.
+            ParaServeError: as `stream`.
+        """
+        self._admit(request)
+        if flag(request, "stream"):
+            raise InvalidRequest(
+                "A request with one response cannot have 'stream' true: use ModelStreamInfer "
+                "(gRPC) or generate_stream (HTTP)."
+            )
+        responses: list[kserve.ModelInferResponse] = []
+
+        async def collect(response: kserve.ModelInferResponse) -> None:
+            responses.append(response)
+
+        await self._forward(request, collect)
+        return _only_one(request.model_name, [r for r in responses if r.outputs])
+
+    def _admit(self, request: kserve.ModelInferRequest) -> None:
+        self._routes.require(request.model_name, request.model_version)
+        validate(request)
+
+    async def _forward(self, request: kserve.ModelInferRequest, send: Send) -> None:
+        self._demand.arrived(request.model_name)
+        refused: frozenset[str] = frozenset()
+        while True:
+            async with self._routes.lease(request.model_name, refused=refused) as endpoint:
+                try:
+                    return await self._run(endpoint, request, send)
+                except ReplicaRefused:
+                    refused |= {endpoint.replica}
+                    if len(refused) == _MAX_REPLICAS_TRIED:
+                        raise
+
+    async def _run(
+        self, endpoint: pb.Endpoint, request: kserve.ModelInferRequest, send: Send
+    ) -> None:
+        wants_empty_final = flag(request, WANT_EMPTY_FINAL)
+        responses = self._upstream.responses(endpoint, request, self._timeouts(request))
+        async with aclosing(responses):
+            async for response in responses:
+                self._demand.first_token(request.model_name, endpoint.replica, time.time())
+                if response.outputs or wants_empty_final or not is_final(response):
+                    await send(response)
+
+    def _timeouts(self, request: kserve.ModelInferRequest) -> ResponseTimeouts:
+        config = self._config
+        is_streamed = flag(request, "stream")
+        return ResponseTimeouts(
+            first_s=config.first_token_timeout_s if is_streamed else config.unstreamed_timeout_s,
+            next_s=config.inter_token_timeout_s,
+        )
+
+
+def _only_one(
+    deployment: str, responses: list[kserve.ModelInferResponse]
+) -> kserve.ModelInferResponse:
+    if not responses:
+        raise Unavailable(f"The replica of '{deployment}' sent no response; retry.")
+    if len(responses) > 1:
+        raise InvalidRequest(
+            f"'{deployment}' sent {len(responses)} responses to a request for one: "
+            "use ModelStreamInfer (gRPC) or generate_stream (HTTP)."
+        )
+    return responses[0]

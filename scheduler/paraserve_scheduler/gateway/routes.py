@@ -1,0 +1,150 @@
+"""Which replicas serve which deployment, and the requests that wait for one.
+
+Keeps the scheduler's last route table. It never asks for one (`scheduler_link` does) and sends no
+request anywhere (`upstream` does).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from paraserve_backend.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
+from paraserve_backend.rpc import paraserve_pb2 as pb
+
+from paraserve_scheduler.gateway.demand import Demand
+from paraserve_scheduler.gateway.failures import error_from_code
+from paraserve_scheduler.gateway.metadata import MODEL_VERSION
+
+_NAMES_IN_ERROR = 20
+
+
+class Routes:
+    """Belongs to one event loop."""
+
+    def __init__(
+        self, demand: Demand, *, max_held_requests: int, cold_start_timeout_s: float
+    ) -> None:
+        self._demand = demand
+        self._max_held_requests = max_held_requests
+        self._cold_start_timeout_s = cold_start_timeout_s
+        self._table: dict[str, pb.Route] | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the scheduler has sent a table yet."""
+        return self._table is not None
+
+    @property
+    def deployments(self) -> tuple[str, ...]:
+        return tuple(sorted(self._table or ()))
+
+    def apply(self, table: pb.RouteTable) -> None:
+        """Take the scheduler's newest table; held requests look at it in the next loop turn."""
+        self._table = {route.deployment: route for route in table.routes}
+        self._demand.keep(
+            {
+                route.deployment: [endpoint.replica for endpoint in route.endpoints]
+                for route in table.routes
+            }
+        )
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def require(self, deployment: str, version: str = "") -> None:
+        """Check that a deployment exists.
+
+        Raises:
+            NotFound: the scheduler has no such deployment, or it has no such version.
+            Unavailable: the scheduler has not been reached yet.
+        """
+        self._route(deployment)
+        if version not in ("", MODEL_VERSION):
+            raise NotFound(
+                f"Request for unknown model: '{deployment}' version {version} is not found. "
+                f"Every deployment has version {MODEL_VERSION} only."
+            )
+
+    @asynccontextmanager
+    async def lease(
+        self, deployment: str, *, refused: frozenset[str] = frozenset()
+    ) -> AsyncIterator[pb.Endpoint]:
+        """Wait for the least busy ready replica not in `refused` and count a request as its.
+
+        Raises:
+            NotFound: the deployment is unknown, or was deleted meanwhile.
+            Unavailable: too many requests wait already.
+            DeadlineExceeded: no replica became ready in time.
+            ParaServeError: why the cold start that this request waited for failed.
+        """
+        endpoint = self._pick(deployment, refused)
+        if endpoint is None:
+            endpoint = await self._hold(deployment, refused)
+        with self._demand.working(deployment, endpoint.replica):
+            yield endpoint
+
+    def _route(self, deployment: str) -> pb.Route:
+        if self._table is None:
+            raise Unavailable("This gateway has not reached its scheduler yet; retry shortly.")
+        if not deployment:
+            raise InvalidRequest("The request names no model.")
+        route = self._table.get(deployment)
+        if route is None:
+            raise NotFound(
+                f"Request for unknown model: '{deployment}' is not found. "
+                f"Deployments: {self._listed()}."
+            )
+        return route
+
+    def _listed(self) -> str:
+        names = self.deployments
+        more = len(names) - _NAMES_IN_ERROR
+        listed = ", ".join(names[:_NAMES_IN_ERROR]) or "none"
+        return f"{listed} and {more} more" if more > 0 else listed
+
+    def _pick(self, deployment: str, refused: frozenset[str]) -> pb.Endpoint | None:
+        endpoints = [e for e in self._route(deployment).endpoints if e.replica not in refused]
+        return min(
+            endpoints,
+            key=lambda endpoint: self._demand.num_in_flight(deployment, endpoint.replica),
+            default=None,
+        )
+
+    async def _hold(self, deployment: str, refused: frozenset[str]) -> pb.Endpoint:
+        last_failure_number = self._route(deployment).failure_number
+        if self._demand.num_waiting(deployment) >= self._max_held_requests:
+            raise Unavailable(
+                f"{self._max_held_requests} requests already wait for a replica of "
+                f"'{deployment}'; retry later."
+            )
+        with self._demand.waiting(deployment):
+            try:
+                async with asyncio.timeout(self._cold_start_timeout_s):
+                    return await self._next_endpoint(deployment, refused, last_failure_number)
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"No replica of '{deployment}' was ready within "
+                    f"{self._cold_start_timeout_s:g} s; `paraserve status` shows why."
+                ) from None
+
+    async def _next_endpoint(
+        self, deployment: str, refused: frozenset[str], last_failure_number: int
+    ) -> pb.Endpoint:
+        while True:
+            await self._changed.wait()
+            endpoint = self._pick(deployment, refused)
+            if endpoint is not None:
+                return endpoint
+            route = self._route(deployment)
+            if route.failure_number > last_failure_number:
+                raise error_from_code(
+                    route.failure.grpc_code,
+                    f"The cold start of '{deployment}' failed: {route.failure.message}",
+                )

@@ -1,0 +1,124 @@
+"""Puts one gateway together: two listeners, one proxy, one link to the scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import grpc
+import grpc.aio
+from aiohttp import web
+from paraserve_backend.errors import InvalidRequest
+from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+
+from paraserve_scheduler.gateway.config import GatewayConfig
+from paraserve_scheduler.gateway.demand import Demand
+from paraserve_scheduler.gateway.grpc_service import GrpcService
+from paraserve_scheduler.gateway.http_service import HttpService
+from paraserve_scheduler.gateway.proxy import Proxy
+from paraserve_scheduler.gateway.routes import Routes
+from paraserve_scheduler.gateway.scheduler_link import SchedulerLink
+from paraserve_scheduler.gateway.upstream import Upstream
+
+logger = logging.getLogger(__name__)
+
+_SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # Two servers on one port would share its clients at random.
+    ("grpc.so_reuseport", 0),
+)
+_SCHEDULER_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A scheduler's machine that vanished sends no reset; reports keep the connection busy else.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+)
+_SHUTDOWN_GRACE_S = 2.0
+
+
+class Gateway:
+    """Listens between `start` and `stop`; `run` keeps up the link to the scheduler."""
+
+    def __init__(self, config: GatewayConfig, *, name: str, token: str | None) -> None:
+        self._config = config
+        self._demand = Demand(name)
+        self._routes = Routes(
+            self._demand,
+            max_held_requests=config.max_held_requests,
+            cold_start_timeout_s=config.cold_start_timeout_s,
+        )
+        self._upstream = Upstream()
+        self._proxy = Proxy(
+            config, routes=self._routes, demand=self._demand, upstream=self._upstream
+        )
+        self._scheduler = grpc.aio.insecure_channel(
+            config.scheduler_address, options=_SCHEDULER_OPTIONS
+        )
+        self._link = SchedulerLink(
+            self._scheduler, gateway=name, token=token, routes=self._routes, demand=self._demand
+        )
+        self._grpc = grpc.aio.server(options=_SERVER_OPTIONS)
+        service = HttpService(self._proxy, self._routes, max_request_bytes=config.max_request_bytes)
+        # A client that goes away cancels its handler, and that its request at the replica.
+        self._http = web.AppRunner(
+            service.application(),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=_SHUTDOWN_GRACE_S,
+        )
+        self.grpc_address = config.grpc_address
+        self.http_address = config.http_address
+
+    async def start(self) -> None:
+        """Listen; afterwards both addresses carry the real port where 0 was asked for.
+
+        Raises:
+            InvalidRequest: an address cannot be listened on.
+        """
+        add_GRPCInferenceServiceServicer_to_server(
+            GrpcService(self._proxy, self._routes), self._grpc
+        )
+        try:
+            port = self._grpc.add_insecure_port(self._config.grpc_address)
+        except RuntimeError:
+            raise InvalidRequest(
+                f"Cannot listen on grpc_address {self._config.grpc_address}; is it in use?"
+            ) from None
+        self.grpc_address = f"{split_address(self._config.grpc_address)[0]}:{port}"
+        await self._grpc.start()
+        await self._start_http()
+
+    async def run(self) -> None:
+        """Follow the scheduler until cancelled."""
+        await self._link.run()
+
+    async def stop(self) -> None:
+        # Both at once: each waits for its own clients.
+        await asyncio.gather(self._http.cleanup(), self._grpc.stop(_SHUTDOWN_GRACE_S))
+        await self._upstream.close()
+        await self._scheduler.close(grace=None)
+
+    async def _start_http(self) -> None:
+        host, port = split_address(self._config.http_address)
+        await self._http.setup()
+        try:
+            await web.TCPSite(self._http, host, port).start()
+        except OSError as error:
+            raise InvalidRequest(
+                f"Cannot listen on http_address {self._config.http_address}: {error.strerror}."
+            ) from None
+        self.http_address = f"{host}:{self._http.addresses[0][1]}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split host:port.
+
+    Raises:
+        InvalidRequest: it is no such address.
+    """
+    host, separator, port = address.rpartition(":")
+    if not (separator and host and port.isdecimal()):
+        raise InvalidRequest(f"'{address}' is not an address; write it as host:port.")
+    return host.strip("[]"), int(port)

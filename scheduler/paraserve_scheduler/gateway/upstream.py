@@ -1,0 +1,207 @@
+"""One request to one replica: its own gRPC stream to the replica's Triton server, bounded in time,
+cancelled with its caller, with errors that name the deployment and never the replica's insides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from paraserve_backend.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ParaServeError,
+    Unavailable,
+)
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from tritonclient.grpc import service_pb2 as kserve
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+from paraserve_scheduler.gateway.failures import clean_message, error_from_code
+
+WANT_EMPTY_FINAL = "triton_enable_empty_final_response"
+FINAL_MARK = "triton_final_response"
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A restarted server gets its address back: look again soon.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+#: Makes Triton end the stream with a model's error code instead of a bare sentence.
+_WANT_ERROR_CODES = (("triton_grpc_error", "true"),)
+#: What Triton says, without a code, when a model is not there or its process is dead.
+_NOT_SERVED = re.compile(
+    r"unknown model|no available versions|is not ready|is not healthy", re.IGNORECASE
+)
+_END_TIMEOUT_S = 1.0
+
+
+class ReplicaRefused(Unavailable):
+    """The replica did not take the request at all: another one may."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseTimeouts:
+    """How long a replica may be silent: before its first response, and between two."""
+
+    first_s: float
+    next_s: float
+
+
+class Upstream:
+    """Keeps one channel per Triton server."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close(grace=None)
+        self._channels.clear()
+
+    async def responses(
+        self, endpoint: pb.Endpoint, request: kserve.ModelInferRequest, timeouts: ResponseTimeouts
+    ) -> AsyncGenerator[kserve.ModelInferResponse, None]:
+        """Yield the replica's responses up to the one marked final, under the client's model name.
+
+        The final one may be empty. Closing the iterator cancels the request at the replica.
+
+        Raises:
+            ReplicaRefused: nothing was done for this request.
+            DeadlineExceeded: the replica was silent for too long.
+            Unavailable: the replica was lost.
+            ParaServeError: what the model answered, under its own code.
+        """
+        stream = _Stream(self._channel(endpoint.triton_grpc_address), endpoint, request)
+        try:
+            timeout_s = timeouts.first_s
+            while (response := await stream.read(timeout_s)) is not None:
+                timeout_s = timeouts.next_s
+                yield response
+        finally:
+            stream.cancel()
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return self._channels[address]
+
+
+class _Stream:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        endpoint: pb.Endpoint,
+        request: kserve.ModelInferRequest,
+    ) -> None:
+        self._channel = channel
+        self._model = endpoint.model
+        self._deployment = request.model_name
+        self._call = GRPCInferenceServiceStub(channel).ModelStreamInfer(
+            _only(_addressed(request, endpoint.model)), metadata=_WANT_ERROR_CODES
+        )
+        self._messages = aiter(self._call)
+        self._is_started = False
+        self._is_finished = False
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    async def read(self, timeout_s: float) -> kserve.ModelInferResponse | None:
+        """Return the next response, or None after the final one."""
+        if self._is_finished:
+            await self._wait_for_end()
+            return None
+        message = await self._next_message(timeout_s)
+        if message.error_message:
+            raise self._admission_error(message.error_message)
+        response = message.infer_response
+        self._is_started = True
+        self._is_finished = is_final(response)
+        response.model_name = self._deployment
+        return response
+
+    async def _next_message(self, timeout_s: float) -> kserve.ModelStreamInferResponse:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await anext(self._messages)
+        except TimeoutError:
+            raise DeadlineExceeded(self._silence(timeout_s)) from None
+        except StopAsyncIteration:
+            raise Unavailable(
+                f"The replica of '{self._deployment}' ended its stream early; retry."
+            ) from None
+        except grpc.aio.AioRpcError as error:
+            raise self._call_error(error) from None
+
+    async def _wait_for_end(self) -> None:
+        # Cancelling a stream that is just ending makes Triton log an internal error.
+        with contextlib.suppress(TimeoutError, StopAsyncIteration, grpc.aio.AioRpcError):
+            async with asyncio.timeout(_END_TIMEOUT_S):
+                await anext(self._messages)
+
+    def _silence(self, timeout_s: float) -> str:
+        what = "a next token" if self._is_started else "a first response"
+        return (
+            f"The replica of '{self._deployment}' did not send {what} within {timeout_s:g} s; "
+            "it may be overloaded or dead."
+        )
+
+    def _admission_error(self, text: str) -> ParaServeError:
+        """Return the error for a sentence that Triton's own checks sent without a code."""
+        if _NOT_SERVED.search(text):
+            return self._refusal()
+        return InvalidRequest(self._clean(text))
+
+    def _call_error(self, error: grpc.aio.AioRpcError) -> ParaServeError:
+        text = error.details() or ""
+        if self._is_connection_lost(error):
+            if self._is_started:
+                return Unavailable(f"The replica of '{self._deployment}' was lost; retry.")
+            return self._refusal()
+        if not self._is_started and _NOT_SERVED.search(text):
+            return self._refusal()
+        if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+            text = f"The model of '{self._deployment}' failed: {self._clean(text)}"
+        return error_from_code(error.code().name, self._clean(text))
+
+    def _is_connection_lost(self, error: grpc.aio.AioRpcError) -> bool:
+        # A model may answer UNAVAILABLE too, but then the connection stands.
+        return (
+            error.code() is grpc.StatusCode.UNAVAILABLE
+            and self._channel.get_state() is not grpc.ChannelConnectivity.READY
+        )
+
+    def _refusal(self) -> ReplicaRefused:
+        return ReplicaRefused(f"The replica of '{self._deployment}' has just gone; retry.")
+
+    def _clean(self, text: str) -> str:
+        return clean_message(text).replace(f"'{self._model}'", f"'{self._deployment}'")
+
+
+def is_final(response: kserve.ModelInferResponse) -> bool:
+    mark = response.parameters.get(FINAL_MARK)
+    return mark is not None and mark.bool_param
+
+
+async def _only(
+    request: kserve.ModelInferRequest,
+) -> AsyncIterator[kserve.ModelInferRequest]:
+    yield request
+
+
+def _addressed(request: kserve.ModelInferRequest, model: str) -> kserve.ModelInferRequest:
+    """Return the client's request as the replica gets it; the end is always to be marked."""
+    addressed = kserve.ModelInferRequest()
+    addressed.CopyFrom(request)
+    addressed.model_name = model
+    addressed.model_version = ""
+    addressed.parameters[WANT_EMPTY_FINAL].bool_param = True
+    return addressed

@@ -1,0 +1,112 @@
+"""What a deployment is and how one replica of it is laid out: immutable once made.
+
+Pure records. What happens to a replica afterwards is `paraserve_scheduler.state`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paraserve_backend.checkpoint import CheckpointIndex
+from paraserve_backend.contract import LayerRange
+from paraserve_backend.families.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentSpec:
+    """What the user asked for, validated and with defaults filled in."""
+
+    name: str
+    source: str
+    endpoint_url: str | None = None
+    region: str | None = None
+    #: Objectives; `None` where the user stated none.
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    #: Idle time after which the last replica goes.
+    keep_alive_s: float
+    #: `None`: as many as there are nodes.
+    max_stages: int | None = None
+    #: Tokens; `None`: the model's own limit, as far as memory goes.
+    max_context: int | None = None
+    max_sequences: int
+    #: "cpu" or "cuda"; `None`: what the node has.
+    device: str | None = None
+
+
+# Compared and hashed by identity: one exists per deployed checkpoint, and its index is large.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Deployment:
+    spec: DeploymentSpec
+    model: ModelSpec
+    index: CheckpointIndex
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelAddress:
+    """Where one model binds its end of the activation channel."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"tcp://{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    layers: LayerRange
+    node: str
+    #: "cpu" or "cuda:<index>".
+    device: str
+    #: The node's `run_dir`, an absolute path there.
+    run_dir: str
+    weight_bytes: int
+    kv_bytes: int
+    #: Where hidden states reach this stage; `None` for stage 0, which Triton feeds.
+    listen: ChannelAddress | None
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaPlan:
+    """One replica: stage 0 is the head, every node holds at most one stage."""
+
+    deployment: str
+    number: int
+    stages: tuple[StagePlan, ...]
+    #: KV blocks of `block_size` tokens, the same number on every stage.
+    kv_blocks: int
+    block_size: int
+    max_context: int
+    max_sequences: int
+    max_batch_tokens: int
+    forward_timeout_s: float
+    #: Where sampled tokens come back to the head's link; `None` with one stage.
+    results: ChannelAddress | None
+
+    @property
+    def replica(self) -> str:
+        return f"{self.deployment}.{self.number}"
+
+    @property
+    def head(self) -> StagePlan:
+        return self.stages[0]
+
+    def stage_on(self, node: str) -> int | None:
+        """The index of the stage that `node` holds."""
+        return next((i for i, stage in enumerate(self.stages) if stage.node == node), None)
+
+    def ports_on(self, node: str) -> frozenset[int]:
+        addresses = [stage.listen for stage in self.stages if stage.node == node]
+        if self.head.node == node:
+            addresses.append(self.results)
+        return frozenset(address.port for address in addresses if address is not None)

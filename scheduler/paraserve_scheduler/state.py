@@ -1,0 +1,262 @@
+"""What the scheduler knows of the cluster: one immutable view, replaced as things happen.
+
+Pure records and questions about them. `fold` makes the next view, `policy` decides on one. Times
+are seconds since the Unix epoch; `None` where something has not happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from paraserve_backend.trace import Span
+
+from paraserve_scheduler.plans import Deployment, ReplicaPlan, StagePlan
+
+
+class Phase(StrEnum):
+    """Of a replica and of its parts."""
+
+    #: After a restart of the scheduler, until the node has reported.
+    UNKNOWN = "unknown"
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    #: Name of a `grpc.StatusCode` member.
+    grpc_code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeInfo:
+    """What an agent says about its node when it registers."""
+
+    name: str
+    agent_address: str
+    triton_grpc_address: str
+    memory_bytes: int
+    nic_bytes_per_s: float
+    run_dir: str
+    channel_host: str
+    #: Ports `[start, end)` that replicas may bind there.
+    channel_ports: tuple[int, int]
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartState:
+    """One stage of a replica as its node last reported it."""
+
+    replica: str
+    stage: int
+    phase: Phase
+    spans: tuple[Span, ...] = ()
+    fetched_bytes: int = 0
+    total_bytes: int = 0
+    failure: Failure | None = None
+    #: A heartbeat has listed it, so a later one without it means that the node lost it.
+    confirmed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeState:
+    info: NodeInfo
+    last_seen_s: float
+    #: `None` until the first heartbeat after registration.
+    triton_live: bool | None = None
+    #: Every part on the node, also those that no replica wants.
+    parts: tuple[PartState, ...] = ()
+    tier_used_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    plan: ReplicaPlan
+    phase: Phase
+    #: By stage.
+    parts: tuple[PartState, ...]
+    #: When the demand that started it was seen.
+    requested_s: float
+    planned_s: float
+    ready_s: float | None = None
+    first_token_s: float | None = None
+    stopping_s: float | None = None
+    removed_s: float | None = None
+    stop_reason: str | None = None
+    failure: Failure | None = None
+    #: The nodes have been told to remove it.
+    removing: bool = False
+    #: Loaded from the store; its nodes must confirm every part.
+    recovered: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.plan.replica
+
+    @property
+    def deployment(self) -> str:
+        return self.plan.deployment
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.phase in (Phase.STARTING, Phase.READY)
+
+    @property
+    def stage_plans(self) -> Iterator[tuple[StagePlan, PartState]]:
+        return zip(self.plan.stages, self.parts, strict=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What one gateway says about one deployment."""
+
+    deployment: str
+    waiting: int = 0
+    in_flight: int = 0
+    #: Requests since the gateway started.
+    arrived: int = 0
+    #: Running requests by replica.
+    replica_in_flight: Mapping[str, int] = field(default_factory=dict)
+    #: When a replica's first token reached the gateway.
+    first_token_s: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.waiting == 0 and self.in_flight == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayState:
+    last_report_s: float
+    #: By deployment.
+    demands: Mapping[str, Demand]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedStart:
+    at_s: float
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentState:
+    deployment: Deployment
+    deployed_s: float
+    #: The number of its newest replica; numbers are never used twice.
+    last_number: int = 0
+    last_active_s: float
+    #: Since when requests have been waiting without a break.
+    waiting_since_s: float | None = None
+    #: Starts that failed since one last succeeded.
+    failed_starts: tuple[FailedStart, ...] = ()
+    #: The newest failure told to gateways, and how many there have been.
+    failure: Failure | None = None
+    failure_number: int = 0
+    deleting: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.deployment.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """Everything the policy may look at."""
+
+    #: When this scheduler process began: before, nobody could report.
+    started_s: float
+    nodes: Mapping[str, NodeState] = field(default_factory=dict)
+    deployments: Mapping[str, DeploymentState] = field(default_factory=dict)
+    #: Live replicas, and the last stopped ones of every deployment.
+    replicas: Mapping[str, Replica] = field(default_factory=dict)
+    gateways: Mapping[str, GatewayState] = field(default_factory=dict)
+    #: (node, replica) pairs that a node has been told to remove though no replica wants them.
+    removing_parts: frozenset[tuple[str, str]] = frozenset()
+
+    def live_replicas(self, deployment: str | None = None) -> tuple[Replica, ...]:
+        """Replicas that still hold something on a node, oldest first."""
+        return tuple(
+            replica
+            for replica in self.replicas.values()
+            if replica.phase is not Phase.STOPPED and deployment in (None, replica.deployment)
+        )
+
+    def reserved_bytes(self, node: str) -> int:
+        return sum(
+            stage.reserved_bytes
+            for replica in self.live_replicas()
+            for stage in replica.plan.stages
+            if stage.node == node
+        )
+
+    def used_ports(self, node: str) -> frozenset[int]:
+        return frozenset[int]().union(
+            *(replica.plan.ports_on(node) for replica in self.live_replicas())
+        )
+
+    def running_fetches(self, node: str) -> int:
+        """How many parts are still fetching their weights to `node`."""
+        return sum(
+            stage.node == node and _is_fetching(part)
+            for replica in self.live_replicas()
+            if replica.phase is Phase.STARTING
+            for stage, part in replica.stage_plans
+        )
+
+    def orphans(self, node: NodeState) -> tuple[PartState, ...]:
+        """Parts on a node that no replica there has."""
+        return tuple(part for part in node.parts if not self._is_owned(node.info.name, part))
+
+    def _is_owned(self, node: str, part: PartState) -> bool:
+        replica = self.replicas.get(part.replica)
+        if replica is None or replica.phase is Phase.STOPPED:
+            return False
+        return replica.plan.stage_on(node) == part.stage
+
+    def demands(self, deployment: str) -> tuple[Demand, ...]:
+        """What each gateway says about `deployment`."""
+        return tuple(
+            gateway.demands[deployment]
+            for gateway in self.gateways.values()
+            if deployment in gateway.demands
+        )
+
+    def waiting(self, deployment: str) -> int:
+        return sum(demand.waiting for demand in self.demands(deployment))
+
+    def is_idle(self, deployment: str) -> bool:
+        return all(demand.is_idle for demand in self.demands(deployment))
+
+    def replica_in_flight(self, replica: Replica) -> int:
+        return sum(
+            demand.replica_in_flight.get(replica.id, 0)
+            for demand in self.demands(replica.deployment)
+        )
+
+    def heard_since(self, time_s: float) -> ClusterView:
+        """The view without gateways that have been silent since `time_s`."""
+        heard = {
+            name: gateway
+            for name, gateway in self.gateways.items()
+            if gateway.last_report_s >= time_s
+        }
+        return replace(self, gateways=heard)
+
+    def without(self, gone: tuple[Replica, ...]) -> ClusterView:
+        """The view as it will be when these replicas have left their nodes."""
+        names = {replica.id for replica in gone}
+        return replace(
+            self, replicas={key: value for key, value in self.replicas.items() if key not in names}
+        )
+
+
+def _is_fetching(part: PartState) -> bool:
+    # Before the first report nothing is known of the fetch but that it will come.
+    return part.phase is Phase.STARTING and not (0 < part.total_bytes <= part.fetched_bytes)

@@ -1,0 +1,268 @@
+"""Between the scheduler's records and the messages of paraserve.proto. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from paraserve_backend.plan import plan_fetch, stage_tensors
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.trace import Span
+
+from paraserve_scheduler.capacity import is_alive
+from paraserve_scheduler.config import PolicyConfig
+from paraserve_scheduler.events import NodeReported
+from paraserve_scheduler.model_files import fetch_id, generate_model, stage_models
+from paraserve_scheduler.plans import Deployment, DeploymentSpec, ReplicaPlan
+from paraserve_scheduler.state import (
+    ClusterView,
+    Demand,
+    DeploymentState,
+    Failure,
+    NodeInfo,
+    NodeState,
+    PartState,
+    Phase,
+    Replica,
+)
+
+_PHASES = {
+    Phase.UNKNOWN: pb.PHASE_UNSPECIFIED,
+    Phase.STARTING: pb.STARTING,
+    Phase.READY: pb.READY,
+    Phase.STOPPING: pb.STOPPING,
+    Phase.FAILED: pb.FAILED,
+    Phase.STOPPED: pb.STOPPED,
+}
+_PHASE_OF = {number: phase for phase, number in _PHASES.items()}
+
+# ---- from agents and gateways ----
+
+
+def node_info(message: pb.NodeInfo) -> NodeInfo:
+    return NodeInfo(
+        name=message.name,
+        agent_address=message.agent_address,
+        triton_grpc_address=message.triton_grpc_address,
+        memory_bytes=message.memory_bytes,
+        nic_bytes_per_s=message.nic_bytes_per_s,
+        run_dir=message.run_dir,
+        channel_host=message.channel_host,
+        channel_ports=(message.channel_port_start, message.channel_port_end),
+        devices=tuple(message.devices),
+    )
+
+
+def node_reported(message: pb.NodeStatus, at_s: float) -> NodeReported:
+    return NodeReported(
+        node=message.name,
+        triton_live=message.triton_live,
+        parts=tuple(map(part_state, message.parts)),
+        tier_used_bytes=message.tier_used_bytes,
+        at_s=at_s,
+    )
+
+
+def part_state(message: pb.PartStatus) -> PartState:
+    return PartState(
+        replica=message.replica,
+        stage=message.stage,
+        phase=_PHASE_OF.get(message.phase, Phase.UNKNOWN),
+        spans=tuple(
+            Span(name=span.name, start_s=span.start_s, end_s=span.end_s, size_bytes=span.bytes)
+            for span in message.spans
+        ),
+        fetched_bytes=message.fetched_bytes,
+        total_bytes=message.total_bytes,
+        failure=_failure(message.failure) if message.HasField("failure") else None,
+    )
+
+
+def _failure(message: pb.Failure) -> Failure:
+    return Failure(grpc_code=message.grpc_code, message=message.message)
+
+
+def demand(message: pb.Demand) -> Demand:
+    return Demand(
+        deployment=message.deployment,
+        waiting=message.waiting,
+        in_flight=message.in_flight,
+        arrived=message.arrived,
+        replica_in_flight={entry.replica: entry.in_flight for entry in message.replicas},
+        first_token_s={
+            entry.replica: entry.first_token_s
+            for entry in message.replicas
+            if entry.first_token_s > 0
+        },
+    )
+
+
+# ---- to agents ----
+
+
+def part_message(
+    deployment: Deployment, plan: ReplicaPlan, stage: int, keys: pb.ChannelKeys | None
+) -> pb.Part:
+    """Everything the node of `stage` needs to serve it."""
+    models = stage_models(plan, deployment.model, stage)
+    return pb.Part(
+        deployment=plan.deployment,
+        replica=plan.replica,
+        stage=stage,
+        models=[
+            pb.ModelFiles(name=model.name, files=model.files, load_wave=model.load_wave)
+            for model in models
+        ],
+        fetch=_fetch(deployment, plan, stage),
+        channel_keys=keys,
+    )
+
+
+def _fetch(deployment: Deployment, plan: ReplicaPlan, stage: int) -> pb.Fetch:
+    model, index = deployment.model, deployment.index
+    tensors = stage_tensors(
+        index, model.names, tied=model.tie_word_embeddings, layers=plan.stages[stage].layers
+    )
+    return pb.Fetch(
+        plan_json=plan_fetch(index, tensors, fetch_id=fetch_id(plan, stage)).to_json(),
+        endpoint_url=deployment.spec.endpoint_url or "",
+        region=deployment.spec.region or "",
+    )
+
+
+# ---- to gateways ----
+
+
+def route_table(view: ClusterView) -> pb.RouteTable:
+    """Every deployment that takes requests, with its ready replicas."""
+    return pb.RouteTable(
+        routes=[_route(view, state) for state in view.deployments.values() if not state.deleting]
+    )
+
+
+def _route(view: ClusterView, state: DeploymentState) -> pb.Route:
+    return pb.Route(
+        deployment=state.name,
+        endpoints=[
+            _endpoint(replica, view.nodes[replica.plan.head.node])
+            for replica in view.live_replicas(state.name)
+            if replica.phase is Phase.READY
+        ],
+        failure=_failure_message(state.failure),
+        failure_number=state.failure_number,
+    )
+
+
+def _endpoint(replica: Replica, head: NodeState) -> pb.Endpoint:
+    return pb.Endpoint(
+        replica=replica.id,
+        model=generate_model(replica.plan),
+        triton_grpc_address=head.info.triton_grpc_address,
+    )
+
+
+def _failure_message(failure: Failure | None) -> pb.Failure | None:
+    if failure is None:
+        return None
+    return pb.Failure(grpc_code=failure.grpc_code, message=failure.message)
+
+
+# ---- to users ----
+
+
+def cluster_status(view: ClusterView, now_s: float, config: PolicyConfig) -> pb.ClusterStatus:
+    return pb.ClusterStatus(
+        nodes=[
+            pb.NodeView(
+                info=_node_message(node.info),
+                alive=is_alive(node, now_s, config),
+                last_seen_s=node.last_seen_s,
+                reserved_bytes=view.reserved_bytes(name),
+                tier_used_bytes=node.tier_used_bytes,
+            )
+            for name, node in sorted(view.nodes.items())
+        ],
+        deployments=[deployment_status(view, state) for state in view.deployments.values()],
+    )
+
+
+def deployment_status(view: ClusterView, state: DeploymentState) -> pb.DeploymentStatus:
+    return pb.DeploymentStatus(
+        spec=spec_message(state.deployment.spec),
+        architecture=state.deployment.model.architecture,
+        weight_bytes=state.deployment.index.size_bytes,
+        replicas=_replica_messages(
+            replica for replica in view.replicas.values() if replica.deployment == state.name
+        ),
+        failure=_failure_message(state.failure),
+    )
+
+
+def spec_message(spec: DeploymentSpec) -> pb.DeploymentSpec:
+    return pb.DeploymentSpec(
+        name=spec.name,
+        source=spec.source,
+        ttft_slo_s=spec.ttft_slo_s or 0,
+        tpot_slo_s=spec.tpot_slo_s or 0,
+        endpoint_url=spec.endpoint_url or "",
+        region=spec.region or "",
+        keep_alive_s=spec.keep_alive_s,
+        max_stages=spec.max_stages or 0,
+        max_context=spec.max_context or 0,
+        max_sequences=spec.max_sequences,
+        device=spec.device or "",
+    )
+
+
+def _node_message(info: NodeInfo) -> pb.NodeInfo:
+    start, end = info.channel_ports
+    return pb.NodeInfo(
+        name=info.name,
+        agent_address=info.agent_address,
+        triton_grpc_address=info.triton_grpc_address,
+        memory_bytes=info.memory_bytes,
+        nic_bytes_per_s=info.nic_bytes_per_s,
+        run_dir=info.run_dir,
+        channel_host=info.channel_host,
+        channel_port_start=start,
+        channel_port_end=end,
+        devices=info.devices,
+    )
+
+
+def _replica_messages(replicas: Iterable[Replica]) -> list[pb.ReplicaStatus]:
+    return [
+        pb.ReplicaStatus(
+            replica=replica.id,
+            phase=_PHASES[replica.phase],
+            parts=[
+                pb.ReplicaPart(
+                    node=stage.node,
+                    layer_start=stage.layers.start,
+                    layer_end=stage.layers.end,
+                    status=_part_message(part),
+                )
+                for stage, part in replica.stage_plans
+            ],
+            requested_s=replica.requested_s,
+            planned_s=replica.planned_s,
+            ready_s=replica.ready_s or 0,
+            first_token_s=replica.first_token_s or 0,
+            removed_s=replica.removed_s or 0,
+        )
+        for replica in replicas
+    ]
+
+
+def _part_message(part: PartState) -> pb.PartStatus:
+    return pb.PartStatus(
+        replica=part.replica,
+        stage=part.stage,
+        phase=_PHASES[part.phase],
+        spans=[
+            pb.Span(name=span.name, start_s=span.start_s, end_s=span.end_s, bytes=span.size_bytes)
+            for span in part.spans
+        ],
+        fetched_bytes=part.fetched_bytes,
+        total_bytes=part.total_bytes,
+        failure=_failure_message(part.failure),
+    )

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from paraserve_backend.tier import Tier
+from tests.backend.checkpoints import write_checkpoint
+from tests.backend.stores import ACCESS_KEY, SECRET_KEY
+
+
+@pytest.fixture
+def aws_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test stores' credentials, and nothing of what the machine has."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model folder of 4 layers in 2 shards."""
+    return write_checkpoint(tmp_path / "model", shards=2)
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> Iterator[Tier]:
+    tier = Tier.open(tmp_path / "tier")
+    yield tier
+    assert tier.check_integrity() == ()
+    tier.close()
