@@ -1,6 +1,6 @@
 """Tokens per second of the stage engine against transformers eager: same weights, CPU, one process.
 
-    python integration/bench_engine.py [--dtype bfloat16] [--threads 2]
+    python -m integration.bench_engine [--dtype bfloat16] [--threads 2]
 
 The two take turns and the best of several runs counts, so that a busy machine disturbs both alike.
 The last line is JSON: figures, targets and whether they are met.
@@ -12,8 +12,9 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from paraserve_backend.contract import Dtype, LayerRange
@@ -30,7 +31,7 @@ NEW_TOKENS = 24
 BATCH_SIZES = (1, 8)
 REPEATS = 3
 #: About 100 million parameters.
-SIZES = {
+SIZES: Mapping[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -51,7 +52,7 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        model = write_model(Path(folder), "llama", dtype=TORCH_DTYPE[options.dtype], **SIZES)
+        model = write_model(Path(folder), dtype=TORCH_DTYPE[options.dtype], **SIZES)
         model.oracle.set_attn_implementation("eager")
         contenders = {"paraserve": run_ours(model), "transformers": run_transformers(model)}
         figures = {

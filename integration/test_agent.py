@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _CONFIG = """
 name: "{name}"
-backend: "python"
+backend: "scripted"
 max_batch_size: 0
 input [{{ name: "x" data_type: TYPE_INT32 dims: [1] }}]
 output [{{ name: "x" data_type: TYPE_INT32 dims: [1] }}]
@@ -56,13 +56,15 @@ ensemble_scheduling {{ step [{{
   input_map {{ key: "x" value: "x" }} output_map {{ key: "x" value: "x" }}
 }}] }}
 """
-_MODEL = """
-import pathlib, time
+# A model of this backend does at load what its script says. The script is no 1/model.py: Python
+# would leave bytecode beside it, and Triton reload the model for that.
+_SCRIPTED = """
+import runpy
 import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
     def initialize(self, args):
-{initialize}
+        runpy.run_path(args["model_repository"] + "/load.py")
 
     def execute(self, requests):
         return [
@@ -73,9 +75,10 @@ class TritonPythonModel:
 _LIMIT_S = 60.0
 
 
-def python_model(name: str, initialize: str = "pass") -> pb.ModelFiles:
-    code = _MODEL.format(initialize=textwrap.indent(textwrap.dedent(initialize), " " * 8))
-    files = {"config.pbtxt": _CONFIG.format(name=name).encode(), "1/model.py": code.encode()}
+def scripted_model(name: str, script: str = "") -> pb.ModelFiles:
+    code = "import pathlib, time\n" + textwrap.dedent(script)
+    config = _CONFIG.format(name=name)
+    files = {"config.pbtxt": config.encode(), "load.py": code.encode(), "1/none": b""}
     return pb.ModelFiles(name=name, files=files)
 
 
@@ -93,7 +96,7 @@ def make_part(*models: pb.ModelFiles, plan: FetchPlan | None = None) -> pb.Part:
     return pb.Part(
         deployment="tiny",
         replica="tiny.1",
-        models=models or [python_model("tiny.1")],
+        models=models or [scripted_model("tiny.1")],
         fetch=pb.Fetch(plan_json=plan.to_json()) if plan else None,
     )
 
@@ -162,6 +165,7 @@ class Node:
 @pytest.fixture
 def triton(tmp_path: Path) -> Iterator[TritonServer]:
     with TritonServer(tmp_path / "triton") as server:
+        server.add_backend("scripted", _SCRIPTED)
         yield server
 
 
@@ -248,7 +252,7 @@ def test_a_part_becomes_ready_and_is_removed_without_a_trace(
         plan = make_plan(tmp_path / "model")
         read_weights = _READ_WEIGHTS.format(tier=str(node.config.run_dir / "tier"))
         stage, forward = "tiny.1.stage0", "tiny.1.forward"
-        part = make_part(ensemble(forward, stage), python_model(stage, read_weights), plan=plan)
+        part = make_part(ensemble(forward, stage), scripted_model(stage, read_weights), plan=plan)
         part.channel_keys.CopyFrom(pb.ChannelKeys(public_key="p" * 40, secret_key="s" * 40))
 
         statuses = await node.apply(part)
@@ -290,8 +294,8 @@ def test_a_model_that_fails_to_load_ends_the_part_with_its_own_sentence(
 
     async def play(node: Node) -> None:
         part = make_part(
-            python_model("tiny.1"),
-            python_model("tiny.1.link", fail),
+            scripted_model("tiny.1"),
+            scripted_model("tiny.1.link", fail),
             plan=make_plan(tmp_path / "model"),
         )
         last = (await node.apply(part))[-1]
@@ -318,7 +322,7 @@ def test_a_source_that_is_gone_ends_the_part_even_while_a_model_waits_for_its_by
     async def play(node: Node) -> None:
         plan = make_plan(tmp_path / "model")
         (tmp_path / "model").rename(tmp_path / "elsewhere")
-        model = python_model("tiny.1", wait.format(tier=str(node.config.run_dir / "tier")))
+        model = scripted_model("tiny.1", wait.format(tier=str(node.config.run_dir / "tier")))
         last = (await node.apply(make_part(model, plan=plan)))[-1]
         assert (last.phase, last.failure.grpc_code) == (pb.FAILED, "NOT_FOUND")
         assert "no longer" in last.failure.message
@@ -355,7 +359,7 @@ def test_applying_a_part_twice_at_once_loads_it_once(triton: TritonServer, tmp_p
     """
 
     async def play(node: Node) -> None:
-        part = make_part(python_model("tiny.1", note))
+        part = make_part(scripted_model("tiny.1", note))
         first, second = await asyncio.gather(node.apply(part), node.apply(part))
         third = await node.apply(part)
         assert {first[-1].phase, second[-1].phase, third[-1].phase} == {pb.READY}
@@ -367,7 +371,7 @@ def test_applying_a_part_twice_at_once_loads_it_once(triton: TritonServer, tmp_p
 
 def waiting_model(started: Path, gate: Path) -> pb.ModelFiles:
     """Return a model whose load is under way once `started` is there, and ends with `gate`."""
-    return python_model(
+    return scripted_model(
         "tiny.1",
         f"""
         pathlib.Path({str(started)!r}).touch()
@@ -472,7 +476,7 @@ def test_prefetched_bytes_are_not_fetched_again_and_a_removal_frees_them(
 def test_a_wrong_request_is_refused_with_a_sentence(triton: TritonServer, tmp_path: Path) -> None:
     async def play(node: Node) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await node.apply(make_part(python_model("other")))
+            await node.apply(make_part(scripted_model("other")))
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert caught.value.details() == "Model other does not belong to tiny.1."
         assert list((await node.describe()).parts) == []
@@ -485,7 +489,7 @@ def test_an_agent_starts_by_removing_what_an_earlier_one_left(
 ) -> None:
     async def leave_models() -> None:
         client = TritonClient(triton.grpc_address)
-        for model in (python_model("tiny.1"), ensemble("tiny.1.forward", "tiny.1")):
+        for model in (scripted_model("tiny.1"), ensemble("tiny.1.forward", "tiny.1")):
             ModelRepository(triton.model_repository).write(model.name, model.files)
             await client.load(model.name)
         await client.close()

@@ -86,6 +86,12 @@ class TritonServer:
         for region in self.shm_regions():
             region.unlink(missing_ok=True)
 
+    def add_backend(self, name: str, code: str) -> None:
+        """Give the server a Python-based backend for models that need no file of their own."""
+        model = self._backends / name / "model.py"
+        model.parent.mkdir()
+        model.write_text(code, encoding="utf-8")
+
     def shm_regions(self) -> list[Path]:
         """Return the shared memory of the server's Python processes."""
         return sorted(_SHM.glob(f"{self.shm_prefix}*"))

@@ -171,8 +171,12 @@ def _part_removed(view: ClusterView, event: PartRemoved) -> ClusterView:
     node = view.nodes.get(event.node)
     if node is None:
         return view
-    parts = tuple(part for part in node.parts if part.replica != event.replica)
-    return replace(view, nodes=_with(view.nodes, event.node, replace(node, parts=parts)))
+    node = _without_part(node, event.replica)
+    return replace(view, nodes=_with(view.nodes, event.node, node))
+
+
+def _without_part(node: NodeState, replica: str) -> NodeState:
+    return replace(node, parts=tuple(part for part in node.parts if part.replica != replica))
 
 
 # ---- demand ----
@@ -286,7 +290,9 @@ def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:
     ]
     forgotten = set(stopped[:-KEPT_REPLICAS])
     kept = {name: replica for name, replica in view.replicas.items() if name not in forgotten}
-    return replace(view, replicas=kept)
+    # What a node could not remove, its next heartbeat will list again.
+    nodes = {name: _without_part(node, event.replica) for name, node in view.nodes.items()}
+    return replace(view, replicas=kept, nodes=nodes)
 
 
 def _deployment_failed(view: ClusterView, action: FailDeployment) -> ClusterView:

@@ -6,9 +6,9 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 _Record = TypeVar("_Record")
 
@@ -23,35 +23,32 @@ def dump(record: object) -> str:
 def load(record: type[_Record], text: str) -> _Record:
     """Read what `dump` wrote; raises `ValueError` for what another version wrote."""
     try:
-        built: _Record = _build(record, json.loads(text))
-        return built
+        return _build_record(record, json.loads(text))
     except (TypeError, KeyError) as error:
         raise ValueError(f"not a {record.__name__} of this version: {error}") from error
 
 
-def _build(hint: Any, value: Any) -> Any:
+def _build(hint: object, value: object) -> object:
     if value is None:
         return None
-    hint = _without_none(hint)
-    if is_dataclass(hint):
-        return _build_record(hint, value)
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
+    plain = _without_none(hint)
+    if is_dataclass(plain) and isinstance(value, Mapping):
+        return _build_record(cast(type[object], plain), value)
+    if typing.get_origin(plain) is tuple and isinstance(value, list):
+        item = typing.get_args(plain)[0]
         return tuple(_build(item, entry) for entry in value)
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return hint(value)
+    if isinstance(plain, type) and issubclass(plain, StrEnum):
+        return plain(str(value))
     return value
 
 
-def _build_record(record: Any, values: Mapping[str, Any]) -> Any:
+def _build_record(record: type[_Record], values: Mapping[str, object]) -> _Record:
     hints = typing.get_type_hints(record)
-    unknown = set(values) - {field.name for field in fields(record)}
-    if unknown:
-        raise KeyError(f"unknown fields {sorted(unknown)}")
     return record(**{name: _build(hints[name], value) for name, value in values.items()})
 
 
-def _without_none(hint: Any) -> Any:
+def _without_none(hint: object) -> object:
+    """`T` of `T | None`."""
     if not isinstance(hint, types.UnionType):
         return hint
     return next(part for part in typing.get_args(hint) if part is not types.NoneType)

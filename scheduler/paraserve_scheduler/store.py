@@ -26,7 +26,8 @@ CREATE TABLE deployments (
     deployed_s REAL NOT NULL, deleting INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE replicas (
-    replica TEXT PRIMARY KEY, deployment TEXT NOT NULL, number INTEGER NOT NULL, record TEXT NOT NULL
+    replica TEXT PRIMARY KEY, deployment TEXT NOT NULL, number INTEGER NOT NULL,
+    record TEXT NOT NULL
 ) STRICT;
 CREATE TABLE counters (
     deployment TEXT PRIMARY KEY, last_number INTEGER NOT NULL, failure_number INTEGER NOT NULL

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 from paraserve_backend.spans import Span, merge, subtract, within
@@ -16,7 +18,7 @@ def test_merge_keeps_the_set_and_leaves_gaps_between_spans(some: list[Span]) -> 
     merged = merge(some)
     assert members(merged) == members(some)
     assert all(start < end for start, end in merged)
-    assert all(left[1] < right[0] for left, right in zip(merged, merged[1:], strict=False))
+    assert all(left[1] < right[0] for left, right in pairwise(merged))
 
 
 @given(spans, spans)

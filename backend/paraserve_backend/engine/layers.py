@@ -64,28 +64,38 @@ class DecoderLayer:
         self, hidden: torch.Tensor, rotation: Rotation, plan: AttentionPlan
     ) -> torch.Tensor:
         weights = self._parameters
-        query = self._heads(linear(hidden, weights.query, weights.query_bias))
-        keys = self._heads(linear(hidden, weights.key, weights.key_bias))
-        values = self._heads(linear(hidden, weights.value, weights.value_bias))
+        query = self._heads(project(hidden, weights.query, weights.query_bias))
+        keys = self._heads(project(hidden, weights.key, weights.key_bias))
+        values = self._heads(project(hidden, weights.value, weights.value_bias))
         if weights.query_norm is not None:
             query = rms_norm(query, weights.query_norm, self._norm_eps)
         if weights.key_norm is not None:
             keys = rms_norm(keys, weights.key_norm, self._norm_eps)
         query, keys = rotation.apply(query), rotation.apply(keys)
         attended = attend(query, keys, values, self._cache, plan, self._window)
-        return linear(attended.flatten(1), weights.output, weights.output_bias)
+        return project(attended.flatten(1), weights.output, weights.output_bias)
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.view(len(projected), -1, self._head_dim)
 
     def _mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         weights = self._parameters
-        gate = silu(linear(hidden, weights.gate, weights.gate_bias), inplace=True)
-        return linear(
-            gate.mul_(linear(hidden, weights.up, weights.up_bias)),
+        gate = silu(project(hidden, weights.gate, weights.gate_bias), inplace=True)
+        return project(
+            gate.mul_(project(hidden, weights.up, weights.up_bias)),
             weights.down,
             weights.down_bias,
         )
+
+
+def project(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Map `[tokens, inputs]` to `[tokens, outputs]` with a weight `[outputs, inputs]`."""
+    if len(hidden) == 1 and bias is None and hidden.device.type == "cpu":
+        # Decoding one sequence: this kernel reads bfloat16 weights up to 1.5 times as fast.
+        return torch.mv(weight, hidden[0])[None]
+    return linear(hidden, weight, bias)
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

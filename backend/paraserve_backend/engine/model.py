@@ -9,14 +9,14 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from paraserve_backend.contract import LayerRange
 from paraserve_backend.engine.attention import plan_attention
 from paraserve_backend.engine.batch import ForwardBatch
 from paraserve_backend.engine.dtypes import TORCH_DTYPE
 from paraserve_backend.engine.kv_cache import KvCache
-from paraserve_backend.engine.layers import DecoderLayer, LayerParameters, rms_norm
+from paraserve_backend.engine.layers import DecoderLayer, LayerParameters, project, rms_norm
 from paraserve_backend.engine.rope import frequencies, rotation
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.families.spec import ModelSpec
@@ -115,7 +115,7 @@ class StageModel:
             return hidden
         last_tokens = torch.tensor(_sampled_tokens(batch), dtype=torch.int64)
         chosen = hidden.index_select(0, last_tokens.to(hidden.device))
-        return linear(rms_norm(chosen, self._norm, self.spec.norm_eps), self._head)
+        return project(rms_norm(chosen, self._norm, self.spec.norm_eps), self._head)
 
 
 class _CheckedWeights:

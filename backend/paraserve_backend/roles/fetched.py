@@ -95,7 +95,7 @@ def _fetch_here(config: WeightsConfig, uri: str) -> Fetched:
     whole = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
     tensors = stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=whole)
     plan = plan_fetch(index, tensors, fetch_id=f"standalone.{os.getpid()}")
-    folder = Path(tempfile.mkdtemp(prefix="paraserve-standalone-", dir=_HOST_MEMORY))
+    folder = Path(tempfile.mkdtemp(prefix=f"paraserve-standalone-{os.getpid()}-", dir=_HOST_MEMORY))
     tier = Tier.open(folder / "tier")
     tier.begin(plan)
     cancel = threading.Event()

@@ -43,7 +43,7 @@ class GrpcService(RefusedCalls):
         self, request: kserve.ModelReadyRequest, context: Context
     ) -> kserve.ModelReadyResponse:
         try:
-            self._routes.require(request.name, request.version)
+            await self._routes.require(request.name, request.version)
         except NotFound:
             return kserve.ModelReadyResponse(ready=False)
         except ParaServeError as error:
@@ -95,7 +95,7 @@ class GrpcService(RefusedCalls):
 
     async def _require(self, deployment: str, version: str, context: Context) -> None:
         try:
-            self._routes.require(deployment, version)
+            await self._routes.require(deployment, version)
         except ParaServeError as error:
             await abort(context, error)
 

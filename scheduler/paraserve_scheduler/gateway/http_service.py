@@ -60,9 +60,8 @@ class HttpService:
         return web.Response()
 
     async def _ready(self, request: web.Request) -> web.Response:
-        return web.Response(
-            status=HTTPStatus.OK if self._routes.is_known else HTTPStatus.BAD_REQUEST
-        )
+        is_ready = self._routes.is_known
+        return web.Response(status=HTTPStatus.OK if is_ready else HTTPStatus.BAD_REQUEST)
 
     async def _server_metadata(self, request: web.Request) -> web.Response:
         return _json(metadata.server_metadata())
@@ -71,13 +70,13 @@ class HttpService:
         return _json(metadata.model_index(self._routes.deployments))
 
     async def _model_metadata(self, request: web.Request) -> web.Response:
-        return _json(metadata.model_metadata(self._deployment(request)))
+        return _json(metadata.model_metadata(await self._deployment(request)))
 
     async def _model_config(self, request: web.Request) -> web.Response:
-        return _json(metadata.model_config(self._deployment(request)))
+        return _json(metadata.model_config(await self._deployment(request)))
 
     async def _model_ready(self, request: web.Request) -> web.Response:
-        self._deployment(request)
+        await self._deployment(request)
         return web.Response()
 
     async def _infer(self, http: web.Request) -> web.Response:
@@ -114,9 +113,9 @@ class HttpService:
             await events.send_error(INTERNAL_ERROR)
         return events.response
 
-    def _deployment(self, request: web.Request) -> str:
+    async def _deployment(self, request: web.Request) -> str:
         deployment, version = _model(request)
-        self._routes.require(deployment, version)
+        await self._routes.require(deployment, version)
         return deployment
 
 

@@ -49,7 +49,7 @@ def generate_request(deployment: str, version: str, body: bytes) -> kserve.Model
             values = value if isinstance(value, list) else [value]
             _add_input(request, key, INPUT_SPECS[key].datatype, [len(values)], values)
         else:
-            _set_parameter(request.parameters[key], key, value)
+            _set_parameters(request.parameters, {key: value})
     return request
 
 
@@ -230,14 +230,14 @@ def _parameters(fields: Json, where: str) -> Json:
 
 def _set_parameters(parameters: Mapping[str, kserve.InferParameter], values: Json) -> None:
     for key, value in values.items():
-        _set_parameter(parameters[key], key, value)
+        _set_parameter(parameters[_text(key, "the name of a parameter")], key, value)
 
 
 def _set_parameter(parameter: kserve.InferParameter, key: str, value: object) -> None:
     if isinstance(value, bool):
         parameter.bool_param = value
     elif isinstance(value, str):
-        parameter.string_param = value
+        parameter.string_param = _text(value, key)
     elif isinstance(value, float):
         parameter.double_param = value
     elif isinstance(value, int) and -_INT64_MAX <= value <= _INT64_MAX:
@@ -258,9 +258,13 @@ def _objects(fields: Json, key: str) -> list[Json]:
 
 
 def _text(value: object, what: str) -> str:
-    if isinstance(value, str):
-        return value
-    raise InvalidRequest(f"'{what}' must be a string.")
+    if not isinstance(value, str):
+        raise InvalidRequest(f"'{what}' must be a string.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"'{what}' has half a surrogate pair in its text.") from None
+    return value
 
 
 def _refuse_constant(name: str) -> object:

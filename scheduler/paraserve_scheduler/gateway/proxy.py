@@ -48,7 +48,7 @@ class Proxy:
         Raises:
             ParaServeError: one sentence for the client, under the right code.
         """
-        self._admit(request)
+        await self._admit(request)
         await self._forward(request, send)
 
     async def single(self, request: kserve.ModelInferRequest) -> kserve.ModelInferResponse:
@@ -58,7 +58,7 @@ class Proxy:
             InvalidRequest: the request asks for a stream, or got one.
             ParaServeError: as `stream`.
         """
-        self._admit(request)
+        await self._admit(request)
         if flag(request, "stream"):
             raise InvalidRequest(
                 "A request with one response cannot have 'stream' true: use ModelStreamInfer "
@@ -72,8 +72,8 @@ class Proxy:
         await self._forward(request, collect)
         return _only_one(request.model_name, [r for r in responses if r.outputs])
 
-    def _admit(self, request: kserve.ModelInferRequest) -> None:
-        self._routes.require(request.model_name, request.model_version)
+    async def _admit(self, request: kserve.ModelInferRequest) -> None:
+        await self._routes.require(request.model_name, request.model_version)
         validate(request)
 
     async def _forward(self, request: kserve.ModelInferRequest, send: Send) -> None:

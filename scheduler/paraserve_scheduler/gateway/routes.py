@@ -7,8 +7,8 @@ request anywhere (`upstream` does).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from paraserve_backend.errors import (
     DeadlineExceeded,
@@ -23,6 +23,7 @@ from paraserve_scheduler.gateway.failures import error_from_code
 from paraserve_scheduler.gateway.metadata import MODEL_VERSION
 
 _NAMES_IN_ERROR = 20
+_FIRST_TABLE_TIMEOUT_S = 5.0
 
 
 class Routes:
@@ -58,13 +59,17 @@ class Routes:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def require(self, deployment: str, version: str = "") -> None:
-        """Check that a deployment exists.
+    async def require(self, deployment: str, version: str = "") -> None:
+        """Check that a deployment exists; waits a moment for the very first table.
 
         Raises:
             NotFound: the scheduler has no such deployment, or it has no such version.
             Unavailable: the scheduler has not been reached yet.
         """
+        if self._table is None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FIRST_TABLE_TIMEOUT_S):
+                    await self._changed.wait()
         self._route(deployment)
         if version not in ("", MODEL_VERSION):
             raise NotFound(
@@ -72,7 +77,7 @@ class Routes:
                 f"Every deployment has version {MODEL_VERSION} only."
             )
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lease(
         self, deployment: str, *, refused: frozenset[str] = frozenset()
     ) -> AsyncIterator[pb.Endpoint]:

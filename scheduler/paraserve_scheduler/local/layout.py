@@ -81,7 +81,6 @@ class ClusterFiles:
 
     def __init__(self, state_dir: Path, name: str) -> None:
         self.state_dir = state_dir
-        self.layout = state_dir / "layout.json"
         #: There while the cluster is up and ready.
         self.cluster = state_dir / "cluster.json"
         #: Locked by the supervisor as long as it lives.
@@ -153,15 +152,11 @@ def check_name(name: str) -> str:
     return name
 
 
-def write_json(path: Path, record: ClusterLayout | RunningCluster) -> None:
+def write_running(path: Path, record: RunningCluster) -> None:
     """Write a record so that readers see it whole or not at all."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(record), default=str, indent=2), encoding="utf-8")
     temporary.replace(path)
-
-
-def read_layout(path: Path) -> ClusterLayout:
-    return load_config(ClusterLayout, path)
 
 
 def read_running(path: Path) -> RunningCluster:

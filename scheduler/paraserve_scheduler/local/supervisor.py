@@ -32,8 +32,7 @@ from paraserve_scheduler.local.layout import (
     Process,
     RunningCluster,
     ensure_secrets,
-    read_layout,
-    write_json,
+    write_running,
 )
 from paraserve_scheduler.local.processes import process_waves, this_machine, write_files
 
@@ -76,7 +75,7 @@ class Supervisor:
         for specs in process_waves(self._layout, machine):
             self._start_wave(specs)
         self._wait_for_nodes()
-        write_json(self._layout.files.cluster, self._running())
+        write_running(self._layout.files.cluster, self._running())
         self._news.send(event="up")
 
     def _start_wave(self, specs: Sequence[ProcessSpec]) -> None:
@@ -141,7 +140,6 @@ class Supervisor:
         for wave in reversed(self._waves):
             stop(wave, _STOP_GRACE_S)
         removed = leftovers.sweep(SHM, files.shm_prefix)
-        files.layout.unlink(missing_ok=True)
         logger.info("stopped name=%s swept=%d", self._layout.name, len(removed))
 
 
@@ -178,23 +176,12 @@ class Reporter:
             logger.info("nobody listens")
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold the lock of a cluster; yields whether it was free. Ends with the process at the latest."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def main(argv: Sequence[str]) -> int:
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if os.fork():
+        os._exit(0)  # nobody has to wait for the supervisor
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     news = Reporter(sys.stdout.buffer)
-    layout = read_layout(Path(argv[0]))
+    layout = load_record(ClusterLayout, json.loads(sys.stdin.buffer.readline() or "{}"))
     with locked(layout.files.lock) as is_ours:
         if not is_ours:
             news.send(event="failed", message=f"Cluster '{layout.name}' is being started already.")

@@ -1,0 +1,101 @@
+"""Whether something can be deployed: its settings, and a look at the checkpoint they name.
+
+Reads headers from the source, so it blocks; nothing is stored or placed here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from paraserve_backend.checkpoint import CheckpointIndex, read_index
+from paraserve_backend.contract import LayerRange
+from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
+from paraserve_backend.families.spec import ModelSpec
+from paraserve_backend.families.table import model_spec
+from paraserve_backend.families.tensors import check_tensors
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.source import open_source
+
+from paraserve_scheduler.config import DeploymentDefaults
+from paraserve_scheduler.plans import Deployment, DeploymentSpec
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_DEVICES = ("cpu", "cuda")
+_TOKENIZER = "tokenizer.json"
+
+
+def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> DeploymentSpec:
+    """Check what the user stated and fill in the rest.
+
+    Raises:
+        InvalidRequest: names the field and what it may be.
+    """
+    if not _NAME.fullmatch(message.name):
+        raise InvalidRequest(
+            f"Deployment name {message.name!r} is not valid: use 1 to 63 lower-case letters, "
+            "digits and dashes, with no dash at either end."
+        )
+    if message.device and message.device not in _DEVICES:
+        raise InvalidRequest(f"device {message.device!r} is not one of {', '.join(_DEVICES)}.")
+    return DeploymentSpec(
+        name=message.name,
+        source=message.source,
+        endpoint_url=message.endpoint_url or None,
+        region=message.region or None,
+        ttft_slo_s=_seconds("ttft_slo_s", message.ttft_slo_s),
+        tpot_slo_s=_seconds("tpot_slo_s", message.tpot_slo_s),
+        keep_alive_s=_seconds("keep_alive_s", message.keep_alive_s) or defaults.keep_alive_s,
+        max_stages=message.max_stages or None,
+        max_context=message.max_context or None,
+        max_sequences=message.max_sequences or defaults.max_sequences,
+        device=message.device or None,
+    )
+
+
+def read_deployment(spec: DeploymentSpec) -> Deployment:
+    """Read the checkpoint's headers and check that we can run what they describe.
+
+    Raises:
+        InvalidCheckpoint, UnsupportedModel: the files are wrong or of a kind we cannot run.
+        InvalidRequest: the source or the context length does not make sense.
+        NotFound, AccessDenied, SourceUnavailable: the source cannot be read.
+    """
+    source = open_source(spec.source, endpoint_url=spec.endpoint_url, region=spec.region)
+    index = read_index(source)
+    model = model_spec(index.config)
+    _check_weights(model, index)
+    _check_tokenizer(spec, index)
+    _check_context(spec, model)
+    return Deployment(spec=spec, model=model, index=index)
+
+
+def _seconds(field: str, value: float) -> float | None:
+    """A duration the user may leave out, which protobuf gives as 0."""
+    if value == 0:
+        return None
+    if not math.isfinite(value) or value < 0:
+        raise InvalidRequest(f"{field} is {value:g}; it must be a finite number of seconds > 0.")
+    return value
+
+
+def _check_weights(model: ModelSpec, index: CheckpointIndex) -> None:
+    whole = LayerRange(start=0, end=model.num_layers, total=model.num_layers)
+    stored = {name: tensor.shape for name, tensor in index.tensors.items()}
+    check_tensors(model, whole, stored)
+
+
+def _check_tokenizer(spec: DeploymentSpec, index: CheckpointIndex) -> None:
+    if _TOKENIZER not in {stored.key for stored in index.files}:
+        raise InvalidCheckpoint(
+            f"{spec.source} has no {_TOKENIZER}: save the tokenizer beside the weights "
+            "(tokenizer.save_pretrained of a fast tokenizer)."
+        )
+
+
+def _check_context(spec: DeploymentSpec, model: ModelSpec) -> None:
+    if spec.max_context is not None and spec.max_context > model.context_length:
+        raise InvalidRequest(
+            f"max_context {spec.max_context} is more than the {model.context_length} tokens "
+            f"the model was made for."
+        )

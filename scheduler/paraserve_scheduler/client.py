@@ -1,0 +1,101 @@
+"""A thin client of service Scheduler for the command line: our errors instead of gRPC's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import TypeVar
+
+import grpc
+from paraserve_backend.errors import (
+    AccessDenied,
+    AlreadyExists,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    ParaServeError,
+    Unavailable,
+)
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.rpc.auth import metadata
+from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
+
+_CONNECT_TIMEOUT_S = 5.0
+#: Deploying reads the headers of a checkpoint from its store.
+_CALL_TIMEOUT_S = 120.0
+_BY_CODE: dict[str, type[ParaServeError]] = {
+    error.grpc_code: error
+    for error in (
+        AccessDenied,
+        AlreadyExists,
+        Cancelled,
+        DeadlineExceeded,
+        InvalidRequest,
+        NotFound,
+        Unavailable,
+    )
+} | {"UNAUTHENTICATED": AccessDenied}
+
+Reply = TypeVar("Reply")
+
+
+class SchedulerClient:
+    """Blocking; use it as a context manager. Every method raises `ParaServeError` of our tree."""
+
+    def __init__(self, address: str, token: str | None) -> None:
+        self._address = address
+        self._metadata = metadata(token)
+        self._channel = grpc.insecure_channel(
+            address,
+            options=[("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)],
+        )
+        self._stub = SchedulerStub(self._channel)
+
+    def __enter__(self) -> SchedulerClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._channel.close()
+
+    def deploy(self, spec: pb.DeploymentSpec) -> pb.DeploymentStatus:
+        return self._call(
+            lambda: self._stub.Deploy(spec, timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
+        )
+
+    def delete(self, name: str) -> None:
+        request = pb.DeleteRequest(name=name)
+        self._call(
+            lambda: self._stub.Delete(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
+        )
+
+    def status(self, deployment: str = "") -> pb.ClusterStatus:
+        """Return one deployment and all nodes, or everything."""
+        request = pb.StatusRequest(deployment=deployment)
+        return self._call(
+            lambda: self._stub.Status(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
+        )
+
+    def _call(self, call: Callable[[], Reply]) -> Reply:
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=_CONNECT_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            raise Unavailable(
+                f"No scheduler answers at {self._address}: start one, or name another with "
+                "--scheduler."
+            ) from None
+        try:
+            return call()
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+
+
+def error_of(error: grpc.RpcError) -> ParaServeError:
+    """Return what the other side raised, as far as its code tells."""
+    code, details = error.code(), error.details()
+    return _BY_CODE.get(code.name, ParaServeError)(details or code.name)

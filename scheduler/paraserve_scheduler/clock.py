@@ -1,0 +1,30 @@
+"""Time for the control loop, so that tests and the simulator can turn it by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    def now_s(self) -> float:
+        """Seconds since the Unix epoch; never goes back."""
+
+    async def wait(self, event: asyncio.Event, timeout_s: float) -> None:
+        """Return when `event` is set or the time is over."""
+
+
+class SystemClock:
+    def __init__(self) -> None:
+        # A corrected system clock must not make every node look lost.
+        self._epoch_s = time.time() - time.monotonic()
+
+    def now_s(self) -> float:
+        return self._epoch_s + time.monotonic()
+
+    async def wait(self, event: asyncio.Event, timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await event.wait()

@@ -1,0 +1,192 @@
+"""The control loop: takes in what happens, asks the policy what to do, and has it done.
+
+Single owner of the view of the cluster; lives on one event loop. Decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from typing import NoReturn, TypeVar
+
+import zmq
+from paraserve_backend.rpc import paraserve_pb2 as pb
+
+from paraserve_scheduler import durable
+from paraserve_scheduler.actions import Action, RemovePart, RemoveReplica, StartReplica
+from paraserve_scheduler.agents import AgentCallFailed, Agents
+from paraserve_scheduler.capacity import is_alive
+from paraserve_scheduler.clock import Clock
+from paraserve_scheduler.config import SchedulerConfig
+from paraserve_scheduler.events import (
+    DeletionRequested,
+    DeploymentAdded,
+    Event,
+    PartRemoved,
+    PartReported,
+    ReplicaRemoved,
+)
+from paraserve_scheduler.fold import begin, fold
+from paraserve_scheduler.plans import Deployment, ReplicaPlan
+from paraserve_scheduler.policy import decide
+from paraserve_scheduler.state import ClusterView, PartState, Phase
+from paraserve_scheduler.store import Store
+from paraserve_scheduler.wire import part_message
+
+logger = logging.getLogger(__name__)
+
+#: How often time alone is looked at: keep-alive, lost nodes, time limits.
+TICK_S = 0.5
+#: A lost node is asked all the same, but nobody waits long for it.
+_LOST_NODE_TIMEOUT_S = 2.0
+
+_Projection = TypeVar("_Projection")
+
+
+class Controller:
+    def __init__(
+        self, *, store: Store, agents: Agents, clock: Clock, config: SchedulerConfig
+    ) -> None:
+        self._store = store
+        self._agents = agents
+        self._clock = clock
+        self._config = config
+        self._view = durable.recover(store, clock.now_s())
+        self._wake = asyncio.Event()
+        #: Set at the next change, then replaced: everybody who waits for it gets to know.
+        self._news = asyncio.Event()
+        self._applies: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
+
+    @property
+    def view(self) -> ClusterView:
+        return self._view
+
+    def now_s(self) -> float:
+        return self._clock.now_s()
+
+    def tell(self, event: Event) -> None:
+        """Take in what happened; the loop acts on it in its next turn."""
+        self._set_view(fold(self._view, event))
+
+    def add_deployment(self, deployment: Deployment) -> None:
+        counters = self._store.counters(deployment.name)
+        self.tell(
+            DeploymentAdded(
+                deployment=deployment,
+                last_number=counters.last_number,
+                failure_number=counters.failure_number,
+                at_s=self.now_s(),
+            )
+        )
+
+    async def delete_deployment(self, name: str) -> None:
+        """Return when no replica of it is left on any node."""
+        self.tell(DeletionRequested(deployment=name))
+        async for is_there in self.watch(lambda view: name in view.deployments):
+            if not is_there:
+                return
+
+    async def watch(
+        self, project: Callable[[ClusterView], _Projection]
+    ) -> AsyncIterator[_Projection]:
+        """Yield what `project` makes of the view, at once and whenever that changes."""
+        last: _Projection | None = None
+        while True:
+            news = self._news
+            value = project(self._view)
+            if value != last:
+                last = value
+                yield value
+            await news.wait()
+
+    async def run(self) -> NoReturn:
+        """Control until cancelled; replicas stay as they are then. Any bug ends it."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._wake.clear()
+                now_s = self.now_s()
+                for action in decide(self._view, now_s, self._config.policy):
+                    self._begin(action, now_s, tasks)
+                await self._clock.wait(self._wake, TICK_S)
+
+    def _set_view(self, view: ClusterView) -> None:
+        durable.record(self._store, self._view, view)
+        self._view = view
+        self._wake.set()
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _begin(self, action: Action, now_s: float, tasks: asyncio.TaskGroup) -> None:
+        name = type(action).__name__
+        logger.info(
+            "%s %s: %s",
+            name,
+            action.subject,
+            action.reason,
+            extra={"action": name, "subject": action.subject, "reason": action.reason},
+        )
+        self._set_view(begin(self._view, action, now_s))
+        match action:
+            case StartReplica():
+                self._start(action.plan, tasks)
+            case RemoveReplica():
+                removal = self._remove_replica(action.replica)
+                tasks.create_task(removal, name=f"remove {action.subject}")
+            case RemovePart():
+                removal = self._remove_part(action.node, action.replica)
+                tasks.create_task(removal, name=f"remove {action.subject}")
+
+    def _start(self, plan: ReplicaPlan, tasks: asyncio.TaskGroup) -> None:
+        deployment = self._view.deployments[plan.deployment].deployment
+        keys = _new_keys() if len(plan.stages) > 1 else None
+        for stage, where in enumerate(plan.stages):
+            part = part_message(deployment, plan, stage, keys)
+            address = self._view.nodes[where.node].info.agent_address
+            task = tasks.create_task(
+                self._apply(address, part), name=f"apply {plan.replica}.{stage}"
+            )
+            self._applies[plan.replica].add(task)
+
+    async def _apply(self, address: str, part: pb.Part) -> None:
+        try:
+            async for state in self._agents.apply(address, part):
+                self.tell(PartReported(part=state, at_s=self.now_s()))
+        except AgentCallFailed as error:
+            failed = PartState(
+                replica=part.replica,
+                stage=part.stage,
+                phase=Phase.FAILED,
+                failure=error.failure,
+            )
+            self.tell(PartReported(part=failed, at_s=self.now_s()))
+
+    async def _remove_replica(self, name: str) -> None:
+        for task in self._applies.pop(name, ()):
+            task.cancel()
+        nodes = [stage.node for stage in self._view.replicas[name].plan.stages]
+        await asyncio.gather(*(self._remove_from(node, name) for node in nodes))
+        self.tell(ReplicaRemoved(replica=name, at_s=self.now_s()))
+
+    async def _remove_part(self, node: str, replica: str) -> None:
+        await self._remove_from(node, replica)
+        self.tell(PartRemoved(node=node, replica=replica))
+
+    async def _remove_from(self, name: str, replica: str) -> None:
+        node = self._view.nodes.get(name)
+        if node is None:
+            return
+        alive = is_alive(node, self.now_s(), self._config.policy)
+        timeout_s = self._config.remove_timeout_s if alive else _LOST_NODE_TIMEOUT_S
+        try:
+            await self._agents.remove(node.info.agent_address, replica, timeout_s)
+        except AgentCallFailed as error:
+            # Should it still be there, the node's next heartbeat says so and it is tried again.
+            logger.warning("could not remove %s from node %s: %s", replica, name, error)
+
+
+def _new_keys() -> pb.ChannelKeys:
+    """A fresh key pair; it is in no store, since an agent that has it needs it never again."""
+    public_key, secret_key = zmq.curve_keypair()
+    return pb.ChannelKeys(public_key=public_key.decode(), secret_key=secret_key.decode())

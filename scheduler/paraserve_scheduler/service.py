@@ -1,0 +1,184 @@
+"""Service `Scheduler`: the network face of the controller, for agents, gateways and users."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import grpc.aio
+from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound, ParaServeError
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerServicer
+
+from paraserve_scheduler.admission import read_deployment, validated_spec
+from paraserve_scheduler.capacity import is_alive, node_spaces
+from paraserve_scheduler.config import SchedulerConfig
+from paraserve_scheduler.controller import Controller
+from paraserve_scheduler.events import DemandReported, NodeRegistered
+from paraserve_scheduler.placement import place
+from paraserve_scheduler.plans import Deployment, DeploymentSpec
+from paraserve_scheduler.state import DeploymentState, NodeInfo
+from paraserve_scheduler.wire import (
+    cluster_status,
+    demand,
+    deployment_status,
+    node_info,
+    node_reported,
+    route_table,
+)
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class SchedulerService(SchedulerServicer):
+    def __init__(self, controller: Controller, config: SchedulerConfig) -> None:
+        self._controller = controller
+        self._config = config
+
+    # ---- from agents ----
+
+    async def Register(self, request: pb.NodeInfo, context: Context) -> pb.RegisterReply:
+        async with _errors_to(context):
+            info = node_info(request)
+            _check_node(info)
+            self._check_name_is_free(info)
+            self._controller.tell(NodeRegistered(info=info, at_s=self._controller.now_s()))
+        return pb.RegisterReply(heartbeat_interval_s=self._config.heartbeat_interval_s)
+
+    async def Heartbeat(self, request: pb.NodeStatus, context: Context) -> pb.HeartbeatReply:
+        async with _errors_to(context):
+            known = request.name in self._controller.view.nodes
+            if known:
+                self._controller.tell(node_reported(request, self._controller.now_s()))
+        return pb.HeartbeatReply(known=known)
+
+    # ---- from gateways ----
+
+    async def WatchRoutes(
+        self, request: pb.WatchRoutesRequest, context: Context
+    ) -> AsyncIterator[pb.RouteTable]:
+        async with _errors_to(context):
+            async for table in self._controller.watch(route_table):
+                yield table
+
+    async def ReportDemand(self, request: pb.DemandReport, context: Context) -> pb.DemandReply:
+        async with _errors_to(context):
+            self._controller.tell(
+                DemandReported(
+                    gateway=request.gateway,
+                    demands=tuple(map(demand, request.demands)),
+                    at_s=self._controller.now_s(),
+                )
+            )
+        return pb.DemandReply()
+
+    # ---- from users ----
+
+    async def Deploy(self, request: pb.DeploymentSpec, context: Context) -> pb.DeploymentStatus:
+        async with _errors_to(context):
+            spec = validated_spec(request, self._config.defaults)
+            state = self._existing(spec)
+            if state is None:
+                deployment = await asyncio.to_thread(read_deployment, spec)
+                # Somebody else may have deployed under this name meanwhile.
+                state = self._existing(spec) or self._add(deployment)
+            return deployment_status(self._controller.view, state)
+        raise AssertionError("an error is always raised again")
+
+    async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteReply:
+        async with _errors_to(context):
+            self._named(request.name)
+            await self._controller.delete_deployment(request.name)
+        return pb.DeleteReply()
+
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.ClusterStatus:
+        async with _errors_to(context):
+            view = self._controller.view
+            if request.deployment:
+                state = self._named(request.deployment)
+                view = replace(view, deployments={state.name: state})
+            return cluster_status(view, self._controller.now_s(), self._config.policy)
+        raise AssertionError("an error is always raised again")
+
+    # ---- checks ----
+
+    def _check_name_is_free(self, info: NodeInfo) -> None:
+        other = self._controller.view.nodes.get(info.name)
+        if other is None or other.info.agent_address == info.agent_address:
+            return
+        if is_alive(other, self._controller.now_s(), self._config.policy):
+            raise AlreadyExists(
+                f"A node '{info.name}' at {other.info.agent_address} is alive: give every node a "
+                "name of its own."
+            )
+
+    def _existing(self, spec: DeploymentSpec) -> DeploymentState | None:
+        """The deployment of that name if it is the very same, `None` if there is none."""
+        state = self._controller.view.deployments.get(spec.name)
+        if state is None:
+            return None
+        if state.deleting:
+            raise AlreadyExists(
+                f"Deployment '{spec.name}' is being deleted: retry when it is gone."
+            )
+        if state.deployment.spec != spec:
+            raise AlreadyExists(
+                f"Deployment '{spec.name}' exists with other settings: delete it first, or choose "
+                "another name."
+            )
+        return state
+
+    def _add(self, deployment: Deployment) -> DeploymentState:
+        self._check_fits(deployment)
+        self._controller.add_deployment(deployment)
+        return self._controller.view.deployments[deployment.name]
+
+    def _check_fits(self, deployment: Deployment) -> None:
+        """Raise `InsufficientCapacity` if the nodes, emptied, could not hold it."""
+        view = self._controller.view
+        now_s, policy = self._controller.now_s(), self._config.policy
+        empty = view.without(view.live_replicas())
+        nodes = node_spaces(empty, deployment.spec, now_s, policy)
+        # While no node is up, nobody can tell.
+        if any(is_alive(node, now_s, policy) and node.triton_live for node in view.nodes.values()):
+            place(deployment, 1, nodes, policy.placement)
+
+    def _named(self, name: str) -> DeploymentState:
+        deployments = self._controller.view.deployments
+        if name not in deployments:
+            known = ", ".join(sorted(deployments)) or "none"
+            raise NotFound(f"There is no deployment '{name}'. Deployments: {known}.")
+        return deployments[name]
+
+
+def _check_node(info: NodeInfo) -> None:
+    start, end = info.channel_ports
+    problem = None
+    if not (info.name and info.agent_address and info.triton_grpc_address):
+        problem = "must state its name, its agent's address and its Triton's address"
+    elif info.memory_bytes <= 0 or info.nic_bytes_per_s <= 0:
+        problem = "must state memory_bytes > 0 and nic_bytes_per_s > 0"
+    elif not start < end:
+        problem = f"has no channel ports in [{start}, {end})"
+    elif not info.devices:
+        problem = "has no device"
+    if problem is not None:
+        raise InvalidRequest(f"Node '{info.name}' {problem}.")
+
+
+@asynccontextmanager
+async def _errors_to(context: Context) -> AsyncIterator[None]:
+    try:
+        yield
+    except ParaServeError as error:
+        await context.abort(grpc.StatusCode[error.grpc_code], str(error))
+    except Exception:
+        logger.exception("a call of service Scheduler failed")
+        await context.abort(grpc.StatusCode.INTERNAL, "Internal error; see the scheduler's log.")
