@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 from paraserve_backend.agent.config import AgentConfig
 from paraserve_backend.agent.main import run
@@ -31,6 +32,8 @@ from paraserve_backend.rpc.paraserve_pb2_grpc import (
     add_SchedulerServicer_to_server,
 )
 from paraserve_backend.source import open_source
+from tritonclient.grpc import InferInput
+from tritonclient.grpc.aio import InferenceServerClient
 
 from integration.triton_server import TritonServer
 from tests.backend.checkpoints import write_checkpoint
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
 _CONFIG = """
 name: "{name}"
-backend: "scripted"
+backend: "{backend}"
 max_batch_size: 0
 input [{{ name: "x" data_type: TYPE_INT32 dims: [1] }}]
 output [{{ name: "x" data_type: TYPE_INT32 dims: [1] }}]
@@ -72,14 +75,33 @@ class TritonPythonModel:
             for request in requests
         ]
 """
+# Never ends a request: what a hung engine does.
+_HANGING = """
+import pathlib
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.busy = pathlib.Path(args["model_repository"], "busy")
+        self.senders = []
+
+    def execute(self, requests):
+        self.senders += [request.get_response_sender() for request in requests]
+        self.busy.touch()
+"""
 _LIMIT_S = 60.0
 
 
 def scripted_model(name: str, script: str = "") -> pb.ModelFiles:
     code = "import pathlib, time\n" + textwrap.dedent(script)
-    config = _CONFIG.format(name=name)
+    config = _CONFIG.format(name=name, backend="scripted")
     files = {"config.pbtxt": config.encode(), "load.py": code.encode(), "1/none": b""}
     return pb.ModelFiles(name=name, files=files)
+
+
+def hanging_model(name: str) -> pb.ModelFiles:
+    config = _CONFIG.format(name=name, backend="hanging")
+    config += "model_transaction_policy { decoupled: true }"
+    return pb.ModelFiles(name=name, files={"config.pbtxt": config.encode(), "1/none": b""})
 
 
 def ensemble(name: str, step: str) -> pb.ModelFiles:
@@ -166,6 +188,7 @@ class Node:
 def triton(tmp_path: Path) -> Iterator[TritonServer]:
     with TritonServer(tmp_path / "triton") as server:
         server.add_backend("scripted", _SCRIPTED)
+        server.add_backend("hanging", _HANGING)
         yield server
 
 
@@ -413,6 +436,41 @@ def test_a_load_that_never_ends_is_killed_at_the_deadline(
         assert await node.remove(deadline_s=0.3) is True
         await applying
         await node.assert_nothing_left()
+
+    scenario(play, triton, tmp_path)
+
+
+@asynccontextmanager
+async def hanging_request(node: Node) -> AsyncIterator[None]:
+    """Have model `tiny.1` work on a request for as long as the block runs."""
+
+    async def requests() -> AsyncIterator[dict[str, object]]:
+        data = InferInput("x", [1], "INT32").set_data_from_numpy(np.zeros(1, dtype=np.int32))
+        yield {"model_name": "tiny.1", "inputs": [data]}
+        await asyncio.Event().wait()
+
+    async with InferenceServerClient(node.server.grpc_address) as client:
+        answers = client.stream_infer(requests())
+        waiting = asyncio.ensure_future(anext(aiter(answers)))
+        await until_exists(node.config.model_repository / "tiny.1" / "busy")
+        yield
+        waiting.cancel()
+        await asyncio.wait([waiting])
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_request_that_never_ends_cannot_hold_up_a_removal(
+    triton: TritonServer, tmp_path: Path, is_killed: bool
+) -> None:
+    async def play(node: Node) -> None:
+        await node.apply(make_part(hanging_model("tiny.1")))
+        [stub] = node.processes()
+        async with hanging_request(node):
+            if is_killed:
+                os.kill(stub.pid, signal.SIGKILL)
+            async with asyncio.timeout(10):
+                assert await node.remove(deadline_s=60 if is_killed else 1) is True
+            node.assert_no_traces()
 
     scenario(play, triton, tmp_path)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
 _CONNECT_TIMEOUT_S = 5.0
 #: Deploying reads the headers of a checkpoint from its store.
 _CALL_TIMEOUT_S = 120.0
-_BY_CODE: dict[str, type[ParaServeError]] = {
+_BY_CODE: Mapping[str, type[ParaServeError]] = {
     error.grpc_code: error
     for error in (
         AccessDenied,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from paraserve_scheduler.gateway.config import GatewayConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +58,18 @@ class DeploymentDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    listen_address: str = "127.0.0.1:8470"
-    #: SQLite file; created when missing.
-    state_path: str = "paraserve.db"
-    #: File with the cluster token; without one, only loopback addresses may be used.
-    token_file: str | None = None
+    #: Addresses are host:port; port 0 takes a free one.
+    listen: str = "127.0.0.1:8470"
+    #: SQLite file; made when it is missing.
+    state_file: Path = Path("paraserve.db")
+    #: File with the cluster token; without a token only loopback addresses may be used.
+    token_file: Path | None = None
     heartbeat_interval_s: float = 1.0
     #: Longest time for a node to unload one replica.
     remove_timeout_s: float = 60.0
     defaults: DeploymentDefaults = field(default_factory=DeploymentDefaults)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    #: Whether this process also runs a gateway, and how. `None`: with its own defaults, for this
+    #: scheduler.
+    with_gateway: bool = True
+    gateway: GatewayConfig | None = None

@@ -83,14 +83,8 @@ class SchedulerService(SchedulerServicer):
 
     async def Deploy(self, request: pb.DeploymentSpec, context: Context) -> pb.DeploymentStatus:
         async with _errors_to(context):
-            spec = validated_spec(request, self._config.defaults)
-            state = self._existing(spec)
-            if state is None:
-                deployment = await asyncio.to_thread(read_deployment, spec)
-                # Somebody else may have deployed under this name meanwhile.
-                state = self._existing(spec) or self._add(deployment)
-            return deployment_status(self._controller.view, state)
-        raise AssertionError("an error is always raised again")
+            state = await self._deploy(validated_spec(request, self._config.defaults))
+        return deployment_status(self._controller.view, state)
 
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteReply:
         async with _errors_to(context):
@@ -99,13 +93,20 @@ class SchedulerService(SchedulerServicer):
         return pb.DeleteReply()
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.ClusterStatus:
+        view = self._controller.view
         async with _errors_to(context):
-            view = self._controller.view
             if request.deployment:
                 state = self._named(request.deployment)
                 view = replace(view, deployments={state.name: state})
-            return cluster_status(view, self._controller.now_s(), self._config.policy)
-        raise AssertionError("an error is always raised again")
+        return cluster_status(view, self._controller.now_s(), self._config.policy)
+
+    async def _deploy(self, spec: DeploymentSpec) -> DeploymentState:
+        state = self._existing(spec)
+        if state is not None:
+            return state
+        deployment = await asyncio.to_thread(read_deployment, spec)
+        # Somebody else may have deployed under this name meanwhile.
+        return self._existing(spec) or self._add(deployment)
 
     # ---- checks ----
 

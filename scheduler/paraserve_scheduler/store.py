@@ -10,9 +10,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from paraserve_backend.checkpoint import CheckpointIndex
+from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.families.table import model_spec
 
 from paraserve_scheduler.plans import Deployment, DeploymentSpec
@@ -73,23 +75,30 @@ class Store(Protocol):
 
 
 class SqliteStore:
-    """`Store` in one file; `":memory:"` keeps nothing. Belongs to one thread."""
+    """`Store` in one file; `Path(":memory:")` keeps nothing. Belongs to one thread."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, isolation_level=None)
-        # A lost power supply may cost the last transactions, never the database.
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = NORMAL")
-        self._create_tables(path)
+        try:
+            self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            # A lost power supply may cost the last transactions, never the database.
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._create_tables(path)
+        except sqlite3.OperationalError as error:
+            self._connection.close()
+            raise InvalidRequest(
+                f"Cannot use state file {path}: {error}. Does another scheduler run on it?"
+            ) from error
 
-    def _create_tables(self, path: str) -> None:
+    def _create_tables(self, path: Path) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version == 0:
             self._connection.executescript(
                 f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
             )
         elif version != _SCHEMA_VERSION:
-            raise ValueError(
+            raise InvalidRequest(
                 f"{path} was written by another version (schema {version}, this one reads "
                 f"{_SCHEMA_VERSION}): name another state file."
             )

@@ -52,7 +52,10 @@ def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: str = "F32") -> Head
 
 
 def safetensors_file(header: Header | bytes, data: bytes) -> bytes:
+    """Return a file; a header given as bytes is taken as it is, else it is padded to 8 bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    if not isinstance(header, bytes):
+        text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data
 
 

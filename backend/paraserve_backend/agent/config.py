@@ -20,7 +20,7 @@ class AgentConfig:
     triton: str
     #: Shared with Triton, at the same path for both.
     model_repository: Path
-    #: In memory (below /dev/shm): weights and channel keys lie here. Emptied at start and stop.
+    #: In memory (below /dev/shm): weights and channel keys lie here, while the agent runs.
     run_dir: Path
     #: Where this agent listens; port 0 takes a free one.
     listen: str = "127.0.0.1:8500"

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,25 +51,20 @@ async def run(config: AgentConfig) -> None:
     """
     token = read_token(config.token_file, os.environ)
     require_loopback(config.listen, token)
-    triton = TritonClient(config.triton, key=read_key(config.triton_key_file))
-    agent = _Agent.make(config, triton)
-    server, port = _listen(config.listen, token)
-    scheduler = SchedulerClient(config.scheduler, token)
-    try:
+    async with AsyncExitStack() as stack:
+        triton = TritonClient(config.triton, key=read_key(config.triton_key_file))
+        stack.push_async_callback(triton.close)
+        agent = _Agent.make(config, triton)
+        stack.push_async_callback(agent.stop)
+        server, port = _listen(config.listen, token)
+        stack.push_async_callback(server.stop, grace=None)
+        scheduler = SchedulerClient(config.scheduler, token)
+        stack.push_async_callback(scheduler.close)
         await agent.remove_leftovers()
         add_AgentServicer_to_server(agent.service(), server)
         await server.start()
         info = node_info(config, port, proc=Path("/proc"), dev=Path("/dev"))
-        registration = Registration(scheduler, info, agent.status, agent.changed)
-        logger.info("agent name=%s address=%s", config.name, info.agent_address)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(agent.watchdog.run())
-            group.create_task(registration.run())
-    finally:
-        await server.stop(grace=None)
-        await agent.stop()
-        await scheduler.close()
-        await triton.close()
+        await agent.serve(Registration(scheduler, info, agent.status, agent.changed))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +100,13 @@ class _Agent:
         )
         return cls(config=config, node=node, parts=parts, watchdog=watchdog, changed=changed)
 
+    async def serve(self, registration: Registration) -> None:
+        """Run until cancelled; ends with the first of its tasks that fails."""
+        logger.info("agent started name=%s", self.config.name)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.watchdog.run())
+            group.create_task(registration.run())
+
     def service(self) -> AgentService:
         return AgentService(
             self.parts,
@@ -137,7 +140,11 @@ class _Agent:
     async def stop(self) -> None:
         await self.parts.remove_all()
         await self.node.fetches.close()
-        shutil.rmtree(self.config.run_dir, ignore_errors=True)
+        # Only what is ours: somebody may have set run_dir to a folder that holds more.
+        shutil.rmtree(self.config.run_dir / "tier")
+        self.node.keys.clear()
+        with suppress(OSError):
+            self.config.run_dir.rmdir()
         logger.info("agent stopped name=%s", self.config.name)
 
 

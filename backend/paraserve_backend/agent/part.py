@@ -190,7 +190,7 @@ class PartLife:
         # The fetch goes first: a model that waits for its bytes then gives up, and can be unloaded.
         if self._fetch is not None:
             await self._node.fetches.stop(self._fetch.plan.fetch_id)
-        await self._node.unloader.unload(self._waves()[::-1], deadline_s)
+        await self._node.unloader.unload(self._waves()[::-1], deadline_s, self._seen)
         await in_thread(self._delete)
         if self._fetch is not None:
             await self._node.fetches.release(self._fetch.plan.fetch_id)

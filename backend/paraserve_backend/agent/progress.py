@@ -47,6 +47,8 @@ class Progress:
         self._on_phase()
 
     def fetched(self, fetched_bytes: int, total_bytes: int) -> None:
+        if (self._status.fetched_bytes, self._status.total_bytes) == (fetched_bytes, total_bytes):
+            return
         self._status.fetched_bytes = fetched_bytes
         self._status.total_bytes = total_bytes
         self._tell()

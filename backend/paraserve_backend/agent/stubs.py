@@ -69,7 +69,7 @@ class ProcessTable:
         """Read a process; a dead one that its parent has not collected has no arguments."""
         try:
             raw = (self._proc / str(pid) / "cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
             return None
         command, *arguments = os.fsdecode(raw).split("\0")
         if Path(command).name != _STUB:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from paraserve_backend.agent.stubs import Stub, Stubs
@@ -28,20 +28,25 @@ class Unloader:
     triton: Triton
     stubs: Stubs
 
-    async def unload(self, waves: Sequence[Sequence[str]], deadline_s: float) -> None:
+    async def unload(
+        self, waves: Sequence[Sequence[str]], deadline_s: float, seen: Iterable[Stub] = ()
+    ) -> None:
         """Unload models wave after wave and return when their processes are gone.
 
-        Processes that are still there after `deadline_s` are killed.
+        `seen` are processes that were seen to run the models. Those that are still there after
+        `deadline_s` are killed.
 
         Raises:
             DeadlineExceeded: a process outlived even that.
         """
         models = [model for wave in waves for model in wave]
+        with_process = {stub.model for stub in seen}
         try:
             async with asyncio.timeout(deadline_s):
                 for wave in waves:
                     await asyncio.gather(*(self.triton.unload(model) for model in wave))
-                await self._until_gone(models)
+                while not await self._gone(models, with_process):
+                    await asyncio.sleep(_POLL_S)
         except (TimeoutError, ParaServeError) as error:
             # Also where Triton is gone: its processes may have outlived it.
             logger.warning("unload models=%s failed=%r", ",".join(models), error)
@@ -62,15 +67,16 @@ class Unloader:
             ) from None
         self.stubs.remove_leftovers(stubs)
 
-    async def _until_gone(self, models: Sequence[str]) -> None:
-        while not await self._gone(models):
-            await asyncio.sleep(_POLL_S)
-
-    async def _gone(self, models: Sequence[str]) -> bool:
-        states = await self.triton.states()
-        if any(states.get(model, ModelState.ABSENT) not in _GONE for model in models):
+    async def _gone(self, models: Sequence[str], with_process: Set[str]) -> bool:
+        if await self._stubs_of(models):
             return False
-        return not await self._stubs_of(models)
+        states = await self.triton.states()
+        # A model whose process died with a request in it stays UNLOADING for ever.
+        return all(
+            (state := states.get(model, ModelState.ABSENT)) in _GONE
+            or (state is ModelState.UNLOADING and model in with_process)
+            for model in models
+        )
 
     async def _stubs_of(self, models: Sequence[str]) -> tuple[Stub, ...]:
         found = await asyncio.to_thread(self.stubs.find)

@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from random import SystemRandom
-from typing import IO
+from typing import IO, Any
 
 from paraserve_backend.errors import (
     AlreadyExists,
@@ -88,9 +87,7 @@ def make_layout(
     if options.nodes < 1:
         raise InvalidRequest(f"A cluster needs at least one node, not {options.nodes}.")
     ports = PortPicker(SystemRandom(), lambda port: is_free(LOOPBACK, port))
-    memory_bytes = options.node_memory_bytes or int(
-        available_bytes * _MEMORY_SHARE / options.nodes
-    )
+    memory_bytes = options.node_memory_bytes or int(available_bytes * _MEMORY_SHARE / options.nodes)
     return ClusterLayout(
         name=options.name,
         host=LOOPBACK,
@@ -135,7 +132,6 @@ def up(
         return read_running(layout.files.cluster)
     except BaseException:
         start.give_up()
-        down(layout.files)
         raise
     finally:
         start.close()
@@ -176,8 +172,8 @@ def delayed_signals() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-    for number in caught:
-        signal.raise_signal(number)
+    for received in caught:
+        signal.raise_signal(received)
 
 
 class _Start:
@@ -191,6 +187,7 @@ class _Start:
         self._layout = layout
         self._stdin: IO[bytes] | None = None
         self._stdout: IO[bytes] | None = None
+        self._supervisor: int | None = None
 
     def spawn(self, prefix: tuple[str, ...]) -> None:
         files = self._layout.files
@@ -211,10 +208,10 @@ class _Start:
         process.wait()  # it goes on as a grandchild, which this process need not reap
 
     def follow(self, on_progress: Callable[[Progress], None]) -> None:
-        assert self._stdout is not None
-        for line in self._stdout:
-            news = json.loads(line)
+        for news in self._news():
             match news["event"]:
+                case "owner":
+                    continue
                 case "up":
                     return
                 case "failed":
@@ -225,12 +222,21 @@ class _Start:
         raise Unavailable(f"The cluster's supervisor ended unexpectedly; see {log}.")
 
     def give_up(self) -> None:
-        if self._stdin is not None and not self._stdin.closed:
+        """End what was started, however far it is."""
+        if self._stdin is not None:
             self._stdin.close()
-        if self._layout.files.cluster.exists():
-            return  # it is up already and no longer looks at its stdin
-        if self._stdout is not None:
-            self._stdout.read()
+        for _ in self._news():
+            pass  # until the supervisor has ended, or is up and says no more
+        files = self._layout.files
+        if self._supervisor is not None and self._supervisor == owner(files.lock):
+            down(files)
+
+    def _news(self) -> Iterator[dict[str, Any]]:
+        for line in self._stdout or ():
+            news = json.loads(line)
+            if news["event"] == "owner":
+                self._supervisor = news["pid"]
+            yield news
 
     def close(self) -> None:
         for pipe in (self._stdin, self._stdout):

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+#: `owner` holds the lock for an instant when it looks.
+_PATIENCE_S = 0.2
 
 
 @contextmanager
@@ -17,15 +22,26 @@ def locked(path: Path) -> Iterator[bool]:
     """Try to hold the lock for the body; yields whether it was free."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(file):
             yield False
             return
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield True
+
+
+def _taken(file: TextIO) -> bool:
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_PATIENCE_S / 20)
+        else:
+            return True
 
 
 def owner(path: Path) -> int | None:

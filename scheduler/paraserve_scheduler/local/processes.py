@@ -171,8 +171,8 @@ def _daemon_environment(layout: ClusterLayout, machine: Machine) -> dict[str, st
 def _scheduler_settings(layout: ClusterLayout) -> dict[str, object]:
     files = layout.files
     return {
-        "listen_address": layout.scheduler_address,
-        "state_path": str(files.database),
+        "listen": layout.scheduler_address,
+        "state_file": str(files.database),
         "token_file": str(files.token),
         "gateway": {
             "scheduler_address": layout.scheduler_address,

@@ -7,7 +7,6 @@ children are started: their lives are tied to the thread that starts them.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -15,13 +14,12 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import BinaryIO
 
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.triton_install import find_triton
+from paraserve_backend.yaml_config import load_config
 
 from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.local import leftovers
@@ -34,6 +32,7 @@ from paraserve_scheduler.local.layout import (
     ensure_secrets,
     write_running,
 )
+from paraserve_scheduler.local.lock import locked
 from paraserve_scheduler.local.processes import process_waves, this_machine, write_files
 
 logger = logging.getLogger(__name__)
@@ -77,6 +76,7 @@ class Supervisor:
         self._wait_for_nodes()
         write_running(self._layout.files.cluster, self._running())
         self._news.send(event="up")
+        self._news.close()
 
     def _start_wave(self, specs: Sequence[ProcessSpec]) -> None:
         wave: list[Child] = []
@@ -168,24 +168,33 @@ class Reporter:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
-    def send(self, **fields: str) -> None:
+    def send(self, **fields: str | int) -> None:
         try:
             self._stream.write(json.dumps(fields).encode() + b"\n")
             self._stream.flush()
         except BrokenPipeError:
             logger.info("nobody listens")
 
+    def close(self) -> None:
+        """Let the listener see that there is no more to come."""
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), self._stream.fileno())
 
-def main(argv: Sequence[str]) -> int:
+
+def main() -> int:
     if os.fork():
         os._exit(0)  # nobody has to wait for the supervisor
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     news = Reporter(sys.stdout.buffer)
-    layout = load_record(ClusterLayout, json.loads(sys.stdin.buffer.readline() or "{}"))
+    told = sys.stdin.buffer.readline()
+    if not told:
+        return 1
+    layout = load_config(ClusterLayout, None, json.loads(told))
     with locked(layout.files.lock) as is_ours:
         if not is_ours:
             news.send(event="failed", message=f"Cluster '{layout.name}' is being started already.")
             return 1
+        news.send(event="owner", pid=os.getpid())
         try:
             Supervisor(layout, StopSignal(sys.stdin.fileno()), news).run()
         except ParaServeError as error:
@@ -218,4 +227,4 @@ def _not_ready(waiting: Sequence[Child]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

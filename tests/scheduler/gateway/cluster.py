@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import grpc.aio
@@ -24,6 +24,9 @@ from tritonclient.grpc.service_pb2_grpc import (
 )
 
 from tests.scheduler.gateway.fakes import FakeScheduler, FakeTriton
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceAsyncStub
 
 DEPLOYMENT = "tiny"
 
@@ -43,7 +46,7 @@ class Cluster:
         return self.tritons[0]
 
     @property
-    def stub(self) -> Any:
+    def stub(self) -> GRPCInferenceServiceAsyncStub:
         return GRPCInferenceServiceStub(self.channel)
 
     def url(self, path: str) -> str:

@@ -48,7 +48,8 @@ class FakeScheduler(SchedulerServicer):
             table = self.table
             await context.write(table)
             async with self._changed:
-                await self._changed.wait_for(lambda sent=table: self.table is not sent)
+                while self.table is table:
+                    await self._changed.wait()
 
     async def ReportDemand(self, request: pb.DemandReport, context: Context) -> pb.DemandReply:
         async with self._changed:
