@@ -9,7 +9,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/ready
-	$(BIN)/python integration/demo.py
+	$(BIN)/python -m integration.demo
 
 test: .venv/ready
 	$(BIN)/pytest
@@ -32,7 +32,7 @@ proto: .venv/ready
 		--grpc_python_out=. --mypy_grpc_out=. paraserve_backend/rpc/paraserve.proto
 
 bench-coldstart-smoke: .venv/ready
-	$(BIN)/python integration/bench_coldstart.py --smoke
+	$(BIN)/python -m integration.bench_coldstart --smoke
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

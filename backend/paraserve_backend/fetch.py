@@ -126,8 +126,9 @@ class _Workers:
         files, parts = landing.missing_files(), landing.missing_parts()
         self._tasks: deque[StoredObject | int] = deque([*files, *parts])
         self._left = len(self._tasks)
-        missing_bytes = sum(landing.parts[part].size_bytes for part in parts)
-        self._reused_bytes = landing.plan.total_bytes - missing_bytes
+        sizes = [landing.parts[part].size_bytes for part in parts]
+        self._largest_part_bytes = max(sizes, default=0)
+        self._reused_bytes = landing.plan.total_bytes - sum(sizes)
         self._started_s = time.monotonic()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -171,12 +172,14 @@ class _Workers:
 
     def _work(self) -> None:
         connection = self._connect()
+        # One buffer for all parts: it stays in the processor's cache and its pages are there.
+        buffer = memoryview(bytearray(self._largest_part_bytes))
         try:
             while not self._stopped.is_set() and (task := self._take()) is not None:
                 if isinstance(task, StoredObject):
                     self._fetch_file(connection, task)
                 else:
-                    self._fetch_part(connection, task)
+                    self._fetch_part(connection, task, buffer)
         finally:
             connection.close()
 
@@ -195,12 +198,12 @@ class _Workers:
             self._file_bytes += len(content)
             self._retries += retries
 
-    def _fetch_part(self, connection: Connection, number: int) -> None:
+    def _fetch_part(self, connection: Connection, number: int, buffer: memoryview) -> None:
         part = self.landing.parts[number]
         stored = self.landing.object_of(number)
-        with self.landing.view(number) as view:
-            retries = self._retrier.read(connection, stored, part.start, view)
-        self.landing.mark_landed(number)
+        content = buffer[: part.size_bytes]
+        retries = self._retrier.read(connection, stored, part.start, content)
+        self.landing.write_part(number, content)
         with self._lock:
             self._left -= 1
             self._fetched_bytes += part.size_bytes

@@ -29,7 +29,8 @@ FETCHES = "fetches"
 MANIFEST = "manifest.json"
 PROGRESS = "progress"
 FILES = "files"
-ERROR = "error.json"
+#: Room for the failure, taken from the start: a fetch also fails because the tier is full.
+_ERROR_BYTES = 4096
 
 
 class FetchStatus(IntEnum):
@@ -91,23 +92,24 @@ class PartTable:
 
 
 class Progress:
-    """The progress file, mapped: a status byte, then 1 for every part whose bytes are in place.
+    """The progress file, mapped: a status byte, then 1 for every part in place, then the error.
 
     The writer sets a part's byte after the read that filled it has returned, so a reader that
     sees the byte sees the part.
     """
 
     def __init__(self, path: Path, *, parts: int, writable: bool) -> None:
-        self._size = 1 + parts
+        self._error_at = 1 + parts
+        size_bytes = self._error_at + _ERROR_BYTES
         with path.open("r+b" if writable else "rb") as file:
-            if os.fstat(file.fileno()).st_size != self._size:
+            if os.fstat(file.fileno()).st_size != size_bytes:
                 raise ValueError(f"{path.name} does not fit its manifest")
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-            self._map = mmap.mmap(file.fileno(), self._size, access=access)
+            self._map = mmap.mmap(file.fileno(), size_bytes, access=access)
 
     @staticmethod
     def create(path: Path, *, parts: int) -> None:
-        path.write_bytes(bytes([FetchStatus.RUNNING]) + bytes(parts))
+        path.write_bytes(bytes([FetchStatus.RUNNING]) + bytes(parts + _ERROR_BYTES))
 
     @property
     def status(self) -> FetchStatus:
@@ -126,11 +128,25 @@ class Progress:
     def landed(self) -> Iterator[int]:
         """Yield the numbers of the parts that are in place."""
         flags = self.snapshot()
-        return (part for part in range(self._size - 1) if flags[1 + part])
+        return (part for part in range(len(flags) - 1) if flags[1 + part])
 
     def snapshot(self) -> bytes:
-        """Return the whole file, to see cheaply whether anything has happened."""
-        return self._map[:]
+        """Return status and parts, to see cheaply whether anything has happened."""
+        return self._map[: self._error_at]
+
+    def fail(self, error: ParaServeError) -> None:
+        record = f"{type(error).__name__}\n{error}".encode()[:_ERROR_BYTES]
+        self._map[self._error_at :] = record.ljust(_ERROR_BYTES, b"\0")
+        self.status = FetchStatus.FAILED
+
+    def error(self) -> ParaServeError:
+        """Return the error of a failed fetch, of the class that the writer raised."""
+        record = self._map[self._error_at :].rstrip(b"\0").decode(errors="ignore")
+        name, _, message = record.partition("\n")
+        kind = getattr(errors, name, ParaServeError)
+        if not (isinstance(kind, type) and issubclass(kind, ParaServeError)):
+            kind = ParaServeError
+        return kind(message)
 
     def close(self) -> None:
         self._map.close()
@@ -141,17 +157,3 @@ def write_atomically(path: Path, content: bytes | bytearray) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_bytes(content)
     unfinished.rename(path)
-
-
-def write_error(fetch_dir: Path, error: ParaServeError) -> None:
-    fields = {"kind": type(error).__name__, "message": str(error)}
-    write_atomically(fetch_dir / ERROR, json.dumps(fields).encode())
-
-
-def read_error(fetch_dir: Path) -> ParaServeError:
-    """Return the writer's error, of the same class."""
-    fields = json.loads((fetch_dir / ERROR).read_bytes())
-    kind = getattr(errors, fields["kind"], ParaServeError)
-    if not (isinstance(kind, type) and issubclass(kind, ParaServeError)):
-        kind = ParaServeError
-    return kind(fields["message"])

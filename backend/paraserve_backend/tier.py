@@ -129,7 +129,7 @@ class Tier:
 
     @property
     def used_bytes(self) -> int:
-        """Memory that the objects take, landed or allocated for a part on its way."""
+        """Memory that the objects take, in whole pages."""
         return sum(path.stat().st_blocks * 512 for path in (self.directory / OBJECTS).iterdir())
 
     def check_integrity(self) -> tuple[str, ...]:
@@ -182,7 +182,7 @@ class Tier:
         for number in fetch.missing_parts():
             part = fetch.parts[number]
             if within((part.start, part.end), landed[part.object_key]):
-                fetch.mark_landed(number)
+                fetch.adopt_part(number)
 
     def _free(self, released: TierFetch, stored: StoredObject) -> None:
         path = self._path(released.plan.source_uri, stored)

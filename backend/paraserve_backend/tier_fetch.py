@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ from paraserve_backend.landing import (
     Progress,
     object_name,
     write_atomically,
-    write_error,
 )
 from paraserve_backend.objects import ObjectRange, StoredObject
 from paraserve_backend.plan import FetchPlan
@@ -31,7 +29,7 @@ from paraserve_backend.spans import Span, merge
 class TierFetch:
     """Made by `paraserve_backend.tier.Tier.begin`.
 
-    Threads may fill and mark different parts at once.
+    Threads may write different parts at once.
     """
 
     def __init__(self, tier_dir: Path, manifest: Manifest) -> None:
@@ -43,7 +41,7 @@ class TierFetch:
         self._progress = Progress(
             self._fetch_dir / PROGRESS, parts=len(self._table.parts), writable=True
         )
-        self._maps: dict[str, tuple[int, mmap.mmap]] = {}
+        self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
     @property
@@ -66,19 +64,23 @@ class TierFetch:
         folder = self._fetch_dir / FILES
         return [stored for stored in self.plan.files if not (folder / stored.key).exists()]
 
-    def view(self, part: int) -> memoryview:
-        """Return where a part's bytes go.
+    def write_part(self, part: int, content: memoryview) -> None:
+        """Put a part's bytes in place and tell readers.
 
         Raises `InsufficientCapacity` where the tier's file system has no room for it.
         """
         wanted = self.parts[part]
-        fd, mapped = self._object_map(wanted.object_key)
+        fd = self._descriptor(wanted.object_key)
+        position = wanted.start
+        # Not through a mapping: a page written whole need not be faulted in and zeroed first,
+        # which costs more than the copy, and a full file system is an error instead of a SIGBUS.
         with room_for(self.plan):
-            # Without this, running out of room while the mapping is written to is a SIGBUS.
-            os.posix_fallocate(fd, wanted.start, wanted.size_bytes)
-        return memoryview(mapped)[wanted.start : wanted.end]
+            while position < wanted.end:
+                position += os.pwrite(fd, content[position - wanted.start :], position)
+        self._progress.mark_landed(part)
 
-    def mark_landed(self, part: int) -> None:
+    def adopt_part(self, part: int) -> None:
+        """Count a part as landed that another fetch has put in place."""
         self._progress.mark_landed(part)
 
     def write_file(self, key: str, content: bytes | bytearray) -> None:
@@ -87,14 +89,13 @@ class TierFetch:
 
     def finish(self) -> None:
         """Every part and file is in place."""
-        self._unmap()
+        self._close_objects()
         self._progress.status = FetchStatus.DONE
 
     def fail(self, error: ParaServeError) -> None:
         """End the fetch; readers that wait for more of it raise `error`. A cancel is one too."""
-        self._unmap()
-        write_error(self._fetch_dir, error)
-        self._progress.status = FetchStatus.FAILED
+        self._close_objects()
+        self._progress.fail(error)
 
     def landed_spans(self, key: str) -> tuple[Span, ...]:
         """Return which bytes of an object this fetch has in place."""
@@ -109,24 +110,22 @@ class TierFetch:
         self._progress.status = FetchStatus.RUNNING
 
     def close(self) -> None:
-        self._unmap()
+        self._close_objects()
         self._progress.close()
 
-    def _object_map(self, key: str) -> tuple[int, mmap.mmap]:
+    def _descriptor(self, key: str) -> int:
         with self._lock:
-            if key not in self._maps:
-                stored = self._objects[key]
-                path = self._tier_dir / OBJECTS / object_name(self.plan.source_uri, stored)
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                self._maps[key] = (fd, mmap.mmap(fd, stored.size_bytes))
-            return self._maps[key]
+            if key not in self._descriptors:
+                name = object_name(self.plan.source_uri, self._objects[key])
+                path = self._tier_dir / OBJECTS / name
+                self._descriptors[key] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            return self._descriptors[key]
 
-    def _unmap(self) -> None:
-        """Let go of the object files; a mapping that is still viewed goes with its last view."""
+    def _close_objects(self) -> None:
         with self._lock:
-            for fd, _ in self._maps.values():
+            for fd in self._descriptors.values():
                 os.close(fd)
-            self._maps.clear()
+            self._descriptors.clear()
 
 
 @contextmanager

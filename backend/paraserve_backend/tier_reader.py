@@ -21,7 +21,6 @@ from paraserve_backend.landing import (
     PartTable,
     Progress,
     object_name,
-    read_error,
 )
 from paraserve_backend.objects import ObjectRange, StoredObject
 from paraserve_backend.safetensors_header import TensorEntry
@@ -116,7 +115,7 @@ class TierReader:
         deadline_s = time.monotonic() + timeout_s
         while not ready():
             if self._progress.status is FetchStatus.FAILED:
-                raise read_error(self._fetch_dir)
+                raise self._progress.error()
             if time.monotonic() > deadline_s:
                 raise DeadlineExceeded(
                     f"{what} of fetch {self.plan.fetch_id} did not arrive within {timeout_s:g} s"

@@ -24,8 +24,8 @@ examples:
   paraserve timeline tiny                                  where the time of the start went
   paraserve down
 
-The commands find the local cluster by themselves; --scheduler and --gateway, or PARASERVE_SCHEDULER,
-PARASERVE_GATEWAY and PARASERVE_TOKEN, name another one.
+The commands find the local cluster by themselves; --scheduler and --gateway, or the variables
+PARASERVE_SCHEDULER, PARASERVE_GATEWAY and PARASERVE_TOKEN, name another one.
 """
 
 

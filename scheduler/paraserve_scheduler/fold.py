@@ -171,12 +171,7 @@ def _part_removed(view: ClusterView, event: PartRemoved) -> ClusterView:
     node = view.nodes.get(event.node)
     if node is None:
         return view
-    node = _without_part(node, event.replica)
-    return replace(view, nodes=_with(view.nodes, event.node, node))
-
-
-def _without_part(node: NodeState, replica: str) -> NodeState:
-    return replace(node, parts=tuple(part for part in node.parts if part.replica != replica))
+    return replace(view, nodes=_with(view.nodes, event.node, node.without({event.replica})))
 
 
 # ---- demand ----
@@ -291,7 +286,7 @@ def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:
     forgotten = set(stopped[:-KEPT_REPLICAS])
     kept = {name: replica for name, replica in view.replicas.items() if name not in forgotten}
     # What a node could not remove, its next heartbeat will list again.
-    nodes = {name: _without_part(node, event.replica) for name, node in view.nodes.items()}
+    nodes = {name: node.without({event.replica}) for name, node in view.nodes.items()}
     return replace(view, replicas=kept, nodes=nodes)
 
 

@@ -41,22 +41,21 @@ async def run(config: SchedulerConfig) -> None:
     """
     token = read_token(config.token_file, os.environ)
     require_loopback(config.listen, token)
-    store = SqliteStore(config.state_file)
-    agents = GrpcAgents(token)
     server, port = _listen(config.listen, token)
-    try:
+    agents = GrpcAgents(token)
+    with contextlib.closing(SqliteStore(config.state_file)) as store:
         controller = Controller(store=store, agents=agents, clock=SystemClock(), config=config)
         add_SchedulerServicer_to_server(SchedulerService(controller, config), server)
         await server.start()
         logger.info("Scheduler on port %d, state in %s", port, config.state_file)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(controller.run(), name="controller")
-            if config.with_gateway:
-                tasks.create_task(_run_gateway(config, port), name="gateway")
-    finally:
-        await server.stop(grace=None)
-        await agents.close()
-        store.close()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(controller.run(), name="controller")
+                if config.with_gateway:
+                    tasks.create_task(_run_gateway(config, port), name="gateway")
+        finally:
+            await server.stop(grace=None)
+            await agents.close()
 
 
 def main(argv: Sequence[str]) -> None:

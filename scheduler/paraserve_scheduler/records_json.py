@@ -23,7 +23,10 @@ def dump(record: object) -> str:
 def load(record: type[_Record], text: str) -> _Record:
     """Read what `dump` wrote; raises `ValueError` for what another version wrote."""
     try:
-        return _build_record(record, json.loads(text))
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise TypeError(f"{type(values).__name__} instead of an object")
+        return _build_record(record, values)
     except (TypeError, KeyError) as error:
         raise ValueError(f"not a {record.__name__} of this version: {error}") from error
 

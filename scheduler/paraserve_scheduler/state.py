@@ -6,7 +6,7 @@ are seconds since the Unix epoch; `None` where something has not happened.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -74,6 +74,12 @@ class NodeState:
     #: Every part on the node, also those that no replica wants.
     parts: tuple[PartState, ...] = ()
     tier_used_bytes: int = 0
+
+    def without(self, replicas: Collection[str]) -> NodeState:
+        """The node as it will be when it holds no part of these replicas."""
+        return replace(
+            self, parts=tuple(part for part in self.parts if part.replica not in replicas)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +259,9 @@ class ClusterView:
         """The view as it will be when these replicas have left their nodes."""
         names = {replica.id for replica in gone}
         return replace(
-            self, replicas={key: value for key, value in self.replicas.items() if key not in names}
+            self,
+            nodes={key: node.without(names) for key, node in self.nodes.items()},
+            replicas={key: value for key, value in self.replicas.items() if key not in names},
         )
 
 

@@ -22,6 +22,8 @@ from paraserve_scheduler.records_json import dump, load
 from paraserve_scheduler.state import Replica
 
 _SCHEMA_VERSION = 1
+#: A scheduler that is shutting down still holds the file for a moment.
+_LOCK_TIMEOUT_S = 1.0
 _SCHEMA = """
 CREATE TABLE deployments (
     name TEXT PRIMARY KEY, spec TEXT NOT NULL, index_json BLOB NOT NULL,
@@ -78,7 +80,7 @@ class SqliteStore:
     """`Store` in one file; `Path(":memory:")` keeps nothing. Belongs to one thread."""
 
     def __init__(self, path: Path) -> None:
-        self._connection = sqlite3.connect(path, isolation_level=None)
+        self._connection = sqlite3.connect(path, isolation_level=None, timeout=_LOCK_TIMEOUT_S)
         try:
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             # A lost power supply may cost the last transactions, never the database.

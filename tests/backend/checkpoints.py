@@ -111,8 +111,7 @@ def land(fetch: TierFetch, folder: Path, parts: Iterable[int] | None = None) -> 
     for number in fetch.missing_parts() if parts is None else parts:
         part = fetch.parts[number]
         content = (folder / part.object_key).read_bytes()[part.start : part.end]
-        fetch.view(number)[:] = content
-        fetch.mark_landed(number)
+        fetch.write_part(number, memoryview(content))
     for stored in fetch.missing_files():
         fetch.write_file(stored.key, (folder / stored.key).read_bytes())
 

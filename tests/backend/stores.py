@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -164,15 +165,33 @@ def whole_object(content: bytes) -> Step:
     return step
 
 
+def make_certificate(folder: Path) -> Path:
+    """Write a certificate for 127.0.0.1 and its key into one file."""
+    path = folder / "server.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", path, "-out", folder / "certificate.pem"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    path.write_text(path.read_text() + (folder / "certificate.pem").read_text())
+    return path
+
+
 @contextmanager
-def serve(store: ScriptedStore) -> Iterator[str]:
+def serve(store: ScriptedStore, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """Serve `store` on this machine; gives the endpoint's URL."""
     server = _Server(("127.0.0.1", 0), _Handler)
     server.store = store
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"{'http' if tls is None else 'https'}://127.0.0.1:{server.server_address[1]}"
     finally:
         store.release.set()
         server.shutdown()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ from tests.backend.stores import (
     ScriptedStore,
     Step,
     as_status,
+    make_certificate,
     rclone_store,
     refuse,
     serve,
@@ -239,3 +242,19 @@ class TestScriptedStore:
         ):
             read_range(source, only_object(source), 0, 9)
         assert len(store.gets) == 1
+
+
+@pytest.mark.usefixtures("aws_environment")
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl for a certificate")
+def test_a_store_behind_tls_is_read_only_with_a_certificate_that_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = make_certificate(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    with serve(ScriptedStore({"tiny/weights.bin": CONTENT}), tls) as url:
+        with pytest.raises(SourceUnavailable, match="cannot reach"):
+            open_source(f"s3://{BUCKET}/tiny", endpoint_url=url).list()
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        source = open_source(f"s3://{BUCKET}/tiny", endpoint_url=url)
+        assert read_range(source, only_object(source), 3, 2000) == CONTENT[3:2000]

@@ -123,6 +123,12 @@ def test_a_reader_raises_what_made_the_fetch_fail(tier: Tier, model: Path) -> No
             list(reader.iter_landed([name], timeout_s=60))
 
 
+def test_a_long_error_reaches_readers_cut(tier: Tier, model: Path) -> None:
+    tier.begin(make_plan(model)).fail(InvalidCheckpoint("ä" * 9999))
+    with pytest.raises(InvalidCheckpoint, match=r"^ä{1000,}$"):
+        TierReader.open(tier.directory, "fetch-1").wait_for("lm_head.weight", timeout_s=60)
+
+
 def test_a_reader_gives_up_after_its_time_limit(tier: Tier, model: Path) -> None:
     tier.begin(make_plan(model))
     reader = TierReader.open(tier.directory, "fetch-1")
@@ -300,12 +306,17 @@ FILL_A_SMALL_TIER = """
 import pathlib, subprocess, sys
 from paraserve_backend.errors import InsufficientCapacity
 from paraserve_backend.tier import Tier
+from paraserve_backend.tier_reader import TierReader
 from tests.backend.checkpoints import land, make_plan
 small, model = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=True)
 fetch = Tier.open(small).begin(make_plan(model), part_bytes=100_000)
 try:
     land(fetch, model)
+except InsufficientCapacity as error:
+    fetch.fail(error)
+try:
+    TierReader.open(small, "fetch-1").wait_for("lm_head.weight", timeout_s=9)
 except InsufficientCapacity as error:
     print(error)
 """
@@ -316,7 +327,7 @@ IN_OWN_NAMESPACE = ("unshare", "--map-root-user", "--mount")
     subprocess.run([*IN_OWN_NAMESPACE, "true"], check=False).returncode != 0,
     reason="this machine does not allow mount namespaces",
 )
-def test_a_full_tier_is_an_error_and_no_bus_error(tmp_path: Path) -> None:
+def test_a_full_tier_is_an_error_that_readers_get_too(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "wide", width=4096)
     (small := tmp_path / "small").mkdir()
     run = subprocess.run(

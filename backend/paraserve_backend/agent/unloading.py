@@ -18,8 +18,6 @@ from paraserve_backend.errors import DeadlineExceeded, ParaServeError
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-#: After its processes were killed, Triton needs about a second to notice.
-_AFTER_KILL_S = 5.0
 _GONE = (ModelState.ABSENT, ModelState.UNAVAILABLE)
 
 
@@ -27,6 +25,8 @@ _GONE = (ModelState.ABSENT, ModelState.UNAVAILABLE)
 class Unloader:
     triton: Triton
     stubs: Stubs
+    #: How long a killed process may take to go.
+    kill_s: float = 5.0
 
     async def unload(
         self, waves: Sequence[Sequence[str]], deadline_s: float, seen: Iterable[Stub] = ()
@@ -58,7 +58,7 @@ class Unloader:
             logger.warning("kill pid=%d model=%s", stub.pid, stub.model)
             self.stubs.kill(stub)
         try:
-            async with asyncio.timeout(_AFTER_KILL_S):
+            async with asyncio.timeout(self.kill_s):
                 while await self._stubs_of(models):
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:

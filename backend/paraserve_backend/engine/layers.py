@@ -93,7 +93,7 @@ def project(
 ) -> torch.Tensor:
     """Map `[tokens, inputs]` to `[tokens, outputs]` with a weight `[outputs, inputs]`."""
     if len(hidden) == 1 and bias is None and hidden.device.type == "cpu":
-        # Decoding one sequence: this kernel reads bfloat16 weights up to 1.5 times as fast.
+        # Decoding one sequence: this kernel reads bfloat16 weights a third faster (measured).
         return torch.mv(weight, hidden[0])[None]
     return linear(hidden, weight, bias)
 

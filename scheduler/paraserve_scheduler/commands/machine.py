@@ -1,1 +1,73 @@
-def add_commands(c): pass
+"""`paraserve doctor` and `paraserve install-backend`: preparing a machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from paraserve_scheduler.doctor import Finding, State, examine
+from paraserve_scheduler.install_backend import install_backend, start_hint
+
+_STYLES = {State.OK: "green", State.MISSING: "bold red", State.ABSENT: "yellow"}
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="check this machine and say what is missing",
+        description="Check this machine for a local cluster, line by line. The exit status is 1 if "
+        "something required is missing; what is only absent limits a feature.",
+    )
+    parser.add_argument("--json", action="store_true", help="the findings as JSON")
+    parser.set_defaults(run=_doctor)
+    parser = commands.add_parser(
+        "install-backend",
+        help="put the backend where a Triton server finds it",
+        description="Write DIR/paraserve/model.py, which imports the backend from this package, "
+        "and say how to start tritonserver.",
+        epilog="example:\n  paraserve install-backend /opt/tritonserver/backends",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="Triton's backend directory")
+    parser.add_argument(
+        "--python",
+        type=Path,
+        default=Path(sys.executable),
+        metavar="PYTHON",
+        help="interpreter whose packages Triton's stub shall use (default: this one)",
+    )
+    parser.set_defaults(run=_install_backend)
+
+
+def _doctor(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    findings = examine(environ)
+    console = Console()
+    if arguments.json:
+        console.out(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        console.print(_table(findings))
+    return 1 if any(finding.state is State.MISSING for finding in findings) else 0
+
+
+def _table(findings: tuple[Finding, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        style = _STYLES[finding.state]
+        said = (
+            finding.detail if finding.state is State.OK else f"{finding.detail}; {finding.remedy}"
+        )
+        table.add_row(f"[{style}]{finding.state}[/]", finding.name, said)
+    return table
+
+
+def _install_backend(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
+    installed = install_backend(arguments.dir.absolute(), arguments.python.absolute())
+    Console().print(start_hint(installed), highlight=False, soft_wrap=True, markup=False)
+    return 0

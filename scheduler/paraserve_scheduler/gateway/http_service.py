@@ -80,7 +80,7 @@ class HttpService:
         return web.Response()
 
     async def _infer(self, http: web.Request) -> web.Response:
-        call = infer_call(*_model(http), await http.read(), _header_bytes(http))
+        call = infer_call(*_model(http), await _body(http), _header_bytes(http))
         fields, binary = infer_response(call, await self._proxy.single(call.request))
         if not binary:
             return _json(fields)
@@ -92,11 +92,11 @@ class HttpService:
         )
 
     async def _generate(self, http: web.Request) -> web.Response:
-        request = generate_request(*_model(http), await http.read())
+        request = generate_request(*_model(http), await _body(http))
         return _json(generate_response(await self._proxy.single(request)))
 
     async def _generate_stream(self, http: web.Request) -> web.StreamResponse:
-        request = generate_request(*_model(http), await http.read())
+        request = generate_request(*_model(http), await _body(http))
         events = _EventStream(http)
         try:
             await self._proxy.stream(request, events.send)
@@ -172,6 +172,15 @@ async def _refuse_statistics(request: web.Request) -> web.StreamResponse:
 
 def _model(request: web.Request) -> tuple[str, str]:
     return request.match_info["model"], request.match_info.get("version", "")
+
+
+async def _body(request: web.Request) -> bytes:
+    try:
+        return await request.read()
+    except web.RequestPayloadError:
+        raise InvalidRequest(
+            "The request body cannot be read; does it match its Content-Encoding?"
+        ) from None
 
 
 def _header_bytes(request: web.Request) -> int | None:

@@ -23,18 +23,23 @@ from paraserve_scheduler.gateway.failures import error_from_code
 from paraserve_scheduler.gateway.metadata import MODEL_VERSION
 
 _NAMES_IN_ERROR = 20
-_FIRST_TABLE_TIMEOUT_S = 5.0
 
 
 class Routes:
     """Belongs to one event loop."""
 
     def __init__(
-        self, demand: Demand, *, max_held_requests: int, cold_start_timeout_s: float
+        self,
+        demand: Demand,
+        *,
+        max_held_requests: int,
+        cold_start_timeout_s: float,
+        first_table_timeout_s: float = 5.0,
     ) -> None:
         self._demand = demand
         self._max_held_requests = max_held_requests
         self._cold_start_timeout_s = cold_start_timeout_s
+        self._first_table_timeout_s = first_table_timeout_s
         self._table: dict[str, pb.Route] | None = None
         self._changed = asyncio.Event()
 
@@ -68,7 +73,7 @@ class Routes:
         """
         if self._table is None:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_FIRST_TABLE_TIMEOUT_S):
+                async with asyncio.timeout(self._first_table_timeout_s):
                     await self._changed.wait()
         self._route(deployment)
         if version not in ("", MODEL_VERSION):

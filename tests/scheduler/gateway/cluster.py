@@ -35,9 +35,13 @@ DEPLOYMENT = "tiny"
 class Cluster:
     gateway: Gateway
     scheduler: FakeScheduler
+    scheduler_server: grpc.aio.Server
+    scheduler_address: str
     #: Two servers, so that a request can go elsewhere.
     tritons: tuple[FakeTriton, FakeTriton]
     addresses: tuple[str, str]
+    #: The first Triton's, so that it can vanish.
+    server: grpc.aio.Server
     http: aiohttp.ClientSession
     channel: grpc.aio.Channel
 
@@ -82,11 +86,8 @@ async def serving(
     async with contextlib.AsyncExitStack() as stack:
         scheduler = FakeScheduler()
         tritons = (FakeTriton(), FakeTriton())
-        scheduler_address = await stack.enter_async_context(_listening(scheduler))
-        addresses = (
-            await stack.enter_async_context(_listening(tritons[0])),
-            await stack.enter_async_context(_listening(tritons[1])),
-        )
+        scheduler_server, scheduler_address = await stack.enter_async_context(_listening(scheduler))
+        listeners = [await stack.enter_async_context(_listening(each)) for each in tritons]
         settings = replace(config or make_config(), scheduler_address=scheduler_address)
         gateway = Gateway(settings, name="gateway-1", token=token)
         stack.push_async_callback(gateway.stop)
@@ -96,8 +97,11 @@ async def serving(
         cluster = Cluster(
             gateway=gateway,
             scheduler=scheduler,
+            scheduler_server=scheduler_server,
+            scheduler_address=scheduler_address,
             tritons=tritons,
-            addresses=addresses,
+            addresses=(listeners[0][1], listeners[1][1]),
+            server=listeners[0][0],
             http=session,
             channel=channel,
         )
@@ -153,7 +157,9 @@ async def read_events(response: aiohttp.ClientResponse) -> list[dict[str, Any]]:
 
 
 @contextlib.asynccontextmanager
-async def _listening(servicer: FakeScheduler | FakeTriton) -> AsyncIterator[str]:
+async def _listening(
+    servicer: FakeScheduler | FakeTriton,
+) -> AsyncIterator[tuple[grpc.aio.Server, str]]:
     server = grpc.aio.server()
     if isinstance(servicer, FakeScheduler):
         add_SchedulerServicer_to_server(servicer, server)
@@ -162,7 +168,7 @@ async def _listening(servicer: FakeScheduler | FakeTriton) -> AsyncIterator[str]
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        yield f"127.0.0.1:{port}"
+        yield server, f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
 

@@ -170,7 +170,7 @@ async def test_requests_on_one_stream_interleave() -> None:
 
     async with serving() as cluster:
         cluster.triton.script = script
-        stream = cluster.stub.ModelStreamInfer()
+        stream = _open_stream(cluster)
         await stream.write(make_request(id="one"))
         ids = [await _next_id(stream)]
         await stream.write(make_request(id="two"))
@@ -183,7 +183,7 @@ async def test_requests_on_one_stream_interleave() -> None:
 
 async def test_an_error_on_a_stream_names_its_request_and_leaves_the_stream_open() -> None:
     async with serving() as cluster:
-        stream = cluster.stub.ModelStreamInfer()
+        stream = _open_stream(cluster)
         bad = make_request(id="bad")
         bad.model_name = "nosuch"
         await stream.write(bad)
@@ -211,7 +211,7 @@ async def test_a_stream_ends_with_the_errors_status_for_clients_that_ask_so() ->
 async def test_cancelling_a_stream_cancels_it_at_the_replica() -> None:
     async with serving() as cluster:
         cluster.triton.script = hanging(1)
-        stream = cluster.stub.ModelStreamInfer()
+        stream = _open_stream(cluster)
         await stream.write(make_request())
         await stream.read()
         stream.cancel()
@@ -335,6 +335,12 @@ async def test_a_request_refused_by_the_only_replica_waits_for_the_next() -> Non
 def _blocking_inputs() -> list[triton.InferInput]:
     prompt = triton.InferInput("text_input", [1], "BYTES")
     return [prompt.set_data_from_numpy(np.array([b"hi"], dtype=np.object_))]
+
+
+def _open_stream(cluster: Cluster) -> Any:
+    # The type stubs do not know that requests may also be written one by one.
+    call: Any = cluster.stub.ModelStreamInfer
+    return call()
 
 
 async def _entries(stream: Any) -> AsyncIterator[kserve.ModelStreamInferResponse]:

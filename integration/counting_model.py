@@ -1,0 +1,83 @@
+"""A decoupled Triton model with a deployment's interface and no language model: it counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from paraserve_backend.interface import INPUTS, OUTPUTS, TensorSpec
+
+# What it does is the prompt: count, hang, fail, or report that another request was cancelled.
+_MODEL = """
+import json
+import threading
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.cancelled = threading.Event()
+
+    def execute(self, requests):
+        for request in requests:
+            tensors = {tensor.name(): tensor.as_numpy().tolist() for tensor in request.inputs()}
+            if tensors["text_input"] == [b"raise"]:
+                raise ValueError("boom")
+            work = (request.get_response_sender(), tensors, json.loads(request.parameters()))
+            threading.Thread(target=self.answer, args=work, daemon=True).start()
+
+    def answer(self, sender, tensors, parameters):
+        prompt = tensors["text_input"][0].decode()
+        if prompt == "was cancelled":
+            self.send(sender, str(self.cancelled.wait(10)), 1, last=True)
+        elif prompt == "parameters":
+            parameters.pop("triton_enable_empty_final_response", None)
+            parameters.pop("id", None)  # only Triton's own HTTP service makes it a parameter
+            self.send(sender, json.dumps(parameters, sort_keys=True), 1, last=True)
+        elif prompt.startswith("fail"):
+            code = getattr(pb_utils.TritonError, prompt.split()[1])
+            error = pb_utils.TritonError("The sentence.", code)
+            sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+        elif prompt == "hang":
+            while not sender.is_cancelled():
+                self.send(sender, "tick", 1)
+                self.cancelled.wait(0.01)
+            self.cancelled.set()
+            sender.send(flags=FINAL)
+        else:
+            self.count(sender, tensors, ends_empty=prompt == "end empty")
+
+    def count(self, sender, tensors, ends_empty):
+        limit = tensors.get("max_tokens", [1])[0]
+        for number in range(limit):
+            last = number == limit - 1 and not ends_empty
+            self.send(sender, f"token {number}", number + 1, last=last)
+        if ends_empty:
+            sender.send(flags=FINAL)
+
+    def send(self, sender, text, count, last=False):
+        outputs = [
+            pb_utils.Tensor("text_output", np.array([text.encode()], dtype=np.object_)),
+            pb_utils.Tensor("num_output_tokens", np.array([count], dtype=np.uint32)),
+            pb_utils.Tensor("output_ids", np.arange(2, dtype=np.int32)),
+        ]
+        sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL if last else 0)
+"""
+
+
+def write_model(folder: Path) -> None:
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.py").write_text(_MODEL, encoding="utf-8")
+    inputs = ",".join(_declared(spec, "optional: true") for spec in INPUTS)
+    outputs = ",".join(_declared(spec) for spec in OUTPUTS)
+    config = f"""
+        backend: "python" max_batch_size: 0 model_transaction_policy {{ decoupled: true }}
+        input [{inputs}] output [{outputs}] instance_group [{{ kind: KIND_CPU count: 1 }}]
+    """
+    (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+
+
+def _declared(spec: TensorSpec, more: str = "") -> str:
+    dims = ", ".join(map(str, spec.shape))
+    return f'{{ name: "{spec.name}" data_type: {spec.config_datatype} dims: [{dims}] {more} }}'

@@ -1,0 +1,218 @@
+"""The main path on this machine, start to end: `make demo`.
+
+A cluster of four nodes comes up, a checkpoint is put into its bucket, one plain Triton request
+starts the model on all nodes at once and streams tokens, and the model goes back to zero. The last
+line is one JSON object; the exit status is 1 if anything was not as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tritonclient.grpc as triton
+from paraserve_backend.agent.node import available_bytes
+from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler import timeline
+from paraserve_scheduler.client import SchedulerClient
+from paraserve_scheduler.generation import stream
+from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
+from paraserve_scheduler.local.layout import ClusterLayout
+from rich.console import Console
+
+from integration.bucket import upload
+from integration.checkpoints import LlamaShape, cached, write_with_transformers
+
+NAME = "demo"
+SHAPE = LlamaShape(layers=8, hidden=768, intermediate=2048, heads=12, kv_heads=4)
+PROMPT = "A model at zero starts when"
+MAX_TOKENS = 32
+KEEP_ALIVE_S = 5.0
+_COLD_START_TIMEOUT_S = 300.0
+_ZERO_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    token_ids: tuple[int, ...]
+    #: From the request to the first piece, as the client saw it.
+    ttft_s: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--nodes", type=int, default=4, help="(default: 4)")
+    nodes = parser.parse_args().nodes
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console(stderr=False, highlight=False)
+    files = files_of(NAME, os.environ)
+    try:
+        down(files, delete=True)  # what a demo left that was killed
+        result = run(nodes, console)
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; stopping the cluster")
+        return 130
+    except ParaServeError as error:
+        console.print(f"[bold red]The demo failed:[/] {error}", soft_wrap=True)
+        return 1
+    finally:
+        down(files, delete=True)
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+def run(nodes: int, console: Console) -> dict[str, object]:
+    """Do everything and return the last line."""
+    files = files_of(NAME, os.environ)
+    with console.status("writing a random checkpoint (once)"):
+        checkpoint = _checkpoint(os.environ)
+    options = UpOptions(name=NAME, nodes=nodes)
+    layout = make_layout(
+        options,
+        files,
+        available_bytes=available_bytes(Path("/proc")),
+        cores=os.cpu_count() or 1,
+    )
+    with console.status("starting the cluster") as status:
+        up(layout, lambda news: status.update(f"starting the cluster: {news.process}"))
+    console.print(f"[bold]Cluster of {nodes} nodes is up.[/] Nothing is loaded.")
+    source = upload(layout, checkpoint, NAME, console)
+    token = files.token.read_text(encoding="utf-8")
+    with SchedulerClient(layout.scheduler_address, token) as client:
+        return _show(layout, client, checkpoint, source, console)
+
+
+def _show(
+    layout: ClusterLayout,
+    client: SchedulerClient,
+    checkpoint: Path,
+    source: str,
+    console: Console,
+) -> dict[str, object]:
+    deployed = client.deploy(
+        pb.DeploymentSpec(name=NAME, source=source, keep_alive_s=KEEP_ALIVE_S, ttft_slo_s=10)
+    )
+    console.print(
+        f"[bold]Deployed[/] {source}: {deployed.architecture}, "
+        f"{deployed.weight_bytes / 1e6:.0f} MB of weights, at zero."
+    )
+    answer = _ask(layout, console)
+    replica = timeline.newest(client.status(NAME))
+    if replica is None:
+        raise Unavailable("The scheduler does not know the replica that has just answered.")
+    console.print()
+    console.print(timeline.render(replica))
+    _require_reference(checkpoint, answer, console)
+    with console.status(f"waiting for scale to zero (idle for {KEEP_ALIVE_S:.0f} s)"):
+        _wait_for_zero(layout, client)
+    console.print("[bold]At zero again:[/] no node holds a model.\n")
+    return {
+        "demo": "ok",
+        "stages": len(replica.parts),
+        "ttft_s": round(answer.ttft_s, 3),
+        "tokens_match_reference": True,
+        "scaled_to_zero": True,
+    }
+
+
+def _checkpoint(environ: Mapping[str, str]) -> Path:
+    base = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cached(
+        base / "paraserve" / "demo-checkpoint",
+        SHAPE,
+        lambda folder: write_with_transformers(folder, SHAPE, shard="64MB"),
+    )
+
+
+def _ask(layout: ClusterLayout, console: Console) -> Answer:
+    """Send one request with Triton's own client and print the tokens as they come."""
+    console.print(f"\n[bold]Request[/] to {layout.gateway_address}: {PROMPT!r}\n")
+    token_ids: list[int] = []
+    first_s = None
+    started_s = time.monotonic()
+    settings = {"max_tokens": MAX_TOKENS, "ignore_eos": True}
+    for piece in stream(
+        layout.gateway_address, NAME, PROMPT, settings, timeout_s=_COLD_START_TIMEOUT_S
+    ):
+        first_s = first_s or time.monotonic()
+        token_ids.extend(piece.token_ids)
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+    if first_s is None:
+        raise Unavailable("The answer was empty.")
+    sys.stdout.write("\n")
+    return Answer(token_ids=tuple(token_ids), ttft_s=first_s - started_s)
+
+
+def _require_reference(checkpoint: Path, answer: Answer, console: Console) -> None:
+    with console.status("computing the same with transformers in one process"):
+        expected = reference_ids(checkpoint, PROMPT, MAX_TOKENS)
+    if answer.token_ids != expected:
+        raise ParaServeError(
+            f"The tokens differ from transformers': got {list(answer.token_ids)}, "
+            f"expected {list(expected)}."
+        )
+    console.print(f"\n[bold]All {len(expected)} token ids equal those of transformers.[/]")
+
+
+def reference_ids(checkpoint: Path, prompt: str, max_tokens: int) -> tuple[int, ...]:
+    """Return what transformers generates greedily, without the prompt."""
+    # Takes seconds to import, so not before the cluster runs.
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    encoded = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        max_new_tokens=max_tokens,
+        min_new_tokens=max_tokens,
+        do_sample=False,
+    )
+    return tuple(output[0, encoded["input_ids"].shape[1] :].tolist())
+
+
+def _wait_for_zero(layout: ClusterLayout, client: SchedulerClient) -> None:
+    """Wait until neither the scheduler nor any Triton server knows a model."""
+    deadline = time.monotonic() + KEEP_ALIVE_S + _ZERO_TIMEOUT_S
+    while (left := _left(layout, client)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if left:
+        raise DeadlineExceeded(f"The model did not go to zero: {left}.")
+
+
+def _left(layout: ClusterLayout, client: SchedulerClient) -> str:
+    status = client.status(NAME)
+    live = [
+        replica.replica
+        for deployment in status.deployments
+        for replica in deployment.replicas
+        if not replica.removed_s
+    ]
+    if live:
+        return f"replica {live[0]} is still there"
+    for node in layout.nodes:
+        server = triton.InferenceServerClient(f"{node.host}:{node.triton_grpc_port}")
+        models = server.get_model_repository_index().models
+        server.close()
+        ready = [model.name for model in models if model.state == "READY"]
+        if ready:
+            return f"{node.name} still holds {ready[0]}"
+    return ""
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""A cluster's status as tables for the terminal. Pure."""
+
+from __future__ import annotations
+
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from rich.table import Table
+
+_MB = 1e6
+
+
+def nodes_table(status: pb.ClusterStatus, *, now_s: float) -> Table:
+    table = _table("NODE", "STATE", "TRITON", "MEMORY MB", "RESERVED MB", "TIER MB")
+    for node in status.nodes:
+        table.add_row(
+            node.info.name,
+            "alive" if node.alive else f"silent for {now_s - node.last_seen_s:.0f} s",
+            node.info.triton_grpc_address,
+            *(_mb(size) for size in (node.info.memory_bytes, node.reserved_bytes)),
+            _mb(node.tier_used_bytes),
+        )
+    if not status.nodes:
+        table.add_row("none")
+    return table
+
+
+def deployments_table(status: pb.ClusterStatus) -> Table:
+    table = _table("DEPLOYMENT", "REPLICA", "STATE", "STAGES", "WEIGHTS MB", "SOURCE")
+    for entry in status.deployments:
+        live = [replica for replica in entry.replicas if not replica.removed_s]
+        weights, source = _mb(entry.weight_bytes), entry.spec.source
+        if not live:
+            state = f"failed: {entry.failure.message}" if entry.HasField("failure") else "at zero"
+            table.add_row(entry.spec.name, "", state, "", weights, source)
+        for replica in live:
+            table.add_row(entry.spec.name, replica.replica, *_state(replica), weights, source)
+    if not status.deployments:
+        table.add_row("none")
+    return table
+
+
+def _state(replica: pb.ReplicaStatus) -> tuple[str, str]:
+    phase = pb.Phase.Name(replica.phase).lower()
+    if replica.phase == pb.STARTING:
+        fetched = sum(part.status.fetched_bytes for part in replica.parts)
+        total = sum(part.status.total_bytes for part in replica.parts)
+        if total:
+            phase += f" {fetched / total:.0%}"
+    return phase, str(len(replica.parts))
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading.endswith("MB") else "left")
+    return table
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / _MB:.0f}"

@@ -1,0 +1,114 @@
+"""One generate request over KServe v2 gRPC, with the official client and nothing of ours."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as triton
+from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
+from tritonclient.utils import InferenceServerException
+
+#: KServe datatype and numpy type of the settings a request may carry.
+_SETTINGS: Mapping[str, tuple[str, Any]] = {
+    "max_tokens": ("INT32", np.int32),
+    "temperature": ("FP32", np.float32),
+    "top_p": ("FP32", np.float32),
+    "top_k": ("INT32", np.int32),
+    "seed": ("UINT64", np.uint64),
+    "ignore_eos": ("BOOL", np.bool_),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One response of a stream: the new text and the new tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+
+
+def stream(
+    address: str, model: str, prompt: str, settings: Mapping[str, float], *, timeout_s: float
+) -> Iterator[Piece]:
+    """Send a prompt to a gateway or a Triton and yield its answer as it comes.
+
+    Args:
+        address: host:port of the gRPC service.
+        model: name of the deployment.
+        prompt: the text to continue.
+        settings: any of max_tokens, temperature, top_p, top_k, seed, ignore_eos.
+        timeout_s: longest wait for one response; the first includes the cold start.
+
+    Raises:
+        ParaServeError: the server's error.
+        DeadlineExceeded: no response in time.
+    """
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    client = triton.InferenceServerClient(address)
+    try:
+        client.start_stream(lambda result, error: answers.put(error or result))
+        client.async_stream_infer(
+            model,
+            _inputs(prompt, settings),
+            request_id="1",
+            enable_empty_final_response=True,
+        )
+        yield from _pieces(answers, timeout_s)
+    except InferenceServerException as error:
+        raise _ours(error) from None
+    finally:
+        client.stop_stream(cancel_requests=True)
+        client.close()
+
+
+def _inputs(prompt: str, settings: Mapping[str, float]) -> list[triton.InferInput]:
+    inputs = [
+        _input("text_input", "BYTES", np.array([prompt.encode()], dtype=np.object_)),
+        _input("stream", "BOOL", np.array([True])),
+    ]
+    for name, value in settings.items():
+        datatype, dtype = _SETTINGS[name]
+        inputs.append(_input(name, datatype, np.array([value], dtype=dtype)))
+    return inputs
+
+
+def _input(name: str, datatype: str, values: np.ndarray[Any, Any]) -> triton.InferInput:
+    tensor = triton.InferInput(name, list(values.shape), datatype)
+    tensor.set_data_from_numpy(values)
+    return tensor
+
+
+def _pieces(answers: queue.SimpleQueue[Any], timeout_s: float) -> Iterator[Piece]:
+    while True:
+        try:
+            answer = answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise DeadlineExceeded(f"No answer within {timeout_s:g} s.") from None
+        if isinstance(answer, InferenceServerException):
+            raise answer
+        if answer.as_numpy("text_output") is not None:
+            yield _piece(answer)
+        if answer.get_response().parameters["triton_final_response"].bool_param:
+            return
+
+
+def _piece(answer: Any) -> Piece:
+    text = b"".join(answer.as_numpy("text_output").reshape(-1).tolist())
+    ids = answer.as_numpy("output_ids")
+    reason = answer.as_numpy("finish_reason")
+    return Piece(
+        text=text.decode(errors="replace"),
+        token_ids=() if ids is None else tuple(ids.reshape(-1).tolist()),
+        finish_reason="" if reason is None else reason.reshape(-1)[0].decode(),
+    )
+
+
+def _ours(error: InferenceServerException) -> ParaServeError:
+    if "UNAVAILABLE" in str(error.status()):
+        return Unavailable(error.message())
+    return ParaServeError(error.message())

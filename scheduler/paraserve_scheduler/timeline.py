@@ -1,0 +1,182 @@
+"""A cold start as a picture: rows and bars for the terminal, or a Chrome trace. Pure.
+
+Times come from the machines that measured them, in seconds since the Unix epoch; everything here
+is relative to the moment the demand was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from rich.table import Table
+from rich.text import Text
+
+SCHEDULER = "scheduler"
+_MB = 1e6
+_BAR_WIDTH = 48
+_STYLES = {"plan": "yellow", "fetch": "cyan", "load": "magenta", "ready": "green"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One interval of a cold start; an instant where start and end are the same."""
+
+    #: The node, or "scheduler".
+    where: str
+    what: str
+    start_s: float
+    end_s: float
+    size_bytes: int = 0
+    #: It had not ended when the status was taken; `end_s` is the latest time known.
+    is_running: bool = False
+
+    @property
+    def duration_s(self) -> float:
+        return self.end_s - self.start_s
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Rate of a transfer; None for anything else."""
+        if not self.size_bytes or self.duration_s <= 0:
+            return None
+        return self.size_bytes / self.duration_s
+
+
+def rows(replica: pb.ReplicaStatus) -> tuple[Row, ...]:
+    """Return what is known of a cold start: the plan, each node's intervals, then the ends."""
+    origin_s = replica.requested_s
+    return (
+        *_plan(replica),
+        *(row for part in _by_stage(replica) for row in _part_rows(part, origin_s, replica)),
+        *_instant("all ready", replica.ready_s, origin_s),
+        *_instant("first token", replica.first_token_s, origin_s),
+    )
+
+
+def newest(deployments: pb.ClusterStatus | pb.DeploymentStatus) -> pb.ReplicaStatus | None:
+    """Return the cold start that was asked for last."""
+    entries = (
+        [deployments]
+        if isinstance(deployments, pb.DeploymentStatus)
+        else list(deployments.deployments)
+    )
+    replicas = [replica for entry in entries for replica in entry.replicas]
+    return max(replicas, key=lambda replica: replica.requested_s, default=None)
+
+
+def render(replica: pb.ReplicaStatus) -> Table:
+    """Draw the cold start with one bar per row on a common time axis."""
+    drawn = rows(replica)
+    total_s = max((row.end_s for row in drawn), default=0.0)
+    table = Table(title=_title(replica), title_justify="left", box=None, pad_edge=False)
+    for heading in ("node", "step"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column(f"0 s{f'{total_s:.2f} s':>{_BAR_WIDTH - 3}}", no_wrap=True)
+    for heading in ("seconds", "MB", "MB/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    before = ""
+    for row in drawn:
+        where = row.where if row.where != before else ""
+        table.add_row(where, row.what, _bar(row, total_s), *_figures(row))
+        before = row.where
+    return table
+
+
+def chrome_trace(replica: pb.ReplicaStatus) -> dict[str, Any]:
+    """Return the cold start in Chrome's trace format, for chrome://tracing or Perfetto.
+
+    A node is a process, a kind of step a thread; times are microseconds.
+    """
+    drawn = rows(replica)
+    places = list(dict.fromkeys(row.where for row in drawn))
+    lanes = list(dict.fromkeys(row.what for row in drawn))
+    names = [
+        {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": place}}
+        for pid, place in enumerate(places)
+    ]
+    events = [_event(row, places.index(row.where), lanes.index(row.what)) for row in drawn]
+    return {"displayTimeUnit": "ms", "traceEvents": [*names, *events]}
+
+
+def _plan(replica: pb.ReplicaStatus) -> Iterator[Row]:
+    if replica.planned_s:
+        end_s = replica.planned_s - replica.requested_s
+        yield Row(where=SCHEDULER, what="plan", start_s=0.0, end_s=end_s)
+
+
+def _by_stage(replica: pb.ReplicaStatus) -> list[pb.ReplicaPart]:
+    return sorted(replica.parts, key=lambda part: part.layer_start)
+
+
+def _part_rows(part: pb.ReplicaPart, origin_s: float, replica: pb.ReplicaStatus) -> Iterator[Row]:
+    spans = sorted(part.status.spans, key=lambda span: span.start_s)
+    known_s = max((max(span.start_s, span.end_s) for span in spans), default=origin_s)
+    for span in spans:
+        yield Row(
+            where=part.node,
+            what=_short(span.name, replica.replica),
+            start_s=span.start_s - origin_s,
+            end_s=(span.end_s or known_s) - origin_s,
+            size_bytes=span.bytes or (part.status.fetched_bytes if span.name == "fetch" else 0),
+            is_running=not span.end_s,
+        )
+    if part.status.phase == pb.READY:
+        layers = f"ready [{part.layer_start}, {part.layer_end})"
+        yield Row(
+            where=part.node, what=layers, start_s=known_s - origin_s, end_s=known_s - origin_s
+        )
+
+
+def _short(name: str, replica: str) -> str:
+    """Drop the replica's name: "load tiny.1.stage0" is "load stage0"."""
+    return name.replace(f"{replica}.", "").replace(replica, "generate")
+
+
+def _instant(what: str, at_s: float, origin_s: float) -> Iterator[Row]:
+    if at_s:
+        yield Row(where=SCHEDULER, what=what, start_s=at_s - origin_s, end_s=at_s - origin_s)
+
+
+def _title(replica: pb.ReplicaStatus) -> str:
+    stages = len(replica.parts)
+    title = f"Cold start of {replica.replica}: {stages} stage{'' if stages == 1 else 's'}"
+    if replica.first_token_s:
+        title += f", first token after {replica.first_token_s - replica.requested_s:.2f} s"
+    return title
+
+
+def _bar(row: Row, total_s: float) -> Text:
+    scale = _BAR_WIDTH / total_s if total_s > 0 else 0.0
+    start = min(_BAR_WIDTH - 1, max(0, round(row.start_s * scale)))
+    end = min(_BAR_WIDTH, round(row.end_s * scale))
+    style = _STYLES.get(row.what.split()[0], "blue")
+    if row.start_s == row.end_s:
+        return Text(" " * start + "◆", style="bold green")
+    mark = "░" if row.is_running else "█"
+    return Text(" " * start + mark * max(1, end - start), style=style)
+
+
+def _figures(row: Row) -> tuple[str, str, str]:
+    seconds = row.end_s if row.start_s == row.end_s else row.duration_s
+    size = f"{row.size_bytes / _MB:.1f}" if row.size_bytes else ""
+    rate = f"{row.bytes_per_s / _MB:.0f}" if row.bytes_per_s else ""
+    return f"{seconds:.2f}", size, rate
+
+
+def _event(row: Row, pid: int, lane: int) -> dict[str, Any]:
+    event: dict[str, Any] = {
+        "name": row.what,
+        "pid": pid,
+        "tid": lane,
+        "ts": round(row.start_s * 1e6),
+    }
+    if row.start_s == row.end_s:
+        return event | {"ph": "i", "s": "g" if row.where == SCHEDULER else "p"}
+    return event | {
+        "ph": "X",
+        "dur": round(row.duration_s * 1e6),
+        "args": {"bytes": row.size_bytes} if row.size_bytes else {},
+    }

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from paraserve_backend.agent.fetches import Fetches
+from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
+from paraserve_backend.landing import FetchStatus
+from paraserve_backend.tier import Tier
+from paraserve_backend.tier_reader import TierReader
+from paraserve_backend.trace import Span, SpanFile
+
+from tests.backend.agent.nodes import make_plan, make_request
+
+
+def play(folder: Path, test: Callable[[Fetches], Awaitable[None]]) -> None:
+    async def run() -> None:
+        fetches = Fetches(Tier.open(folder / "tier"), threads=1)
+        async with asyncio.timeout(10):
+            await test(fetches)
+        await fetches.close()
+
+    asyncio.run(run())
+
+
+async def run_to_end(fetches: Fetches, request_plan: Path) -> int:
+    return await (await fetches.start(make_request(make_plan(request_plan)), 10)).wait()
+
+
+def test_a_started_fetch_can_be_found_by_readers_at_once(tmp_path: Path) -> None:
+    async def test(fetches: Fetches) -> None:
+        fetching = await fetches.start(make_request(make_plan(tmp_path / "m")), 10)
+        TierReader.open(tmp_path / "tier", "tiny.1.0")
+        await fetching.wait()
+
+    play(tmp_path, test)
+
+
+def test_progress_ends_with_all_bytes(tmp_path: Path) -> None:
+    async def test(fetches: Fetches) -> None:
+        plan = make_plan(tmp_path / "m")
+        told: list[tuple[int, int]] = []
+        fetching = await fetches.start(make_request(plan), 10)
+        fetching.listen(lambda landed, total: told.append((landed, total)))
+        await fetching.wait()
+        assert told[-1] == (plan.total_bytes, plan.total_bytes)
+
+    play(tmp_path, test)
+
+
+def test_what_has_landed_is_not_fetched_again_until_it_is_released(tmp_path: Path) -> None:
+    async def test(fetches: Fetches) -> None:
+        total_bytes = make_plan(tmp_path / "m").total_bytes
+        assert await run_to_end(fetches, tmp_path / "m") == total_bytes
+        assert await fetches.release("tiny.1.0") is True
+        assert await fetches.release("tiny.1.0") is False
+        assert await fetches.contents() == ([], 0)
+
+    play(tmp_path, test)
+
+
+def test_a_second_start_of_the_same_fetch_joins_and_of_another_plan_is_refused(
+    tmp_path: Path,
+) -> None:
+    async def test(fetches: Fetches) -> None:
+        request = make_request(make_plan(tmp_path / "m"))
+        other = replace(request, plan=replace(request.plan, files=()))
+        first = await fetches.start(request, 10)
+        second = await fetches.start(request, 10)
+        assert await first.wait() == await second.wait()
+        with pytest.raises(AlreadyExists):
+            await (await fetches.start(other, 10)).wait()
+
+    play(tmp_path, test)
+
+
+def test_readers_learn_that_a_source_cannot_even_be_opened(tmp_path: Path) -> None:
+    async def test(fetches: Fetches) -> None:
+        plan = replace(make_plan(tmp_path / "m"), source_uri="ftp://nowhere")
+        fetching = await fetches.start(make_request(plan), 10)
+        with pytest.raises(InvalidRequest, match="ftp://nowhere"):
+            await fetching.wait()
+        reader = TierReader.open(tmp_path / "tier", "tiny.1.0")
+        with pytest.raises(InvalidRequest, match="ftp://nowhere"):
+            reader.wait_for("model.norm.weight", timeout_s=5)
+
+    play(tmp_path, test)
+
+
+def test_a_failed_fetch_can_be_started_again(tmp_path: Path) -> None:
+    async def test(fetches: Fetches) -> None:
+        request = make_request(make_plan(tmp_path / "m"))
+        (tmp_path / "m").rename(tmp_path / "away")
+        with pytest.raises(NotFound):
+            await (await fetches.start(request, 10)).wait()
+        (tmp_path / "away").rename(tmp_path / "m")
+        assert await (await fetches.start(request, 10)).wait() == request.plan.total_bytes
+
+    play(tmp_path, test)
+
+
+def test_stopping_is_no_error_whatever_the_state(tmp_path: Path) -> None:
+    async def test(fetches: Fetches) -> None:
+        await fetches.stop("unknown")
+        fetching = await fetches.start(make_request(make_plan(tmp_path / "m")), 10)
+        await fetches.stop("tiny.1.0")
+        await fetching.stop()
+        assert await fetches.release("tiny.1.0") is True
+
+    play(tmp_path, test)
+
+
+def test_spans_of_readers_are_read_and_none_are_needed(tmp_path: Path) -> None:
+    async def test(fetches: Fetches) -> None:
+        await run_to_end(fetches, tmp_path / "m")
+        assert await fetches.spans("tiny.1.0") == ()
+        span = Span(name="adopt", start_s=1.0, end_s=2.0, size_bytes=3)
+        SpanFile(tmp_path / "tier" / "fetches" / "tiny.1.0" / "spans.jsonl").append(span)
+        assert await fetches.spans("tiny.1.0") == (span,)
+
+    play(tmp_path, test)
+
+
+def test_a_new_agent_finds_what_an_old_one_left_and_can_release_it(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path / "m")
+    old = Tier.open(tmp_path / "tier")
+    assert old.begin(plan).status is FetchStatus.RUNNING
+    old.close()
+
+    async def test(fetches: Fetches) -> None:
+        await fetches.release_all()
+        assert await fetches.contents() == ([], 0)
+
+    play(tmp_path, test)

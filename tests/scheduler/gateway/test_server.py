@@ -1,0 +1,93 @@
+"""A gateway's life: its link to the scheduler, its listeners, its process."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
+from paraserve_scheduler.gateway.server import Gateway, split_address
+
+from tests.scheduler.gateway.cluster import DEPLOYMENT, make_config, make_inputs, serving
+from tests.scheduler.gateway.fakes import FakeScheduler, one_answer
+
+
+async def test_the_cluster_token_goes_with_every_call() -> None:
+    async with serving(token="t0ken") as cluster, cluster.client() as client:
+        assert await client.is_model_ready(DEPLOYMENT)
+        assert cluster.scheduler.metadata[0]["x-paraserve-token"] == "t0ken"
+
+
+async def test_a_gateway_finds_its_scheduler_again_and_keeps_its_last_table() -> None:
+    scheduler = FakeScheduler()
+    scheduler.table = pb.RouteTable(routes=[pb.Route(deployment=DEPLOYMENT)])
+    async with serving(replicas=0) as cluster, cluster.client() as client:
+        assert await client.is_model_ready(DEPLOYMENT)
+        address = cluster.scheduler_address
+        await cluster.scheduler_server.stop(None)
+        assert await client.is_model_ready(DEPLOYMENT)
+        restarted = grpc.aio.server()
+        add_SchedulerServicer_to_server(scheduler, restarted)
+        restarted.add_insecure_port(address)
+        await restarted.start()
+        held = asyncio.create_task(client.infer(DEPLOYMENT, make_inputs(stream=False)))
+        await scheduler.demand(lambda demand: demand.waiting == 1)
+        await scheduler.publish(pb.Route(deployment=DEPLOYMENT, endpoints=[cluster.endpoint()]))
+        cluster.triton.script = one_answer
+        await held
+        await restarted.stop(None)
+
+
+@pytest.mark.parametrize("setting", ["grpc_address", "http_address"])
+async def test_an_address_in_use_is_named(setting: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        gateway = Gateway(make_config(**{setting: address}), name="g", token=None)
+        with pytest.raises(InvalidRequest, match=f"Cannot listen on {setting} {address}"):
+            await gateway.start()
+        await gateway.stop()
+
+
+@pytest.mark.parametrize("address", ["", "8000", "host:", ":8000", "host:http"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(InvalidRequest, match="write it as host:port"):
+        split_address(address)
+
+
+def test_an_address_is_split_at_its_last_colon() -> None:
+    assert split_address("[::1]:80") == ("::1", 80)
+
+
+def test_a_gateway_process_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = tmp_path / "gateway.yaml"
+    config.write_text(
+        f"scheduler_address: 127.0.0.1:1\nhttp_address: 127.0.0.1:{port}\n", encoding="utf-8"
+    )
+    code = "import sys; from paraserve_scheduler.gateway.main import main; main(sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--config", str(config), "--grpc-address", "127.0.0.1:0"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    while "HTTP" not in (line := process.stderr.readline()):
+        assert line, "the gateway ended"
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/live", timeout=5) as answer:
+        assert answer.status == 200
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 0

@@ -1,0 +1,152 @@
+"""What a client is told when its replica is silent, lost or fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import pytest
+from paraserve_scheduler.gateway.failures import clean_message
+from tritonclient.grpc import service_pb2 as kserve
+
+from tests.scheduler.gateway.cluster import Cluster, make_config, make_request, serving, text_of
+from tests.scheduler.gateway.fakes import failing, hanging, one_answer
+
+
+async def failure(cluster: Cluster) -> tuple[grpc.StatusCode, str]:
+    """Return how a request that is streamed at the replica fails for its client."""
+    stream = cluster.stub.ModelStreamInfer(_requests(), metadata=(("triton_grpc_error", "true"),))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in stream:
+            pass
+    return caught.value.code(), caught.value.details() or ""
+
+
+async def _requests() -> AsyncIterator[kserve.ModelInferRequest]:
+    yield make_request()
+
+
+async def test_a_replica_without_a_first_token_runs_into_its_own_limit() -> None:
+    config = make_config(first_token_timeout_s=0.05, inter_token_timeout_s=30.0)
+    async with serving(config) as cluster:
+        cluster.triton.script = hanging(0)
+        code, sentence = await failure(cluster)
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "did not send a first response within 0.05 s" in sentence
+        await cluster.triton.cancelled.wait()
+
+
+async def test_a_replica_that_falls_silent_runs_into_the_limit_between_tokens() -> None:
+    config = make_config(first_token_timeout_s=30.0, inter_token_timeout_s=0.05)
+    async with serving(config) as cluster:
+        cluster.triton.script = hanging(2)
+        code, sentence = await failure(cluster)
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "did not send a next token within 0.05 s" in sentence
+
+
+async def test_waiting_for_a_replica_does_not_count_as_waiting_for_its_first_token() -> None:
+    async with serving(make_config(unstreamed_timeout_s=0.2), replicas=0) as cluster:
+        cluster.triton.script = one_answer
+        call = cluster.stub.ModelInfer(make_request(stream=False))
+        # The report after the first one comes a whole second later.
+        await cluster.held()
+        seen = len(cluster.scheduler.reports)
+        await cluster.scheduler.demand(lambda _: len(cluster.scheduler.reports) > seen)
+        await cluster.publish(cluster.endpoint())
+        assert text_of(await call) == "whole text"
+
+
+async def test_a_request_that_is_not_streamed_has_a_limit_of_its_own() -> None:
+    config = make_config(first_token_timeout_s=30.0, unstreamed_timeout_s=0.05)
+    async with serving(config) as cluster:
+        cluster.triton.script = hanging(0)
+        with pytest.raises(grpc.aio.AioRpcError, match=r"within 0\.05 s"):
+            await cluster.stub.ModelInfer(make_request(stream=False))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    ],
+)
+async def test_a_models_own_error_keeps_its_code_and_sentence(code: grpc.StatusCode) -> None:
+    async with serving() as cluster:
+        cluster.triton.script = failing(code, "The model 'tiny.1' says no.")
+        assert await failure(cluster) == (code, "The model 'tiny' says no.")
+        assert len(cluster.triton.requests) == 1
+
+
+async def test_an_internal_error_loses_its_traceback_and_paths() -> None:
+    text = (
+        "Failed to process the request(s) for model 'tiny.1_0_0', message: ValueError: boom"
+        "\n\nAt:\n  /opt/models/tiny.1/1/model.py(53): execute\n"
+    )
+    async with serving() as cluster:
+        cluster.triton.script = failing(grpc.StatusCode.INTERNAL, text)
+        code, sentence = await failure(cluster)
+        assert code is grpc.StatusCode.INTERNAL
+        assert sentence == "The model of 'tiny' failed: ValueError: boom"
+
+
+async def test_a_replica_lost_in_the_middle_of_a_stream_is_unavailable() -> None:
+    async with serving() as cluster:
+        cluster.triton.script = hanging(1)
+        stream = cluster.stub.ModelStreamInfer(
+            _requests(), metadata=(("triton_grpc_error", "true"),)
+        )
+        responses = aiter(stream)
+        await anext(responses)
+        await cluster.server.stop(None)
+        with pytest.raises(grpc.aio.AioRpcError, match="was lost") as caught:
+            await anext(responses)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_after_three_replicas_refused_the_client_hears_of_it() -> None:
+    async with serving() as cluster:
+        await cluster.publish(*(cluster.endpoint(n, address="127.0.0.1:1") for n in range(1, 6)))
+        code, sentence = await failure(cluster)
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert sentence == "The replica of 'tiny' has just gone; retry."
+
+
+async def test_a_dead_process_behind_a_live_server_is_another_replicas_work() -> None:
+    async with serving(replicas=2) as cluster:
+        dead = "Failed to process the request(s), message: Stub process 'x_0_0' is not healthy."
+        cluster.triton.script = failing(grpc.StatusCode.INTERNAL, dead)
+        cluster.tritons[1].script = one_answer
+        answered = await cluster.stub.ModelInfer(make_request(stream=False))
+        assert text_of(answered) == "whole text"
+
+
+async def test_requests_go_to_the_replica_with_fewest() -> None:
+    async with serving(replicas=2) as cluster:
+        for each in cluster.tritons:
+            each.script = hanging(1)
+        streams = [cluster.stub.ModelStreamInfer(_requests()) for _ in range(4)]
+        await asyncio.gather(*(anext(aiter(stream)) for stream in streams))
+        assert [len(each.requests) for each in cluster.tritons] == [2, 2]
+        for stream in streams:
+            stream.cancel()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The sentence.", "The sentence."),
+        ("[request id: 7] The sentence.", "The sentence."),
+        ("No file /models/tiny/config.json here.", "No file (path) here."),
+        ("oops\n  File x\n  more", "oops"),
+        ("", "no reason given"),
+    ],
+)
+def test_server_texts_are_reduced_to_a_sentence(text: str, expected: str) -> None:
+    assert clean_message(text) == expected

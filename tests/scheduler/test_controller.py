@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paraserve_backend.plan import FetchPlan
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.state import Phase
+from paraserve_scheduler.testing import FakeNode
+from paraserve_scheduler.wire import route_table
+
+from tests.scheduler.builders import CONFIG, make_deployment, make_node_info
+from tests.scheduler.cluster import Cluster, running
+from tests.scheduler.histories import LOST_PROCESS, NO_OBJECT
+
+
+def _run(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(scenario)
+
+
+def _route(cluster: Cluster) -> pb.Route:
+    (route,) = route_table(cluster.controller.view).routes
+    return route
+
+
+def test_a_cold_start_applies_all_parts_at_once_and_then_opens_the_route() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            n0, n1 = cluster.nodes.values()
+            n0.may_finish.clear()
+            n1.may_finish.clear()
+            cluster.controller.add_deployment(make_deployment())
+            await cluster.demand(waiting=1)
+            assert cluster.held() == {("n0", "tiny.1"), ("n1", "tiny.1")}
+            n0.may_finish.set()
+            await cluster.settle()
+            assert not _route(cluster).endpoints, "half a pipeline serves nobody"
+            n1.may_finish.set()
+            await cluster.settle()
+            (endpoint,) = _route(cluster).endpoints
+            assert (endpoint.replica, endpoint.model) == ("tiny.1", "tiny.1")
+            assert endpoint.triton_grpc_address == "n0:8001"
+
+    _run(scenario())
+
+
+def test_parts_carry_disjoint_fetches_and_one_key_pair() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            await cluster.serves()
+            parts = [node.applied[0] for node in cluster.nodes.values()]
+            plans = [FetchPlan.from_json(part.fetch.plan_json) for part in parts]
+            names = [tensor.name for plan in plans for tensor in plan.tensors]
+            assert sorted(names) == sorted(make_deployment().index.tensors)
+            assert {plan.fetch_id for plan in plans} == {"tiny.1.0", "tiny.1.1"}
+            assert parts[0].channel_keys == parts[1].channel_keys
+            assert len(parts[0].channel_keys.secret_key) == 40
+            secret = parts[0].channel_keys.secret_key.encode()
+            files = [text for part in parts for m in part.models for text in m.files.values()]
+            assert not any(secret in text for text in files)
+
+    _run(scenario())
+
+
+def test_one_failed_part_leaves_nothing_on_any_node_and_fails_the_requests() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            cluster.nodes["n1"].failures.append(NO_OBJECT)
+            cluster.controller.add_deployment(make_deployment())
+            await cluster.demand(waiting=1)
+            assert cluster.held() == set()
+            assert cluster.live() == ()
+            route = _route(cluster)
+            assert (route.failure.message, route.failure_number) == (NO_OBJECT.message, 1)
+
+    _run(scenario())
+
+
+def test_a_passing_failure_is_tried_again_with_a_new_replica() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            cluster.nodes["n1"].failures.append(LOST_PROCESS)
+            cluster.controller.add_deployment(make_deployment())
+            await cluster.demand(waiting=1)
+            (replica,) = cluster.live()
+            assert (replica.id, replica.phase) == ("tiny.2", Phase.READY)
+            assert cluster.held() == {("n0", "tiny.2"), ("n1", "tiny.2")}
+            assert _route(cluster).failure_number == 0
+
+    _run(scenario())
+
+
+def test_an_agent_that_cannot_be_reached_fails_the_start() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            cluster.nodes["n0"].reachable = False
+            cluster.controller.add_deployment(make_deployment())
+            await cluster.demand(waiting=1)
+            assert _route(cluster).failure.message == "The agent at n0:8500 cannot be reached."
+            assert cluster.held() == set()
+
+    _run(scenario())
+
+
+def test_a_lost_node_costs_only_its_replica() -> None:
+    async def scenario() -> None:
+        async with running(nodes=("n0", "n1", "n2")) as cluster:
+            replica = await cluster.serves()
+            lost = replica.plan.stages[1].node
+            cluster.nodes[lost].reachable = False
+            await cluster.demand(waiting=1)
+            await cluster.passes(CONFIG.node_timeout_s, silent=[lost])
+            await cluster.demand(waiting=1)
+            await cluster.passes(0.5, silent=[lost])
+            (after,) = cluster.live()
+            assert after.plan.replica == "tiny.2"
+            assert after.phase is Phase.READY
+            assert lost not in {stage.node for stage in after.plan.stages}
+            # The node comes back with its old part, which nobody wants.
+            cluster.nodes[lost].reachable = True
+            await cluster.heartbeats(lost)
+            assert cluster.nodes[lost].parts == {}
+
+    _run(scenario())
+
+
+def test_an_idle_replica_goes_and_its_timeline_stays() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            await cluster.serves()
+            await cluster.demand(first_token_s={"tiny.1": 1_000.5})
+            await cluster.passes(60)
+            await cluster.demand()
+            assert not _route(cluster).endpoints
+            assert cluster.held(), "a request may still be on its way"
+            await cluster.passes(CONFIG.settle_s)
+            await cluster.demand()
+            assert cluster.held() == set()
+            record = cluster.controller.view.replicas["tiny.1"]
+            assert record.phase is Phase.STOPPED
+            assert (record.requested_s, record.ready_s) == (1_000.0, 1_000.0)
+            assert (record.first_token_s, record.removed_s) == (1_000.5, 1_061.5)
+
+    _run(scenario())
+
+
+def test_a_deletion_during_the_start_returns_when_the_nodes_are_empty() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            for node in cluster.nodes.values():
+                node.may_finish.clear()
+            cluster.controller.add_deployment(make_deployment())
+            await cluster.demand(waiting=1)
+            assert cluster.held()
+            async with asyncio.timeout(1):
+                await cluster.controller.delete_deployment("tiny")
+            assert cluster.held() == set()
+            assert not route_table(cluster.controller.view).routes
+
+    _run(scenario())
+
+
+def test_a_name_that_is_deployed_again_goes_on_counting() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            await cluster.serves()
+            cluster.clock.advance(1)
+            deletion = asyncio.create_task(cluster.controller.delete_deployment("tiny"))
+            await cluster.settle()
+            await cluster.passes(CONFIG.settle_s)
+            await cluster.demand()
+            await deletion
+            assert (await cluster.serves()).id == "tiny.2"
+
+    _run(scenario())
+
+
+def test_every_action_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            await cluster.serves()
+
+    with caplog.at_level(logging.INFO, logger="paraserve_scheduler"):
+        _run(scenario())
+    (line,) = [record for record in caplog.records if hasattr(record, "action")]
+    assert line.message.startswith("StartReplica tiny.1: 1 requests wait and no replica is there")
+
+
+def test_a_watcher_sees_every_change_of_what_it_watches_and_nothing_else() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            cluster.controller.add_deployment(make_deployment())
+            seen: list[int] = []
+
+            async def watch() -> None:
+                async for table in cluster.controller.watch(route_table):
+                    seen.append(sum(len(route.endpoints) for route in table.routes))
+
+            watcher = asyncio.create_task(watch())
+            await cluster.heartbeats()
+            await cluster.demand(waiting=1)
+            await cluster.heartbeats()
+            watcher.cancel()
+            assert seen == [0, 1]
+
+    _run(scenario())
+
+
+def test_a_bug_ends_the_controller_loudly() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            stranger = FakeNode(make_node_info("n2"))  # unknown to the fake agents: KeyError
+            cluster.controller.tell(stranger.registered(cluster.clock.now_s()))
+            cluster.controller.tell(stranger.heartbeat(cluster.clock.now_s()))
+            cluster.controller.add_deployment(make_deployment())
+            await cluster.demand(waiting=1)
+
+    with pytest.raises(ExceptionGroup):
+        _run(scenario())
+
+
+# ---- restarts of the scheduler ----
+
+
+def test_a_new_scheduler_takes_over_serving_replicas(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "state.db") as cluster:
+            before = await cluster.serves()
+            await cluster.restart_scheduler()
+            assert not _route(cluster).endpoints, "no node has confirmed it yet"
+            await cluster.register("n0")
+            assert not _route(cluster).endpoints
+            await cluster.register("n1")
+            (after,) = cluster.live()
+            assert after.phase is Phase.READY
+            assert (after.plan, after.ready_s) == (before.plan, before.ready_s)
+            assert [endpoint.replica for endpoint in _route(cluster).endpoints] == ["tiny.1"]
+            assert all(len(node.applied) == 1 for node in cluster.nodes.values())
+            assert not any(node.removed for node in cluster.nodes.values())
+
+    _run(scenario())
+
+
+def test_a_replica_that_lost_a_part_meanwhile_is_stopped(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "state.db") as cluster:
+            await cluster.serves()
+            cluster.nodes["n1"].parts.clear()
+            await cluster.restart_scheduler()
+            await cluster.register()
+            assert cluster.live() == ()
+            assert cluster.held() == set()
+
+    _run(scenario())
+
+
+def test_a_start_that_was_under_way_goes_on_without_new_commands(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "state.db") as cluster:
+            for node in cluster.nodes.values():
+                node.may_finish.clear()
+            cluster.controller.add_deployment(make_deployment())
+            await cluster.demand(waiting=1)
+            await cluster.restart_scheduler()
+            await cluster.register()
+            (replica,) = cluster.live()
+            assert replica.phase is Phase.STARTING
+            for node in cluster.nodes.values():
+                for key in node.parts:
+                    node.set_part(*key, Phase.READY)
+            await cluster.heartbeats()
+            (replica,) = cluster.live()
+            assert replica.phase is Phase.READY
+
+    _run(scenario())
+
+
+def test_nodes_that_do_not_come_back_cost_their_replicas(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "state.db") as cluster:
+            await cluster.serves()
+            await cluster.restart_scheduler()
+            await cluster.register("n0")
+            await cluster.passes(CONFIG.recovery_grace_s, silent=["n1"])
+            assert cluster.live()
+            await cluster.passes(0.1, silent=["n1"])
+            assert cluster.live() == ()
+            # It does come back: what it still has is removed then.
+            await cluster.register("n1")
+            assert cluster.held() == set()
+
+    _run(scenario())
+
+
+def test_what_a_crashed_scheduler_never_recorded_is_removed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "state.db") as cluster:
+            cluster.nodes["n0"].set_part("other.3", 0, Phase.READY)
+            await cluster.heartbeats()
+            assert cluster.nodes["n0"].removed == ["other.3"]
+            assert cluster.held() == set()
+
+    _run(scenario())
+
+
+def test_failure_and_replica_numbers_go_on_after_a_restart(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "state.db") as cluster:
+            cluster.nodes["n0"].failures.append(NO_OBJECT)
+            cluster.controller.add_deployment(make_deployment())
+            await cluster.demand(waiting=1)
+            assert _route(cluster).failure_number == 1
+            await cluster.restart_scheduler()
+            await cluster.register()
+            assert _route(cluster).failure_number == 1
+            await cluster.demand(waiting=1)
+            (replica,) = cluster.live()
+            assert replica.id == "tiny.2"
+
+    _run(scenario())
+
+
+def test_a_deletion_is_finished_by_the_next_scheduler(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "state.db") as cluster:
+            await cluster.serves()
+            deletion = asyncio.create_task(cluster.controller.delete_deployment("tiny"))
+            await cluster.settle()
+            deletion.cancel()
+            await cluster.restart_scheduler()
+            await cluster.register()
+            await cluster.passes(CONFIG.settle_s)
+            assert cluster.held() == set()
+            assert not cluster.controller.view.deployments
+            assert not cluster.store.deployments()
+
+    _run(scenario())

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paraserve_backend.errors import InsufficientCapacity
+from paraserve_scheduler.config import PlacementConfig
+from paraserve_scheduler.placement import NodeSpace, equal_split, place
+from paraserve_scheduler.plans import Deployment, ReplicaPlan
+
+from tests.scheduler.builders import make_deployment, make_space
+
+CONFIG = PlacementConfig()
+BLOCK = CONFIG.kv_block_size
+_MODELS = [make_deployment(num_layers=layers, tied=layers % 2 == 0) for layers in range(1, 7)]
+
+
+def _nodes(count: int) -> list[NodeSpace]:
+    return [make_space(f"n{index}") for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "max_stages", "num_layers", "expected"),
+    [
+        (1, None, 4, 1),
+        (3, None, 4, 3),
+        (8, None, 4, 4),  # no more stages than layers
+        (4, 2, 4, 2),  # what the user allows
+        (1, 4, 4, 1),
+    ],
+)
+def test_it_takes_as_many_stages_as_nodes_layers_and_the_user_allow(
+    num_nodes: int, max_stages: int | None, num_layers: int, expected: int
+) -> None:
+    deployment = make_deployment(num_layers=num_layers, max_stages=max_stages)
+    plan = place(deployment, 1, _nodes(num_nodes), CONFIG)
+    assert len(plan.stages) == expected
+
+
+def test_the_fewest_stages_that_meet_the_ttft_objective_are_taken() -> None:
+    deployment = make_deployment(num_layers=4)
+    sizes = [
+        max(share.weight_bytes for share in equal_split(deployment, stages, BLOCK))
+        for stages in (1, 2, 3, 4)
+    ]
+    # At this bandwidth a stage takes as many seconds to fetch as it has bytes.
+    nodes = [make_space(f"n{index}", bytes_per_s=1.0) for index in range(4)]
+    for stages, size in enumerate(sizes, start=1):
+        slo_s = size + CONFIG.cold_start_floor_s
+        in_time = replace(deployment, spec=replace(deployment.spec, ttft_slo_s=slo_s))
+        assert len(place(in_time, 1, nodes, CONFIG).stages) == stages
+
+
+def test_an_objective_that_nothing_meets_gets_the_fastest_start() -> None:
+    deployment = make_deployment(ttft_slo_s=0.001)
+    assert len(place(deployment, 1, _nodes(3), CONFIG).stages) == 3
+
+
+def test_nodes_with_the_most_free_bandwidth_are_chosen() -> None:
+    nodes = [make_space(f"n{index}", bytes_per_s=1e9 + index) for index in range(4)]
+    plan = place(make_deployment(max_stages=2), 1, nodes, CONFIG)
+    assert {stage.node for stage in plan.stages} == {"n2", "n3"}
+
+
+def test_ties_go_to_free_memory_and_then_to_the_name() -> None:
+    nodes = [make_space("b"), make_space("c", free_bytes=2 << 30), make_space("a")]
+    plan = place(make_deployment(max_stages=2), 1, nodes, CONFIG)
+    assert [stage.node for stage in plan.stages] == ["c", "a"]
+
+
+def test_the_head_is_the_node_with_the_most_free_memory() -> None:
+    nodes = [make_space("fast", bytes_per_s=2e9), make_space("roomy", free_bytes=2 << 30)]
+    plan = place(make_deployment(), 1, nodes, CONFIG)
+    assert [stage.node for stage in plan.stages] == ["roomy", "fast"]
+
+
+def test_a_node_without_room_is_left_out() -> None:
+    nodes = [make_space("full", free_bytes=1_000, bytes_per_s=9e9), make_space("n1")]
+    assert [stage.node for stage in place(make_deployment(), 1, nodes, CONFIG).stages] == ["n1"]
+
+
+def test_a_pipeline_needs_a_port_on_every_node_and_one_stage_needs_none() -> None:
+    nodes = [make_space("n0"), make_space("n1", free_ports=())]
+    plan = place(make_deployment(), 1, nodes, CONFIG)
+    assert [stage.node for stage in plan.stages] == ["n0"]
+    assert plan.results is None
+
+
+def test_the_shortage_names_what_is_needed_free_and_missing() -> None:
+    deployment = make_deployment(max_context=16)
+    nodes = [make_space("n0", free_bytes=0), make_space("n1", free_bytes=10_000)]
+    needed = sum(share.needs(1) for share in equal_split(deployment, 2, BLOCK))
+    first, second = (share.needs(1) for share in equal_split(deployment, 2, BLOCK))
+    missing = max(first, second) - 10_000 + min(first, second)
+    with pytest.raises(InsufficientCapacity) as error:
+        place(deployment, 1, nodes, CONFIG)
+    assert f"needs {needed / 1e6:.1f} MB in 2 equal stages" in str(error.value)
+    assert "the 2 live nodes with most room have 0.0 MB free" in str(error.value)
+    assert f"{missing / 1e6:.1f} MB are missing" in str(error.value)
+
+
+def test_no_node_at_all_is_said_plainly() -> None:
+    with pytest.raises(InsufficientCapacity, match="no live node with device cuda"):
+        place(make_deployment(device="cuda"), 1, [], CONFIG)
+
+
+def test_kv_cache_covers_all_sequences_and_no_more() -> None:
+    deployment = make_deployment(max_context=100, max_sequences=3)
+    plan = place(deployment, 1, _nodes(2), CONFIG)
+    assert plan.kv_blocks == 3 * 7  # 100 tokens are 7 blocks of 16
+    assert plan.max_context == 100
+
+
+def test_kv_cache_leaves_room_for_the_next_deployment() -> None:
+    deployment = make_deployment(num_layers=1, max_sequences=1_000_000)
+    (share,) = equal_split(deployment, 1, BLOCK)
+    free_bytes = share.weight_bytes + 100 * share.kv_block_bytes
+    plan = place(deployment, 1, [make_space(free_bytes=free_bytes)], CONFIG)
+    assert plan.kv_blocks == 50
+
+
+def test_one_context_fits_even_where_it_takes_more_than_its_share() -> None:
+    deployment = make_deployment(num_layers=1, max_context=512)
+    (share,) = equal_split(deployment, 1, BLOCK)
+    free_bytes = share.needs(32)  # 512 tokens
+    plan = place(deployment, 1, [make_space(free_bytes=free_bytes)], CONFIG)
+    assert plan.kv_blocks == 32
+
+
+def test_without_a_stated_context_memory_decides_how_long_it_is() -> None:
+    deployment = make_deployment(num_layers=1)
+    (share,) = equal_split(deployment, 1, BLOCK)
+    plan = place(deployment, 1, [make_space(free_bytes=share.needs(16))], CONFIG)
+    assert plan.max_context == 256
+
+
+def test_an_equal_split_of_equal_layers_differs_only_by_embedding_and_head() -> None:
+    shares = equal_split(make_deployment(num_layers=6), 3, BLOCK)
+    assert [len(share.layers) for share in shares] == [2, 2, 2]
+
+
+@st.composite
+def _spaces(draw: st.DrawFn) -> list[NodeSpace]:
+    count = draw(st.integers(1, 5))
+    return [
+        make_space(
+            f"n{index}",
+            free_bytes=draw(st.integers(0, 600_000)),
+            bytes_per_s=draw(st.sampled_from([1e8, 1e9])),
+            free_ports=draw(st.sampled_from([(), (9000,), (9001, 9005)])),
+        )
+        for index in range(count)
+    ]
+
+
+@given(st.sampled_from(_MODELS), _spaces())
+@settings(max_examples=300, deadline=None)
+def test_any_plan_holds_every_layer_once_within_memory_and_ports(
+    deployment: Deployment, nodes: list[NodeSpace]
+) -> None:
+    try:
+        plan = place(deployment, 1, nodes, CONFIG)
+    except InsufficientCapacity:
+        (whole,) = equal_split(deployment, 1, BLOCK)
+        assert all(node.free_bytes < whole.needs(16) for node in nodes)
+        return
+    _check_layers(plan, deployment.model.num_layers)
+    spaces = {node.name: node for node in nodes}
+    for stage in plan.stages:
+        assert stage.reserved_bytes <= spaces[stage.node].free_bytes
+        assert plan.ports_on(stage.node) <= set(spaces[stage.node].free_ports)
+        assert len(plan.ports_on(stage.node)) == (1 if len(plan.stages) > 1 else 0)
+    assert len({stage.node for stage in plan.stages}) == len(plan.stages)
+    assert plan.kv_blocks * plan.block_size >= plan.max_context
+
+
+def _check_layers(plan: ReplicaPlan, num_layers: int) -> None:
+    held = [layer for stage in plan.stages for layer in range(stage.layers.start, stage.layers.end)]
+    assert held == list(range(num_layers))

@@ -1,0 +1,462 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paraserve_scheduler.actions import (
+    Action,
+    DropDeployment,
+    FailDeployment,
+    RemovePart,
+    RemoveReplica,
+    StartReplica,
+    StopReplica,
+)
+from paraserve_scheduler.events import DeletionRequested, NodeRegistered, PartRemoved
+from paraserve_scheduler.placement import equal_split
+from paraserve_scheduler.state import DeploymentState, Failure, NodeInfo, PartState, Phase
+
+from tests.scheduler.builders import (
+    CONFIG,
+    NOW_S,
+    make_deployment,
+    make_heartbeat,
+    make_node_info,
+    make_state,
+)
+from tests.scheduler.histories import LOST_PROCESS, NO_OBJECT, History
+
+
+def _kinds(actions: tuple[Action, ...]) -> list[type]:
+    return [type(action) for action in actions]
+
+
+# ---- starting ----
+
+
+def test_without_demand_nothing_is_started() -> None:
+    history = History()
+    history.demand(in_flight=0)
+    assert history.decides() == ()
+
+
+def test_waiting_demand_starts_one_replica_on_all_nodes() -> None:
+    history = History()
+    history.demand(waiting=3)
+    (start,) = history.decides()
+    assert isinstance(start, StartReplica)
+    assert start.plan.replica == "tiny.1"
+    assert {stage.node for stage in start.plan.stages} == {"n0", "n1"}
+    assert start.reason.startswith("3 requests wait and no replica is there: layers 0-2 on n0")
+
+
+def test_the_start_remembers_when_the_demand_was_first_seen() -> None:
+    history = History(nodes=[])
+    history.demand(waiting=1)
+    history.passes(3)
+    history.happens(NodeRegistered(info=make_node_info("n0"), at_s=history.now_s))
+    assert history.decides() == (), "a node is not used before its first heartbeat"
+    history.happens(make_heartbeat("n0", at_s=history.now_s))
+    (start,) = history.decides()
+    assert isinstance(start, StartReplica)
+    assert start.requested_s == NOW_S
+
+
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.READY])
+def test_a_starting_or_ready_replica_is_enough(phase: Phase) -> None:
+    history = History()
+    history.demand(waiting=1)
+    history.decides()
+    if phase is Phase.READY:
+        history.becomes_ready("tiny.1")
+    history.demand(waiting=9)
+    assert history.decides() == ()
+
+
+def test_demand_that_comes_while_the_replica_stops_starts_a_new_one() -> None:
+    history = History()
+    history.serves()
+    history.passes(60)
+    assert _kinds(history.decides()) == [StopReplica]
+    history.demand(waiting=1)
+    (start,) = history.decides()
+    assert isinstance(start, StartReplica)
+    assert start.plan.replica == "tiny.2"
+
+
+def test_two_deployments_do_not_get_the_same_memory_or_ports() -> None:
+    deployments = [make_state(make_deployment(name)) for name in ("a", "b")]
+    history = History(deployments=deployments)
+    history.demand("a", waiting=1)
+    history.demand("b", waiting=1)
+    first, second = history.decides()
+    assert isinstance(first, StartReplica)
+    assert isinstance(second, StartReplica)
+    for node in ("n0", "n1"):
+        assert not first.plan.ports_on(node) & second.plan.ports_on(node)
+
+
+def test_what_a_silent_gateway_said_counts_no_more() -> None:
+    history = History()
+    history.demand(waiting=1)
+    history.passes(CONFIG.gateway_timeout_s + 0.1, silent=["g0"])
+    assert history.decides() == ()
+
+
+def test_nodes_that_are_lost_or_without_triton_get_nothing() -> None:
+    nodes = [make_node_info(name) for name in ("n0", "n1", "n2")]
+    history = History(nodes=nodes)
+    history.passes(CONFIG.node_timeout_s + 0.1, silent=["n0"])
+    history.happens(make_heartbeat("n1", triton_live=False, at_s=history.now_s))
+    history.demand(waiting=1)
+    (start,) = history.decides()
+    assert isinstance(start, StartReplica)
+    assert [stage.node for stage in start.plan.stages] == ["n2"]
+
+
+# ---- scale to zero ----
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "in_flight", "stops"), [(59, 0, False), (60, 0, True), (600, 1, False)]
+)
+def test_a_replica_stops_when_idle_for_its_keep_alive_time(
+    idle_s: float, in_flight: int, stops: bool
+) -> None:
+    history = History()
+    replica = history.serves()
+    history.demand(in_flight=in_flight)
+    history.passes(idle_s)
+    assert _kinds(history.decides()) == ([StopReplica] if stops else [])
+    assert (history.view.replicas[replica].phase is Phase.STOPPING) is stops
+
+
+def test_a_request_between_two_reports_keeps_the_replica() -> None:
+    history = History()
+    history.serves()
+    history.passes(50)
+    history.demand(arrived=1)  # came and was answered
+    history.passes(50)
+    assert history.decides() == ()
+
+
+def test_an_idle_replica_is_removed_when_every_gateway_has_let_go_of_it() -> None:
+    history = History()
+    replica = history.serves()
+    history.demand(gateway="g1")
+    history.passes(60)
+    assert _kinds(history.decides()) == [StopReplica]
+    assert history.decides() == (), "a request may still be on its way"
+    history.passes(CONFIG.settle_s, silent=["g1"])
+    assert history.decides() == (), "g1 has not reported since"
+    history.demand(gateway="g1", in_flight=1, replica_in_flight={replica: 1})
+    assert history.decides() == (), "g1 had sent it one more"
+    history.demand(gateway="g1")
+    assert history.decides() == (RemoveReplica(replica=replica, reason="no request runs on it"),)
+    assert history.decides() == (), "it is being removed"
+
+
+def test_a_request_that_never_ends_does_not_keep_a_stopping_replica() -> None:
+    history = History()
+    replica = history.serves()
+    history.happens(DeletionRequested(deployment="tiny"))
+    history.demand(in_flight=1, replica_in_flight={replica: 1})
+    history.decides()
+    history.passes(CONFIG.drain_grace_s - 1)
+    assert history.decides() == ()
+    history.passes(1)
+    (removal,) = history.decides()
+    assert isinstance(removal, RemoveReplica)
+    assert removal.reason == "1 requests did not end within 30 s"
+
+
+# ---- failures ----
+
+
+def test_a_failed_part_takes_the_whole_replica_down_and_it_is_tried_again() -> None:
+    history = History()
+    history.demand(waiting=1)
+    history.decides()
+    history.part("tiny.1", 0, Phase.READY)
+    history.part("tiny.1", 1, Phase.FAILED, LOST_PROCESS)
+    stop, removal, start = history.decides()
+    assert stop == StopReplica(replica="tiny.1", reason=LOST_PROCESS.message, failure=LOST_PROCESS)
+    assert removal == RemoveReplica(replica="tiny.1", reason="it failed")
+    assert isinstance(start, StartReplica)
+    assert start.plan.replica == "tiny.2"
+
+
+def _fail_start(history: History, failure: Failure) -> tuple[Action, ...]:
+    """Let the newest replica fail; returns what is done next."""
+    replica = history.view.live_replicas()[-1].id
+    history.part(replica, 0, Phase.FAILED, failure)
+    actions = history.decides()
+    history.removed(replica)
+    return actions
+
+
+def test_after_three_failed_starts_the_waiting_requests_fail_with_the_last_reason() -> None:
+    history = History()
+    history.demand(waiting=2)
+    history.decides()
+    for _ in range(2):
+        assert _kinds(_fail_start(history, LOST_PROCESS))[-1] is StartReplica
+    *_, failed = _fail_start(history, LOST_PROCESS)
+    assert isinstance(failed, FailDeployment)
+    assert failed.failure == LOST_PROCESS
+    state = history.view.deployments["tiny"]
+    assert (state.failure, state.failure_number) == (LOST_PROCESS, 1)
+    assert history.decides() == (), "one failure is told once"
+
+
+def test_new_requests_fail_at_once_until_the_window_has_passed() -> None:
+    history = History()
+    history.demand(waiting=1)
+    history.decides()
+    for _ in range(3):
+        _fail_start(history, LOST_PROCESS)
+    history.passes(CONFIG.failure_window_s - 1)
+    history.demand(waiting=1)
+    assert _kinds(history.decides()) == [FailDeployment]
+    assert history.view.deployments["tiny"].failure_number == 2
+    history.passes(1)
+    history.demand(waiting=1)
+    assert _kinds(history.decides()) == [StartReplica]
+
+
+def test_what_cannot_be_better_next_time_is_not_tried_again() -> None:
+    history = History()
+    history.demand(waiting=1)
+    history.decides()
+    *_, failed = _fail_start(history, NO_OBJECT)
+    assert isinstance(failed, FailDeployment)
+    assert failed.failure == NO_OBJECT
+
+
+def test_a_replica_that_became_ready_clears_earlier_failures() -> None:
+    history = History()
+    history.demand(waiting=1)
+    history.decides()
+    _fail_start(history, LOST_PROCESS)
+    _fail_start(history, LOST_PROCESS)
+    history.becomes_ready("tiny.3")
+    assert _kinds(_fail_start(history, LOST_PROCESS))[-1] is StartReplica
+
+
+def test_a_lost_node_stops_its_replicas_and_the_rest_serves() -> None:
+    history = History(nodes=[make_node_info(name) for name in ("n0", "n1", "n2")])
+    history.serves()
+    history.demand(waiting=1)
+    history.passes(CONFIG.node_timeout_s + 0.5, silent=["n1"])
+    stop, removal, start = history.decides()
+    assert isinstance(stop, StopReplica)
+    assert stop.reason == "Node n1 was lost: silent for 5.5 s."
+    assert isinstance(removal, RemoveReplica)
+    assert isinstance(start, StartReplica)
+    assert {stage.node for stage in start.plan.stages} == {"n0", "n2"}
+
+
+def test_a_node_whose_triton_is_down_stops_its_replicas() -> None:
+    history = History()
+    history.serves()
+    history.happens(make_heartbeat("n1", triton_live=False, at_s=history.now_s))
+    stop, _ = history.decides()
+    assert isinstance(stop, StopReplica)
+    assert stop.reason == "Triton on node n1 does not answer."
+
+
+def test_an_agent_that_registers_again_is_not_lost() -> None:
+    history = History()
+    history.serves()
+    history.happens(NodeRegistered(info=make_node_info("n1"), at_s=history.now_s))
+    assert history.decides() == ()
+
+
+def test_a_part_that_a_heartbeat_no_longer_lists_is_lost() -> None:
+    history = History()
+    replica = history.serves()
+    history.passes(1)  # both nodes have listed it
+    history.happens(make_heartbeat("n1", at_s=history.now_s))
+    stop, *_ = history.decides()
+    assert isinstance(stop, StopReplica)
+    assert stop.reason == f"Node n1 no longer has {replica}."
+
+
+def test_a_heartbeat_older_than_the_start_does_not_harm_it() -> None:
+    history = History()
+    history.demand(waiting=1)
+    history.decides()
+    history.happens(make_heartbeat("n0", at_s=history.now_s))
+    history.part("tiny.1", 0, Phase.READY)
+    late = PartState(replica="tiny.1", stage=0, phase=Phase.STARTING)
+    history.happens(make_heartbeat("n0", parts=(late,), at_s=history.now_s))
+    assert history.decides() == ()
+    assert history.view.replicas["tiny.1"].parts[0].phase is Phase.READY
+
+
+def test_a_start_that_takes_for_ever_is_given_up() -> None:
+    history = History()
+    history.demand(waiting=1)
+    history.decides()
+    history.passes(CONFIG.start_timeout_s + 1)
+    stop, *_ = history.decides()
+    assert isinstance(stop, StopReplica)
+    assert stop.reason == "tiny.1 was not ready within 900 s."
+
+
+# ---- room ----
+
+
+def _one_context(name: str) -> DeploymentState:
+    """A deployment whose replicas take the least that any can."""
+    return make_state(make_deployment(name, max_context=256, max_sequences=1))
+
+
+def _small_node(deployments: int) -> list[NodeInfo]:
+    """One node with room for the replicas of so many such deployments."""
+    (whole,) = equal_split(make_deployment(), 1, CONFIG.placement.kv_block_size)
+    return [make_node_info("n0", memory_bytes=deployments * whole.needs(16) + 1_000)]
+
+
+def test_without_room_requests_wait_a_while_and_then_fail_with_the_numbers() -> None:
+    history = History(nodes=[make_node_info("n0", memory_bytes=1_000)])
+    history.demand(waiting=1)
+    assert history.decides() == ()
+    history.passes(CONFIG.capacity_grace_s - 1)
+    assert history.decides() == ()
+    history.passes(1)
+    (failed,) = history.decides()
+    assert isinstance(failed, FailDeployment)
+    assert failed.failure.grpc_code == "UNAVAILABLE"
+    assert "are missing" in failed.failure.message
+    assert history.decides() == ()
+
+
+def test_the_longest_idle_replica_makes_room_for_another_deployment() -> None:
+    states = [_one_context(name) for name in ("a", "b", "c")]
+    history = History(nodes=_small_node(2), deployments=states)
+    first = history.serves("a")
+    history.passes(1)
+    history.serves("b")
+    history.demand("c", waiting=1)
+    (stop,) = history.decides()
+    assert stop == StopReplica(replica=first, reason="idle, and 'c' needs its room")
+    assert history.decides() == (), "what leaves is enough"
+    history.passes(CONFIG.settle_s)
+    assert _kinds(history.decides()) == [RemoveReplica]
+    history.removed(first)
+    (start,) = history.decides()
+    assert isinstance(start, StartReplica)
+    assert start.plan.deployment == "c"
+
+
+def test_a_busy_replica_makes_no_room() -> None:
+    states = [_one_context(name) for name in ("a", "b")]
+    history = History(nodes=_small_node(1), deployments=states)
+    history.serves("a")
+    history.demand("a", in_flight=1)
+    history.demand("b", waiting=1)
+    history.passes(CONFIG.capacity_grace_s)
+    assert _kinds(history.decides()) == [FailDeployment]
+
+
+# ---- tidying up ----
+
+
+def test_a_deleted_deployment_goes_after_its_replicas() -> None:
+    history = History()
+    replica = history.serves()
+    history.happens(DeletionRequested(deployment="tiny"))
+    assert _kinds(history.decides()) == [StopReplica]
+    history.passes(CONFIG.settle_s)
+    assert _kinds(history.decides()) == [RemoveReplica]
+    history.removed(replica)
+    assert _kinds(history.decides()) == [DropDeployment]
+    assert history.view.deployments == {}
+    assert history.view.replicas == {}
+
+
+def test_a_deletion_during_the_start_waits_for_nothing() -> None:
+    history = History()
+    history.demand(waiting=1)
+    history.decides()
+    history.happens(DeletionRequested(deployment="tiny"))
+    assert _kinds(history.decides()) == [StopReplica, RemoveReplica]
+
+
+def test_parts_that_no_replica_has_are_removed_before_the_node_is_used() -> None:
+    history = History()
+    orphan = PartState(replica="gone.4", stage=0, phase=Phase.READY)
+    history.happens(make_heartbeat("n0", parts=(orphan,), at_s=history.now_s))
+    history.demand(waiting=1)
+    removal, start = history.decides()
+    assert removal == RemovePart(node="n0", replica="gone.4", reason="no replica has this part")
+    assert isinstance(start, StartReplica)
+    assert [stage.node for stage in start.plan.stages] == ["n1"]
+    assert history.decides() == ()
+    history.happens(PartRemoved(node="n0", replica="gone.4"))
+    assert history.decides() == ()
+
+
+# ---- whatever happens ----
+
+_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["wait", "idle", "ready", "fail", "pass", "lose", "delete", "removed"]),
+        st.integers(0, 2),
+    ),
+    max_size=40,
+)
+
+
+@given(_STEPS)
+@settings(max_examples=100, deadline=None)
+def test_no_history_overbooks_a_node_or_starts_a_second_replica(
+    steps: list[tuple[str, int]],
+) -> None:
+    names = ["a", "b", "c"]
+    (whole,) = equal_split(make_deployment(), 1, CONFIG.placement.kv_block_size)
+    nodes = [
+        make_node_info(
+            f"n{index}", memory_bytes=int(1.5 * whole.needs(16)), channel_ports=(9000, 9002)
+        )
+        for index in range(3)
+    ]
+    history = History(nodes=nodes, deployments=[make_state(make_deployment(n)) for n in names])
+    for step, which in steps:
+        _take_step(history, step, which, names)
+        history.decides()
+        _check_invariants(history)
+
+
+def _take_step(history: History, step: str, which: int, names: list[str]) -> None:
+    live = history.view.live_replicas()
+    replica = live[which % len(live)] if live else None
+    if step == "wait" and names[which] in history.view.deployments:
+        history.demand(names[which], waiting=1)
+    elif step == "idle":
+        history.demand(names[which])
+    elif step == "pass":
+        history.passes(4.0)
+    elif step == "lose":
+        history.passes(6.0, silent=[f"n{which}"])
+    elif step == "delete":
+        history.happens(DeletionRequested(deployment=names[which]))
+    elif step == "ready" and replica is not None:
+        history.becomes_ready(replica.id)
+    elif step == "fail" and replica is not None:
+        history.part(replica.id, 0, Phase.FAILED, LOST_PROCESS)
+    elif step == "removed" and replica is not None and replica.removing:
+        history.removed(replica.id)
+
+
+def _check_invariants(history: History) -> None:
+    view = history.view
+    for name, node in view.nodes.items():
+        assert view.reserved_bytes(name) <= node.info.memory_bytes
+        ports = [port for r in view.live_replicas() for port in r.plan.ports_on(name)]
+        assert len(ports) == len(set(ports))
+    for deployment in view.deployments:
+        assert sum(r.is_wanted for r in view.live_replicas(deployment)) <= 1
+    for replica in view.live_replicas():
+        assert replica.deployment in view.deployments
