@@ -23,20 +23,19 @@ from paraserve_backend.agent.main import run
 from paraserve_backend.agent.repository import ModelRepository
 from paraserve_backend.agent.stubs import ProcessTable, Stub
 from paraserve_backend.agent.triton_client import ModelState, TritonClient
-from paraserve_backend.checkpoint import read_index
-from paraserve_backend.plan import FetchPlan, plan_fetch
+from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.plan import FetchPlan
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import (
     AgentStub,
     SchedulerServicer,
     add_SchedulerServicer_to_server,
 )
-from paraserve_backend.source import open_source
 from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient
 
 from integration.triton_server import TritonServer
-from tests.backend.checkpoints import write_checkpoint
+from tests.backend.agent.nodes import make_plan
 
 if TYPE_CHECKING:
     from paraserve_backend.rpc.paraserve_pb2_grpc import AgentAsyncStub
@@ -107,11 +106,6 @@ def hanging_model(name: str) -> pb.ModelFiles:
 def ensemble(name: str, step: str) -> pb.ModelFiles:
     files = {"config.pbtxt": _ENSEMBLE.format(name=name, step=step).encode(), "1/none": b""}
     return pb.ModelFiles(name=name, files=files, load_wave=1)
-
-
-def make_plan(folder: Path, fetch_id: str = "tiny.1.0") -> FetchPlan:
-    index = read_index(open_source(str(write_checkpoint(folder))))
-    return plan_fetch(index, list(index.tensors.values()), fetch_id=fetch_id)
 
 
 def make_part(*models: pb.ModelFiles, plan: FetchPlan | None = None) -> pb.Part:
@@ -600,3 +594,23 @@ def test_the_process_stops_cleanly_on_sigterm(triton: TritonServer, tmp_path: Pa
     assert ProcessTable(triton.model_repository).find() == ()
     assert list(triton.model_repository.iterdir()) == []
     assert not (tmp_path / "run").exists()
+
+
+def test_a_restricted_repository_api_needs_its_key(tmp_path: Path) -> None:
+    restriction = "--grpc-restricted-protocol=model-repository:agent-key=SECRET"
+
+    async def play(server: TritonServer) -> None:
+        without = TritonClient(server.grpc_address)
+        with pytest.raises(InvalidRequest, match="set triton_key_file") as caught:
+            await without.states()
+        assert "SECRET" not in str(caught.value)
+        with pytest.raises(InvalidRequest, match="set triton_key_file"):
+            await without.load("tiny.1")
+        with_key = TritonClient(server.grpc_address, key="agent-key=SECRET")
+        assert await with_key.states() == {}
+        await with_key.unload("tiny.1")
+        await without.close()
+        await with_key.close()
+
+    with TritonServer(tmp_path / "triton", [restriction]) as server:
+        asyncio.run(play(server))

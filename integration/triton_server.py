@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -27,13 +28,17 @@ _SHM = Path("/dev/shm")
 
 
 class TritonServer:
-    """One tritonserver with an empty model repository below `folder`; a context manager."""
+    """One tritonserver with an empty model repository below `folder`; a context manager.
 
-    def __init__(self, folder: Path) -> None:
+    `options` are added to those of production.
+    """
+
+    def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
         self.model_repository = folder / "models"
         self.log_path = folder / "triton.log"
         self.shm_prefix = f"paraserve-test-{uuid.uuid4().hex[:8]}-"
         self._backends = folder / "backends"
+        self._options = tuple(options)
         self._grpc_port, self._http_port, self._metrics_port = free_ports(3)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -65,7 +70,7 @@ class TritonServer:
         )
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                launch_command(install, options),
+                [*launch_command(install, options), *self._options],
                 env=launch_environment(install, os.environ),
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -43,13 +43,14 @@ from paraserve_backend.request import parse_request
 
 _log = logging.getLogger(__name__)
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+# By name: the stub adds TritonError to its module only after it has imported this one.
 _TRITON_CODES = {
-    "INVALID_ARGUMENT": pb_utils.TritonError.INVALID_ARG,
-    "NOT_FOUND": pb_utils.TritonError.NOT_FOUND,
-    "ALREADY_EXISTS": pb_utils.TritonError.ALREADY_EXISTS,
-    "CANCELLED": pb_utils.TritonError.CANCELLED,
-    "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE,
-    "DEADLINE_EXCEEDED": pb_utils.TritonError.UNAVAILABLE,  # Triton has no such code
+    "INVALID_ARGUMENT": "INVALID_ARG",
+    "NOT_FOUND": "NOT_FOUND",
+    "ALREADY_EXISTS": "ALREADY_EXISTS",
+    "CANCELLED": "CANCELLED",
+    "UNAVAILABLE": "UNAVAILABLE",
+    "DEADLINE_EXCEEDED": "UNAVAILABLE",  # Triton has no such code
 }
 
 
@@ -266,5 +267,5 @@ def _failed_pass(error: Exception) -> pb_utils.InferenceResponse:
 
 
 def _error_response(error: ParaServeError) -> pb_utils.InferenceResponse:
-    code = _TRITON_CODES.get(error.grpc_code, pb_utils.TritonError.INTERNAL)
+    code = getattr(pb_utils.TritonError, _TRITON_CODES.get(error.grpc_code, "INTERNAL"))
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))

@@ -179,12 +179,18 @@ def _part_removed(view: ClusterView, event: PartRemoved) -> ClusterView:
 
 def _demand_reported(view: ClusterView, event: DemandReported) -> ClusterView:
     before = view.gateways.get(event.gateway)
+    earlier = before.demands if before else {}
     demands = {demand.deployment: demand for demand in event.demands}
     gateway = GatewayState(last_report_s=event.at_s, demands=demands)
     view = replace(view, gateways=_with(view.gateways, event.gateway, gateway))
-    for state in view.deployments.values():
-        earlier = before.demands.get(state.name) if before else None
-        view = _note_demand(view, state, earlier, demands.get(state.name), event.at_s)
+    deployments = {
+        name: _note_demand(view, state, earlier.get(name), demands.get(name), event.at_s)
+        for name, state in view.deployments.items()
+    }
+    view = replace(view, deployments=deployments)
+    for demand in event.demands:
+        for name, time_s in demand.first_token_s.items():
+            view = _change_replica(view, name, partial(_with_first_token, time_s=time_s))
     return view
 
 
@@ -194,24 +200,16 @@ def _note_demand(
     earlier: Demand | None,
     demand: Demand | None,
     at_s: float,
-) -> ClusterView:
-    was_active = demand is not None and (
+) -> DeploymentState:
+    # A request may have come and gone since the last report.
+    is_active = demand is not None and (
         not demand.is_idle or (earlier is not None and demand.arrived > earlier.arrived)
     )
-    since_s = (state.waiting_since_s or at_s) if view.waiting(state.name) else None
-    active_s = at_s if was_active else state.last_active_s
-    view = _change_deployment(
-        view,
-        state.name,
-        lambda it: replace(it, last_active_s=active_s, waiting_since_s=since_s),
+    return replace(
+        state,
+        last_active_s=at_s if is_active else state.last_active_s,
+        waiting_since_s=(state.waiting_since_s or at_s) if view.waiting(state.name) else None,
     )
-    return _note_first_tokens(view, demand) if demand else view
-
-
-def _note_first_tokens(view: ClusterView, demand: Demand) -> ClusterView:
-    for name, time_s in demand.first_token_s.items():
-        view = _change_replica(view, name, partial(_with_first_token, time_s=time_s))
-    return view
 
 
 def _with_first_token(replica: Replica, *, time_s: float) -> Replica:

@@ -47,7 +47,13 @@ async def run(config: SchedulerConfig) -> None:
         controller = Controller(store=store, agents=agents, clock=SystemClock(), config=config)
         add_SchedulerServicer_to_server(SchedulerService(controller, config), server)
         await server.start()
-        logger.info("Scheduler on port %d, state in %s", port, config.state_file)
+        logger.info(
+            "Scheduler on port %d, state in %s: %d deployments, %d replicas to take over",
+            port,
+            config.state_file,
+            len(controller.view.deployments),
+            len(controller.view.live_replicas()),
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(controller.run(), name="controller")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import subprocess
 import sys
 import time
@@ -40,12 +41,15 @@ def test_a_finished_fetch_reads_back_as_it_was_written(tier: Tier, model: Path) 
     assert reader.read_file("config.json", timeout_s=0) == (model / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize("seed", range(3))
 def test_a_tensor_has_landed_once_all_its_parts_have_whatever_the_order(
-    tier: Tier, model: Path
+    tier: Tier, model: Path, seed: int
 ) -> None:
     fetch = tier.begin(make_plan(model), part_bytes=PART_BYTES)
     reader = TierReader.open(tier.directory, "fetch-1")
-    for number in reversed(range(len(fetch.parts))):
+    order = list(range(len(fetch.parts)))
+    random.Random(seed).shuffle(order)
+    for number in order:
         land(fetch, model, [number])
         missing = set(fetch.missing_parts())
         for tensor in fetch.plan.tensors:

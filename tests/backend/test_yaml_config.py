@@ -65,7 +65,7 @@ def test_text_flags_are_taken_as_they_are() -> None:
 
 def test_null_is_allowed_only_where_the_setting_is_optional(tmp_path: Path) -> None:
     assert load_config(House, write(tmp_path, "name: hut\nrooms: null\n")).rooms is None
-    with pytest.raises(InvalidRequest, match="'height_m' .* takes a number, not None"):
+    with pytest.raises(InvalidRequest, match=r"'height_m' .* takes a number, not None"):
         load_config(House, write(tmp_path, "name: hut\nheight_m: null\n"))
 
 

@@ -58,10 +58,13 @@ class Fetching:
         self.task: asyncio.Future[int] | None = None
         self._loop = asyncio.get_running_loop()
         self._listeners: list[Callable[[int, int], None]] = []
+        self._progress: tuple[int, int] | None = None
 
     def listen(self, on_progress: Callable[[int, int], None]) -> None:
-        """Have the landed and the total bytes told from now on."""
+        """Have the landed and the total bytes told, the newest at once."""
         self._listeners.append(on_progress)
+        if self._progress is not None:
+            on_progress(*self._progress)
 
     async def until_begun(self) -> None:
         """Wait until readers can find the fetch, or it has failed; `wait` then tells why."""
@@ -90,6 +93,7 @@ class Fetching:
         self._loop.call_soon_threadsafe(self._tell, landed_bytes, total_bytes)
 
     def _tell(self, landed_bytes: int, total_bytes: int) -> None:
+        self._progress = (landed_bytes, total_bytes)
         for listener in self._listeners:
             listener(landed_bytes, total_bytes)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
 
+import grpc.aio
 from paraserve_backend.errors import NotFound, ParaServeError
 from tritonclient.grpc import service_pb2 as kserve
 
@@ -75,7 +77,7 @@ class GrpcService(RefusedCalls):
     async def ModelInfer(
         self, request: kserve.ModelInferRequest, context: Context
     ) -> kserve.ModelInferResponse:
-        return await _orabort(context, self._proxy.single(request))
+        return await _or_abort(context, self._proxy.single(request))
 
     # A coroutine that writes, not a generator: a cancelled client then cancels it at once, also
     # while a response is being written.
@@ -100,6 +102,10 @@ class GrpcService(RefusedCalls):
             await abort(context, error)
 
 
+class _ClientLeft(Exception):
+    pass
+
+
 class _ClientStream:
     """One ModelStreamInfer call: several requests at a time, their responses interleaved."""
 
@@ -111,11 +117,17 @@ class _ClientStream:
         self._ends_on_error = sent.get(_WANT_ERROR_CODES) == "true"
 
     async def answer(self, request: kserve.ModelInferRequest) -> None:
+        with contextlib.suppress(_ClientLeft):
+            await self._answer(request)
+
+    async def _answer(self, request: kserve.ModelInferRequest) -> None:
         async def send(response: kserve.ModelInferResponse) -> None:
             await self._write(kserve.ModelStreamInferResponse(infer_response=response))
 
         try:
             await self._proxy.stream(request, send)
+        except _ClientLeft:
+            raise
         except ParaServeError as error:
             await self._fail(request, error)
         except Exception:
@@ -132,10 +144,14 @@ class _ClientStream:
 
     async def _write(self, entry: kserve.ModelStreamInferResponse) -> None:
         async with self._writing:
-            await self._context.write(entry)
+            try:
+                await self._context.write(entry)
+            except grpc.aio.InternalError:
+                # A write that ran into the client's cancellation.
+                raise _ClientLeft from None
 
 
-async def _orabort(context: Context, reply: Awaitable[Reply]) -> Reply:
+async def _or_abort(context: Context, reply: Awaitable[Reply]) -> Reply:
     try:
         return await reply
     except ParaServeError as error:

@@ -66,11 +66,19 @@ class Proxy:
             )
         responses: list[kserve.ModelInferResponse] = []
 
-        async def collect(response: kserve.ModelInferResponse) -> None:
-            responses.append(response)
+        async def take_only_one(response: kserve.ModelInferResponse) -> None:
+            if response.outputs and responses:
+                raise InvalidRequest(
+                    f"'{request.model_name}' sent several responses to a request for one: "
+                    "use ModelStreamInfer (gRPC) or generate_stream (HTTP)."
+                )
+            if response.outputs:
+                responses.append(response)
 
-        await self._forward(request, collect)
-        return _only_one(request.model_name, [r for r in responses if r.outputs])
+        await self._forward(request, take_only_one)
+        if not responses:
+            raise Unavailable(f"The replica of '{request.model_name}' sent no response; retry.")
+        return responses[0]
 
     async def _admit(self, request: kserve.ModelInferRequest) -> None:
         await self._routes.require(request.model_name, request.model_version)
@@ -106,16 +114,3 @@ class Proxy:
             first_s=config.first_token_timeout_s if is_streamed else config.unstreamed_timeout_s,
             next_s=config.inter_token_timeout_s,
         )
-
-
-def _only_one(
-    deployment: str, responses: list[kserve.ModelInferResponse]
-) -> kserve.ModelInferResponse:
-    if not responses:
-        raise Unavailable(f"The replica of '{deployment}' sent no response; retry.")
-    if len(responses) > 1:
-        raise InvalidRequest(
-            f"'{deployment}' sent {len(responses)} responses to a request for one: "
-            "use ModelStreamInfer (gRPC) or generate_stream (HTTP)."
-        )
-    return responses[0]

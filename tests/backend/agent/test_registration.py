@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import grpc
 import grpc.aio
@@ -13,7 +13,9 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 
 def away() -> grpc.aio.AioRpcError:
     empty = grpc.aio.Metadata()
-    return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, empty, empty, "connection refused")
+    return grpc.aio.AioRpcError(
+        grpc.StatusCode.UNAVAILABLE, empty, empty, "connection refused", None
+    )
 
 
 class FakeScheduler:
@@ -75,12 +77,12 @@ class Bench:
         await asyncio.sleep(0)
 
 
-def play(scheduler: FakeScheduler, test: Callable[[Bench], object]) -> None:
+def play(scheduler: FakeScheduler, test: Callable[[Bench], Awaitable[None]]) -> None:
     async def run() -> None:
         bench = Bench(scheduler)
         running = asyncio.create_task(bench.registration.run())
         async with asyncio.timeout(10):
-            await test(bench)  # type: ignore[misc]
+            await test(bench)
         running.cancel()
         await asyncio.wait([running])
 
