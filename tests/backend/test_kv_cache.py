@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -75,3 +78,18 @@ def test_the_cache_takes_the_bytes_that_planning_counts(dtype: Dtype) -> None:
     taken = cache.storage.numel() * cache.storage.element_size()
     assert taken == 7 * cache.block_size * kv_bytes_per_token(spec, layers)
     assert kv_bytes_per_token(spec, layers) == 3 * 2 * KV_HEADS * HEAD_DIM * DTYPE_BYTES[dtype]
+
+
+def test_an_empty_cache_takes_no_memory() -> None:
+    spec = make_spec()
+    layers = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
+    before_bytes = resident_bytes()
+    cache = KvCache(spec, layers, num_blocks=1 << 18)
+    size_bytes = cache.storage.numel() * cache.storage.itemsize
+    assert size_bytes > 1 << 30
+    assert resident_bytes() - before_bytes < size_bytes // 10
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

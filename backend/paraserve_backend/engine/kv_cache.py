@@ -6,8 +6,10 @@ this module only stores and fetches.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from paraserve_backend.contract import LayerRange
@@ -49,11 +51,10 @@ class KvCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        # Zeros, not garbage: a masked position is multiplied by weight 0, and 0 * NaN is NaN.
-        self.storage = torch.zeros(
+        self.storage = _zeros(
             (len(layers), 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim),
-            dtype=TORCH_DTYPE[spec.dtype],
-            device=device,
+            TORCH_DTYPE[spec.dtype],
+            torch.device(device),
         )
 
     @property
@@ -63,6 +64,15 @@ class KvCache:
     def layer(self, index: int) -> LayerCache:
         """The cache of the stage's `index`-th layer, counted from the stage's own first."""
         return LayerCache(keys=self.storage[index, 0], values=self.storage[index, 1])
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, not garbage: a masked position is multiplied by weight 0, and 0 * NaN is NaN."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # The kernel's own zero pages: nothing is written, and no memory is taken, before it is used.
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)
 
 
 def _gather(blocks: torch.Tensor, block_tables: torch.Tensor) -> torch.Tensor:
