@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from paraserve_backend.contract import Dtype, LayerRange
 from paraserve_backend.engine.batch import ForwardBatch, ForwardResult, Row, Sampling
 from paraserve_backend.engine.dtypes import TORCH_DTYPE
 from paraserve_backend.engine.kv_cache import BLOCK_SIZE, KvCache
 from paraserve_backend.engine.model import StageModel
 from paraserve_backend.engine.stage import StageEngine
-
 from tests.backend.models import TinyModel, write_model
 
 PROMPT_TOKENS = 256

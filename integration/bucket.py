@@ -7,11 +7,12 @@ from typing import Any
 
 import boto3  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
 from paraserve_backend.errors import Unavailable
 from paraserve_scheduler.local.layout import BUCKET, ClusterLayout, read_s3_key
 from paraserve_scheduler.local.processes import REGION
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 
 def progress_bar(console: Console) -> Progress:

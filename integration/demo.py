@@ -18,6 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tritonclient.grpc as triton
+from rich.console import Console
+
+from integration.bucket import upload
+from integration.checkpoints import LlamaShape, cached, write_with_transformers
 from paraserve_backend.agent.node import available_bytes
 from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
@@ -26,10 +30,6 @@ from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.generation import stream
 from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
 from paraserve_scheduler.local.layout import ClusterLayout
-from rich.console import Console
-
-from integration.bucket import upload
-from integration.checkpoints import LlamaShape, cached, write_with_transformers
 
 NAME = "demo"
 SHAPE = LlamaShape(layers=8, hidden=768, intermediate=2048, heads=12, kv_heads=4)

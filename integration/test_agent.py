@@ -18,23 +18,23 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from tritonclient.grpc import InferInput
+from tritonclient.grpc.aio import InferenceServerClient
+
+from integration.triton_server import TritonServer
 from paraserve_backend.agent.config import AgentConfig
 from paraserve_backend.agent.main import run
 from paraserve_backend.agent.repository import ModelRepository
 from paraserve_backend.agent.stubs import ProcessTable, Stub
 from paraserve_backend.agent.triton_client import ModelState, TritonClient
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.plan import FetchPlan
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import (
     AgentStub,
     SchedulerServicer,
     add_SchedulerServicer_to_server,
 )
-from tritonclient.grpc import InferInput
-from tritonclient.grpc.aio import InferenceServerClient
-
-from integration.triton_server import TritonServer
+from paraserve_backend.weights.plan import FetchPlan
 from tests.backend.agent.nodes import make_plan
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ async def until_exists(path: Path) -> None:
 
 
 _READ_WEIGHTS = """
-from paraserve_backend.tier_reader import TierReader
+from paraserve_backend.weights.tier_reader import TierReader
 from paraserve_backend.trace import SpanFile
 tier = pathlib.Path({tier!r})
 with SpanFile(tier / "fetches" / "tiny.1.0" / "spans.jsonl").span("adopt"):
@@ -331,7 +331,7 @@ def test_a_source_that_is_gone_ends_the_part_even_while_a_model_waits_for_its_by
     triton: TritonServer, tmp_path: Path
 ) -> None:
     wait = """
-        from paraserve_backend.tier_reader import TierReader
+        from paraserve_backend.weights.tier_reader import TierReader
         reader = TierReader.open(pathlib.Path({tier!r}), "tiny.1.0")
         reader.wait_for("model.norm.weight", timeout_s=60)
     """

@@ -77,5 +77,5 @@ class TensorNames:
 # pass, used by `stage`, `link` and the ensemble, are these.
 FORWARD_BATCH = "batch"  # UINT8[-1]: an encoded `engine.batch.ForwardBatch`
 FORWARD_TOKEN_IDS = "token_ids"  # INT32[-1]: the new tokens of every row, concatenated
-FORWARD_HIDDEN = "hidden"  # dtype of the model, [tokens, hidden_size]
+FORWARD_HIDDEN = "hidden"  # UINT8 [tokens, hidden_size * bytes per element]
 FORWARD_RESULT = "result"  # UINT8[-1]: an encoded `engine.batch.ForwardResult`

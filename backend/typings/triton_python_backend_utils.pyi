@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-import numpy as np
 import numpy.typing as npt
 
 TRITONSERVER_RESPONSE_COMPLETE_FINAL: Final[int]
@@ -63,7 +62,7 @@ class MetricFamily:
     COUNTER: Final[int]
     GAUGE: Final[int]
     def __init__(self, *, name: str, description: str, kind: int) -> None: ...
-    def Metric(self, *, labels: dict[str, str]) -> Metric: ...  # noqa: N802 - Triton's name
+    def Metric(self, *, labels: dict[str, str]) -> Metric: ...
 
 class Logger:
     @staticmethod

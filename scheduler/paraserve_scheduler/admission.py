@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 import re
 
-from paraserve_backend.checkpoint import CheckpointIndex, read_index
 from paraserve_backend.contract import LayerRange
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.families.spec import ModelSpec
 from paraserve_backend.families.table import model_spec
 from paraserve_backend.families.tensors import check_tensors
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.source import open_source
-
+from paraserve_backend.weights.checkpoint import CheckpointIndex, read_index
+from paraserve_backend.weights.source import open_source
 from paraserve_scheduler.config import DeploymentDefaults
 from paraserve_scheduler.plans import Deployment, DeploymentSpec
 

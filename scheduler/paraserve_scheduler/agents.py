@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc
 import grpc.aio
+
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
-
 from paraserve_scheduler.state import Failure, PartState, Phase
 from paraserve_scheduler.wire import part_state
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from paraserve_backend.errors import ParaServeError
-
 from paraserve_scheduler.commands import cluster, daemons, deployments, generate, machine
 
 _EPILOG = """\

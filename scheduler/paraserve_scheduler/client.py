@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TypeVar
 
 import grpc
+
 from paraserve_backend.errors import (
     AccessDenied,
     AlreadyExists,

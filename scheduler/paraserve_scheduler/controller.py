@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import NoReturn, TypeVar
 
 import zmq
-from paraserve_backend.rpc import paraserve_pb2 as pb
 
+from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler import durable
 from paraserve_scheduler.actions import Action, RemovePart, RemoveReplica, StartReplica
 from paraserve_scheduler.agents import AgentCallFailed, Agents

@@ -18,7 +18,6 @@ from pathlib import Path
 from paraserve_backend.agent.node import available_bytes, find_devices
 from paraserve_backend.errors import NotFound
 from paraserve_backend.triton_install import find_libpython, find_triton
-
 from paraserve_scheduler.local.layout import SHM
 from paraserve_scheduler.local.ports import is_free
 

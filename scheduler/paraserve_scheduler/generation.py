@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
-from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
 from tritonclient.utils import InferenceServerException
+
+from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
 
 #: KServe datatype and numpy type of the settings a request may carry.
 _SETTINGS: Mapping[str, tuple[str, Any]] = {

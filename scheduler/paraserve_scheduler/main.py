@@ -10,11 +10,11 @@ import signal
 from collections.abc import Sequence
 
 import grpc.aio
+
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
 from paraserve_backend.yaml_config import parse_arguments, read_token
-
 from paraserve_scheduler.agents import GrpcAgents
 from paraserve_scheduler.clock import SystemClock
 from paraserve_scheduler.config import SchedulerConfig

@@ -19,7 +19,6 @@ from paraserve_backend.contract import (
 )
 from paraserve_backend.families.spec import ModelSpec
 from paraserve_backend.interface import INPUTS, OUTPUTS, TensorSpec
-
 from paraserve_scheduler.pbtxt import Meaning, Tensor, render
 from paraserve_scheduler.plans import ReplicaPlan, StagePlan
 

@@ -13,8 +13,7 @@ from functools import lru_cache
 from paraserve_backend.contract import LayerRange
 from paraserve_backend.errors import InsufficientCapacity
 from paraserve_backend.families.tensors import kv_bytes_per_token
-from paraserve_backend.plan import split_layers, stage_tensors
-
+from paraserve_backend.weights.plan import split_layers, stage_tensors
 from paraserve_scheduler.config import PlacementConfig
 from paraserve_scheduler.plans import ChannelAddress, Deployment, ReplicaPlan, StagePlan
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paraserve_backend.checkpoint import CheckpointIndex
 from paraserve_backend.contract import LayerRange
 from paraserve_backend.families.spec import ModelSpec
+from paraserve_backend.weights.checkpoint import CheckpointIndex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

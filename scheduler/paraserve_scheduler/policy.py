@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from paraserve_backend.errors import InsufficientCapacity
-
 from paraserve_scheduler.actions import (
     Action,
     DropDeployment,

@@ -11,10 +11,10 @@ from typing import Any
 
 import grpc
 import grpc.aio
+
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound, ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerServicer
-
 from paraserve_scheduler.admission import read_deployment, validated_spec
 from paraserve_scheduler.capacity import is_alive, node_spaces
 from paraserve_scheduler.config import SchedulerConfig

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from paraserve_backend.trace import Span
-
 from paraserve_scheduler.plans import Deployment, ReplicaPlan, StagePlan
 
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from paraserve_backend.checkpoint import CheckpointIndex
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.families.table import model_spec
-
+from paraserve_backend.weights.checkpoint import CheckpointIndex
 from paraserve_scheduler.plans import Deployment, DeploymentSpec
 from paraserve_scheduler.records_json import dump, load
 from paraserve_scheduler.state import Replica

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
-
 from paraserve_scheduler.agents import AgentCallFailed
 from paraserve_scheduler.events import NodeRegistered, NodeReported
 from paraserve_scheduler.state import Failure, NodeInfo, PartState, Phase

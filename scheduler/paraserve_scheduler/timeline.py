@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from paraserve_backend.rpc import paraserve_pb2 as pb
 from rich.table import Table
 from rich.text import Text
+
+from paraserve_backend.rpc import paraserve_pb2 as pb
 
 SCHEDULER = "scheduler"
 _MB = 1e6

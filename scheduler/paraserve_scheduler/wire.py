@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from paraserve_backend.plan import plan_fetch, stage_tensors
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.trace import Span
-
+from paraserve_backend.weights.plan import plan_fetch, stage_tensors
 from paraserve_scheduler.capacity import is_alive
 from paraserve_scheduler.config import PolicyConfig
 from paraserve_scheduler.events import NodeReported

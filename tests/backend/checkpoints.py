@@ -9,13 +9,13 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 
-from paraserve_backend.checkpoint import CheckpointIndex, read_index
 from paraserve_backend.contract import LayerRange, TensorNames
-from paraserve_backend.objects import Source, StoredObject
-from paraserve_backend.plan import FetchPlan, plan_fetch, stage_tensors
-from paraserve_backend.safetensors_header import ITEM_BYTES, TensorEntry
-from paraserve_backend.source import open_source
-from paraserve_backend.tier_fetch import TierFetch
+from paraserve_backend.weights.checkpoint import CheckpointIndex, read_index
+from paraserve_backend.weights.objects import Source, StoredObject
+from paraserve_backend.weights.plan import FetchPlan, plan_fetch, stage_tensors
+from paraserve_backend.weights.safetensors_header import ITEM_BYTES, TensorEntry
+from paraserve_backend.weights.source import open_source
+from paraserve_backend.weights.tier_fetch import TierFetch
 
 NAMES = TensorNames(
     layer_prefix="model.layers.",

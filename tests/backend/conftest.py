@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from paraserve_backend.tier import Tier
+from paraserve_backend.weights.tier import Tier
 from tests.backend.checkpoints import write_checkpoint
 from tests.backend.stores import ACCESS_KEY, SECRET_KEY
 

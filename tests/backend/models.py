@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
+
 from paraserve_backend.contract import LayerRange
 from paraserve_backend.engine.batch import ForwardBatch, ForwardResult, Row, Sampling
 from paraserve_backend.engine.kv_cache import KvCache
@@ -17,8 +20,6 @@ from paraserve_backend.engine.model import StageModel
 from paraserve_backend.engine.stage import StageEngine
 from paraserve_backend.families.spec import ModelSpec
 from paraserve_backend.families.table import model_spec
-from safetensors.torch import load_file
-from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 

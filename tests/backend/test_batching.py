@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from paraserve_backend.engine.batch import ForwardResult, Sampling
 from paraserve_backend.engine.batching import Batcher, BatchingLimits, ScheduledBatch
 from paraserve_backend.engine.block_pool import BlockPool

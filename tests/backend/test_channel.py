@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+
 from paraserve_backend.channel import Channel, CurveKeys, Frame, FrameKind, relay
 from paraserve_backend.errors import InvalidRequest
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from paraserve_backend.checkpoint import CheckpointIndex, read_index
-from paraserve_backend.errors import InvalidCheckpoint, UnsupportedModel
-from paraserve_backend.source import open_source
 
+from paraserve_backend.errors import InvalidCheckpoint, UnsupportedModel
+from paraserve_backend.weights.checkpoint import CheckpointIndex, read_index
+from paraserve_backend.weights.source import open_source
 from tests.backend.checkpoints import (
     Header,
     header_of,

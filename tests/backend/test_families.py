@@ -10,12 +10,12 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+
 from paraserve_backend.contract import Dtype, LayerRange
 from paraserve_backend.errors import InvalidCheckpoint, UnsupportedModel
 from paraserve_backend.families.spec import LinearScaling, Llama3Scaling, Parameter, Rope
 from paraserve_backend.families.table import FAMILIES, model_spec
 from paraserve_backend.families.tensors import check_tensors, expected_tensors, kv_bytes_per_token
-
 from tests.backend.models import CONFIGS, write_model
 
 OPTIONAL = {name for name in Parameter if name.endswith("_bias")} | {

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from paraserve_backend.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -15,15 +16,14 @@ from paraserve_backend.errors import (
     SourceUnavailable,
     Unavailable,
 )
-from paraserve_backend.fetch import FetchReport, fetch
-from paraserve_backend.landing import FetchStatus
-from paraserve_backend.objects import Connection, ObjectRange, Source
-from paraserve_backend.plan import FetchPlan
-from paraserve_backend.source import open_source
-from paraserve_backend.tier import Tier
-from paraserve_backend.tier_reader import TierReader
-from paraserve_backend.transfer import RetryPolicy
-
+from paraserve_backend.weights.fetch import FetchReport, fetch
+from paraserve_backend.weights.landing import FetchStatus
+from paraserve_backend.weights.objects import Connection, ObjectRange, Source
+from paraserve_backend.weights.plan import FetchPlan
+from paraserve_backend.weights.source import open_source
+from paraserve_backend.weights.tier import Tier
+from paraserve_backend.weights.tier_reader import TierReader
+from paraserve_backend.weights.transfer import RetryPolicy
 from tests.backend.checkpoints import make_plan, tensor_bytes, write_checkpoint
 from tests.backend.stores import (
     BUCKET,

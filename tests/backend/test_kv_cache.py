@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from paraserve_backend.contract import DTYPE_BYTES, Dtype, LayerRange
 from paraserve_backend.engine.kv_cache import KvCache
 from paraserve_backend.families.spec import ModelSpec

@@ -9,6 +9,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
 from paraserve_backend.answer import Answer, Delta
 from paraserve_backend.engine.batch import ForwardResult, Sampling
 from paraserve_backend.engine.batching import Batcher, BatchingLimits, ScheduledBatch
@@ -17,8 +20,6 @@ from paraserve_backend.engine.loop import GenerateLoop, Request
 from paraserve_backend.engine.sequence import Sequence
 from paraserve_backend.errors import Cancelled, DeadlineExceeded, ParaServeError, Unavailable
 from paraserve_backend.text import Detokenizer, StopWords
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
 TIMEOUT_S = 20
 WORDS = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+
 from paraserve_backend.contract import LayerRange
 from paraserve_backend.engine.batch import ForwardBatch, Row, Sampling
 from paraserve_backend.engine.kv_cache import KvCache
 from paraserve_backend.engine.model import StageModel
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.families.tensors import expected_tensors
-
 from tests.backend.models import VOCAB_SIZE, Chain, TinyModel, write_model
 
 LLAMA3 = {

@@ -19,9 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zmq
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
 from paraserve_backend.answer import Delta
 from paraserve_backend.channel import Buffer
-from paraserve_backend.checkpoint import read_index
 from paraserve_backend.config import (
     ChannelConfig,
     GenerateConfig,
@@ -34,18 +37,15 @@ from paraserve_backend.engine.batch import ForwardResult, Sampling, decode_resul
 from paraserve_backend.engine.batching import ScheduledBatch
 from paraserve_backend.engine.loop import Forward
 from paraserve_backend.errors import Cancelled, InvalidRequest, ParaServeError
-from paraserve_backend.fetch import fetch
-from paraserve_backend.plan import plan_fetch, split_layers, stage_tensors
 from paraserve_backend.request import GenerateRequest
 from paraserve_backend.roles.generate import GenerateRole
 from paraserve_backend.roles.link import LinkRole
 from paraserve_backend.roles.stage import StageRole
-from paraserve_backend.source import open_source
-from paraserve_backend.tier import Tier
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-
+from paraserve_backend.weights.checkpoint import read_index
+from paraserve_backend.weights.fetch import fetch
+from paraserve_backend.weights.plan import plan_fetch, split_layers, stage_tensors
+from paraserve_backend.weights.source import open_source
+from paraserve_backend.weights.tier import Tier
 from tests.backend.models import VOCAB_SIZE, TinyModel, write_model
 
 KV = KvConfig(num_blocks=256, block_size=4)

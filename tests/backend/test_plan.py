@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from paraserve_backend.checkpoint import CheckpointIndex
+
 from paraserve_backend.contract import LayerRange
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
-from paraserve_backend.objects import ObjectRange
-from paraserve_backend.plan import (
+from paraserve_backend.weights.checkpoint import CheckpointIndex
+from paraserve_backend.weights.objects import ObjectRange
+from paraserve_backend.weights.plan import (
     FetchPlan,
     coalesce,
     plan_fetch,
@@ -20,7 +21,6 @@ from paraserve_backend.plan import (
     split_parts,
     stage_tensors,
 )
-
 from tests.backend.checkpoints import NAMES, make_index, make_plan
 
 EMBEDDING, HEAD = NAMES.embedding[0], NAMES.head

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.request import GenerateRequest, parse_request
 

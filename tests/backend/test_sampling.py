@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from paraserve_backend.engine.batch import Sampling
-from paraserve_backend.engine.sampling import sample, warp
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from paraserve_backend.engine.batch import Sampling
+from paraserve_backend.engine.sampling import sample, warp
 
 VOCAB_SIZE = 60
 

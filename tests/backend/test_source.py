@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from paraserve_backend.errors import (
     AccessDenied,
     InvalidCheckpoint,
@@ -17,10 +18,9 @@ from paraserve_backend.errors import (
     ParaServeError,
     SourceUnavailable,
 )
-from paraserve_backend.objects import Source, StoredObject
-from paraserve_backend.source import open_source
-from paraserve_backend.transfer import read_range
-
+from paraserve_backend.weights.objects import Source, StoredObject
+from paraserve_backend.weights.source import open_source
+from paraserve_backend.weights.transfer import read_range
 from tests.backend.stores import (
     BUCKET,
     SECRET_KEY,

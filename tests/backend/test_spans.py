@@ -4,7 +4,8 @@ from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
-from paraserve_backend.spans import Span, merge, subtract, within
+
+from paraserve_backend.weights.spans import Span, merge, subtract, within
 
 spans = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)).map(lambda it: (it[0], sum(it))))
 

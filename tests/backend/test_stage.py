@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paraserve_backend.engine.batch import ForwardBatch, ForwardResult, Row, Sampling
 
+from paraserve_backend.engine.batch import ForwardBatch, ForwardResult, Row, Sampling
 from tests.backend.models import Chain, TinyModel, write_model
 
 PROMPT = [7, 11, 13, 17, 19, 23]

@@ -5,13 +5,14 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from paraserve_backend.errors import InvalidCheckpoint
-from paraserve_backend.text import Detokenizer, StopWords, read_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
+
+from paraserve_backend.errors import InvalidCheckpoint
+from paraserve_backend.text import Detokenizer, StopWords, read_tokenizer
 
 
 @pytest.fixture(scope="module")

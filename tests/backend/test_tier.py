@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from paraserve_backend.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -17,10 +18,9 @@ from paraserve_backend.errors import (
     NotFound,
     Unavailable,
 )
-from paraserve_backend.landing import FetchStatus
-from paraserve_backend.tier import Tier
-from paraserve_backend.tier_reader import TierReader
-
+from paraserve_backend.weights.landing import FetchStatus
+from paraserve_backend.weights.tier import Tier
+from paraserve_backend.weights.tier_reader import TierReader
 from tests.backend.checkpoints import land, make_plan, tensor_bytes, write_checkpoint
 
 PART_BYTES = 700  # no multiple of anything: parts end inside tensors and inside pages
@@ -81,7 +81,7 @@ def test_names_are_yielded_as_they_land(tier: Tier, model: Path) -> None:
 
 READ_IN_ANOTHER_PROCESS = """
 import hashlib, pathlib, sys
-from paraserve_backend.tier_reader import TierReader
+from paraserve_backend.weights.tier_reader import TierReader
 reader = TierReader.open(pathlib.Path(sys.argv[1]), "fetch-1")
 print("open", flush=True)
 for tensor in reader.plan.tensors:
@@ -309,8 +309,8 @@ class TestRestart:
 FILL_A_SMALL_TIER = """
 import pathlib, subprocess, sys
 from paraserve_backend.errors import InsufficientCapacity
-from paraserve_backend.tier import Tier
-from paraserve_backend.tier_reader import TierReader
+from paraserve_backend.weights.tier import Tier
+from paraserve_backend.weights.tier_reader import TierReader
 from tests.backend.checkpoints import land, make_plan
 small, model = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=True)

@@ -5,9 +5,10 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from paraserve_backend.errors import Cancelled, NotFound, ParaServeError, SourceUnavailable
-from paraserve_backend.objects import BrokenTransfer, StoredObject
-from paraserve_backend.transfer import Retrier, RetryPolicy
+from paraserve_backend.weights.objects import BrokenTransfer, StoredObject
+from paraserve_backend.weights.transfer import Retrier, RetryPolicy
 
 CONTENT = bytes(range(200))
 STORED = StoredObject(key="weights.bin", size_bytes=len(CONTENT), version="1")

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from paraserve_backend.checkpoint import read_index
-from paraserve_backend.engine.weights import WeightLoader
-from paraserve_backend.errors import NotFound, SourceUnavailable, UnsupportedModel
-from paraserve_backend.plan import FetchPlan, plan_fetch
-from paraserve_backend.source import open_source
-from paraserve_backend.tier import Tier
-from paraserve_backend.tier_reader import TierReader
 from safetensors.torch import load_file, save_file
 
+from paraserve_backend.engine.weights import WeightLoader
+from paraserve_backend.errors import NotFound, SourceUnavailable, UnsupportedModel
+from paraserve_backend.weights.checkpoint import read_index
+from paraserve_backend.weights.plan import FetchPlan, plan_fetch
+from paraserve_backend.weights.source import open_source
+from paraserve_backend.weights.tier import Tier
+from paraserve_backend.weights.tier_reader import TierReader
 from tests.backend.checkpoints import header_of, land, make_plan, safetensors_file
 
 CPU = torch.device("cpu")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.yaml_config import load_config, parse_arguments, read_token
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from paraserve_backend.checkpoint import CheckpointIndex
 from paraserve_backend.contract import SAFETENSORS_DTYPE, LayerRange
 from paraserve_backend.families.table import model_spec
 from paraserve_backend.families.tensors import expected_tensors
-from paraserve_backend.objects import StoredObject
-from paraserve_backend.safetensors_header import TensorEntry
+from paraserve_backend.weights.checkpoint import CheckpointIndex
+from paraserve_backend.weights.objects import StoredObject
+from paraserve_backend.weights.safetensors_header import TensorEntry
 from paraserve_scheduler.config import PolicyConfig
 from paraserve_scheduler.events import NodeRegistered, NodeReported
 from paraserve_scheduler.fold import fold
@@ -26,7 +26,6 @@ from paraserve_scheduler.state import (
     PartState,
     Replica,
 )
-
 from tests.backend.checkpoints import write_shard
 
 NOW_S = 1_000.0

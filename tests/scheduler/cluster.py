@@ -14,7 +14,6 @@ from paraserve_scheduler.events import DemandReported
 from paraserve_scheduler.state import Phase, Replica
 from paraserve_scheduler.store import SqliteStore
 from paraserve_scheduler.testing import FakeAgents, FakeNode, ManualClock
-
 from tests.scheduler.builders import make_demand, make_deployment, make_node_info
 
 CONFIG = SchedulerConfig()

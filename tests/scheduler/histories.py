@@ -18,7 +18,6 @@ from paraserve_scheduler.state import (
     PartState,
     Phase,
 )
-
 from tests.scheduler.builders import (
     CONFIG,
     NOW_S,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from paraserve_backend.errors import (
     InvalidCheckpoint,
     InvalidRequest,
@@ -13,7 +14,6 @@ from paraserve_backend.errors import (
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.admission import read_deployment, validated_spec
 from paraserve_scheduler.config import DeploymentDefaults
-
 from tests.scheduler.builders import make_spec, write_model
 
 DEFAULTS = DeploymentDefaults(keep_alive_s=30.0, max_sequences=8)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paraserve_backend.plan import FetchPlan
+
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.weights.plan import FetchPlan
 from paraserve_scheduler.state import Phase
 from paraserve_scheduler.testing import FakeNode
 from paraserve_scheduler.wire import route_table
-
 from tests.scheduler.builders import CONFIG, make_deployment, make_node_info
 from tests.scheduler.cluster import Cluster, running
 from tests.scheduler.histories import LOST_PROCESS, NO_OBJECT

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
+
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata

@@ -6,6 +6,8 @@ from pathlib import PurePosixPath
 import pytest
 from google.protobuf import text_format
 from google.protobuf.json_format import MessageToDict
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
+
 from paraserve_backend.config import GenerateConfig, LinkConfig, StageConfig, read_config
 from paraserve_backend.interface import INPUTS, OUTPUTS
 from paraserve_scheduler.config import PlacementConfig
@@ -13,8 +15,6 @@ from paraserve_scheduler.model_files import TritonModel, stage_models
 from paraserve_scheduler.pbtxt import Meaning, Tensor, render
 from paraserve_scheduler.placement import place
 from paraserve_scheduler.plans import Deployment, ReplicaPlan
-from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
-
 from tests.scheduler.builders import make_deployment, make_space
 
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from paraserve_backend.errors import InsufficientCapacity
 from paraserve_scheduler.config import PlacementConfig
 from paraserve_scheduler.placement import NodeSpace, equal_split, place
 from paraserve_scheduler.plans import Deployment, ReplicaPlan
-
 from tests.scheduler.builders import make_deployment, make_space
 
 CONFIG = PlacementConfig()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from paraserve_scheduler.actions import (
     Action,
     DropDeployment,
@@ -15,7 +16,6 @@ from paraserve_scheduler.actions import (
 from paraserve_scheduler.events import DeletionRequested, NodeRegistered, PartRemoved
 from paraserve_scheduler.placement import equal_split
 from paraserve_scheduler.state import DeploymentState, Failure, NodeInfo, PartState, Phase
-
 from tests.scheduler.builders import (
     CONFIG,
     NOW_S,

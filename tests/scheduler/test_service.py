@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 import pytest
+
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import TokenInterceptor
 from paraserve_backend.rpc.paraserve_pb2_grpc import (
@@ -26,7 +27,6 @@ from paraserve_scheduler.controller import Controller
 from paraserve_scheduler.service import SchedulerService
 from paraserve_scheduler.state import Phase
 from paraserve_scheduler.store import SqliteStore
-
 from tests.scheduler.builders import make_node_info, write_model
 
 if TYPE_CHECKING:

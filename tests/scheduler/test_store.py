@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.trace import Span
 from paraserve_scheduler.records_json import dump, load
 from paraserve_scheduler.state import Failure, Phase, Replica
 from paraserve_scheduler.store import Counters, SqliteStore
-
 from tests.scheduler.builders import make_deployment
 from tests.scheduler.histories import History
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 from paraserve_backend.agent.threads import in_thread
 from paraserve_backend.errors import AlreadyExists, NotFound, ParaServeError
-from paraserve_backend.fetch import fetch
-from paraserve_backend.landing import FETCHES
-from paraserve_backend.objects import Source
-from paraserve_backend.plan import FetchPlan
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.source import open_source
-from paraserve_backend.tier import Tier
 from paraserve_backend.trace import Span, SpanFile
+from paraserve_backend.weights.fetch import fetch
+from paraserve_backend.weights.landing import FETCHES
+from paraserve_backend.weights.objects import Source
+from paraserve_backend.weights.plan import FetchPlan
+from paraserve_backend.weights.source import open_source
+from paraserve_backend.weights.tier import Tier
 
 #: Fetches at once; the rest wait. Each only watches its own threads.
 _MOST_AT_ONCE = 64

@@ -34,7 +34,7 @@ from paraserve_backend.errors import InvalidRequest, ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_AgentServicer_to_server
-from paraserve_backend.tier import Tier
+from paraserve_backend.weights.tier import Tier
 from paraserve_backend.yaml_config import parse_arguments, read_token
 
 logger = logging.getLogger(__name__)

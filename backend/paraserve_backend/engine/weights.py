@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from paraserve_backend.errors import UnsupportedModel
-from paraserve_backend.safetensors_header import TensorEntry
-from paraserve_backend.tier_reader import TierReader
+from paraserve_backend.weights.safetensors_header import TensorEntry
+from paraserve_backend.weights.tier_reader import TierReader
 
 #: Safetensors data types that a model can be loaded from.
 _TORCH_DTYPE: Mapping[str, torch.dtype] = {

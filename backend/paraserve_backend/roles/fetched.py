@@ -22,8 +22,8 @@ from paraserve_backend.contract import LayerRange
 from paraserve_backend.errors import InvalidRequest, NotFound, ParaServeError
 from paraserve_backend.families.spec import ModelSpec
 from paraserve_backend.families.table import model_spec
-from paraserve_backend.tier_reader import TierReader
 from paraserve_backend.trace import SpanFile
+from paraserve_backend.weights.tier_reader import TierReader
 
 _log = logging.getLogger(__name__)
 #: A fetch has its own, shorter limits; this one only ends a wait for a writer that vanished.
@@ -83,11 +83,11 @@ def _nothing() -> None:
 
 def _fetch_here(config: WeightsConfig, uri: str) -> Fetched:
     # Only a standalone model needs these; boto3 alone takes 0.3 s to import.
-    from paraserve_backend.checkpoint import read_index
-    from paraserve_backend.fetch import fetch
-    from paraserve_backend.plan import plan_fetch, stage_tensors
-    from paraserve_backend.source import open_source
-    from paraserve_backend.tier import Tier
+    from paraserve_backend.weights.checkpoint import read_index
+    from paraserve_backend.weights.fetch import fetch
+    from paraserve_backend.weights.plan import plan_fetch, stage_tensors
+    from paraserve_backend.weights.source import open_source
+    from paraserve_backend.weights.tier import Tier
 
     source = open_source(uri, endpoint_url=config.endpoint_url, region=config.region)
     index = read_index(source)

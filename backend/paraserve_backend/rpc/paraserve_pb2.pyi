@@ -317,7 +317,7 @@ class Fetch(_message.Message):
     REGION_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     plan_json: _builtins.bytes
-    """paraserve_backend.plan.FetchPlan"""
+    """paraserve_backend.weights.plan.FetchPlan"""
     endpoint_url: _builtins.str
     region: _builtins.str
     deadline_s: _builtins.float

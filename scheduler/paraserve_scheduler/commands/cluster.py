@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from paraserve_backend.agent.node import available_bytes
 from rich.console import Console
 
+from paraserve_backend.agent.node import available_bytes
 from paraserve_scheduler.commands.parsing import size_bytes, whole
 from paraserve_scheduler.local.cluster import (
     Progress,

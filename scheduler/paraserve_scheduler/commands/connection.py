@@ -9,7 +9,6 @@ from pathlib import Path
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.yaml_config import read_token
-
 from paraserve_scheduler.local.cluster import require_running
 
 

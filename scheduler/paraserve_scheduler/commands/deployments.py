@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToDict
-from paraserve_backend.errors import NotFound
-from paraserve_backend.rpc import paraserve_pb2 as pb
 from rich.console import Console
 
+from paraserve_backend.errors import NotFound
+from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler import timeline
 from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.commands.connection import add_connection_flags, connect

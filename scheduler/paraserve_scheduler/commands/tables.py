@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from paraserve_backend.rpc import paraserve_pb2 as pb
 from rich.table import Table
+
+from paraserve_backend.rpc import paraserve_pb2 as pb
 
 _MB = 1e6
 

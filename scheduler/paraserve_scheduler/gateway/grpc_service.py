@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
 
 import grpc.aio
-from paraserve_backend.errors import NotFound, ParaServeError
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.errors import NotFound, ParaServeError
 from paraserve_scheduler.gateway import metadata
 from paraserve_scheduler.gateway.failures import INTERNAL_ERROR
 from paraserve_scheduler.gateway.proxy import Proxy

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 
 from aiohttp import web
-from paraserve_backend.errors import InvalidRequest, ParaServeError
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.errors import InvalidRequest, ParaServeError
 from paraserve_scheduler.gateway import metadata
 from paraserve_scheduler.gateway.failures import INTERNAL_ERROR, Unimplemented
 from paraserve_scheduler.gateway.json_tensors import (

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paraserve_backend.errors import InvalidRequest
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.errors import InvalidRequest
 from paraserve_scheduler.gateway.tensors import DATATYPES, decode, encode
 from paraserve_scheduler.gateway.validation import INPUT_SPECS
 

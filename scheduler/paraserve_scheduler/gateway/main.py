@@ -11,7 +11,6 @@ import socket
 from collections.abc import Sequence
 
 from paraserve_backend.yaml_config import parse_arguments, read_token
-
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.server import Gateway
 

@@ -9,9 +9,10 @@ import importlib.metadata
 from typing import Any
 
 from google.protobuf import json_format
-from paraserve_backend.interface import INPUTS, OUTPUTS, TensorSpec
 from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc import service_pb2 as kserve
+
+from paraserve_backend.interface import INPUTS, OUTPUTS, TensorSpec
 
 SERVER_NAME = "paraserve"
 MODEL_VERSION = "1"

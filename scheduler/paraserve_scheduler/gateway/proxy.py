@@ -6,10 +6,10 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
-from paraserve_backend.errors import InvalidRequest, Unavailable
-from paraserve_backend.rpc import paraserve_pb2 as pb
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.errors import InvalidRequest, Unavailable
+from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
 from paraserve_scheduler.gateway.routes import Routes

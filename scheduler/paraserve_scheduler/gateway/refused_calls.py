@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
-from paraserve_backend.errors import ParaServeError
 from tritonclient.grpc import service_pb2 as kserve
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceServicer
 
+from paraserve_backend.errors import ParaServeError
 from paraserve_scheduler.gateway.failures import Unimplemented
 
 REPOSITORY = "Models are not loaded through a gateway: deploy with `paraserve deploy`."

@@ -17,7 +17,6 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
-
 from paraserve_scheduler.gateway.demand import Demand
 from paraserve_scheduler.gateway.failures import error_from_code
 from paraserve_scheduler.gateway.metadata import MODEL_VERSION

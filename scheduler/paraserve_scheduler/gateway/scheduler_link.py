@@ -11,10 +11,10 @@ import logging
 
 import grpc
 import grpc.aio
+
 from paraserve_backend.rpc import auth
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
-
 from paraserve_scheduler.gateway.demand import Demand
 from paraserve_scheduler.gateway.routes import Routes
 

@@ -8,9 +8,9 @@ import logging
 import grpc
 import grpc.aio
 from aiohttp import web
-from paraserve_backend.errors import InvalidRequest
 from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 
+from paraserve_backend.errors import InvalidRequest
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
 from paraserve_scheduler.gateway.grpc_service import GrpcService

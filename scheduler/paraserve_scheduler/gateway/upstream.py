@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 import grpc
 import grpc.aio
+from tritonclient.grpc import service_pb2 as kserve
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
 from paraserve_backend.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -19,9 +22,6 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from tritonclient.grpc import service_pb2 as kserve
-from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
-
 from paraserve_scheduler.gateway.failures import clean_message, error_from_code
 
 WANT_EMPTY_FINAL = "triton_enable_empty_final_response"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.interface import INPUTS, OUTPUTS, TensorSpec
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.interface import INPUTS, OUTPUTS, TensorSpec
 from paraserve_scheduler.gateway.tensors import DATATYPES, count_elements, string_bounds
 
 INPUT_SPECS = {spec.name: spec for spec in INPUTS}

@@ -22,7 +22,6 @@ from paraserve_backend.errors import (
     NotFound,
     Unavailable,
 )
-
 from paraserve_scheduler.local import leftovers
 from paraserve_scheduler.local.layout import (
     SHM,

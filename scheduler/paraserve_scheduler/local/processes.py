@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
 from paraserve_backend.errors import NotFound
 from paraserve_backend.triton_install import (
     ServerOptions,
@@ -22,7 +23,6 @@ from paraserve_backend.triton_install import (
     launch_environment,
     prepare_backend_directory,
 )
-
 from paraserve_scheduler.local.children import ProcessSpec
 from paraserve_scheduler.local.layout import (
     BUCKET,

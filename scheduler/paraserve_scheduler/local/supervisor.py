@@ -20,7 +20,6 @@ from typing import BinaryIO
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.triton_install import find_triton
 from paraserve_backend.yaml_config import load_config
-
 from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.local import leftovers
 from paraserve_scheduler.local.children import Child, ProcessSpec, start, stop

@@ -14,12 +14,11 @@ from paraserve_backend.agent.part import Node
 from paraserve_backend.agent.parts import Parts
 from paraserve_backend.agent.repository import ModelRepository
 from paraserve_backend.agent.unloading import Unloader
-from paraserve_backend.checkpoint import read_index
-from paraserve_backend.plan import FetchPlan, plan_fetch
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.source import open_source
-from paraserve_backend.tier import Tier
-
+from paraserve_backend.weights.checkpoint import read_index
+from paraserve_backend.weights.plan import FetchPlan, plan_fetch
+from paraserve_backend.weights.source import open_source
+from paraserve_backend.weights.tier import Tier
 from tests.backend.agent.fakes import FakeProcesses, FakeTriton
 from tests.backend.checkpoints import write_checkpoint
 

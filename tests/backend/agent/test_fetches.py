@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from paraserve_backend.agent.fetches import Fetches
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
-from paraserve_backend.landing import FetchStatus
-from paraserve_backend.tier import Tier
-from paraserve_backend.tier_reader import TierReader
 from paraserve_backend.trace import Span, SpanFile
-
+from paraserve_backend.weights.landing import FetchStatus
+from paraserve_backend.weights.tier import Tier
+from paraserve_backend.weights.tier_reader import TierReader
 from tests.backend.agent.nodes import make_plan, make_request
 
 

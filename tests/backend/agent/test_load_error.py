@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from paraserve_backend.agent.failure import failure_of, first_cause
 from paraserve_backend.agent.load_error import load_error
 from paraserve_backend.errors import (

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from paraserve_backend.agent.config import AgentConfig
 from paraserve_backend.agent.node import available_bytes, find_devices, node_info
 from paraserve_backend.agent.triton_client import read_key

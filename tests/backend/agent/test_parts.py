@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+
 from paraserve_backend.agent.parts import Parts
 from paraserve_backend.errors import (
     DeadlineExceeded,
@@ -13,7 +14,6 @@ from paraserve_backend.errors import (
     ParaServeError,
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
-
 from tests.backend.agent.nodes import (
     FakeNode,
     fake_node,

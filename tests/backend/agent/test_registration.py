@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import grpc
 import grpc.aio
 import pytest
+
 from paraserve_backend.agent.registration import Registration
 from paraserve_backend.rpc import paraserve_pb2 as pb
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from paraserve_backend.agent.keys import KeyStore
 from paraserve_backend.agent.repository import ModelRepository, check_name
 from paraserve_backend.errors import AlreadyExists, InvalidRequest

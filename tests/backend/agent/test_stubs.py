@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from paraserve_backend.agent.stubs import ProcessTable, Stub
 
 _REPOSITORY = Path("/models")

@@ -13,16 +13,16 @@ import aiohttp
 import grpc.aio
 import numpy as np
 import tritonclient.grpc.aio as triton_aio
-from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
-from paraserve_scheduler.gateway.config import GatewayConfig
-from paraserve_scheduler.gateway.server import Gateway
 from tritonclient.grpc import service_pb2 as kserve
 from tritonclient.grpc.service_pb2_grpc import (
     GRPCInferenceServiceStub,
     add_GRPCInferenceServiceServicer_to_server,
 )
 
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
+from paraserve_scheduler.gateway.config import GatewayConfig
+from paraserve_scheduler.gateway.server import Gateway
 from tests.scheduler.gateway.fakes import FakeScheduler, FakeTriton
 
 if TYPE_CHECKING:

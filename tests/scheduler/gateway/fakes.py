@@ -8,10 +8,11 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from tritonclient.grpc import service_pb2 as kserve
+
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerServicer
 from paraserve_scheduler.gateway.refused_calls import RefusedCalls
-from tritonclient.grpc import service_pb2 as kserve
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Script = Callable[[kserve.ModelInferRequest, Context], AsyncIterator[kserve.ModelInferResponse]]

@@ -12,10 +12,10 @@ import grpc.aio
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from paraserve_backend.interface import INPUTS, OUTPUTS
-from paraserve_backend.rpc import paraserve_pb2 as pb
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.interface import INPUTS, OUTPUTS
+from paraserve_backend.rpc import paraserve_pb2 as pb
 from tests.scheduler.gateway.cluster import (
     DEPLOYMENT,
     Cluster,

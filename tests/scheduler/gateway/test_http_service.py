@@ -16,10 +16,10 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_scheduler.gateway.json_tensors import generate_request
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.gateway.json_tensors import generate_request
 from tests.scheduler.gateway.cluster import (
     DEPLOYMENT,
     Cluster,

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
+
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
 from paraserve_scheduler.gateway.server import Gateway, split_address
-
 from tests.scheduler.gateway.cluster import DEPLOYMENT, make_config, make_inputs, serving
 from tests.scheduler.gateway.fakes import FakeScheduler, one_answer
 

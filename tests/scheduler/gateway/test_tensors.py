@@ -6,6 +6,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from paraserve_backend.errors import InvalidRequest
 from paraserve_scheduler.gateway.tensors import decode, encode, string_bounds
 

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 import pytest
-from paraserve_scheduler.gateway.failures import clean_message
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_scheduler.gateway.failures import clean_message
 from tests.scheduler.gateway.cluster import Cluster, make_config, make_request, serving, text_of
 from tests.scheduler.gateway.fakes import failing, hanging, one_answer
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tritonclient.grpc import service_pb2 as kserve
+
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.interface import INPUTS
 from paraserve_scheduler.gateway.tensors import encode
 from paraserve_scheduler.gateway.validation import flag, validate
-from tritonclient.grpc import service_pb2 as kserve
-
 from tests.scheduler.gateway.cluster import make_request
 
 Change = Callable[[kserve.ModelInferRequest], None]

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from paraserve_backend import errors
 from paraserve_backend.errors import ParaServeError
-from paraserve_backend.objects import ObjectRange, StoredObject
-from paraserve_backend.plan import FetchPlan, split_parts
+from paraserve_backend.weights.objects import ObjectRange, StoredObject
+from paraserve_backend.weights.plan import FetchPlan, split_parts
 
 OBJECTS = "objects"
 FETCHES = "fetches"

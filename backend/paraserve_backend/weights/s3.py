@@ -1,8 +1,7 @@
 """An S3-compatible object store as a source.
 
-boto3 finds credentials, lists and signs; the bodies come over `paraserve_backend.ranged_http`,
-which takes half the CPU time that boto3 needs for them.
-"""
+boto3 finds credentials, lists and signs; the bodies come over `weights.ranged_http`, which takes
+half the CPU time that boto3 needs for them.
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ from paraserve_backend.errors import (
     ParaServeError,
     SourceUnavailable,
 )
-from paraserve_backend.objects import StoredObject
-from paraserve_backend.ranged_http import HttpConnection, UrlSigner, http_version
+from paraserve_backend.weights.objects import StoredObject
+from paraserve_backend.weights.ranged_http import HttpConnection, UrlSigner, http_version
 
 #: Longest wait for a connection, and for more bytes of a body.
 _TIMEOUT_S = 15.0

@@ -1,6 +1,6 @@
 """Stored bytes and where they come from: the records and protocols that everything else shares.
 
-Pure: no I/O. `paraserve_backend.source` opens the implementations.
+Pure: no I/O. `paraserve_backend.weights.source` opens the implementations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ObjectRange:
 class BrokenTransfer(Exception):
     """A read ended early for a reason that may pass; `landed_bytes` of it are in place.
 
-    Never reaches a user: `paraserve_backend.transfer` resumes it or turns it into an error.
+    Never reaches a user: `paraserve_backend.weights.transfer` resumes it or turns it into an error.
     """
 
     def __init__(self, reason: str, *, landed_bytes: int = 0) -> None:

@@ -1,6 +1,6 @@
 """A node's host-memory tier: fetched bytes in files that other processes map.
 
-The agent is the only writer; `paraserve_backend.tier_reader` is the other side. Which fetches to
+The agent is the only writer; `weights.tier_reader` is the other side. Which fetches to
 release when memory runs short is the agent's decision, not made here.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound, Unavailable
-from paraserve_backend.landing import (
+from paraserve_backend.weights.landing import (
     FETCHES,
     FILES,
     MANIFEST,
@@ -27,11 +27,11 @@ from paraserve_backend.landing import (
     object_name,
     write_atomically,
 )
-from paraserve_backend.objects import StoredObject
-from paraserve_backend.plan import DEFAULT_PART_BYTES, FetchPlan
-from paraserve_backend.spans import Span, merge, subtract, within
-from paraserve_backend.sparse import first_hole, free_span
-from paraserve_backend.tier_fetch import TierFetch, room_for
+from paraserve_backend.weights.objects import StoredObject
+from paraserve_backend.weights.plan import DEFAULT_PART_BYTES, FetchPlan
+from paraserve_backend.weights.spans import Span, merge, subtract, within
+from paraserve_backend.weights.sparse import first_hole, free_span
+from paraserve_backend.weights.tier_fetch import TierFetch, room_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from paraserve_backend.errors import InvalidCheckpoint, UnsupportedModel
-from paraserve_backend.objects import Source, StoredObject
-from paraserve_backend.safetensors_header import (
+from paraserve_backend.weights.objects import Source, StoredObject
+from paraserve_backend.weights.safetensors_header import (
     LENGTH_BYTES,
     TensorEntry,
     header_end,
     parse_header,
 )
-from paraserve_backend.transfer import read_range
+from paraserve_backend.weights.transfer import read_range
 
 CONFIG = "config.json"
 #: Files that a replica needs whole besides the weights, where they are there.

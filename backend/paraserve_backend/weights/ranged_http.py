@@ -22,7 +22,7 @@ from paraserve_backend.errors import (
     ParaServeError,
     SourceUnavailable,
 )
-from paraserve_backend.objects import BrokenTransfer, StoredObject
+from paraserve_backend.weights.objects import BrokenTransfer, StoredObject
 
 #: Bytes asked of the socket at a time: what a reset in mid-read can lose at most.
 _STEP_BYTES = 256 << 10

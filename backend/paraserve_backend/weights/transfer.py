@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from paraserve_backend.errors import SourceUnavailable
-from paraserve_backend.objects import BrokenTransfer, Connection, Source, StoredObject
+from paraserve_backend.weights.objects import BrokenTransfer, Connection, Source, StoredObject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

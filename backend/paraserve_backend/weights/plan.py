@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 
-from paraserve_backend.checkpoint import CheckpointIndex, tensor_from_row, tensor_to_row
 from paraserve_backend.contract import LayerRange, TensorNames
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
-from paraserve_backend.objects import ObjectRange, StoredObject, check_key
-from paraserve_backend.safetensors_header import TensorEntry
+from paraserve_backend.weights.checkpoint import CheckpointIndex, tensor_from_row, tensor_to_row
+from paraserve_backend.weights.objects import ObjectRange, StoredObject, check_key
+from paraserve_backend.weights.safetensors_header import TensorEntry
 
 DEFAULT_PART_BYTES = 8 << 20
 _FETCH_ID = re.compile(r"[a-z0-9][a-z0-9.-]{0,199}")

@@ -7,7 +7,7 @@ import errno
 import os
 from pathlib import Path
 
-from paraserve_backend.spans import Span
+from paraserve_backend.weights.spans import Span
 
 # From linux/falloc.h; the os module has no call for it.
 _FALLOC_FL_KEEP_SIZE = 1

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from paraserve_backend.errors import InsufficientCapacity, ParaServeError
-from paraserve_backend.landing import (
+from paraserve_backend.weights.landing import (
     FETCHES,
     FILES,
     OBJECTS,
@@ -21,13 +21,13 @@ from paraserve_backend.landing import (
     object_name,
     write_atomically,
 )
-from paraserve_backend.objects import ObjectRange, StoredObject
-from paraserve_backend.plan import FetchPlan
-from paraserve_backend.spans import Span, merge
+from paraserve_backend.weights.objects import ObjectRange, StoredObject
+from paraserve_backend.weights.plan import FetchPlan
+from paraserve_backend.weights.spans import Span, merge
 
 
 class TierFetch:
-    """Made by `paraserve_backend.tier.Tier.begin`.
+    """Made by `paraserve_backend.weights.tier.Tier.begin`.
 
     Threads may write different parts at once.
     """

@@ -1,6 +1,6 @@
 """Opening a source by its URI, and the local-folder source.
 
-An object store is `paraserve_backend.s3`, loaded only when one is opened.
+An object store is `paraserve_backend.weights.s3`, loaded only when one is opened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from paraserve_backend.errors import (
     NotFound,
     SourceUnavailable,
 )
-from paraserve_backend.objects import Source, StoredObject, check_key
+from paraserve_backend.weights.objects import Source, StoredObject, check_key
 
 
 def open_source(uri: str, *, endpoint_url: str | None = None, region: str | None = None) -> Source:
@@ -29,7 +29,7 @@ def open_source(uri: str, *, endpoint_url: str | None = None, region: str | None
     parts = urlsplit(uri)
     if parts.scheme == "s3":
         # boto3 takes 0.3 s to import, which a folder need not pay.
-        from paraserve_backend.s3 import open_s3
+        from paraserve_backend.weights.s3 import open_s3
 
         return open_s3(uri, endpoint_url=endpoint_url, region=region)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):

@@ -1,7 +1,7 @@
 """The safetensors file format: what a header says, checked against the file it heads.
 
 A file is 8 bytes of header length (little-endian), a JSON header, then the tensors back to back.
-Pure: `paraserve_backend.checkpoint` reads the bytes.
+Pure: `paraserve_backend.weights.checkpoint` reads the bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from paraserve_backend.errors import InvalidCheckpoint
-from paraserve_backend.objects import StoredObject
+from paraserve_backend.weights.objects import StoredObject
 
 LENGTH_BYTES = 8
 #: What the format allows; a longer header is a damaged or hostile file.

@@ -1,7 +1,7 @@
 """Fetching a plan's bytes into the tier: a few threads, each with its own connection.
 
 Parts are taken in the plan's order, so that the first layers land first. Retry and resume are
-`paraserve_backend.transfer`'s.
+`paraserve_backend.weights.transfer`'s.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from paraserve_backend.errors import Cancelled, DeadlineExceeded, ParaServeError, Unavailable
-from paraserve_backend.objects import Connection, Source, StoredObject
-from paraserve_backend.plan import FetchPlan
-from paraserve_backend.tier import Tier
-from paraserve_backend.tier_fetch import TierFetch
-from paraserve_backend.transfer import Retrier, RetryPolicy
+from paraserve_backend.weights.objects import Connection, Source, StoredObject
+from paraserve_backend.weights.plan import FetchPlan
+from paraserve_backend.weights.tier import Tier
+from paraserve_backend.weights.tier_fetch import TierFetch
+from paraserve_backend.weights.transfer import Retrier, RetryPolicy
 
 DEFAULT_THREADS = 4
 #: How soon a cancel or the time limit is noticed.

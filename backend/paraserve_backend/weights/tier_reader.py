@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from paraserve_backend.errors import DeadlineExceeded, NotFound
-from paraserve_backend.landing import (
+from paraserve_backend.weights.landing import (
     FETCHES,
     FILES,
     OBJECTS,
@@ -22,8 +22,8 @@ from paraserve_backend.landing import (
     Progress,
     object_name,
 )
-from paraserve_backend.objects import ObjectRange, StoredObject
-from paraserve_backend.safetensors_header import TensorEntry
+from paraserve_backend.weights.objects import ObjectRange, StoredObject
+from paraserve_backend.weights.safetensors_header import TensorEntry
 
 _POLL_S = 0.001
 #: Linux's MAP_NORESERVE, which Python's mmap names only from 3.13 on.
