@@ -37,8 +37,6 @@ def upload(layout: ClusterLayout, folder: Path, prefix: str, console: Console) -
                 str(path),
                 BUCKET,
                 f"{prefix}/{path.name}",
-                # Without it rclone first tells the time of the upload, later that of the file.
-                ExtraArgs={"Metadata": {"mtime": str(int(path.stat().st_mtime))}},
                 Callback=lambda sent: progress.advance(task, sent),
             )
     return f"s3://{BUCKET}/{prefix}"

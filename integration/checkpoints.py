@@ -114,8 +114,8 @@ def write_raw_bf16(
     shard_bytes: int,
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda _bytes: None,
-) -> int:
-    """Write a bf16 checkpoint straight to safetensors files and return its bytes of weights.
+) -> None:
+    """Write a bf16 checkpoint straight to safetensors files.
 
     `on_progress` gets the bytes written since its last call.
     """
@@ -130,11 +130,14 @@ def write_raw_bf16(
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= dict.fromkeys(shard, name)
             _write_shard(unfinished / name, shard, shape.spread, generator, on_progress)
-        total_bytes = sum(2 * prod(size) for shard in shards for size in shard.values())
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": llama_bytes(shape)}, "weight_map": weight_map}
         text = json.dumps(index, indent=2)
         (unfinished / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    return total_bytes
+
+
+def llama_bytes(shape: LlamaShape) -> int:
+    """Return the size of all weights in bf16."""
+    return sum(2 * prod(size) for size in llama_tensors(shape).values())
 
 
 def llama_tensors(shape: LlamaShape) -> dict[str, tuple[int, ...]]:

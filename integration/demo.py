@@ -12,22 +12,19 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import tritonclient.grpc as triton
 from rich.console import Console
 
 from integration.bucket import upload
 from integration.checkpoints import LlamaShape, cached, write_with_transformers
+from integration.scenario import Answer, ask, wait_for_zero
 from paraserve_backend.agent.node import available_bytes
-from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
+from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler import timeline
 from paraserve_scheduler.client import SchedulerClient
-from paraserve_scheduler.generation import stream
 from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
 from paraserve_scheduler.local.layout import ClusterLayout
 
@@ -36,15 +33,7 @@ SHAPE = LlamaShape(layers=8, hidden=768, intermediate=2048, heads=12, kv_heads=4
 PROMPT = "A model at zero starts when"
 MAX_TOKENS = 32
 KEEP_ALIVE_S = 5.0
-_COLD_START_TIMEOUT_S = 300.0
 _ZERO_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    token_ids: tuple[int, ...]
-    #: From the request to the first piece, as the client saw it.
-    ttft_s: float
 
 
 def main() -> int:
@@ -97,9 +86,7 @@ def _show(
     source: str,
     console: Console,
 ) -> dict[str, object]:
-    deployed = client.deploy(
-        pb.DeploymentSpec(name=NAME, source=source, keep_alive_s=KEEP_ALIVE_S, ttft_slo_s=10)
-    )
+    deployed = client.deploy(pb.DeploymentSpec(name=NAME, source=source, keep_alive_s=KEEP_ALIVE_S))
     console.print(
         f"[bold]Deployed[/] {source}: {deployed.architecture}, "
         f"{deployed.weight_bytes / 1e6:.0f} MB of weights, at zero."
@@ -109,10 +96,10 @@ def _show(
     if replica is None:
         raise Unavailable("The scheduler does not know the replica that has just answered.")
     console.print()
-    console.print(timeline.render(replica))
+    console.print(timeline.render(replica, width=console.width))
     _require_reference(checkpoint, answer, console)
     with console.status(f"waiting for scale to zero (idle for {KEEP_ALIVE_S:.0f} s)"):
-        _wait_for_zero(layout, client)
+        wait_for_zero(layout, client, NAME, timeout_s=KEEP_ALIVE_S + _ZERO_TIMEOUT_S)
     console.print("[bold]At zero again:[/] no node holds a model.\n")
     return {
         "demo": "ok",
@@ -133,23 +120,15 @@ def _checkpoint(environ: Mapping[str, str]) -> Path:
 
 
 def _ask(layout: ClusterLayout, console: Console) -> Answer:
-    """Send one request with Triton's own client and print the tokens as they come."""
     console.print(f"\n[bold]Request[/] to {layout.gateway_address}: {PROMPT!r}\n")
-    token_ids: list[int] = []
-    first_s = None
-    started_s = time.monotonic()
-    settings = {"max_tokens": MAX_TOKENS, "ignore_eos": True}
-    for piece in stream(
-        layout.gateway_address, NAME, PROMPT, settings, timeout_s=_COLD_START_TIMEOUT_S
-    ):
-        first_s = first_s or time.monotonic()
-        token_ids.extend(piece.token_ids)
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
-    if first_s is None:
-        raise Unavailable("The answer was empty.")
+    answer = ask(layout, NAME, PROMPT, MAX_TOKENS, on_text=_write_now)
     sys.stdout.write("\n")
-    return Answer(token_ids=tuple(token_ids), ttft_s=first_s - started_s)
+    return answer
+
+
+def _write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _require_reference(checkpoint: Path, answer: Answer, console: Console) -> None:
@@ -167,11 +146,13 @@ def reference_ids(checkpoint: Path, prompt: str, max_tokens: int) -> tuple[int, 
     """Return what transformers generates greedily, without the prompt."""
     # Takes seconds to import, so not before the cluster runs.
     from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = LlamaForCausalLM.from_pretrained(checkpoint)
     encoded = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(
+    output = model.generate(  # type: ignore[misc]
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
         max_new_tokens=max_tokens,
@@ -179,35 +160,6 @@ def reference_ids(checkpoint: Path, prompt: str, max_tokens: int) -> tuple[int, 
         do_sample=False,
     )
     return tuple(output[0, encoded["input_ids"].shape[1] :].tolist())
-
-
-def _wait_for_zero(layout: ClusterLayout, client: SchedulerClient) -> None:
-    """Wait until neither the scheduler nor any Triton server knows a model."""
-    deadline = time.monotonic() + KEEP_ALIVE_S + _ZERO_TIMEOUT_S
-    while (left := _left(layout, client)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    if left:
-        raise DeadlineExceeded(f"The model did not go to zero: {left}.")
-
-
-def _left(layout: ClusterLayout, client: SchedulerClient) -> str:
-    status = client.status(NAME)
-    live = [
-        replica.replica
-        for deployment in status.deployments
-        for replica in deployment.replicas
-        if not replica.removed_s
-    ]
-    if live:
-        return f"replica {live[0]} is still there"
-    for node in layout.nodes:
-        server = triton.InferenceServerClient(f"{node.host}:{node.triton_grpc_port}")
-        models = server.get_model_repository_index().models
-        server.close()
-        ready = [model.name for model in models if model.state == "READY"]
-        if ready:
-            return f"{node.name} still holds {ready[0]}"
-    return ""
 
 
 def _interrupt(_number: int, _frame: object) -> None:

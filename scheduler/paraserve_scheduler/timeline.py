@@ -17,8 +17,10 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 
 SCHEDULER = "scheduler"
 _MB = 1e6
-_BAR_WIDTH = 48
-_STYLES = {"plan": "yellow", "fetch": "cyan", "load": "magenta", "ready": "green"}
+#: What a row takes besides its bar; the steps with long names are shortened to fit.
+_TEXT_WIDTH = 54
+_LEAST_BAR_WIDTH = 12
+_STYLES = {"plan": "yellow", "fetch": "cyan", "load": "magenta"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,20 +70,21 @@ def newest(deployments: pb.ClusterStatus | pb.DeploymentStatus) -> pb.ReplicaSta
     return max(replicas, key=lambda replica: replica.requested_s, default=None)
 
 
-def render(replica: pb.ReplicaStatus) -> Table:
-    """Draw the cold start with one bar per row on a common time axis."""
+def render(replica: pb.ReplicaStatus, *, width: int) -> Table:
+    """Draw the cold start with one bar per row on a common time axis, `width` columns wide."""
     drawn = rows(replica)
     total_s = max((row.end_s for row in drawn), default=0.0)
+    bar_width = max(_LEAST_BAR_WIDTH, width - _TEXT_WIDTH)
     table = Table(title=_title(replica), title_justify="left", box=None, pad_edge=False)
-    for heading in ("node", "step"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column(f"0 s{f'{total_s:.2f} s':>{_BAR_WIDTH - 3}}", no_wrap=True)
-    for heading in ("seconds", "MB", "MB/s"):
+    table.add_column("node", no_wrap=True)
+    table.add_column("step", no_wrap=True, max_width=20)
+    table.add_column(_axis(total_s, bar_width), no_wrap=True, width=bar_width)
+    for heading in ("s", "MB", "MB/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     before = ""
     for row in drawn:
         where = row.where if row.where != before else ""
-        table.add_row(where, row.what, _bar(row, total_s), *_figures(row))
+        table.add_row(where, row.what, _bar(row, total_s, bar_width), *_figures(row))
         before = row.where
     return table
 
@@ -149,14 +152,19 @@ def _title(replica: pb.ReplicaStatus) -> str:
     return title
 
 
-def _bar(row: Row, total_s: float) -> Text:
-    scale = _BAR_WIDTH / total_s if total_s > 0 else 0.0
-    start = min(_BAR_WIDTH - 1, max(0, round(row.start_s * scale)))
-    end = min(_BAR_WIDTH, round(row.end_s * scale))
-    style = _STYLES.get(row.what.split()[0], "blue")
+def _axis(total_s: float, width: int) -> str:
+    end = f"{total_s:.1f} s"
+    return f"0{end:>{width - 1}}"
+
+
+def _bar(row: Row, total_s: float, width: int) -> Text:
+    scale = width / total_s if total_s > 0 else 0.0
+    start = min(width - 1, max(0, round(row.start_s * scale)))
+    end = min(width, round(row.end_s * scale))
     if row.start_s == row.end_s:
         return Text(" " * start + "◆", style="bold green")
     mark = "░" if row.is_running else "█"
+    style = _STYLES.get(row.what.split()[0], "blue")
     return Text(" " * start + mark * max(1, end - start), style=style)
 
 

@@ -22,7 +22,7 @@ def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     return ((TOKEN_HEADER, token),) if token else ()
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not at run time
     """Refuses every call that does not carry the cluster token."""
 
     def __init__(self, token: str) -> None:

@@ -2,6 +2,7 @@
 
 boto3 finds credentials, lists and signs; the bodies come over `weights.ranged_http`, which takes
 half the CPU time that boto3 needs for them.
+"""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def _status(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     newest = timeline.newest(status)
     if newest is not None:
         console.print()
-        console.print(timeline.render(newest))
+        console.print(timeline.render(newest, width=console.width))
     return 0
 
 
@@ -151,12 +151,13 @@ def _timeline(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
         replica = timeline.newest(client.status(arguments.name))
     if replica is None:
         raise NotFound(f"Deployment '{arguments.name}' has not been started yet.")
+    console = Console(highlight=False)
     if arguments.chrome is None:
-        Console().print(timeline.render(replica))
+        console.print(timeline.render(replica, width=console.width))
         return 0
     trace = json.dumps(timeline.chrome_trace(replica))
     arguments.chrome.write_text(trace, encoding="utf-8")
-    Console().print(f"Wrote {arguments.chrome}.", highlight=False)
+    console.print(f"Wrote {arguments.chrome}.")
     return 0
 
 

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest, Unavailable
+from paraserve_backend.request import GenerateRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
@@ -20,7 +21,7 @@ from paraserve_scheduler.gateway.upstream import (
     Upstream,
     is_final,
 )
-from paraserve_scheduler.gateway.validation import flag, validate
+from paraserve_scheduler.gateway.validation import validate
 
 #: Takes one response to the client; returns when the client can take more.
 Send = Callable[[kserve.ModelInferResponse], Awaitable[None]]
@@ -48,8 +49,8 @@ class Proxy:
         Raises:
             ParaServeError: one sentence for the client, under the right code.
         """
-        await self._admit(request)
-        await self._forward(request, send)
+        asked = await self._admit(request)
+        await self._forward(request, send, is_stream=asked.is_stream)
 
     async def single(self, request: kserve.ModelInferRequest) -> kserve.ModelInferResponse:
         """Return the one response to a request that is not streamed.
@@ -58,8 +59,8 @@ class Proxy:
             InvalidRequest: the request asks for a stream, or got one.
             ParaServeError: as `stream`.
         """
-        await self._admit(request)
-        if flag(request, "stream"):
+        asked = await self._admit(request)
+        if asked.is_stream:
             raise InvalidRequest(
                 "A request with one response cannot have 'stream' true: use ModelStreamInfer "
                 "(gRPC) or generate_stream (HTTP)."
@@ -75,42 +76,51 @@ class Proxy:
             if response.outputs:
                 responses.append(response)
 
-        await self._forward(request, take_only_one)
+        await self._forward(request, take_only_one, is_stream=False)
         if not responses:
             raise Unavailable(f"The replica of '{request.model_name}' sent no response; retry.")
         return responses[0]
 
-    async def _admit(self, request: kserve.ModelInferRequest) -> None:
+    async def _admit(self, request: kserve.ModelInferRequest) -> GenerateRequest:
+        """Refuse what can only fail, before a replica is started for it."""
         await self._routes.require(request.model_name, request.model_version)
-        validate(request)
+        return validate(request)
 
-    async def _forward(self, request: kserve.ModelInferRequest, send: Send) -> None:
+    async def _forward(
+        self, request: kserve.ModelInferRequest, send: Send, *, is_stream: bool
+    ) -> None:
+        timeouts = self._timeouts(is_stream)
         self._demand.arrived(request.model_name)
         refused: frozenset[str] = frozenset()
         while True:
             async with self._routes.lease(request.model_name, refused=refused) as endpoint:
                 try:
-                    return await self._run(endpoint, request, send)
+                    return await self._run(endpoint, request, send, timeouts)
                 except ReplicaRefused:
                     refused |= {endpoint.replica}
                     if len(refused) == _MAX_REPLICAS_TRIED:
                         raise
 
     async def _run(
-        self, endpoint: pb.Endpoint, request: kserve.ModelInferRequest, send: Send
+        self,
+        endpoint: pb.Endpoint,
+        request: kserve.ModelInferRequest,
+        send: Send,
+        timeouts: ResponseTimeouts,
     ) -> None:
-        wants_empty_final = flag(request, WANT_EMPTY_FINAL)
-        responses = self._upstream.responses(endpoint, request, self._timeouts(request))
+        # Looking a missing one up would add it.
+        wanted = request.parameters.get(WANT_EMPTY_FINAL)
+        wants_empty_final = wanted is not None and wanted.bool_param
+        responses = self._upstream.responses(endpoint, request, timeouts)
         async with aclosing(responses):
             async for response in responses:
                 self._demand.first_token(request.model_name, endpoint.replica, time.time())
                 if response.outputs or wants_empty_final or not is_final(response):
                     await send(response)
 
-    def _timeouts(self, request: kserve.ModelInferRequest) -> ResponseTimeouts:
+    def _timeouts(self, is_stream: bool) -> ResponseTimeouts:
         config = self._config
-        is_streamed = flag(request, "stream")
         return ResponseTimeouts(
-            first_s=config.first_token_timeout_s if is_streamed else config.unstreamed_timeout_s,
+            first_s=config.first_token_timeout_s if is_stream else config.unstreamed_timeout_s,
             next_s=config.inter_token_timeout_s,
         )

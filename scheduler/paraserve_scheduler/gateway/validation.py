@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.interface import INPUTS, OUTPUTS, TensorSpec
-from paraserve_scheduler.gateway.tensors import DATATYPES, count_elements, string_bounds
+from paraserve_backend.request import GenerateRequest, parse_request
+from paraserve_scheduler.gateway.tensors import DATATYPES, count_elements, decode, string_bounds
 
 INPUT_SPECS = {spec.name: spec for spec in INPUTS}
 OUTPUT_NAMES = frozenset(spec.name for spec in OUTPUTS)
@@ -17,11 +19,13 @@ _InputTensor = kserve.ModelInferRequest.InferInputTensor
 _PROMPTS = ("text_input", "input_ids")
 
 
-def validate(request: kserve.ModelInferRequest) -> None:
-    """Check names, datatypes, shapes and sizes of a request's tensors.
+def validate(request: kserve.ModelInferRequest) -> GenerateRequest:
+    """Check a request's tensors and settings, and return what it asks for.
+
+    The seed of a request that names none is drawn at the replica.
 
     Raises:
-        InvalidRequest: says which tensor is wrong and what is expected.
+        InvalidRequest: says which tensor or setting is wrong and what is expected.
     """
     _check_prompt([tensor.name for tensor in request.inputs])
     raw = request.raw_input_contents
@@ -37,16 +41,25 @@ def validate(request: kserve.ModelInferRequest) -> None:
         else:
             _check_contents(tensor)
     _check_outputs(request)
+    tensors = {tensor.name: _elements(request, i) for i, tensor in enumerate(request.inputs)}
+    parameters = {name: _value(parameter) for name, parameter in request.parameters.items()}
+    return parse_request(tensors, parameters, fresh_seed=0)
 
 
-def flag(request: kserve.ModelInferRequest, name: str) -> bool:
-    """Return the value of a BOOL input, or of the request parameter of that name, else False."""
-    for index, tensor in enumerate(request.inputs):
-        if tensor.name == name and request.raw_input_contents:
-            return request.raw_input_contents[index] != b"\0"
-        if tensor.name == name:
-            return tensor.contents.bool_contents[0]
-    return name in request.parameters and request.parameters[name].bool_param
+def _elements(request: kserve.ModelInferRequest, index: int) -> list[Any]:
+    """Return the elements of a tensor that was checked; strings as bytes."""
+    tensor = request.inputs[index]
+    if not request.raw_input_contents:
+        return list(getattr(tensor.contents, DATATYPES[tensor.datatype].contents))
+    raw = request.raw_input_contents[index]
+    if tensor.datatype == "BYTES":
+        return [raw[start:end] for start, end in string_bounds(raw)]
+    return list(decode(tensor.datatype, raw))
+
+
+def _value(parameter: kserve.InferParameter) -> Any:
+    chosen = parameter.WhichOneof("parameter_choice")
+    return None if chosen is None else getattr(parameter, chosen)
 
 
 def _check_prompt(names: Sequence[str]) -> None:

@@ -38,9 +38,13 @@ class Child:
         return self.spec.is_ready()
 
     def log_tail(self) -> str:
-        """Return the last lines of its log, indented for an error message."""
-        text = self.spec.log.read_text(encoding="utf-8", errors="replace")
-        return "\n".join(f"    {line}" for line in text.splitlines()[-_LOG_TAIL_LINES:])
+        return log_tail(self.spec.log)
+
+
+def log_tail(log: Path) -> str:
+    """Return the last lines of a log, indented for an error message."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return "\n".join(f"    {line}" for line in text.splitlines()[-_LOG_TAIL_LINES:])
 
 
 def start(spec: ProcessSpec) -> Child:

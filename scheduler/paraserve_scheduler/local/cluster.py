@@ -23,6 +23,7 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_scheduler.local import leftovers
+from paraserve_scheduler.local.children import log_tail
 from paraserve_scheduler.local.layout import (
     SHM,
     ClusterFiles,
@@ -218,7 +219,10 @@ class _Start:
                 case state:
                     on_progress(Progress(process=news["process"], is_ready=state == "ready"))
         log = self._layout.files.logs / "supervisor.log"
-        raise Unavailable(f"The cluster's supervisor ended unexpectedly; see {log}.")
+        raise Unavailable(
+            f"The cluster's supervisor ended unexpectedly; the end of its log ({log}):\n"
+            f"{log_tail(log)}"
+        )
 
     def give_up(self) -> None:
         """End what was started, however far it is."""

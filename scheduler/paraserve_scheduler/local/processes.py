@@ -141,6 +141,9 @@ def _s3(layout: ClusterLayout, machine: Machine) -> ProcessSpec:
         *("--config", "/dev/null"),
         *("--etag-hash", ""),  # the default reads each whole file to answer the first request
         *("--vfs-read-chunk-size", "0", "--buffer-size", "0"),  # no read-ahead: ranges are exact
+        # One time for a whole folder: else a listing tells when a file was written and a read when
+        # its upload began, and every object looks replaced.
+        "--no-modtime",
         *("--dir-cache-time", "1s"),  # shows files that were copied into the folder
     )
     # rclone reads this variable as CSV; quotes keep the comma inside one value.

@@ -11,14 +11,15 @@ from tritonclient.grpc import service_pb2 as kserve
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.interface import INPUTS
 from paraserve_scheduler.gateway.tensors import encode
-from paraserve_scheduler.gateway.validation import flag, validate
+from paraserve_scheduler.gateway.validation import validate
 from tests.scheduler.gateway.cluster import make_request
 
 Change = Callable[[kserve.ModelInferRequest], None]
 
 _STRING = kserve.InferParameter(string_param="region")
 _IN_SHARED_MEMORY = {"shared_memory_region": _STRING}
-_VALUE = {"BYTES": "a", "BOOL": True, "FP32": 0.5}
+#: "{}" is a string and also what sampling_parameters takes.
+_VALUE = {"BYTES": "{}", "BOOL": True, "FP32": 0.5}
 
 
 def make_raw_request(**raw: bytes) -> kserve.ModelInferRequest:
@@ -107,10 +108,18 @@ def test_whatever_comes_is_accepted_or_refused_and_never_crashes(
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_a_flag_is_read_from_wherever_it_is(value: bool) -> None:
-    assert flag(make_request(stream=value), "stream") is value
-    assert flag(make_raw_request(stream=bytes([value])), "stream") is value
-    parameter = kserve.ModelInferRequest()
-    parameter.parameters["stream"].bool_param = value
-    assert flag(parameter, "stream") is value
-    assert flag(kserve.ModelInferRequest(), "stream") is False
+def test_a_setting_is_read_from_wherever_it_is(value: bool) -> None:
+    assert validate(make_request(stream=value)).is_stream is value
+    text = b"\1\0\0\0a"
+    assert validate(make_raw_request(text_input=text, stream=bytes([value]))).is_stream is value
+    bare = make_raw_request(text_input=text)
+    assert validate(bare).is_stream is False
+    bare.parameters["stream"].bool_param = value
+    assert validate(bare).is_stream is value
+
+
+def test_a_setting_out_of_range_is_refused() -> None:
+    request = make_request()
+    request.parameters["max_tokens"].int64_param = 0
+    with pytest.raises(InvalidRequest, match="'max_tokens' is 0; it must be at least 1"):
+        validate(request)
