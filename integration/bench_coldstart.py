@@ -23,15 +23,15 @@ from rich.console import Console
 from integration.bucket import progress_bar
 from integration.checkpoints import LlamaShape, cached, llama_bytes, write_raw_bf16
 from integration.cluster import CappedCluster, capped_cluster, inside_hub, missing_requirement
-from integration.scenario import Answer, ask, wait_for_zero
+from integration.scenario import Answer, ask, cold_start, wait_for_zero
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler import timeline
 from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.local.layout import BUCKET, ClusterLayout
 
-#: 2.2 GB in bf16; the shape of a small real model.
-SHAPE = LlamaShape(layers=24, hidden=2048, intermediate=5632, heads=32, kv_heads=4, spread=0.02)
+#: 3.2 GB in bf16; the shape of a small real model.
+SHAPE = LlamaShape(layers=36, hidden=2048, intermediate=5632, heads=32, kv_heads=4, spread=0.02)
 SHARD_BYTES = 500_000_000
 NODES = 4
 PROMPT = "The time to first token of a model at zero"
@@ -183,8 +183,7 @@ def _start(layout: ClusterLayout, client: SchedulerClient, stages: int, console:
     name = _name(stages)
     with console.status(f"cold start on {stages} node(s)"):
         answer = ask(layout, name, PROMPT, MAX_TOKENS)
-    replica = timeline.newest(client.status(name))
-    assert replica is not None
+    replica = cold_start(client, name)
     console.print(timeline.render(replica, width=console.width))
     console.print(f"TTFT on {len(replica.parts)} node(s): [bold]{answer.ttft_s:.2f} s[/]\n")
     with console.status("waiting for scale to zero"):

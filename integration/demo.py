@@ -19,9 +19,9 @@ from rich.console import Console
 
 from integration.bucket import upload
 from integration.checkpoints import LlamaShape, cached, write_with_transformers
-from integration.scenario import Answer, ask, wait_for_zero
+from integration.scenario import Answer, ask, cold_start, wait_for_zero
 from paraserve_backend.agent.node import available_bytes
-from paraserve_backend.errors import ParaServeError, Unavailable
+from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler import timeline
 from paraserve_scheduler.client import SchedulerClient
@@ -92,9 +92,7 @@ def _show(
         f"{deployed.weight_bytes / 1e6:.0f} MB of weights, at zero."
     )
     answer = _ask(layout, console)
-    replica = timeline.newest(client.status(NAME))
-    if replica is None:
-        raise Unavailable("The scheduler does not know the replica that has just answered.")
+    replica = cold_start(client, NAME)
     console.print()
     console.print(timeline.render(replica, width=console.width))
     _require_reference(checkpoint, answer, console)

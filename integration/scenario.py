@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import tritonclient.grpc as triton
 
 from paraserve_backend.errors import DeadlineExceeded, Unavailable
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler import timeline
 from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.generation import stream
 from paraserve_scheduler.local.layout import ClusterLayout
 
 _COLD_START_TIMEOUT_S = 300.0
+#: Gateways report every second.
+_REPORT_TIMEOUT_S = 5.0
 _POLL_S = 0.2
 
 
@@ -46,6 +50,18 @@ def ask(
     if first_s is None:
         raise Unavailable(f"The answer of {deployment} was empty.")
     return Answer(text=text, token_ids=tuple(token_ids), ttft_s=first_s - started_s)
+
+
+def cold_start(client: SchedulerClient, deployment: str) -> pb.ReplicaStatus:
+    """Return the newest cold start when the gateway has reported its first token."""
+    deadline = time.monotonic() + _REPORT_TIMEOUT_S
+    while True:
+        replica = timeline.newest(client.status(deployment))
+        if replica is not None and replica.first_token_s:
+            return replica
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"The scheduler was not told of {deployment}'s first token.")
+        time.sleep(_POLL_S)
 
 
 def wait_for_zero(

@@ -42,9 +42,9 @@ def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> 
         source=message.source,
         endpoint_url=message.endpoint_url or None,
         region=message.region or None,
-        ttft_slo_s=_seconds("ttft_slo_s", message.ttft_slo_s),
-        tpot_slo_s=_seconds("tpot_slo_s", message.tpot_slo_s),
-        keep_alive_s=_seconds("keep_alive_s", message.keep_alive_s) or defaults.keep_alive_s,
+        ttft_slo_s=_seconds(message, "ttft_slo_s"),
+        tpot_slo_s=_seconds(message, "tpot_slo_s"),
+        keep_alive_s=_seconds(message, "keep_alive_s") or defaults.keep_alive_s,
         max_stages=message.max_stages or None,
         max_context=message.max_context or None,
         max_sequences=message.max_sequences or defaults.max_sequences,
@@ -69,11 +69,12 @@ def read_deployment(spec: DeploymentSpec) -> Deployment:
     return Deployment(spec=spec, model=model, index=index)
 
 
-def _seconds(field: str, value: float) -> float | None:
-    """A duration the user may leave out, which protobuf gives as 0."""
-    if value == 0:
+def _seconds(message: pb.DeploymentSpec, field: str) -> float | None:
+    """A duration the user may leave out."""
+    if not message.HasField(field):  # type: ignore[arg-type]  # its names are literals in the stubs
         return None
-    if not math.isfinite(value) or value < 0:
+    value: float = getattr(message, field)
+    if not math.isfinite(value) or value <= 0:
         raise InvalidRequest(f"{field} is {value:g}; it must be a finite number of seconds > 0.")
     return value
 

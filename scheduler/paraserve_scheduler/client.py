@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TypeVar
@@ -83,17 +84,25 @@ class SchedulerClient:
         )
 
     def _call(self, call: Callable[[], Reply]) -> Reply:
-        try:
-            grpc.channel_ready_future(self._channel).result(timeout=_CONNECT_TIMEOUT_S)
-        except grpc.FutureTimeoutError:
-            raise Unavailable(
-                f"No scheduler answers at {self._address}: start one, or name another with "
-                "--scheduler."
-            ) from None
+        _require_listener(self._address)
         try:
             return call()
         except grpc.RpcError as error:
             raise error_of(error) from None
+
+
+def _require_listener(address: str) -> None:
+    # gRPC's own error for this names every address it tried, and no remedy.
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
+    except ValueError:
+        raise InvalidRequest(f"{address!r} is no address: write host:port.") from None
+    except OSError as error:
+        raise Unavailable(
+            f"No scheduler answers at {address} ({error.strerror or error}): start one, or name "
+            "another with --scheduler."
+        ) from None
 
 
 def error_of(error: grpc.RpcError) -> ParaServeError:

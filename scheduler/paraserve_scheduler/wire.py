@@ -200,8 +200,8 @@ def spec_message(spec: DeploymentSpec) -> pb.DeploymentSpec:
     return pb.DeploymentSpec(
         name=spec.name,
         source=spec.source,
-        ttft_slo_s=spec.ttft_slo_s or 0,
-        tpot_slo_s=spec.tpot_slo_s or 0,
+        ttft_slo_s=spec.ttft_slo_s,
+        tpot_slo_s=spec.tpot_slo_s,
         endpoint_url=spec.endpoint_url or "",
         region=spec.region or "",
         keep_alive_s=spec.keep_alive_s,

@@ -36,7 +36,7 @@ def test_names_that_may_not_be_used(name: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["ttft_slo_s", "tpot_slo_s", "keep_alive_s"])
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_durations_must_be_finite_and_positive(field: str, value: float) -> None:
     message = pb.DeploymentSpec(name="tiny")
     setattr(message, field, value)

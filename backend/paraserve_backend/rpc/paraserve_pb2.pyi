@@ -762,21 +762,32 @@ class DeploymentSpec(_message.Message):
         *,
         name: _builtins.str = ...,
         source: _builtins.str = ...,
-        ttft_slo_s: _builtins.float = ...,
-        tpot_slo_s: _builtins.float = ...,
+        ttft_slo_s: _builtins.float | None = ...,
+        tpot_slo_s: _builtins.float | None = ...,
         endpoint_url: _builtins.str = ...,
         region: _builtins.str = ...,
-        keep_alive_s: _builtins.float = ...,
+        keep_alive_s: _builtins.float | None = ...,
         max_stages: _builtins.int = ...,
         max_context: _builtins.int = ...,
         max_sequences: _builtins.int = ...,
         device: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "keep_alive_s", b"keep_alive_s", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "endpoint_url", b"endpoint_url", "keep_alive_s", b"keep_alive_s", "max_context", b"max_context", "max_sequences", b"max_sequences", "max_stages", b"max_stages", "name", b"name", "region", b"region", "source", b"source", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "device", b"device", "endpoint_url", b"endpoint_url", "keep_alive_s", b"keep_alive_s", "max_context", b"max_context", "max_sequences", b"max_sequences", "max_stages", b"max_stages", "name", b"name", "region", b"region", "source", b"source", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__keep_alive_s: _TypeAlias = _typing.Literal["keep_alive_s"]  # noqa: Y015
+    _WhichOneofArgType__keep_alive_s: _TypeAlias = _typing.Literal["_keep_alive_s", b"_keep_alive_s"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_slo_s: _TypeAlias = _typing.Literal["tpot_slo_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_slo_s: _TypeAlias = _typing.Literal["_tpot_slo_s", b"_tpot_slo_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_slo_s: _TypeAlias = _typing.Literal["ttft_slo_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_slo_s: _TypeAlias = _typing.Literal["_ttft_slo_s", b"_ttft_slo_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_alive_s) -> _WhichOneofReturnType__keep_alive_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_slo_s) -> _WhichOneofReturnType__tpot_slo_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_slo_s) -> _WhichOneofReturnType__ttft_slo_s | None: ...
 
 Global___DeploymentSpec: _TypeAlias = DeploymentSpec  # noqa: Y015
 

@@ -63,8 +63,8 @@ class AgentServicer:
 
     def Apply(self, request, context):
         """Makes this node serve one part of a replica: fetches its weights and loads its models at the
-        same time. The stream reports progress and ends with phase READY or FAILED. Applying a part
-        that is already there attaches to it; dropping the stream does not undo the part.
+        same time. The stream reports progress and ends with phase READY or FAILED, or with STOPPED
+        when a Remove came meanwhile. Applying a part that is already there attaches to it; dropping the stream does not undo the part.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,8 +37,8 @@ class AgentStub:
     def __new__(cls, channel: _aio.Channel) -> AgentAsyncStub: ...
     Apply: _grpc.UnaryStreamMultiCallable[_paraserve_pb2.Part, _paraserve_pb2.PartStatus]
     """Makes this node serve one part of a replica: fetches its weights and loads its models at the
-    same time. The stream reports progress and ends with phase READY or FAILED. Applying a part
-    that is already there attaches to it; dropping the stream does not undo the part.
+    same time. The stream reports progress and ends with phase READY or FAILED, or with STOPPED
+    when a Remove came meanwhile. Applying a part that is already there attaches to it; dropping the stream does not undo the part.
     """
     Remove: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.RemoveRequest, _paraserve_pb2.RemoveReply]
     """Unloads a replica's part and answers when its processes, models and memory are gone."""
@@ -53,8 +53,8 @@ class AgentAsyncStub(AgentStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Apply: _aio.UnaryStreamMultiCallable[_paraserve_pb2.Part, _paraserve_pb2.PartStatus]  # type: ignore[assignment]
     """Makes this node serve one part of a replica: fetches its weights and loads its models at the
-    same time. The stream reports progress and ends with phase READY or FAILED. Applying a part
-    that is already there attaches to it; dropping the stream does not undo the part.
+    same time. The stream reports progress and ends with phase READY or FAILED, or with STOPPED
+    when a Remove came meanwhile. Applying a part that is already there attaches to it; dropping the stream does not undo the part.
     """
     Remove: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.RemoveRequest, _paraserve_pb2.RemoveReply]  # type: ignore[assignment]
     """Unloads a replica's part and answers when its processes, models and memory are gone."""
@@ -72,8 +72,8 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_paraserve_pb2.PartStatus], _abc.AsyncIterator[_paraserve_pb2.PartStatus]]:
         """Makes this node serve one part of a replica: fetches its weights and loads its models at the
-        same time. The stream reports progress and ends with phase READY or FAILED. Applying a part
-        that is already there attaches to it; dropping the stream does not undo the part.
+        same time. The stream reports progress and ends with phase READY or FAILED, or with STOPPED
+        when a Remove came meanwhile. Applying a part that is already there attaches to it; dropping the stream does not undo the part.
         """
 
     @_abc_1.abstractmethod

@@ -84,7 +84,7 @@ def _add_deploy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="Hugging Face checkpoint: s3://bucket/prefix, or a folder that every node can read",
     )
     for flag, kind, metavar, text in _DEPLOY_FLAGS:
-        parser.add_argument(f"--{flag}", type=kind, default=0, metavar=metavar, help=text)
+        parser.add_argument(f"--{flag}", type=kind, metavar=metavar, help=text)
     parser.add_argument("--endpoint-url", default="", metavar="URL", help="S3 endpoint")
     parser.add_argument("--region", default="", help="S3 region")
     parser.add_argument(
