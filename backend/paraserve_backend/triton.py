@@ -40,6 +40,7 @@ from paraserve_backend.engine.batching import ScheduledBatch
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.gauges import GAUGES, RateLimitedGauges
 from paraserve_backend.request import parse_request
+from paraserve_backend.roles.fetched import open_weights
 
 _log = logging.getLogger(__name__)
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -200,9 +201,11 @@ def _set_metric(_family: pb_utils.MetricFamily, metric: pb_utils.Metric, value: 
 
 class _StageAdapter:
     def __init__(self, config: StageConfig) -> None:
-        from paraserve_backend.roles.stage import StageRole
+        fetched = open_weights(config.weights)
+        with fetched.spans.span("import torch"):
+            from paraserve_backend.roles.stage import StageRole
 
-        self._role = StageRole(config)
+        self._role = StageRole(config, fetched)
         self._input = FORWARD_TOKEN_IDS if config.layers.is_first else FORWARD_HIDDEN
         self._output = FORWARD_RESULT if config.layers.is_last else FORWARD_HIDDEN
 

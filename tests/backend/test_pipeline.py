@@ -38,6 +38,7 @@ from paraserve_backend.engine.batching import ScheduledBatch
 from paraserve_backend.engine.loop import Forward
 from paraserve_backend.errors import Cancelled, InvalidRequest, ParaServeError
 from paraserve_backend.request import GenerateRequest
+from paraserve_backend.roles.fetched import open_weights
 from paraserve_backend.roles.generate import GenerateRole
 from paraserve_backend.roles.link import LinkRole
 from paraserve_backend.roles.stage import StageRole
@@ -252,7 +253,8 @@ def start_pipeline(
                     kv=config.kv,
                     device=config.device,
                     channel=channels[i] if i else None,
-                )
+                ),
+                open_weights(config.weights),
             )
         )
         stack.callback(roles[-1].close)

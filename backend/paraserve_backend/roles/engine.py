@@ -1,10 +1,18 @@
-"""From a running fetch to an engine that is ready to step. The only place that starts torch."""
+"""From a running fetch to an engine that is ready to step.
+
+Imports torch, which takes a second: import this module only when the engine is wanted.
+"""
 
 from __future__ import annotations
 
+import torch
+
 from paraserve_backend.config import KvConfig
 from paraserve_backend.contract import LayerRange
+from paraserve_backend.engine.kv_cache import KvCache
+from paraserve_backend.engine.model import StageModel
 from paraserve_backend.engine.stage import StageEngine
+from paraserve_backend.engine.weights import WeightLoader
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.roles.fetched import Fetched, read_spec
 
@@ -15,12 +23,6 @@ def load_engine(fetched: Fetched, layers: LayerRange, kv: KvConfig, device: str)
     Raises:
         ParaServeError: the fetch failed, or the checkpoint does not fit its config.json.
     """
-    import torch
-
-    from paraserve_backend.engine.kv_cache import KvCache
-    from paraserve_backend.engine.model import StageModel
-    from paraserve_backend.engine.weights import WeightLoader
-
     if kv.num_blocks is None:
         raise InvalidRequest("Parameter 'kv_blocks' is missing from config.pbtxt.")
     spec = read_spec(fetched)

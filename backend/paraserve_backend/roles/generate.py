@@ -128,8 +128,9 @@ def _sized(kv: KvConfig, max_context: int, max_sequences: int) -> KvConfig:
 
 
 def _local_forward(fetched: Fetched, spec: ModelSpec, kv: KvConfig, device: str) -> LocalForward:
-    # torch takes a second to import, which the head of a pipeline must not pay.
-    from paraserve_backend.roles.engine import load_engine
+    # The head of a pipeline must not pay for it.
+    with fetched.spans.span("import torch"):
+        from paraserve_backend.roles.engine import load_engine
 
     whole = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
     return LocalForward(load_engine(fetched, whole, kv, device))

@@ -25,7 +25,7 @@ from paraserve_backend.engine.dtypes import TORCH_DTYPE
 from paraserve_backend.engine.hidden import hidden_from_bytes, hidden_to_bytes
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.roles.engine import load_engine
-from paraserve_backend.roles.fetched import open_weights
+from paraserve_backend.roles.fetched import Fetched
 
 _log = logging.getLogger(__name__)
 #: Largest frame a stage takes: the hidden states of the largest batch, and its block tables.
@@ -35,8 +35,8 @@ Output = torch.Tensor | ForwardResult
 
 
 class StageRole:
-    def __init__(self, config: StageConfig) -> None:
-        self._fetched = open_weights(config.weights)
+    def __init__(self, config: StageConfig, fetched: Fetched) -> None:
+        self._fetched = fetched
         self._layers = config.layers
         self._engine = load_engine(self._fetched, config.layers, config.kv, config.device)
         # Triton's thread and the channel's may both ask for a pass.
