@@ -29,7 +29,8 @@ class Demand:
     def __init__(self, gateway: str) -> None:
         self._gateway = gateway
         self._deployments: dict[str, _DeploymentDemand] = {}
-        #: Set when a deployment gets its first waiting request: report without delay.
+        #: Set when a deployment's first request waits, and when a cold start has ended: report
+        #: without delay.
         self.urgent = asyncio.Event()
 
     def arrived(self, deployment: str) -> None:
@@ -57,7 +58,10 @@ class Demand:
 
     def first_token(self, deployment: str, replica: str, at_s: float) -> None:
         """Note a token at `at_s` seconds since the epoch; only a replica's very first counts."""
-        self._of(deployment).first_token_s.setdefault(replica, at_s)
+        first_token_s = self._of(deployment).first_token_s
+        if replica not in first_token_s:
+            first_token_s[replica] = at_s
+            self.urgent.set()
 
     def num_waiting(self, deployment: str) -> int:
         demand = self._deployments.get(deployment)

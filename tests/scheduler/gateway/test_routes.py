@@ -170,3 +170,12 @@ def test_only_the_first_waiting_request_is_urgent() -> None:
         demand.urgent.clear()
         with demand.waiting("d"):
             assert not demand.urgent.is_set()
+
+
+def test_only_the_end_of_a_cold_start_is_urgent() -> None:
+    demand = Demand("g")
+    demand.first_token("d", "d.1", 5.0)
+    assert demand.urgent.is_set()
+    demand.urgent.clear()
+    demand.first_token("d", "d.1", 6.0)
+    assert not demand.urgent.is_set()
