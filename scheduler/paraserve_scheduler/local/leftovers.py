@@ -1,4 +1,4 @@
-"""Removes what a cluster left in shared memory and finds processes that belong to it."""
+"""Removes what a cluster left in shared memory."""
 
 from __future__ import annotations
 
@@ -16,19 +16,3 @@ def sweep(shm: Path, prefix: str) -> tuple[str, ...]:
             path.unlink(missing_ok=True)
         removed.append(path.name)
     return tuple(removed)
-
-
-def processes_with(marks: tuple[str, ...], proc: Path = Path("/proc")) -> tuple[int, ...]:
-    """Return the processes that have one of `marks` in their arguments."""
-    return tuple(
-        int(path.name)
-        for path in proc.iterdir()
-        if path.name.isdecimal() and any(mark in _arguments(path) for mark in marks)
-    )
-
-
-def _arguments(process: Path) -> str:
-    try:
-        return (process / "cmdline").read_bytes().decode(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):  # it has just ended
-        return ""

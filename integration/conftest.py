@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from integration.bucket import upload
+from integration.tiny_cluster import MODELS, Cluster, write_models
+from paraserve_backend.agent.node import available_bytes
+from paraserve_scheduler.client import SchedulerClient
+from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}
+    files = files_of("main-path", environ)
+    layout = make_layout(
+        UpOptions(name="main-path", nodes=4),
+        files,
+        available_bytes=available_bytes(Path("/proc")),
+        cores=os.cpu_count() or 1,
+    )
+    models, folders = write_models(tmp_path_factory.mktemp("models"))
+    try:
+        up(layout, lambda _news: None)
+        token = files.token.read_text(encoding="utf-8")
+        with SchedulerClient(layout.scheduler_address, token) as client:
+            quiet = Console(quiet=True)
+            sources = {name: upload(layout, folders[name], name, quiet) for name in MODELS}
+            yield Cluster(layout=layout, client=client, models=models, sources=sources)
+    finally:
+        down(files, delete=True)
