@@ -5,9 +5,12 @@ The oracle is transformers' `generate` on the same checkpoint.
 
 from __future__ import annotations
 
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from integration.tiny_cluster import (
     MODELS,
@@ -16,6 +19,7 @@ from integration.tiny_cluster import (
     assert_nothing_left,
     generate,
     prompts,
+    stubs,
     wait_for_blocks,
     wait_until,
 )
@@ -124,3 +128,25 @@ def test_an_unknown_deployment_is_named_with_those_there_are(cluster: Cluster) -
             generate(cluster, "unknown", [1], 1)
     finally:
         cluster.client.delete("known")
+
+
+@pytest.mark.parametrize("victim", ["generate", "stage1"])
+def test_a_killed_process_fails_its_requests_and_is_replaced(cluster: Cluster, victim: str) -> None:
+    name, model = f"kill-{victim}", "llama-sharded"
+    cluster.deploy(name, model, 3)
+    prompt = prompts(1)[0]
+    expected = cluster.models[model].greedy(prompt, 8)
+    try:
+        endless = Stream(cluster, name, prompt, 200)
+        endless.next()
+        first = cluster.replica(name).replica
+        (process,) = stubs(first if victim == "generate" else f"{first}.{victim}")
+        os.kill(process, signal.SIGKILL)
+        with pytest.raises(InferenceServerException):
+            endless.all_ids()
+        endless.close()
+        assert generate(cluster, name, prompt, 8) == expected
+        assert cluster.replica(name).replica != first
+        wait_until(lambda: not stubs(first) and not stubs(f"{first}.stage0"))
+    finally:
+        cluster.client.delete(name)

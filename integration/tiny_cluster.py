@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
 import urllib.request
@@ -159,3 +160,14 @@ def assert_nothing_left(cluster: Cluster, replica: str) -> None:
         assert not list((run_dir / "keys").glob(f"{replica}*"))
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not [line for line in lines if f"{replica}".encode() in line and b"stub" in line]
+
+
+def stubs(model: str) -> list[int]:
+    """Processes that serve exactly this Triton model."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it may end while we look
+            words = path.read_bytes().split(b"\0")
+            if b"stub" in words[0] and f"{model}_0_0".encode() in words:
+                found.append(int(path.parent.name))
+    return found

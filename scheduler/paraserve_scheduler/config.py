@@ -67,6 +67,8 @@ class SchedulerConfig:
     heartbeat_interval_s: float = 1.0
     #: Longest time for a node to unload one replica.
     remove_timeout_s: float = 60.0
+    #: The same for a replica that failed: its requests are lost, there is nothing to wait for.
+    failed_remove_timeout_s: float = 2.0
     defaults: DeploymentDefaults = field(default_factory=DeploymentDefaults)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     #: Whether this process also runs a gateway, and how. `None`: with its own defaults, for this

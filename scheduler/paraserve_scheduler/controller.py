@@ -165,22 +165,25 @@ class Controller:
     async def _remove_replica(self, name: str) -> None:
         for task in self._applies.pop(name, ()):
             task.cancel()
-        nodes = [stage.node for stage in self._view.replicas[name].plan.stages]
-        await asyncio.gather(*(self._remove_from(node, name) for node in nodes))
+        replica, config = self._view.replicas[name], self._config
+        has_failed = replica.failure is not None
+        timeout_s = config.failed_remove_timeout_s if has_failed else config.remove_timeout_s
+        nodes = [stage.node for stage in replica.plan.stages]
+        await asyncio.gather(*(self._remove_from(node, name, timeout_s) for node in nodes))
         self.tell(ReplicaRemoved(replica=name, at_s=self.now_s()))
 
     async def _remove_part(self, node: str, replica: str) -> None:
-        await self._remove_from(node, replica)
+        await self._remove_from(node, replica, self._config.remove_timeout_s)
         self.tell(PartRemoved(node=node, replica=replica))
 
-    async def _remove_from(self, name: str, replica: str) -> None:
+    async def _remove_from(self, name: str, replica: str, timeout_s: float) -> None:
         node = self._view.nodes.get(name)
         if node is None:
             return
         alive = is_alive(node, self.now_s(), self._config.policy)
-        timeout_s = self._config.remove_timeout_s if alive else _LOST_NODE_TIMEOUT_S
+        limit_s = timeout_s if alive else _LOST_NODE_TIMEOUT_S
         try:
-            await self._agents.remove(node.info.agent_address, replica, timeout_s)
+            await self._agents.remove(node.info.agent_address, replica, limit_s)
         except AgentCallFailed as error:
             # Should it still be there, the node's next heartbeat says so and it is tried again.
             logger.warning("could not remove %s from node %s: %s", replica, name, error)

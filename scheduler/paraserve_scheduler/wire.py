@@ -148,6 +148,9 @@ def _route(view: ClusterView, state: DeploymentState) -> pb.Route:
         ],
         failure=_failure_message(state.failure),
         failure_number=state.failure_number,
+        lost_replicas=[
+            replica.id for replica in view.live_replicas(state.name) if replica.failure is not None
+        ],
     )
 
 

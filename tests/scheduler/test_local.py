@@ -216,8 +216,15 @@ def wait_for(path: Path, child: Child) -> None:
 STUBBORN = """
     import signal, sys
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    open(sys.argv[1] if len(sys.argv) > 1 else {pipe!r}, "w").write("up\\n")
+    open({pipe!r}, "w").write("up\\n")
     signal.pause()
+"""
+# Blocked, so that a signal before the wait is not lost.
+KIND = """
+    import signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    open({pipe!r}, "w").write("up\\n")
+    signal.sigwait([signal.SIGTERM])
 """
 
 
@@ -233,8 +240,7 @@ def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
 def test_a_child_that_ends_on_sigterm_is_not_killed(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    body = STUBBORN.replace("signal.SIG_IGN", "lambda *_: sys.exit(0)").format(pipe=str(pipe))
-    child = start(fake(tmp_path, "kind", body))
+    child = start(fake(tmp_path, "kind", KIND.format(pipe=str(pipe))))
     wait_for(pipe, child)
     stop([child], grace_s=WAIT_S)
     assert child.process.returncode == 0
@@ -242,7 +248,7 @@ def test_a_child_that_ends_on_sigterm_is_not_killed(tmp_path: Path) -> None:
 
 def test_the_tail_of_a_log_is_its_last_lines(tmp_path: Path) -> None:
     child = start(fake(tmp_path, "talker", "for i in range(100): print('line', i)"))
-    child.process.wait(WAIT_S)
+    assert child.process.wait(WAIT_S) == 0
     lines = child.log_tail().splitlines()
     assert lines[-1].strip() == "line 99"
     assert len(lines) < 20
@@ -257,15 +263,17 @@ def test_a_child_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
         from paraserve_scheduler.local.children import ProcessSpec, start
         spec = ProcessSpec(
             name="child",
-            command=(sys.executable, "-c", sys.argv[2], sys.argv[1]),
-            environment=dict(os.environ), log=Path(sys.argv[1] + ".log"), is_ready=lambda: True,
+            command=(sys.executable, "-c", sys.argv[2]),
+            environment=dict(os.environ), log=Path(sys.argv[1]), is_ready=lambda: True,
         )
         print(start(spec).process.pid, flush=True)
         time.sleep(1000)
     """)
     child_body = textwrap.dedent(STUBBORN.format(pipe=str(pipe)))
     process = subprocess.Popen(
-        [sys.executable, "-c", parent, str(pipe), child_body], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", parent, str(tmp_path / "log"), child_body],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     child_pid = int(process.stdout.readline())

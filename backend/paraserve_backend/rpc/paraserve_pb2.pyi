@@ -569,6 +569,7 @@ class Route(_message.Message):
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     FAILURE_NUMBER_FIELD_NUMBER: _builtins.int
+    LOST_REPLICAS_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     failure_number: _builtins.int
     @_builtins.property
@@ -581,6 +582,10 @@ class Route(_message.Message):
         came after a request was queued from an older one.
         """
 
+    @_builtins.property
+    def lost_replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Replicas that failed while they served: no answer will come from them."""
+
     def __init__(
         self,
         *,
@@ -588,10 +593,11 @@ class Route(_message.Message):
         endpoints: _abc.Iterable[Global___Endpoint] | None = ...,
         failure: Global___Failure | None = ...,
         failure_number: _builtins.int = ...,
+        lost_replicas: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "endpoints", b"endpoints", "failure", b"failure", "failure_number", b"failure_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "endpoints", b"endpoints", "failure", b"failure", "failure_number", b"failure_number", "lost_replicas", b"lost_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,7 +13,7 @@ from paraserve_backend.request import GenerateRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
-from paraserve_scheduler.gateway.routes import Routes
+from paraserve_scheduler.gateway.routes import ReplicaLost, Routes
 from paraserve_scheduler.gateway.upstream import (
     WANT_EMPTY_FINAL,
     ReplicaRefused,
@@ -27,6 +27,18 @@ from paraserve_scheduler.gateway.validation import validate
 Send = Callable[[kserve.ModelInferResponse], Awaitable[None]]
 
 _MAX_REPLICAS_TRIED = 3
+
+
+class _Delivery:
+    """What the client has got: once it has seen a token, no other replica can start over."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.has_begun = False
+
+    async def send(self, response: kserve.ModelInferResponse) -> None:
+        self.has_begun = True
+        await self._send(response)
 
 
 class Proxy:
@@ -91,15 +103,16 @@ class Proxy:
     ) -> None:
         timeouts = self._timeouts(is_stream)
         self._demand.arrived(request.model_name)
+        delivery = _Delivery(send)
         refused: frozenset[str] = frozenset()
         while True:
-            async with self._routes.lease(request.model_name, refused=refused) as endpoint:
-                try:
-                    return await self._run(endpoint, request, send, timeouts)
-                except ReplicaRefused:
-                    refused |= {endpoint.replica}
-                    if len(refused) == _MAX_REPLICAS_TRIED:
-                        raise
+            try:
+                async with self._routes.lease(request.model_name, refused=refused) as endpoint:
+                    return await self._run(endpoint, request, delivery.send, timeouts)
+            except (ReplicaLost, ReplicaRefused):
+                refused |= {endpoint.replica}
+                if delivery.has_begun or len(refused) == _MAX_REPLICAS_TRIED:
+                    raise
 
     async def _run(
         self,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Set
 
 from paraserve_backend.errors import (
     DeadlineExceeded,
@@ -22,6 +23,10 @@ from paraserve_scheduler.gateway.failures import error_from_code
 from paraserve_scheduler.gateway.metadata import MODEL_VERSION
 
 _NAMES_IN_ERROR = 20
+
+
+class ReplicaLost(Unavailable):
+    """The replica failed while it had the request."""
 
 
 class Routes:
@@ -41,6 +46,8 @@ class Routes:
         self._first_table_timeout_s = first_table_timeout_s
         self._table: dict[str, pb.Route] | None = None
         self._changed = asyncio.Event()
+        #: By replica, what ends the wait of each request it has.
+        self._leases: defaultdict[str, set[asyncio.Timeout]] = defaultdict(set)
 
     @property
     def is_known(self) -> bool:
@@ -60,8 +67,15 @@ class Routes:
                 for route in table.routes
             }
         )
+        self._end_leases({lost for route in table.routes for lost in route.lost_replicas})
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def _end_leases(self, lost_replicas: Set[str]) -> None:
+        now_s = asyncio.get_running_loop().time()
+        for replica in lost_replicas & self._leases.keys():
+            for lease in self._leases.pop(replica):
+                lease.reschedule(now_s)
 
     async def require(self, deployment: str, version: str = "") -> None:
         """Check that a deployment exists; waits a moment for the very first table.
@@ -91,13 +105,26 @@ class Routes:
             NotFound: the deployment is unknown, or was deleted meanwhile.
             Unavailable: too many requests wait already.
             DeadlineExceeded: no replica became ready in time.
+            ReplicaLost: the scheduler says that the replica failed; ends the body at once.
             ParaServeError: why the cold start that this request waited for failed.
         """
         endpoint = self._pick(deployment, refused)
         if endpoint is None:
             endpoint = await self._hold(deployment, refused)
-        with self._demand.working(deployment, endpoint.replica):
-            yield endpoint
+        lease, leases = asyncio.timeout(None), self._leases[endpoint.replica]
+        leases.add(lease)
+        try:
+            with self._demand.working(deployment, endpoint.replica):
+                async with lease:
+                    yield endpoint
+        except TimeoutError:
+            if not lease.expired():
+                raise
+            raise ReplicaLost(f"The replica of '{deployment}' was lost; retry.") from None
+        finally:
+            leases.discard(lease)
+            if not leases:
+                self._leases.pop(endpoint.replica, None)
 
     def _route(self, deployment: str) -> pb.Route:
         if self._table is None:

@@ -41,6 +41,8 @@ _NOT_SERVED = re.compile(
     r"unknown model|no available versions|is not ready|is not healthy", re.IGNORECASE
 )
 _END_TIMEOUT_S = 1.0
+#: gRPC's own words.
+_SERVER_STOPS = "Cancelling all calls"
 
 
 class ReplicaRefused(Unavailable):
@@ -173,10 +175,11 @@ class _Stream:
         return error_from_code(error.code().name, self._clean(text))
 
     def _is_connection_lost(self, error: grpc.aio.AioRpcError) -> bool:
-        # A model may answer UNAVAILABLE too, but then the connection stands.
-        return (
-            error.code() is grpc.StatusCode.UNAVAILABLE
-            and self._channel.get_state() is not grpc.ChannelConnectivity.READY
+        # A model may answer UNAVAILABLE too, but then the connection stands. A server that stops
+        # says so before it closes the connection.
+        return error.code() is grpc.StatusCode.UNAVAILABLE and (
+            self._channel.get_state() is not grpc.ChannelConnectivity.READY
+            or error.details() == _SERVER_STOPS
         )
 
     def _refusal(self) -> ReplicaRefused:

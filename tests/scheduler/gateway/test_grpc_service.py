@@ -355,6 +355,29 @@ async def test_a_request_refused_by_the_only_replica_waits_for_the_next() -> Non
         assert len(await answered) == 3
 
 
+async def test_a_stream_of_a_lost_replica_ends_with_an_error_at_once() -> None:
+    async with serving() as cluster:
+        cluster.triton.script = hanging(2)
+        stream = _open_stream(cluster)
+        await stream.write(make_request())
+        entries = _entries(stream)
+        for _ in range(2):
+            assert not (await anext(entries)).error_message
+        await cluster.publish(lost_replicas=["tiny.1"])
+        lost = await anext(entries)
+        assert lost.error_message == "The replica of 'tiny' was lost; retry."
+        stream.cancel()
+
+
+async def test_a_request_that_got_nothing_from_a_lost_replica_goes_to_the_next() -> None:
+    async with serving() as cluster:
+        cluster.triton.script = hanging(0)
+        answered = asyncio.create_task(texts(cluster, make_request()))
+        await cluster.scheduler.demand(lambda demand: demand.in_flight == 1)
+        await cluster.publish(cluster.endpoint(2), lost_replicas=["tiny.1"])
+        assert len(await answered) == 3
+
+
 def _blocking_inputs() -> list[triton.InferInput]:
     prompt = triton.InferInput("text_input", [1], "BYTES")
     return [prompt.set_data_from_numpy(np.array([b"hi"], dtype=np.object_))]
