@@ -1,6 +1,7 @@
 """How a daemon gets its settings: one YAML file, flags over it, into one frozen dataclass.
 
-Every field of the dataclass is a key of the file and a flag (`memory_bytes`, `--memory-bytes`).
+Every field of the dataclass is a key of the file and a flag (`memory_bytes`, `--memory-bytes`);
+what its annotation says is the flag's help.
 Secrets are no settings: `read_token` takes the cluster token from a file or the environment.
 """
 
@@ -34,7 +35,9 @@ def parse_arguments(record: type[Record], argv: Sequence[str], *, program: str) 
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
     hints = typing.get_type_hints(record)
     for field in _fields(record):
-        parser.add_argument(_flag(field.name), metavar=_type_word(hints[field.name]))
+        parser.add_argument(
+            _flag(field.name), metavar=_type_word(hints[field.name]), help=_help(record, field)
+        )
     given = vars(parser.parse_args(argv))
     path = given.pop("config")
     overrides = {
@@ -185,6 +188,16 @@ def _is_required(field: Field[Any]) -> bool:
 
 def _fields(record: type[Any]) -> tuple[Field[Any], ...]:
     return fields(record)
+
+
+def _help(record: type[Any], field: Field[Any]) -> str:
+    """What a field's annotation says, and what holds if nothing is given."""
+    annotated = typing.get_type_hints(record, include_extras=True)[field.name]
+    text = "".join(getattr(annotated, "__metadata__", ())).replace("%", "%%")
+    if _is_required(field):
+        return f"{text} (required)"
+    simple = field.default if isinstance(field.default, str | int | float) else None
+    return text if simple in (None, "") else f"{text} (default: {simple})".strip()
 
 
 def _flag(name: str) -> str:

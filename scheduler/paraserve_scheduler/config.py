@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from paraserve_scheduler.gateway.config import GatewayConfig
 
@@ -58,20 +59,30 @@ class DeploymentDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    #: Addresses are host:port; port 0 takes a free one.
-    listen: str = "127.0.0.1:8470"
-    #: SQLite file; made when it is missing.
-    state_file: Path = Path("paraserve.db")
-    #: File with the cluster token; without a token only loopback addresses may be used.
-    token_file: Path | None = None
-    heartbeat_interval_s: float = 1.0
-    #: Longest time for a node to unload one replica.
-    remove_timeout_s: float = 60.0
-    #: The same for a replica that failed: its requests are lost, there is nothing to wait for.
-    failed_remove_timeout_s: float = 2.0
-    defaults: DeploymentDefaults = field(default_factory=DeploymentDefaults)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    #: Whether this process also runs a gateway, and how. `None`: with its own defaults, for this
-    #: scheduler.
-    with_gateway: bool = True
-    gateway: GatewayConfig | None = None
+    listen: Annotated[str, "Where it listens, host:port; port 0 takes a free one."] = (
+        "127.0.0.1:8470"
+    )
+    state_file: Annotated[Path, "SQLite file; made when it is missing."] = Path("paraserve.db")
+    token_file: Annotated[
+        Path | None,
+        "File with the cluster token; without a token only loopback addresses may be used.",
+    ] = None
+    heartbeat_interval_s: Annotated[float, "How often agents report."] = 1.0
+    remove_timeout_s: Annotated[float, "Longest time for a node to unload one replica."] = 60.0
+    failed_remove_timeout_s: Annotated[
+        float,
+        "The same for a replica that failed, whose requests are lost anyway.",
+    ] = 2.0
+    defaults: Annotated[DeploymentDefaults, "For what a user does not state when deploying."] = (
+        field(default_factory=DeploymentDefaults)
+    )
+    policy: Annotated[PolicyConfig, "When replicas start and stop."] = field(
+        default_factory=PolicyConfig
+    )
+    with_gateway: Annotated[
+        bool,
+        "Whether this process also runs a gateway.",
+    ] = True
+    gateway: Annotated[
+        GatewayConfig | None, "Settings of that gateway, as those of paraserve gateway."
+    ] = None

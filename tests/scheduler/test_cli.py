@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from paraserve_backend.agent.config import AgentConfig
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import TOKEN_HEADER
 from paraserve_backend.rpc.paraserve_pb2_grpc import (
@@ -19,6 +21,8 @@ from paraserve_backend.rpc.paraserve_pb2_grpc import (
 )
 from paraserve_scheduler.cli import build_parser, main
 from paraserve_scheduler.commands.parsing import size_bytes
+from paraserve_scheduler.config import SchedulerConfig
+from paraserve_scheduler.gateway.config import GatewayConfig
 
 COMMANDS = (
     *("up", "down", "deploy", "generate", "status", "timeline", "delete"),
@@ -99,6 +103,23 @@ def test_every_flag_of_our_commands_is_explained() -> None:
     for name, parser in subparsers(build_parser()).items():
         for action in parser._actions:
             assert action.help or not action.option_strings, f"{name} {action.option_strings}"
+
+
+@pytest.mark.parametrize("config", [AgentConfig, SchedulerConfig, GatewayConfig])
+def test_every_setting_of_a_daemon_is_explained(config: type[object]) -> None:
+    hints = typing.get_type_hints(config, include_extras=True)
+    assert [name for name, hint in hints.items() if not hasattr(hint, "__metadata__")] == []
+
+
+def test_a_daemons_help_says_what_a_setting_is_and_its_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main(["gateway", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Where it serves gRPC, host:port. (default: 127.0.0.1:8001)" in shown
+    assert "host:port of the scheduler. (required)" in shown
 
 
 @pytest.mark.parametrize(

@@ -4,53 +4,67 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from paraserve_backend.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
-    """Addresses are host:port; `None` means what the comment says."""
+    """Addresses are host:port."""
 
-    #: Unique in the cluster.
-    name: str
-    #: The scheduler's control-plane address.
-    scheduler: str
-    #: The node's Triton, gRPC.
-    triton: str
-    #: Shared with Triton, at the same path for both.
-    model_repository: Path
-    #: In memory (below /dev/shm): weights and channel keys lie here, while the agent runs.
-    run_dir: Path
-    #: Where this agent listens; port 0 takes a free one.
-    listen: str = "127.0.0.1:8500"
-    #: How the scheduler reaches this agent. None: as `listen` says.
-    advertise: str | None = None
-    #: How gateways reach this node's Triton. None: as `triton` says.
-    advertise_triton: str | None = None
-    #: What replicas may use. None: four fifths of what is free at start.
-    memory_bytes: int | None = None
-    #: Inbound bandwidth; the default is 10 Gbit/s.
-    nic_bytes_per_s: float = 1.25e9
-    #: Where other nodes reach this node's activation channel, on ports [start, end).
-    channel_host: str = "127.0.0.1"
-    channel_port_start: int = 18600
-    channel_port_end: int = 18700
-    #: None: what the machine has.
-    devices: tuple[str, ...] | None = None
-    token_file: Path | None = None
-    #: Holds `name=secret` where Triton runs with --grpc-restricted-protocol=...:name=secret.
-    triton_key_file: Path | None = None
-    #: Connections per fetch.
-    fetch_threads: int = 4
-    #: For a part whose request names no deadline: fetch and load together.
-    part_deadline_s: float = 600.0
-    #: For a removal whose request names no deadline; then its processes are killed.
-    remove_deadline_s: float = 30.0
-    #: How long a failed part stays in the reports if nobody removes it.
-    failure_kept_s: float = 300.0
-    #: How often processes and Triton are looked at.
-    watch_interval_s: float = 0.5
+    name: Annotated[str, "The node's name, unique in the cluster."]
+    scheduler: Annotated[str, "The scheduler's control-plane address."]
+    triton: Annotated[str, "The node's Triton, gRPC."]
+    model_repository: Annotated[Path, "Shared with Triton, at the same path for both."]
+    run_dir: Annotated[
+        Path,
+        "In memory (below /dev/shm): weights and channel keys lie here, while the agent runs.",
+    ]
+    listen: Annotated[str, "Where this agent listens; port 0 takes a free one."] = "127.0.0.1:8500"
+    advertise: Annotated[
+        str | None,
+        "How the scheduler reaches this agent, if not as listen says.",
+    ] = None
+    advertise_triton: Annotated[
+        str | None,
+        "How gateways reach this node's Triton, if not as triton says.",
+    ] = None
+    memory_bytes: Annotated[
+        int | None,
+        "What replicas may use, if not four fifths of what is free at start.",
+    ] = None
+    nic_bytes_per_s: Annotated[float, "Inbound bandwidth of this node."] = 1.25e9
+    channel_host: Annotated[
+        str,
+        "Where other nodes reach this node's activation channel, on ports [start, end).",
+    ] = "127.0.0.1"
+    channel_port_start: Annotated[int, "First port of the activation channel."] = 18600
+    channel_port_end: Annotated[int, "First port after it that is not the channel's."] = 18700
+    devices: Annotated[
+        tuple[str, ...] | None, "'[cpu]' or '[cuda:0]', if not what the machine has."
+    ] = None
+    token_file: Annotated[
+        Path | None, "File with the cluster token, if it is not in PARASERVE_TOKEN."
+    ] = None
+    triton_key_file: Annotated[
+        Path | None,
+        "Holds name=secret where Triton runs with --grpc-restricted-protocol=...:name=secret.",
+    ] = None
+    fetch_threads: Annotated[int, "Connections per fetch."] = 4
+    part_deadline_s: Annotated[
+        float,
+        "For a part whose request names no deadline: fetch and load together.",
+    ] = 600.0
+    remove_deadline_s: Annotated[
+        float,
+        "For a removal whose request names no deadline; then its processes are killed.",
+    ] = 30.0
+    failure_kept_s: Annotated[
+        float,
+        "How long a failed part stays in the reports if nobody removes it.",
+    ] = 300.0
+    watch_interval_s: Annotated[float, "How often processes and Triton are looked at."] = 0.5
 
     def __post_init__(self) -> None:
         for key in ("scheduler", "triton", "listen", "advertise", "advertise_triton"):

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    #: host:port of the scheduler.
-    scheduler_address: str
-    #: Tells the gateways of one cluster apart in demand reports; empty: host name and process.
-    name: str = ""
-    grpc_address: str = "127.0.0.1:8001"
-    http_address: str = "127.0.0.1:8000"
-    #: File with the cluster token that the scheduler asks for.
-    token_file: Path | None = None
-    #: Held because no replica is ready.
-    cold_start_timeout_s: float = 600.0
-    #: From the moment a replica has a streamed request to its first token.
-    first_token_timeout_s: float = 120.0
-    #: Between two responses of one stream; a dead replica process is silent.
-    inter_token_timeout_s: float = 30.0
-    #: A request that is not streamed gets its one response at the end of the generation.
-    unstreamed_timeout_s: float = 600.0
-    #: Per deployment; more are refused at once.
-    max_held_requests: int = 1000
-    #: Body of one HTTP request, after decompression.
-    max_request_bytes: int = 64 * _MIB
+    scheduler_address: Annotated[str, "host:port of the scheduler."]
+    name: Annotated[
+        str,
+        "Tells the gateways of a cluster apart, if host name and process id shall not.",
+    ] = ""
+    grpc_address: Annotated[str, "Where it serves gRPC, host:port."] = "127.0.0.1:8001"
+    http_address: Annotated[str, "Where it serves HTTP, host:port."] = "127.0.0.1:8000"
+    token_file: Annotated[
+        Path | None,
+        "File with the cluster token, if it is not in PARASERVE_TOKEN.",
+    ] = None
+    cold_start_timeout_s: Annotated[float, "Longest wait for a replica to become ready."] = 600.0
+    first_token_timeout_s: Annotated[
+        float,
+        "From the moment a replica has a streamed request to its first response.",
+    ] = 120.0
+    inter_token_timeout_s: Annotated[
+        float,
+        "Longest silence between two responses of one stream.",
+    ] = 30.0
+    unstreamed_timeout_s: Annotated[
+        float,
+        "Longest wait for the one response to a request that is not streamed.",
+    ] = 600.0
+    max_held_requests: Annotated[
+        int, "Requests that may wait for one deployment; more are refused."
+    ] = 1000
+    max_request_bytes: Annotated[int, "Largest body of an HTTP request, after decompression."] = (
+        64 * _MIB
+    )
