@@ -68,7 +68,9 @@ class SchedulerConfig:
         "File with the cluster token; without a token only loopback addresses may be used.",
     ] = None
     heartbeat_interval_s: Annotated[float, "How often agents report."] = 1.0
-    remove_timeout_s: Annotated[float, "Longest time for a node to unload one replica."] = 60.0
+    remove_timeout_s: Annotated[
+        float, "Longest time for a node to unload a replica that no request runs on."
+    ] = 20.0
     failed_remove_timeout_s: Annotated[
         float,
         "The same for a replica that failed, whose requests are lost anyway.",

@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_scheduler.gateway.failures import clean_message
 from tests.scheduler.gateway.cluster import Cluster, make_config, make_request, serving, text_of
-from tests.scheduler.gateway.fakes import failing, hanging, one_answer
+from tests.scheduler.gateway.fakes import Context, answer, failing, hanging, one_answer
 
 
 async def failure(cluster: Cluster) -> tuple[grpc.StatusCode, str]:
@@ -150,3 +150,26 @@ async def test_requests_go_to_the_replica_with_fewest() -> None:
 )
 def test_server_texts_are_reduced_to_a_sentence(text: str, expected: str) -> None:
     assert clean_message(text) == expected
+
+
+async def test_a_client_that_leaves_after_the_final_response_cancels_nothing() -> None:
+    may_end, has_ended = asyncio.Event(), asyncio.Event()
+
+    async def slow_to_end(
+        request: kserve.ModelInferRequest, _context: Context
+    ) -> AsyncIterator[kserve.ModelInferResponse]:
+        yield answer(request, "all", is_final=True)
+        await may_end.wait()
+        has_ended.set()
+
+    async with serving() as cluster:
+        cluster.triton.script = slow_to_end
+        stream = cluster.stub.ModelStreamInfer(_requests())
+        entry = await anext(aiter(stream))
+        assert not entry.error_message
+        stream.cancel()
+        # The gateway has digested the cancel once it reports the request as gone.
+        await cluster.scheduler.demand(lambda demand: demand.arrived == 1 and not demand.in_flight)
+        may_end.set()
+        await has_ended.wait()
+        assert not cluster.triton.cancelled.is_set()
