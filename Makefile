@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test unit check format proto bench-coldstart-smoke clean
+.PHONY: demo test unit check format proto bench-coldstart-smoke bench-hop bench-fetch bench-engine \
+	bench-gateway clean
 
 .venv/ready: pyproject.toml
 	PYTHON=$(PYTHON) ./.ci/bootstrap
@@ -33,6 +34,20 @@ proto: .venv/ready
 
 bench-coldstart-smoke: .venv/ready
 	$(BIN)/python -m integration.bench_coldstart --smoke
+
+bench-hop: .venv/ready
+	$(BIN)/python -m integration.bench_hop
+
+# As root, with nginx-light and iproute2: it makes networks of limited bandwidth.
+bench-fetch: .venv/ready
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m integration.bench_fetch
+
+bench-engine: .venv/ready
+	$(BIN)/python -m integration.bench_engine
+
+bench-gateway: .venv/ready
+	$(BIN)/python -m integration.bench_gateway
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

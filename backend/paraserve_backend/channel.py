@@ -2,7 +2,7 @@
 
 ZeroMQ PUSH/PULL over TCP, one direction around the ring link → stage 1 → … → last stage → link.
 CURVE encrypts and authenticates: all members of a replica share one key pair and accept nobody
-else. A frame is three parts: a fixed header, the encoded batch or result, and raw hidden states.
+else. A frame is a fixed header, the encoded batch or result, and raw hidden states in parts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _POLL_MS = 200
 _HEARTBEAT_MS = 1000
 _SEND_TIMEOUT_MS = 10_000
 _QUEUED_FRAMES = 64
+#: ZeroMQ encrypts, sends and decrypts part by part: with several the three overlap.
+_PART_BYTES = 256 << 10
 
 Buffer = bytes | bytearray | memoryview
 
@@ -105,7 +107,7 @@ class Channel:
         """
         header = _HEADER.pack(_MAGIC, frame.kind, 0, frame.number)
         try:
-            self._sender.send_multipart([header, frame.body, frame.payload], copy=False)
+            self._sender.send_multipart([header, frame.body, *_parts(frame.payload)], copy=False)
         except zmq.Again:
             raise Unavailable("The next pipeline stage does not answer.") from None
 
@@ -126,13 +128,20 @@ class Channel:
         self._context.destroy(linger=0)
 
 
+def _parts(payload: Buffer) -> list[memoryview]:
+    view = memoryview(payload)
+    return [view[at : at + _PART_BYTES] for at in range(0, len(view), _PART_BYTES)]
+
+
 def _decode(parts: list[memoryview]) -> Frame:
-    if len(parts) != 3 or len(parts[0]) != _HEADER.size:
-        raise ValueError("an activation frame has three parts")
+    if len(parts) < 2 or len(parts[0]) != _HEADER.size:
+        raise ValueError("an activation frame has a header and a body")
     magic, kind, _, number = _HEADER.unpack(parts[0])
     if magic != _MAGIC:
         raise ValueError("not an activation frame")
-    return Frame(kind=FrameKind(kind), number=number, body=parts[1], payload=parts[2])
+    _, body, *payload = parts
+    joined = payload[0] if len(payload) == 1 else bytearray().join(payload)
+    return Frame(kind=FrameKind(kind), number=number, body=body, payload=joined)
 
 
 def relay(channel: Channel, step: Callable[[Frame], Frame], stopped: Callable[[], bool]) -> None:

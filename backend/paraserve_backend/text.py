@@ -40,6 +40,10 @@ class Detokenizer:
         self._emitted += piece
         return piece
 
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token by itself, special or not."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
     def finish(self) -> str:
         """Return what the stream still holds back: characters that never became complete."""
         before = self._tokenizer.decode(self._context)
@@ -54,29 +58,37 @@ class StopWords:
     def __init__(self, words: tuple[str, ...]) -> None:
         self._words = words
         self._held = ""
+        #: So many characters of the held text are too early for a stop word to end in.
+        self._num_exempt = 0
 
-    def add(self, text: str) -> tuple[str, bool]:
+    def add(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
         """Return the text that is safe to show, and whether a stop word was reached.
 
-        The stop word itself and what follows it are never shown.
+        The stop word itself and what follows it are never shown. One that ends in text that was
+        added without `may_stop` does not count.
         """
         if not self._words:
             return text, False
         self._held += text
-        found = [at for word in self._words if (at := self._held.find(word)) >= 0]
+        if not may_stop:
+            self._num_exempt = len(self._held)
+        found = [at for word in self._words if (at := self._find(word)) >= 0]
         if found:
             shown, self._held = self._held[: min(found)], ""
             return shown, True
-        keep = max(self._overlap(word) for word in self._words)
-        shown, self._held = (
-            self._held[: len(self._held) - keep],
-            self._held[len(self._held) - keep :],
-        )
-        return shown, False
+        return self._release(max(map(self._overlap, self._words))), False
 
     def finish(self) -> str:
-        held, self._held = self._held, ""
-        return held
+        return self._release(0)
+
+    def _find(self, word: str) -> int:
+        return self._held.find(word, max(0, self._num_exempt - len(word) + 1))
+
+    def _release(self, num_kept: int) -> str:
+        end = len(self._held) - num_kept
+        shown, self._held = self._held[:end], self._held[end:]
+        self._num_exempt = max(0, self._num_exempt - end)
+        return shown
 
     def _overlap(self, word: str) -> int:
         """Length of the longest end of the held text that begins `word`."""

@@ -35,11 +35,13 @@ from paraserve_backend.contract import (
     FORWARD_RESULT,
     FORWARD_TOKEN_IDS,
 )
-from paraserve_backend.engine.batch import ForwardResult, decode_result, encode_batch
+from paraserve_backend.engine.batch import ForwardResult
+from paraserve_backend.engine.batch_codec import decode_result, encode_batch
 from paraserve_backend.engine.batching import ScheduledBatch
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.gauges import GAUGES, RateLimitedGauges
-from paraserve_backend.request import parse_request
+from paraserve_backend.outputs import output_tensors
+from paraserve_backend.request import WantedOutputs, parse_request
 from paraserve_backend.roles.fetched import open_weights
 
 _log = logging.getLogger(__name__)
@@ -109,46 +111,50 @@ class _GenerateAdapter:
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         for request in requests:
-            reply = _Reply(request.get_response_sender())
+            sender = request.get_response_sender()
             try:
-                tensors = {t.name(): t.as_numpy().ravel().tolist() for t in request.inputs()}
-                parameters = json.loads(request.parameters() or "{}")
-                parsed = parse_request(tensors, parameters, fresh_seed=secrets.randbits(63))
-                self._role.add(parsed, reply)
+                self._add(request, sender)
             except ParaServeError as error:
-                reply.fail(error)
+                _fail(sender, error)
             except Exception:
                 _log.exception("a request could not be read")
-                reply.fail(Unavailable("The request could not be read; see the server's log."))
+                unreadable = Unavailable("The request could not be read; see the server's log.")
+                _fail(sender, unreadable)
+
+    def _add(self, request: pb_utils.InferenceRequest, sender: pb_utils.ResponseSender) -> None:
+        tensors = {t.name(): t.as_numpy().ravel().tolist() for t in request.inputs()}
+        parameters = json.loads(request.parameters() or "{}")
+        parsed = parse_request(tensors, parameters, fresh_seed=secrets.randbits(63))
+        self._role.add(parsed, _Reply(sender, parsed.wanted))
 
     def close(self) -> None:
         self._role.close()
 
 
 class _Reply:
-    def __init__(self, sender: pb_utils.ResponseSender) -> None:
+    def __init__(self, sender: pb_utils.ResponseSender, wanted: WantedOutputs) -> None:
         self._sender = sender
+        self._wanted = wanted
 
     def send(self, delta: Delta) -> None:
-        tensors = [
-            pb_utils.Tensor("text_output", np.array([delta.text.encode()], object)),
-            pb_utils.Tensor("output_ids", np.array(delta.token_ids, np.int32)),
-        ]
+        tensors = output_tensors(delta, self._wanted)
+        response = pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, values) for name, values in tensors.items()]
+        )
         if delta.finish_reason is None:
-            self._sender.send(pb_utils.InferenceResponse(tensors))
-            return
-        tensors += [
-            pb_utils.Tensor("finish_reason", np.array([delta.finish_reason.encode()], object)),
-            pb_utils.Tensor("num_input_tokens", np.array([delta.num_input_tokens], np.uint32)),
-            pb_utils.Tensor("num_output_tokens", np.array([delta.num_output_tokens], np.uint32)),
-        ]
-        self._sender.send(pb_utils.InferenceResponse(tensors), flags=_FINAL)
+            self._sender.send(response)
+        else:
+            self._sender.send(response, flags=_FINAL)
 
     def fail(self, error: ParaServeError) -> None:
-        self._sender.send(_error_response(error), flags=_FINAL)
+        _fail(self._sender, error)
 
     def is_cancelled(self) -> bool:
         return self._sender.is_cancelled()
+
+
+def _fail(sender: pb_utils.ResponseSender, error: ParaServeError) -> None:
+    sender.send(_error_response(error), flags=_FINAL)
 
 
 class _EnsembleForward:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from paraserve_backend.weights.tier import Tier
 from tests.backend.checkpoints import write_checkpoint
@@ -35,3 +36,12 @@ def tier(tmp_path: Path) -> Iterator[Tier]:
     yield tier
     assert tier.check_integrity() == ()
     tier.close()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny models: more threads only wait for each other, far longer on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -25,8 +25,12 @@ transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 VOCAB_SIZE = 199
 CONFIGS: Mapping[str, Callable[..., transformers.PreTrainedConfig]] = {
+    "falcon": transformers.FalconConfig,
+    "gemma2": transformers.Gemma2Config,
     "llama": transformers.LlamaConfig,
     "mistral": transformers.MistralConfig,
+    "opt": transformers.OPTConfig,
+    "phi3": transformers.Phi3Config,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
 }
@@ -34,18 +38,27 @@ CONFIGS: Mapping[str, Callable[..., transformers.PreTrainedConfig]] = {
 TINY: Mapping[str, object] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 48,
-    "intermediate_size": 80,
     "num_hidden_layers": 5,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
     "max_position_embeddings": 512,
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
-    "sliding_window": None,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": 0,
+}
+_GATED: Mapping[str, object] = {"intermediate_size": 80, "num_key_value_heads": 2}
+_LLAMA: Mapping[str, object] = {**_GATED, "head_dim": 16, "sliding_window": None}
+#: What each family's config has besides `TINY`.
+FAMILY_FIELDS: Mapping[str, Mapping[str, object]] = {
+    "falcon": {"ffn_hidden_size": 80},
+    "gemma2": {**_GATED, "head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 512},
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "opt": {"ffn_dim": 80, "init_std": 0.2},
+    "phi3": _GATED,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
 }
 
 
@@ -72,6 +85,12 @@ class TinyModel:
             )
         return [int(token) for token in ids[0, len(prompt) :]]
 
+    def logits(self, prompt: Sequence[int]) -> torch.Tensor:
+        """What transformers computes for the token after `prompt`, `[1, vocab_size]`."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self.oracle(torch.tensor([prompt])).logits[:, -1]
+        return logits
+
 
 def write_model(
     folder: Path,
@@ -84,14 +103,17 @@ def write_model(
     """Write a random checkpoint as transformers does and read it back as we do."""
     print(f"{family} with seed {seed}: {overrides}")  # noqa: T201
     torch.manual_seed(seed)
-    config = CONFIGS[family](**{**TINY, **overrides})
+    config = CONFIGS[family](**{**TINY, **FAMILY_FIELDS[family], **overrides})
     model: Any = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, dtype=dtype
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):  # these start as ones and zeros
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+            # These start as ones and zeros.
+            if "norm" in name or ".ln_" in name or name.endswith("bias"):
+                # The last norm far off, or a model with tied embeddings repeats its last token.
+                spread = 0.1 if any(part.isdecimal() for part in name.split(".")) else 2.0
+                parameter.add_(torch.randn_like(parameter) * spread)
     model.eval().save_pretrained(folder)
     return TinyModel(
         folder=folder,
@@ -122,6 +144,11 @@ class Request:
             sampling=self.sampling if self.done == len(self.ids) else None,
         )
         return row, self.ids[start : self.done]
+
+    def batch(self) -> tuple[ForwardBatch, list[int]]:
+        """All that is left to do, as a batch of its own, and its tokens."""
+        row, token_ids = self.take()
+        return ForwardBatch(rows=(row,)), token_ids
 
 
 class Chain:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraserve_backend.engine.batch import ForwardResult, Sampling
+from paraserve_backend.engine.batch import ForwardResult, Sampling, Steering
 from paraserve_backend.engine.batching import Batcher, BatchingLimits, ScheduledBatch
 from paraserve_backend.engine.block_pool import BlockPool
+from paraserve_backend.engine.history import History
 from paraserve_backend.engine.sequence import Sequence
 
 BLOCK_SIZE = 4
@@ -33,11 +34,22 @@ def make_batcher(
     return Batcher(limits, BlockPool(num_blocks))
 
 
+def make_remembering_sequence(prompt: Seq[int], max_tokens: int) -> Sequence:
+    """A sequence whose rows say which tokens it has seen how often."""
+    sampling = Sampling(steering=Steering(repetition_penalty=2.0))
+    return Sequence(
+        prompt_ids=list(prompt),
+        sampling=sampling,
+        history=History(sampling, prompt),
+        max_tokens=max_tokens,
+    )
+
+
 def make_sequence(
     prompt: Seq[int] = (1, 2, 3), max_tokens: int = 4, eos: frozenset[int] = frozenset()
 ) -> Sequence:
     return Sequence(
-        prompt_ids=list(prompt), sampling=Sampling(), max_tokens=max_tokens, eos_ids=eos
+        prompt_ids=list(prompt), sampling=Sampling(), max_tokens=max_tokens, end_ids=eos
     )
 
 
@@ -56,6 +68,15 @@ def solo(prompt: Seq[int], max_tokens: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+def solo_remembering(prompt: Seq[int], max_tokens: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(max_tokens):
+        output = ids[len(prompt) :]
+        seen = dict.fromkeys(ids)
+        ids.append(next_token([*ids, *seen, *map(output.count, seen)]))
+    return ids[len(prompt) :]
+
+
 class PagedModel:
     """Keeps each position's token in the KV slot a real stage would write, and reads it back."""
 
@@ -71,7 +92,9 @@ class PagedModel:
                 self.slots[slots[position]] = next(tokens)
             seen = [self.slots[slot] for slot in slots[: row.start + row.num_tokens]]
             if row.sampling is not None:
-                answers.append(next_token([token for token in seen if token is not None]))
+                steering = row.sampling.steering or Steering()
+                shown = [token for token in seen if token is not None]
+                answers.append(next_token([*shown, *steering.seen_ids, *steering.seen_counts]))
         return ForwardResult(token_ids=tuple(answers), logprobs=(0.0,) * len(answers))
 
 
@@ -119,10 +142,13 @@ def test_every_sequence_gets_its_solo_tokens_whatever_runs_beside_it(
         max_sequences=max_sequences,
     )
     sequences = [make_sequence(prompt, max_tokens) for prompt, max_tokens in requests]
-    for sequence in sequences:
-        batcher.add(sequence)
+    remembering = [make_remembering_sequence(prompt, most) for prompt, most in requests]
+    for pair in zip(sequences, remembering, strict=True):
+        for sequence in pair:
+            batcher.add(sequence)
     run_all(batcher, PagedModel(num_blocks), batches_in_flight)
     assert [s.output_ids for s in sequences] == [solo(p, m) for p, m in requests]
+    assert [s.output_ids for s in remembering] == [solo_remembering(p, m) for p, m in requests]
     assert batcher.pool.num_used == 0
 
 

@@ -72,6 +72,15 @@ def test_layers_do_not_share_blocks() -> None:
     assert not cache.layer(1).values.any()
 
 
+def test_cleared_blocks_hold_zeros_in_every_layer_and_the_others_what_they_held() -> None:
+    cache = make_cache()
+    cache.storage.fill_(float("nan"))
+    cache.clear([1, 3])
+    held = cache.storage.isnan().all(dim=(0, 1, 3, 4, 5))
+    assert held.tolist() == [True, False, True, False, True]
+    assert not cache.storage[:, :, [1, 3]].any()
+
+
 @pytest.mark.parametrize("dtype", Dtype)
 def test_the_cache_takes_the_bytes_that_planning_counts(dtype: Dtype) -> None:
     spec, layers = make_spec(dtype), LayerRange(start=2, end=5, total=6)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zmq
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -33,7 +34,8 @@ from paraserve_backend.config import (
     StageConfig,
     WeightsConfig,
 )
-from paraserve_backend.engine.batch import ForwardResult, Sampling, decode_result, encode_batch
+from paraserve_backend.engine.batch import ForwardResult, Sampling, Steering
+from paraserve_backend.engine.batch_codec import decode_result, encode_batch
 from paraserve_backend.engine.batching import ScheduledBatch
 from paraserve_backend.engine.loop import Forward
 from paraserve_backend.errors import Cancelled, InvalidRequest, ParaServeError
@@ -156,10 +158,7 @@ def make_request(prompt: Sequence[int], max_tokens: int, **options: object) -> G
         "input_ids": tuple(prompt),
         "sampling": Sampling(),
         "max_tokens": max_tokens,
-        "stop_words": (),
-        "ignore_eos": False,
         "is_stream": True,
-        "echo": False,
         **options,
     }
     return GenerateRequest(**fields)  # type: ignore[arg-type]
@@ -335,6 +334,98 @@ def test_sampled_tokens_depend_on_the_seed_alone(replica: Replica) -> None:
     assert all(len(reply.token_ids()) == 12 for reply in crowd)
 
 
+def test_penalties_bad_words_and_the_shortest_answer_are_those_of_transformers(
+    replica: Replica, model: TinyModel
+) -> None:
+    asked = prompts(4)
+    plain = model.greedy(asked[0], 20)
+    end, single, first, second = plain[2], plain[5], plain[8], plain[9]
+    crowd = [replica.ask(prompt, 24) for prompt in asked]
+    replies = [
+        replica.ask(
+            prompt,
+            24,
+            sampling=Sampling(steering=Steering(repetition_penalty=1.4)),
+            bad_words=(f"w{single}", f"w{first} w{second}"),
+            min_tokens=5,
+            end_id=end,
+        )
+        for prompt in asked
+    ]
+    for prompt, reply, plain_reply in zip(asked, replies, crowd, strict=True):
+        assert reply.token_ids() == oracle_answer(
+            model,
+            prompt,
+            max_new_tokens=24,
+            min_new_tokens=5,
+            repetition_penalty=1.4,
+            bad_words_ids=[[single], [first, second]],
+            eos_token_id=end,
+        )
+        assert plain_reply.token_ids() == model.greedy(prompt, 24)
+
+
+def oracle_answer(model: TinyModel, prompt: Sequence[int], **options: object) -> list[int]:
+    """What transformers generates greedily with these options."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        whole = model.oracle.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, **options
+        )
+    return [int(token) for token in whole[0, len(prompt) :]]
+
+
+def test_penalised_draws_depend_on_the_seed_alone(replica: Replica) -> None:
+    prompt = prompts(1)[0]
+    steering = Steering(
+        min_p=0.01, repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.3
+    )
+    options = {"sampling": Sampling(temperature=1.0, seed=7, steering=steering), "min_tokens": 3}
+    alone = replica.ask(prompt, 12, **options).token_ids()
+    crowd = [replica.ask(other, 12, bad_words=("w5",)) for other in prompts(5)]
+    again = replica.ask(prompt, 12, **options).token_ids()
+    assert again == alone
+    assert all(len(reply.token_ids()) == 12 for reply in crowd)
+
+
+def test_log_probabilities_are_those_of_the_model(replica: Replica, model: TinyModel) -> None:
+    prompt = prompts(1)[0]
+    sampling = Sampling(temperature=1.0, seed=3, steering=Steering(num_logprobs=2))
+    (delta,) = replica.ask(prompt, 6, sampling=sampling, is_stream=False).all()
+    ids = torch.tensor([prompt + list(delta.token_ids)])
+    with torch.inference_mode():
+        expected = model.oracle(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    for step, (token, *rivals) in enumerate(delta.ranked):
+        assert token.token_id == delta.token_ids[step]
+        assert token.text == f"w{token.token_id}"
+        for entry in (token, *rivals):
+            assert entry.logprob == pytest.approx(float(expected[step, entry.token_id]), abs=1e-3)
+            assert entry.rank == int((expected[step] >= expected[step, entry.token_id]).sum())
+        assert {1, 2} <= {entry.rank for entry in (token, *rivals)}
+    assert delta.cumulative_logprob == pytest.approx(sum(delta.logprobs))
+
+
+def test_a_stop_token_ends_the_answer_even_where_end_tokens_are_ignored(
+    replica: Replica, model: TinyModel
+) -> None:
+    prompt = prompts(1)[0]
+    plain = model.greedy(prompt, 12)
+    stop = next(token for i, token in enumerate(plain) if i > 3 and token not in plain[:i])
+    (delta,) = replica.ask(
+        prompt, 40, stop_token_ids=(stop,), ignore_eos=True, is_stream=False
+    ).all()
+    assert list(delta.token_ids) == plain[: plain.index(stop) + 1]
+    assert delta.finish_reason == "stop"
+    assert delta.text.split() == [f"w{token}" for token in delta.token_ids[:-1]]
+
+
+def test_token_ids_are_echoed_as_text(replica: Replica, model: TinyModel) -> None:
+    (delta,) = replica.ask([5, 6, 7], 3, is_stream=False, echo=True).all()
+    expected = [f"w{token}" for token in [5, 6, 7, *model.greedy([5, 6, 7], 3)]]
+    assert delta.text.split() == expected
+    assert len(delta.token_ids) == 3
+
+
 def test_an_answer_never_leaves_the_context(replica: Replica) -> None:
     (delta,) = replica.ask([1] * 250, 100, is_stream=False).all()
     assert (delta.num_output_tokens, delta.finish_reason) == (6, "length")
@@ -355,6 +446,8 @@ def test_text_goes_in_and_comes_back(replica: Replica, model: TinyModel) -> None
             "the answer.",
         ),
         ({"input_ids": (1, VOCAB_SIZE)}, f"Token ids must be in [0, {VOCAB_SIZE})."),
+        ({"input_ids": (1,), "end_id": VOCAB_SIZE}, f"Token ids must be in [0, {VOCAB_SIZE})."),
+        ({"input_ids": (1,), "stop_token_ids": (-5,)}, f"Token ids must be in [0, {VOCAB_SIZE})."),
         (
             {"input_ids": None, "text": ""},
             "The prompt is empty; give 'text_input' at least one token.",

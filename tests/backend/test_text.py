@@ -75,6 +75,38 @@ def test_stop_words_cut_the_same_place_however_the_text_arrives(
         assert shown + stopper.finish() == text
 
 
+@given(
+    pieces=st.lists(st.text("abc", max_size=4), max_size=8),
+    num_early=st.integers(0, 8),
+    words=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_a_stop_word_counts_only_where_it_ends_late_enough(
+    pieces: list[str], num_early: int, words: list[str]
+) -> None:
+    stopper, shown, stopped = StopWords(tuple(words)), "", False
+    for number, piece in enumerate(pieces):
+        text, stopped = stopper.add(piece, may_stop=number >= num_early)
+        shown += text
+        if stopped:
+            break
+    whole, early = "".join(pieces), len("".join(pieces[:num_early]))
+    ends = [
+        at + len(word)
+        for word in words
+        for at in range(len(whole))
+        if whole.startswith(word, at) and at + len(word) > early
+    ]
+    assert stopped == bool(ends)
+    if not stopped:
+        assert shown + stopper.finish() == whole
+
+
+def test_a_token_has_a_text_by_itself_even_a_special_one(tokenizer: Tokenizer) -> None:
+    end = tokenizer.token_to_id("</s>")
+    assert end is not None
+    assert Detokenizer(tokenizer, [5]).token_text(end) == "</s>"
+
+
 def test_a_broken_tokenizer_file_is_named() -> None:
     with pytest.raises(InvalidCheckpoint, match=r"^tokenizer\.json cannot be read"):
         read_tokenizer(b"{}")

@@ -1,15 +1,40 @@
 """One forward pass as data: what the generate loop sends to every stage, and what comes back.
 
 The generate loop owns the schedule and the KV blocks, so a batch carries each sequence's block
-table and the stages keep no scheduling state. The binary form is the same in a Triton tensor and
-in an activation frame: little-endian, fixed layout, no pickle.
+table and the stages keep no scheduling state. Its binary form is `batch_codec`'s.
 """
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steering:
+    """What changes a row's scores besides temperature, top-k and top-p; most rows have none.
+
+    The last stage chooses the tokens but keeps nothing of a sequence, so what the sequence's tokens
+    so far mean for its next one travels with the row: a few ids, and no state on any stage that a
+    preemption, another cut of the layers or a hand-over would have to carry along.
+    """
+
+    #: Tokens less likely than `min_p` times the likeliest one are left out.
+    min_p: float = 0.0
+    #: Scores of seen tokens are divided by it if positive, else multiplied; 1.0 is off.
+    repetition_penalty: float = 1.0
+    #: Taken from the score of every token that was generated; 0.0 is off.
+    presence_penalty: float = 0.0
+    #: Taken from it as often as the token was generated; 0.0 is off.
+    frequency_penalty: float = 0.0
+    #: Likeliest tokens to report beside the chosen one and its rank; `None` reports neither.
+    num_logprobs: int | None = None
+    #: Tokens that must not come next.
+    banned_ids: tuple[int, ...] = ()
+    #: Distinct tokens the penalties apply to.
+    seen_ids: tuple[int, ...] = ()
+    #: How often each of `seen_ids` was generated; 0 if it is in the prompt alone.
+    seen_counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +49,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    steering: Steering | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,116 +74,45 @@ class ForwardBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """A chosen token among its rivals."""
+
+    #: 1 for the likeliest token.
+    rank: int
+    #: The likeliest tokens, best first.
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardResult:
     """One entry per row whose `sampling` was set, in row order."""
 
     token_ids: tuple[int, ...]
-    #: Natural logarithm of each chosen token's probability under the unfiltered distribution.
+    #: Natural logarithm of each chosen token's probability by the model itself: before penalties,
+    #: temperature and filters.
     logprobs: tuple[float, ...]
+    #: One per row that asked for `num_logprobs`, in row order.
+    rankings: tuple[Ranking, ...] = ()
 
 
-# magic with the version as its last byte, rows, block numbers of all rows together
-_BATCH_HEADER = struct.Struct("<4sII")
-_BATCH_MAGIC = b"PSB1"
-# start, num_tokens, blocks, sampled, top_k, seed, temperature, top_p
-_ROW = struct.Struct("<IIIIIQdd")
-_BLOCK_BYTES = 4
-# magic with the version as its last byte, entries; then all token ids, then all logprobs
-_RESULT_HEADER = struct.Struct("<4sI")
-_RESULT_MAGIC = b"PSR1"
-_RESULT_ENTRY_BYTES = 4 + 8
-
-Buffer = bytes | bytearray | memoryview
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenToken:
+    token_id: int
+    logprob: float
+    ranking: Ranking | None
 
 
-def encode_batch(batch: ForwardBatch) -> bytes:
-    """The binary form of `batch`; raises ValueError where a number does not fit its field."""
-    blocks = [block for row in batch.rows for block in row.block_table]
-    try:
-        return b"".join(
-            (
-                _BATCH_HEADER.pack(_BATCH_MAGIC, len(batch.rows), len(blocks)),
-                *map(_encode_row, batch.rows),
-                struct.pack(f"<{len(blocks)}I", *blocks),
-            )
-        )
-    except struct.error as error:
-        raise ValueError(f"a forward batch cannot be encoded: {error}") from None
-
-
-def decode_batch(buffer: Buffer) -> ForwardBatch:
-    """Reverse `encode_batch`; raises ValueError on anything it could not have written."""
-    num_rows, num_blocks = _read_header(_BATCH_HEADER, _BATCH_MAGIC, buffer)
-    rows_end = _BATCH_HEADER.size + num_rows * _ROW.size
-    _check_size(buffer, rows_end + num_blocks * _BLOCK_BYTES)
-    blocks: tuple[int, ...] = struct.unpack_from(f"<{num_blocks}I", buffer, rows_end)
-    rows = []
-    taken = 0
-    for fields in _ROW.iter_unpack(memoryview(buffer)[_BATCH_HEADER.size : rows_end]):
-        end = taken + fields[2]
-        rows.append(_decode_row(fields, blocks[taken:end]))
-        taken = end
-    if taken != num_blocks:
-        raise ValueError(f"a forward batch holds {num_blocks} blocks, its rows name {taken}")
-    return ForwardBatch(rows=tuple(rows))
-
-
-def _encode_row(row: Row) -> bytes:
-    if row.num_tokens < 1:
-        raise ValueError("a row of a forward batch needs at least one token")
-    # A row without sampling carries the defaults; only the flag says that they mean nothing.
-    sampling = row.sampling or Sampling()
-    return _ROW.pack(
-        row.start,
-        row.num_tokens,
-        len(row.block_table),
-        row.sampling is not None,
-        sampling.top_k,
-        sampling.seed,
-        sampling.temperature,
-        sampling.top_p,
-    )
-
-
-def _decode_row(fields: tuple[Any, ...], block_table: tuple[int, ...]) -> Row:
-    start, num_tokens, _, sampled, top_k, seed, temperature, top_p = fields
-    if num_tokens == 0 or sampled > 1:
-        raise ValueError("a row of a forward batch is malformed")
-    sampling = None
-    if sampled:
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    return Row(start=start, num_tokens=num_tokens, block_table=block_table, sampling=sampling)
-
-
-def encode_result(result: ForwardResult) -> bytes:
-    """The binary form of `result`; raises ValueError where a number does not fit its field."""
-    count = len(result.token_ids)
-    if len(result.logprobs) != count:
-        raise ValueError(f"{count} token ids with {len(result.logprobs)} logprobs")
-    try:
-        header = _RESULT_HEADER.pack(_RESULT_MAGIC, count)
-        return header + struct.pack(f"<{count}I{count}d", *result.token_ids, *result.logprobs)
-    except struct.error as error:
-        raise ValueError(f"a forward result cannot be encoded: {error}") from None
-
-
-def decode_result(buffer: Buffer) -> ForwardResult:
-    """Reverse `encode_result`; raises ValueError on anything it could not have written."""
-    (count,) = _read_header(_RESULT_HEADER, _RESULT_MAGIC, buffer)
-    _check_size(buffer, _RESULT_HEADER.size + count * _RESULT_ENTRY_BYTES)
-    values = struct.unpack_from(f"<{count}I{count}d", buffer, _RESULT_HEADER.size)
-    return ForwardResult(token_ids=values[:count], logprobs=values[count:])
-
-
-def _read_header(header: struct.Struct, magic: bytes, buffer: Buffer) -> tuple[int, ...]:
-    if len(buffer) < header.size:
-        raise ValueError(f"{len(buffer)} bytes are too few for a header of {header.size}")
-    found, *counts = header.unpack_from(buffer)
-    if found != magic:
-        raise ValueError(f"expected magic {magic!r}, found {found!r}")
-    return tuple(counts)
-
-
-def _check_size(buffer: Buffer, expected_bytes: int) -> None:
-    if len(buffer) != expected_bytes:
-        raise ValueError(f"expected {expected_bytes} bytes, found {len(buffer)}")
+def chosen_tokens(batch: ForwardBatch, result: ForwardResult) -> Iterator[ChosenToken | None]:
+    """Yield what `result` has for each row of `batch`; `None` where no token was wanted."""
+    entries = zip(result.token_ids, result.logprobs, strict=True)
+    rankings = iter(result.rankings)
+    for row in batch.rows:
+        if row.sampling is None:
+            yield None
+            continue
+        token_id, logprob = next(entries)
+        steering = row.sampling.steering
+        is_ranked = steering is not None and steering.num_logprobs is not None
+        ranking = next(rankings) if is_ranked else None
+        yield ChosenToken(token_id=token_id, logprob=logprob, ranking=ranking)

@@ -11,7 +11,13 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from paraserve_backend.engine.batch import ForwardBatch, ForwardResult, Row
+from paraserve_backend.engine.batch import (
+    ChosenToken,
+    ForwardBatch,
+    ForwardResult,
+    Row,
+    chosen_tokens,
+)
 from paraserve_backend.engine.block_pool import BlockPool
 from paraserve_backend.engine.sequence import Sequence
 
@@ -32,6 +38,14 @@ class ScheduledBatch:
     token_ids: tuple[int, ...]
     #: One per row of `forward`.
     sequences: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advance:
+    """A sequence and the token it just got."""
+
+    sequence: Sequence
+    token: ChosenToken
 
 
 class Batcher:
@@ -74,20 +88,19 @@ class Batcher:
                 budget -= count
         return self._build(chosen) if chosen else None
 
-    def complete(self, batch: ScheduledBatch, result: ForwardResult) -> list[Sequence]:
-        """Fold a result back. Returns the sequences that got a token, dropped ones left out."""
-        tokens = iter(result.token_ids)
-        advanced = []
-        for sequence, row in zip(batch.sequences, batch.forward.rows, strict=True):
+    def complete(self, batch: ScheduledBatch, result: ForwardResult) -> list[Advance]:
+        """Fold a result back. Returns what each sequence got, dropped ones left out."""
+        advances = []
+        tokens = chosen_tokens(batch.forward, result)
+        for sequence, row, token in zip(batch.sequences, batch.forward.rows, tokens, strict=True):
             sequence.in_flight = False
             sequence.num_computed += row.num_tokens
-            token_id = next(tokens) if row.sampling is not None else None
-            if token_id is not None and not sequence.is_dropped:
-                sequence.append(token_id)
-                advanced.append(sequence)
+            if token is not None and not sequence.is_dropped:
+                sequence.append(token.token_id)
+                advances.append(Advance(sequence=sequence, token=token))
             if sequence.is_dropped or sequence.finish_reason is not None:
                 self._leave(sequence)
-        return advanced
+        return advances
 
     def fail(self, batch: ScheduledBatch) -> tuple[Sequence, ...]:
         """Drop every sequence of a batch whose forward pass failed."""
@@ -161,7 +174,7 @@ class Batcher:
                     start=sequence.num_computed,
                     num_tokens=count,
                     block_table=tuple(sequence.block_table[: self._blocks_for(end)]),
-                    sampling=sequence.sampling if end == sequence.num_tokens else None,
+                    sampling=sequence.next_sampling() if end == sequence.num_tokens else None,
                 )
             )
         return ScheduledBatch(

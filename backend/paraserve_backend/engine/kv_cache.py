@@ -1,13 +1,14 @@
 """The paged KV cache of one stage: keys and values of its layers, in blocks of positions.
 
 Which block holds which sequence is decided by the generate loop and travels with each batch;
-this module only stores and fetches.
+this module only stores and fetches. In the last block of a sequence, the positions after its end
+hold zeros: attention computes with them before it hides them, and a NaN would not stay hidden.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -20,17 +21,19 @@ from paraserve_backend.families.spec import ModelSpec
 BLOCK_SIZE = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
     """One layer's part of the cache, `[blocks, block_size, kv_heads, head_dim]` each."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys = keys
+        self.values = values
+        self._keys_by_slot = keys.flatten(0, 1)
+        self._values_by_slot = values.flatten(0, 1)
 
     def write(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store `[tokens, kv_heads, head_dim]` at `slots`, each block * block_size + offset."""
-        self.keys.flatten(0, 1).index_copy_(0, slots, keys)
-        self.values.flatten(0, 1).index_copy_(0, slots, values)
+        self._keys_by_slot.index_copy_(0, slots, keys)
+        self._values_by_slot.index_copy_(0, slots, values)
 
     def gather(self, block_tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of `[rows, blocks]`, as `[rows, kv_heads, blocks * block_size, dim]`."""
@@ -61,13 +64,17 @@ class KvCache:
     def device(self) -> torch.device:
         return self.storage.device
 
+    def clear(self, blocks: Iterable[int]) -> None:
+        """Forget what `blocks` hold in every layer, before their next owner begins them."""
+        for block in blocks:
+            self.storage[:, :, block].zero_()
+
     def layer(self, index: int) -> LayerCache:
         """The cache of the stage's `index`-th layer, counted from the stage's own first."""
-        return LayerCache(keys=self.storage[index, 0], values=self.storage[index, 1])
+        return LayerCache(self.storage[index, 0], self.storage[index, 1])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros, not garbage: a masked position is multiplied by weight 0, and 0 * NaN is NaN."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # The kernel's own zero pages: nothing is written, and no memory is taken, before it is used.

@@ -1,105 +1,143 @@
-"""One decoder layer over the stage's KV cache: attention and gated MLP, straight on the weights.
+"""One decoder layer over the stage's KV cache: attention, MLP, and the norms around them.
 
-Numbers are rounded where transformers rounds them, so that greedy tokens agree with it.
+One implementation for all families; a module that a family does not have is absent.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch.nn.functional import linear, silu
 
-from paraserve_backend.engine.attention import AttentionPlan, attend
-from paraserve_backend.engine.kv_cache import LayerCache
+from paraserve_backend.engine.attention import CachedAttention
+from paraserve_backend.engine.attention_plan import AttentionPlan
+from paraserve_backend.engine.kernels import ACTIVATIONS, Norm, Parameters
 from paraserve_backend.engine.rope import Rotation
-from paraserve_backend.families.spec import ModelSpec
+from paraserve_backend.families.spec import ModelSpec, Module, QkvOrder, Residual
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerParameters:
-    """One field per `families.spec.Parameter`; `None` where the family has none."""
-
-    attention_norm: torch.Tensor
-    query: torch.Tensor
-    query_bias: torch.Tensor | None = None
-    query_norm: torch.Tensor | None = None
-    key: torch.Tensor
-    key_bias: torch.Tensor | None = None
-    key_norm: torch.Tensor | None = None
-    value: torch.Tensor
-    value_bias: torch.Tensor | None = None
-    output: torch.Tensor
-    output_bias: torch.Tensor | None = None
-    mlp_norm: torch.Tensor
-    gate: torch.Tensor
-    gate_bias: torch.Tensor | None = None
-    up: torch.Tensor
-    up_bias: torch.Tensor | None = None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None = None
+LayerParameters = Mapping[Module, Parameters]
 
 
 class DecoderLayer:
     def __init__(
-        self, spec: ModelSpec, parameters: LayerParameters, cache: LayerCache, window: int | None
+        self, spec: ModelSpec, parameters: LayerParameters, attention: CachedAttention
     ) -> None:
-        self._head_dim = spec.head_dim
-        self._norm_eps = spec.norm_eps
-        self._parameters = parameters
-        self._cache = cache
-        self._window = window
+        self._residual = spec.residual
+        self._attention = _SelfAttention(spec, parameters, attention)
+        self._mlp = _Mlp(spec, parameters)
+        self._attention_norm = _norm(spec, parameters[Module.ATTENTION_NORM])
+        self._attention_post_norm = _optional_norm(spec, parameters, Module.ATTENTION_POST_NORM)
+        self._mlp_norm = _optional_norm(spec, parameters, Module.MLP_NORM) or self._attention_norm
+        self._mlp_post_norm = _optional_norm(spec, parameters, Module.MLP_POST_NORM)
 
     def forward(
-        self, hidden: torch.Tensor, rotation: Rotation, plan: AttentionPlan
+        self, hidden: torch.Tensor, rotation: Rotation | None, plan: AttentionPlan
     ) -> torch.Tensor:
         """The next `[tokens, hidden_size]`; `hidden` itself is left as it is."""
-        weights = self._parameters
-        normed = rms_norm(hidden, weights.attention_norm, self._norm_eps)
-        hidden = self._attention(normed, rotation, plan).add_(hidden)
-        normed = rms_norm(hidden, weights.mlp_norm, self._norm_eps)
-        return self._mlp(normed).add_(hidden)
+        match self._residual:
+            case Residual.SEQUENTIAL:
+                return self._sequential(hidden, rotation, plan)
+            case Residual.PARALLEL:
+                return self._parallel(hidden, rotation, plan)
+            case Residual.NORM_AFTER:
+                return self._norm_after(hidden, rotation, plan)
 
-    def _attention(
-        self, hidden: torch.Tensor, rotation: Rotation, plan: AttentionPlan
+    def _sequential(
+        self, hidden: torch.Tensor, rotation: Rotation | None, plan: AttentionPlan
     ) -> torch.Tensor:
-        weights = self._parameters
-        query = self._heads(project(hidden, weights.query, weights.query_bias))
-        keys = self._heads(project(hidden, weights.key, weights.key_bias))
-        values = self._heads(project(hidden, weights.value, weights.value_bias))
-        if weights.query_norm is not None:
-            query = rms_norm(query, weights.query_norm, self._norm_eps)
-        if weights.key_norm is not None:
-            keys = rms_norm(keys, weights.key_norm, self._norm_eps)
-        query, keys = rotation.apply(query), rotation.apply(keys)
-        attended = attend(query, keys, values, self._cache, plan, self._window)
-        return project(attended.flatten(1), weights.output, weights.output_bias)
+        attended = self._attention.forward(self._attention_norm.apply(hidden), rotation, plan)
+        if self._attention_post_norm is not None:
+            attended = self._attention_post_norm.apply(attended)
+        hidden = attended.add_(hidden)
+        mapped = self._mlp.forward(self._mlp_norm.apply(hidden))
+        if self._mlp_post_norm is not None:
+            mapped = self._mlp_post_norm.apply(mapped)
+        return mapped.add_(hidden)
 
-    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
-        return projected.view(len(projected), -1, self._head_dim)
+    def _parallel(
+        self, hidden: torch.Tensor, rotation: Rotation | None, plan: AttentionPlan
+    ) -> torch.Tensor:
+        normed = self._attention_norm.apply(hidden)
+        shared = self._mlp_norm is self._attention_norm
+        mapped = self._mlp.forward(normed if shared else self._mlp_norm.apply(hidden))
+        return mapped.add_(self._attention.forward(normed, rotation, plan)).add_(hidden)
 
-    def _mlp(self, hidden: torch.Tensor) -> torch.Tensor:
-        weights = self._parameters
-        gate = silu(project(hidden, weights.gate, weights.gate_bias), inplace=True)
-        return project(
-            gate.mul_(project(hidden, weights.up, weights.up_bias)),
-            weights.down,
-            weights.down_bias,
-        )
-
-
-def project(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Map `[tokens, inputs]` to `[tokens, outputs]` with a weight `[outputs, inputs]`."""
-    if len(hidden) == 1 and bias is None and hidden.device.type == "cpu":
-        # Decoding one sequence: this kernel reads bfloat16 weights a third faster (measured).
-        return torch.mv(weight, hidden[0])[None]
-    return linear(hidden, weight, bias)
+    def _norm_after(
+        self, hidden: torch.Tensor, rotation: Rotation | None, plan: AttentionPlan
+    ) -> torch.Tensor:
+        attended = self._attention.forward(hidden, rotation, plan)
+        hidden = self._attention_norm.apply(attended.add_(hidden))
+        return self._mlp_norm.apply(self._mlp.forward(hidden).add_(hidden))
 
 
-def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Scale the last dimension to unit mean square in float32, round, then weigh."""
-    wide = hidden.float()
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (wide * scale).to(hidden.dtype) * weight
+class _SelfAttention:
+    """From `[tokens, hidden_size]` through queries, keys and values back to it."""
+
+    def __init__(
+        self, spec: ModelSpec, parameters: LayerParameters, attention: CachedAttention
+    ) -> None:
+        self._head_dim = spec.head_dim
+        self._num_kv_heads = spec.num_kv_heads
+        self._block_ends = (spec.num_heads, spec.num_heads + spec.num_kv_heads)
+        self._qkv_order = spec.qkv_order
+        self._fused = parameters.get(Module.QKV)
+        self._separate = [
+            parameters[module]
+            for module in (Module.QUERY, Module.KEY, Module.VALUE)
+            if module in parameters
+        ]
+        self._query_norm = _optional_norm(spec, parameters, Module.QUERY_NORM)
+        self._key_norm = _optional_norm(spec, parameters, Module.KEY_NORM)
+        self._attention = attention
+        self._output = parameters[Module.OUTPUT]
+
+    def forward(
+        self, hidden: torch.Tensor, rotation: Rotation | None, plan: AttentionPlan
+    ) -> torch.Tensor:
+        query, keys, values = self._heads(hidden)
+        if self._query_norm is not None:
+            query = self._query_norm.apply(query)
+        if self._key_norm is not None:
+            keys = self._key_norm.apply(keys)
+        if rotation is not None:
+            query, keys = rotation.apply(query), rotation.apply(keys)
+        attended = self._attention.forward(query, keys, values, plan)
+        return self._output.project(attended.flatten(1))
+
+    def _heads(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Queries, keys and values, `[tokens, heads, head_dim]` each."""
+        tokens, head_dim = len(hidden), self._head_dim
+        if self._fused is None:
+            return [each.project(hidden).view(tokens, -1, head_dim) for each in self._separate]
+        fused = self._fused.project(hidden)
+        if self._qkv_order is QkvOrder.BLOCKS:
+            return fused.view(tokens, -1, head_dim).tensor_split(self._block_ends, dim=1)
+        groups = fused.view(tokens, self._num_kv_heads, -1, head_dim)
+        return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+
+
+class _Mlp:
+    def __init__(self, spec: ModelSpec, parameters: LayerParameters) -> None:
+        self._activation = ACTIVATIONS[spec.activation]
+        self._gate = parameters.get(Module.GATE)
+        self._fused = Module.GATE_UP in parameters
+        self._up = parameters[Module.GATE_UP if self._fused else Module.UP]
+        self._down = parameters[Module.DOWN]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._gate is not None:
+            inner = self._activation(self._gate.project(hidden)).mul_(self._up.project(hidden))
+        elif self._fused:
+            gate, up = self._up.project(hidden).chunk(2, dim=-1)
+            inner = self._activation(gate).mul_(up)
+        else:
+            inner = self._activation(self._up.project(hidden))
+        return self._down.project(inner)
+
+
+def _norm(spec: ModelSpec, parameters: Parameters) -> Norm:
+    return Norm(kind=spec.normalisation, eps=spec.norm_eps, parameters=parameters)
+
+
+def _optional_norm(spec: ModelSpec, parameters: LayerParameters, module: Module) -> Norm | None:
+    return _norm(spec, parameters[module]) if module in parameters else None

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from paraserve_backend.answer import Answer, Delta
 from paraserve_backend.engine.batch import ForwardResult
-from paraserve_backend.engine.batching import Batcher, ScheduledBatch
+from paraserve_backend.engine.batching import Advance, Batcher, ScheduledBatch
 from paraserve_backend.engine.sequence import Sequence
 from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
 
@@ -123,11 +123,11 @@ class GenerateLoop:
         if error is not None:
             self._fail(returned.batch, error)
             return
-        advanced = self._batcher.complete(returned.batch, returned.future.result())
+        advances = self._batcher.complete(returned.batch, returned.future.result())
         # The next pass starts before this one's text is made and sent.
         self._fill()
-        for sequence in advanced:
-            self._deliver(sequence)
+        for advance in advances:
+            self._deliver(advance)
 
     def _fail(self, batch: ScheduledBatch, error: BaseException) -> None:
         if not isinstance(error, ParaServeError):
@@ -147,12 +147,13 @@ class GenerateLoop:
     def _return(self, batch: ScheduledBatch, future: Future[ForwardResult]) -> None:
         self._events.put(_Returned(batch=batch, future=future))
 
-    def _deliver(self, sequence: Sequence) -> None:
+    def _deliver(self, advance: Advance) -> None:
         """Send what the newest token completes; a stop word ends the sequence here."""
+        sequence = advance.sequence
         request = self._requests.get(sequence)
         if request is None:
             return
-        delta = request.answer.add(sequence.output_ids[-1], sequence.finish_reason)
+        delta = request.answer.add(advance.token, sequence.finish_reason)
         if delta is None:
             return
         request.reply.send(delta)

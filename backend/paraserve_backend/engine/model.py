@@ -9,21 +9,23 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
-from torch.nn.functional import embedding
 
 from paraserve_backend.contract import LayerRange
-from paraserve_backend.engine.attention import plan_attention
+from paraserve_backend.engine.attention import CachedAttention
+from paraserve_backend.engine.attention_plan import plan_attention
 from paraserve_backend.engine.batch import ForwardBatch
 from paraserve_backend.engine.dtypes import TORCH_DTYPE
+from paraserve_backend.engine.ends import Embedding, Head
+from paraserve_backend.engine.kernels import Parameters
 from paraserve_backend.engine.kv_cache import KvCache
-from paraserve_backend.engine.layers import DecoderLayer, LayerParameters, project, rms_norm
-from paraserve_backend.engine.rope import frequencies, rotation
+from paraserve_backend.engine.layers import DecoderLayer, LayerParameters
+from paraserve_backend.engine.rope import RotaryTable
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
-from paraserve_backend.families.spec import ModelSpec
+from paraserve_backend.families.spec import ModelSpec, Rope
 from paraserve_backend.families.tensors import (
     expected_tensors,
     head_tensor_name,
-    layer_tensor_name,
+    layer_module_name,
 )
 
 
@@ -51,10 +53,9 @@ class StageModel:
         self.kv_cache = kv_cache
         self._dtype = TORCH_DTYPE[spec.dtype]
         self._windows = frozenset(spec.windows[layers.start : layers.end])
-        self._frequencies = frequencies(spec.rope, spec.head_dim).to(kv_cache.device)
-        self._embedding: torch.Tensor | None = None
-        self._norm: torch.Tensor | None = None
-        self._head: torch.Tensor | None = None
+        self._rotary = _rotary_table(spec, kv_cache.device, self._dtype)
+        self._embedding: Embedding | None = None
+        self._head: Head | None = None
         self._load(_CheckedWeights(spec, layers, weights))
 
     @torch.inference_mode()
@@ -73,31 +74,44 @@ class StageModel:
         Raises:
             InvalidRequest: the inputs do not fit the batch, or the batch does not fit the cache.
         """
-        plan = plan_attention(batch, self.kv_cache, self._windows)
-        hidden = self._enter(batch, inputs)
-        turn = rotation(self._frequencies, plan.positions, self._dtype)
+        plan = plan_attention(
+            batch,
+            self.kv_cache,
+            self._windows,
+            all_masks=self.spec.attention_softcap is not None,
+        )
+        hidden = self._enter(batch, inputs, plan.positions)
+        self.kv_cache.clear(plan.opened)
+        turn = self._rotary.rotation(plan.positions) if self._rotary is not None else None
         for layer in self._decoder:
             hidden = layer.forward(hidden, turn, plan)
         return self._leave(batch, hidden)
 
-    def _load(self, weights: Weights) -> None:
+    def _load(self, weights: _CheckedWeights) -> None:
         spec, layers = self.spec, self.layers
         if layers.is_first:
-            self._embedding = weights.get(spec.names.embedding[0])
+            self._embedding = Embedding(spec, [weights.get(name) for name in spec.names.embedding])
         self._decoder = [
             DecoderLayer(
-                spec,
-                _layer_parameters(spec, layer, weights),
-                self.kv_cache.layer(layer - layers.start),
-                spec.windows[layer],
+                spec, _layer_parameters(spec, layer, weights), self._cached_attention(layer)
             )
             for layer in range(layers.start, layers.end)
         ]
         if layers.is_last:
-            self._norm = weights.get(spec.names.final[0])
-            self._head = weights.get(head_tensor_name(spec))
+            final = [weights.get(name) for name in spec.names.final]
+            self._head = Head(spec, final, weights.get(head_tensor_name(spec)))
 
-    def _enter(self, batch: ForwardBatch, inputs: torch.Tensor) -> torch.Tensor:
+    def _cached_attention(self, layer: int) -> CachedAttention:
+        return CachedAttention(
+            cache=self.kv_cache.layer(layer - self.layers.start),
+            window=self.spec.windows[layer],
+            scale=self.spec.attention_scale,
+            softcap=self.spec.attention_softcap,
+        )
+
+    def _enter(
+        self, batch: ForwardBatch, inputs: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
         tokens = batch.num_tokens
         if self._embedding is None:
             _check_shape("hidden states", inputs, (tokens, self.spec.hidden_size))
@@ -108,14 +122,14 @@ class StageModel:
             raise InvalidRequest(
                 f"Token ids from {low} to {high} are not all in [0, {self.spec.vocab_size})."
             )
-        return embedding(inputs.to(self.kv_cache.device), self._embedding)
+        _check_length(self.spec, batch)
+        return self._embedding.forward(inputs.to(self.kv_cache.device), positions)
 
     def _leave(self, batch: ForwardBatch, hidden: torch.Tensor) -> torch.Tensor:
-        if self._norm is None or self._head is None:
+        if self._head is None:
             return hidden
         last_tokens = torch.tensor(_sampled_tokens(batch), dtype=torch.int64)
-        chosen = hidden.index_select(0, last_tokens.to(hidden.device))
-        return project(rms_norm(chosen, self._norm, self.spec.norm_eps), self._head)
+        return self._head.forward(hidden.index_select(0, last_tokens.to(hidden.device)))
 
 
 class _CheckedWeights:
@@ -136,13 +150,21 @@ class _CheckedWeights:
         return tensor.to(self._dtype)
 
 
-def _layer_parameters(spec: ModelSpec, layer: int, weights: Weights) -> LayerParameters:
-    return LayerParameters(
-        **{
-            tensor.parameter.value: weights.get(layer_tensor_name(spec, layer, tensor.suffix))
-            for tensor in spec.layer_tensors
-        }
-    )
+def _layer_parameters(spec: ModelSpec, layer: int, weights: _CheckedWeights) -> LayerParameters:
+    parameters = {}
+    for module in spec.layer_modules:
+        name = layer_module_name(spec, layer, module)
+        parameters[module.module] = Parameters(
+            weight=weights.get(f"{name}.weight"),
+            bias=weights.get(f"{name}.bias") if module.bias else None,
+        )
+    return parameters
+
+
+def _rotary_table(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> RotaryTable | None:
+    if not isinstance(spec.positions, Rope):
+        return None
+    return RotaryTable(spec.positions, spec.head_dim, device, dtype)
 
 
 def _sampled_tokens(batch: ForwardBatch) -> list[int]:
@@ -155,4 +177,12 @@ def _check_shape(what: str, inputs: torch.Tensor, expected: tuple[int, ...]) -> 
     if tuple(inputs.shape) != expected:
         raise InvalidRequest(
             f"The {what} have shape {list(inputs.shape)}, the batch needs {list(expected)}."
+        )
+
+
+def _check_length(spec: ModelSpec, batch: ForwardBatch) -> None:
+    end = max(row.start + row.num_tokens for row in batch.rows)
+    if end > spec.context_length:
+        raise InvalidRequest(
+            f"A row ends at position {end}, but the model has {spec.context_length} positions."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from paraserve_backend.engine.batch import Sampling
+from paraserve_backend.engine.history import History
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -12,10 +13,13 @@ class Sequence:
     """Owned by the batcher; others only read it."""
 
     prompt_ids: list[int]
+    #: How to choose its tokens, where those so far do not matter.
     sampling: Sampling
+    #: Set where they do.
+    history: History | None = None
     max_tokens: int
-    #: Token ids that end the sequence; empty when the request ignores them.
-    eos_ids: frozenset[int] = frozenset()
+    #: Token ids that end the sequence.
+    end_ids: frozenset[int] = frozenset()
     output_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     #: Positions `[0, num_computed)` are in the KV cache.
@@ -42,9 +46,15 @@ class Sequence:
             return self.output_ids[start - prompt_length : end - prompt_length]
         return self.prompt_ids[start:end] + self.output_ids[: max(0, end - prompt_length)]
 
+    def next_sampling(self) -> Sampling:
+        """Return how to choose the token after those it has."""
+        return self.sampling if self.history is None else self.history.sampling()
+
     def append(self, token_id: int) -> None:
         self.output_ids.append(token_id)
-        if token_id in self.eos_ids:
+        if self.history is not None:
+            self.history.append(token_id)
+        if token_id in self.end_ids:
             self.finish_reason = "stop"
         elif len(self.output_ids) >= self.max_tokens:
             self.finish_reason = "length"

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from paraserve_backend.errors import InvalidCheckpoint
+
+#: What float32 can hold: beyond, a number would be zero or infinite in every computation.
+_LEAST, _MOST = 1.2e-38, 3.4e38
+_MOST_COUNT = 2**53
 
 
 class Config:
@@ -14,22 +19,48 @@ class Config:
         self._fields = fields
         self._name = name
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._fields
+
     def has(self, field: str) -> bool:
         return self._fields.get(field) is not None
 
     def count(self, field: str, default: int | None = None) -> int:
         """A whole number above zero."""
         value = self._read(field, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _MOST_COUNT:
             raise self._wrong(field, "a whole number above zero")
         return value
 
-    def number(self, field: str, default: float | None = None) -> float:
-        """A number above zero."""
+    def count_or_null(self, field: str, default: int | None) -> int | None:
+        """A whole number above zero; `null` switches off what an absent field leaves at default."""
+        return self.count(field, default) if self._is_given(field, default) else None
+
+    def whole(self, field: str, default: int) -> int:
+        """A whole number, zero included."""
         value = self._read(field, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self._wrong(field, "a whole number")
+        return value
+
+    def number(self, field: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        value = self._read(field, default)
+        if not _is_positive(value):
             raise self._wrong(field, "a number above zero")
         return float(value)
+
+    def number_or_null(self, field: str, default: float | None) -> float | None:
+        """A number above zero; `null` switches off what an absent field leaves at default."""
+        return self.number(field, default) if self._is_given(field, default) else None
+
+    def numbers(self, field: str) -> tuple[float, ...]:
+        """A list of finite numbers above zero."""
+        value = self._read(field, None)
+        if not isinstance(value, list) or not all(map(_is_positive, value)):
+            raise self._wrong(field, "a list of numbers above zero")
+        return tuple(map(float, value))
 
     def flag(self, field: str, default: bool | None = None) -> bool:
         value = self._read(field, default)
@@ -67,6 +98,9 @@ class Config:
     def invalid(self, problem: str) -> InvalidCheckpoint:
         return InvalidCheckpoint(f"{self._name}: {problem}.")
 
+    def _is_given(self, field: str, default: object) -> bool:
+        return self._fields.get(field, default) is not None
+
     def _read(self, field: str, default: object) -> object:
         value = self._fields.get(field)
         value = default if value is None else value
@@ -76,3 +110,9 @@ class Config:
 
     def _wrong(self, field: str, expected: str) -> InvalidCheckpoint:
         return self.invalid(f"'{field}' is {self._fields.get(field)!r}, expected {expected}")
+
+
+def _is_positive(value: object) -> TypeGuard[int | float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return _LEAST <= value <= _MOST

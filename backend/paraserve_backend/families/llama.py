@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from paraserve_backend.families.common import ATTENTION_BIASES, MLP_BIASES, read_spec
+from paraserve_backend.families.common import ATTENTION, MLP, read_spec
 from paraserve_backend.families.config import Config
-from paraserve_backend.families.spec import ModelSpec, Parameter
+from paraserve_backend.families.spec import ModelSpec, Module
 
 
 def read_llama(config: Config, architecture: str) -> ModelSpec:
-    optional: set[Parameter] = set()
+    biased: set[Module] = set()
     if config.flag("attention_bias", False):
-        optional |= ATTENTION_BIASES
+        biased |= ATTENTION
     if config.flag("mlp_bias", False):
-        optional |= MLP_BIASES
-    return read_spec(config, architecture, optional=optional)
+        biased |= MLP
+    return read_spec(config, architecture, biased=biased)

@@ -11,6 +11,5 @@ from paraserve_backend.families.spec import ModelSpec
 
 def read_mistral(config: Config, architecture: str) -> ModelSpec:
     spec = read_spec(config, architecture)
-    if not config.has("sliding_window"):
-        return spec
-    return replace(spec, windows=(config.count("sliding_window"),) * spec.num_layers)
+    window = config.count_or_null("sliding_window", 4096)
+    return replace(spec, windows=(window,) * spec.num_layers)

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from paraserve_backend.families.common import ATTENTION_BIASES, QK_NORMS, QKV_BIASES, read_spec
+from paraserve_backend.families.common import ATTENTION, MODULES, QKV, read_spec
 from paraserve_backend.families.config import Config
-from paraserve_backend.families.spec import ModelSpec
+from paraserve_backend.families.fields import read_windows
+from paraserve_backend.families.spec import ModelSpec, Module
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+_QWEN3_MODULES = {
+    **MODULES,
+    Module.QUERY_NORM: "self_attn.q_norm",
+    Module.KEY_NORM: "self_attn.k_norm",
+}
 
 
 def read_qwen2(config: Config, architecture: str) -> ModelSpec:
-    return _with_windows(read_spec(config, architecture, optional=QKV_BIASES), config)
+    return _with_windows(read_spec(config, architecture, biased=QKV), config)
 
 
 def read_qwen3(config: Config, architecture: str) -> ModelSpec:
-    biases = ATTENTION_BIASES if config.flag("attention_bias", False) else frozenset()
-    return _with_windows(read_spec(config, architecture, optional=QK_NORMS | biases), config)
+    biased = ATTENTION if config.flag("attention_bias", False) else frozenset()
+    spec = read_spec(config, architecture, modules=_QWEN3_MODULES, biased=biased)
+    return _with_windows(spec, config)
 
 
 def _with_windows(spec: ModelSpec, config: Config) -> ModelSpec:
     # Published configs carry a `sliding_window` that is meant to be ignored without this flag.
-    if not config.flag("use_sliding_window", False) or not config.has("sliding_window"):
+    if not config.flag("use_sliding_window", False):
         return spec
-    window = config.count("sliding_window")
-    kinds = _layer_kinds(config, spec.num_layers)
-    return replace(spec, windows=tuple(window if kind == _SLIDING else None for kind in kinds))
-
-
-def _layer_kinds(config: Config, num_layers: int) -> tuple[str, ...]:
-    if not config.has("layer_types"):
-        first = config.count("max_window_layers")
-        return tuple(_SLIDING if layer >= first else _FULL for layer in range(num_layers))
-    kinds = config.texts("layer_types")
-    if len(kinds) != num_layers or not set(kinds) <= {_FULL, _SLIDING}:
-        raise config.invalid(f"'layer_types' must name {_FULL} or {_SLIDING} for each layer")
-    return kinds
+    window = config.count_or_null("sliding_window", 4096)
+    if window is None:
+        return spec
+    first = config.whole("max_window_layers", 28)
+    sliding = tuple(layer >= first for layer in range(spec.num_layers))
+    return replace(spec, windows=read_windows(config, window, sliding))

@@ -1,50 +1,95 @@
-"""What the engine must know about a model: sizes, position encoding and tensor layout.
+"""What the engine must know about a model: sizes, position encoding, tensor layout.
 
-Read from config.json by a family (see `table`). The engine is one implementation: what a family
-adds or leaves out (biases, norms on queries and keys) shows as the presence of a layer parameter.
+Read from config.json by a family (see `table`). The engine is one implementation: all that tells
+one family from another is a value here. What a layer adds or leaves out (biases, norms on queries
+and keys, a gate) shows as the presence of a module.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 
 from paraserve_backend.contract import Dtype, TensorNames
 
 
-class Parameter(StrEnum):
-    """The parameters a decoder layer can have, under one name for all families.
-
-    Matrices are stored as `[outputs, inputs]`.
-    """
+class Module(StrEnum):
+    """The modules a decoder layer can have, under one name for all families."""
 
     ATTENTION_NORM = "attention_norm"
     QUERY = "query"
-    QUERY_BIAS = "query_bias"
-    QUERY_NORM = "query_norm"
     KEY = "key"
-    KEY_BIAS = "key_bias"
-    KEY_NORM = "key_norm"
     VALUE = "value"
-    VALUE_BIAS = "value_bias"
+    #: Query, key and value in one matrix, in the order of `ModelSpec.qkv_order`.
+    QKV = "qkv"
+    QUERY_NORM = "query_norm"
+    KEY_NORM = "key_norm"
     OUTPUT = "output"
-    OUTPUT_BIAS = "output_bias"
+    #: On what attention gives, before it is added to the hidden states.
+    ATTENTION_POST_NORM = "attention_post_norm"
     MLP_NORM = "mlp_norm"
+    #: An MLP without gate maps through its activation between `UP` and `DOWN`.
     GATE = "gate"
-    GATE_BIAS = "gate_bias"
     UP = "up"
-    UP_BIAS = "up_bias"
+    #: Gate and up in one matrix, the gate's rows first.
+    GATE_UP = "gate_up"
     DOWN = "down"
-    DOWN_BIAS = "down_bias"
+    #: On what the MLP gives, before it is added to the hidden states.
+    MLP_POST_NORM = "mlp_post_norm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerTensor:
-    """Where one layer parameter lies: `TensorNames.layer_prefix`, layer number, dot, `suffix`."""
+class LayerModule:
+    """One module of each layer and where its tensors lie.
 
-    parameter: Parameter
-    suffix: str
+    They are `TensorNames.layer_prefix`, layer number, dot, `name` and `.weight`, and where the
+    module has a `bias` of `shape[0]` numbers, `.bias`.
+    """
+
+    module: Module
+    name: str
+    #: Of the weight; a matrix is stored as `[outputs, inputs]`.
     shape: tuple[int, ...]
+    bias: bool
+
+
+class QkvOrder(Enum):
+    """How the rows of a `Module.QKV` are ordered."""
+
+    #: All queries, then all keys, then all values.
+    BLOCKS = auto()
+    #: For each key head its queries, its key and its value.
+    GROUPS = auto()
+
+
+class Residual(Enum):
+    """How attention and MLP follow each other, and where the norms are."""
+
+    #: Attention, then the MLP, each on the norm of what it is added to.
+    SEQUENTIAL = auto()
+    #: Both on norms of the layer's input (the same one without `Module.MLP_NORM`), added together.
+    PARALLEL = auto()
+    #: Attention, then the MLP, each on the sum before; the norm is on the new sum.
+    NORM_AFTER = auto()
+
+
+class Normalisation(Enum):
+    """What a norm computes; all over the last dimension."""
+
+    #: To unit mean square in float32, rounded, times the weight.
+    RMS = auto()
+    #: To unit mean square, times one plus the weight, all in float32.
+    RMS_PLUS_ONE = auto()
+    #: To zero mean and unit variance, times the weight, plus the bias.
+    LAYER = auto()
+
+
+class Activation(Enum):
+    SILU = auto()
+    RELU = auto()
+    GELU = auto()
+    #: GELU approximated with a hyperbolic tangent.
+    GELU_TANH = auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +111,53 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class YarnScaling:
+    """As `Llama3Scaling`, blended over the dimensions between two numbers of turns.
+
+    The numbers are those a dimension makes in `original_context` tokens: from `beta_fast` on it is
+    kept, up to `beta_slow` divided. `truncate` widens the blend to whole dimensions.
+    """
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    original_context: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongRopeScaling:
+    """Each pair of dimensions has its own factor: those for at most `original_context` tokens.
+
+    The factors for longer sequences are not here: see `rope.context_length`.
+    """
+
+    factors: tuple[float, ...]
+    original_context: int
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
+    """Positions turn the first `dim` dimensions of each query and key head."""
+
     theta: float
-    scaling: LinearScaling | Llama3Scaling | None = None
+    dim: int
+    scaling: RopeScaling | None = None
+    #: What cosines and sines are multiplied by.
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedPositions:
+    """Positions are rows of a second embedding, `names.embedding[1]`, added to the first.
+
+    Position 0 is row `offset`; the table has `offset + ModelSpec.context_length` rows.
+    """
+
+    offset: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,14 +171,27 @@ class ModelSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    normalisation: Normalisation
     norm_eps: float
-    rope: Rope
-    #: Longest sequence the model was made for, in tokens.
+    activation: Activation
+    residual: Residual = Residual.SEQUENTIAL
+    positions: Rope | LearnedPositions
+    #: Longest sequence that we run as the model was made to, in tokens.
     context_length: int
     #: Per layer, how many positions a token attends to, its own included; `None` for all.
     windows: tuple[int | None, ...]
+    #: What the product of query and key is multiplied by.
+    attention_scale: float
+    #: Where attention scores, and logits, level off; `None` for nowhere.
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    #: What token embeddings are multiplied by, rounded to `dtype`.
+    embedding_scale: float | None = None
     tie_word_embeddings: bool
     #: Tokens that end a generation; may be empty.
     eos_token_ids: tuple[int, ...]
+    #: `embedding` is of tokens, then of positions where they are learned; `final` is the norm's
+    #: weight, then its bias where it has one, or nothing for a model that ends without a norm.
     names: TensorNames
-    layer_tensors: tuple[LayerTensor, ...]
+    layer_modules: tuple[LayerModule, ...]
+    qkv_order: QkvOrder = QkvOrder.BLOCKS

@@ -7,15 +7,23 @@ from dataclasses import replace
 
 from paraserve_backend.errors import UnsupportedModel
 from paraserve_backend.families.config import Config
+from paraserve_backend.families.falcon import read_falcon
+from paraserve_backend.families.gemma2 import read_gemma2
 from paraserve_backend.families.llama import read_llama
 from paraserve_backend.families.mistral import read_mistral
+from paraserve_backend.families.opt import read_opt
+from paraserve_backend.families.phi3 import read_phi3
 from paraserve_backend.families.qwen import read_qwen2, read_qwen3
 from paraserve_backend.families.spec import ModelSpec
 
 #: Architecture as config.json spells it, to what reads the rest of that config.
 FAMILIES: Mapping[str, Callable[[Config, str], ModelSpec]] = {
+    "FalconForCausalLM": read_falcon,
+    "Gemma2ForCausalLM": read_gemma2,
     "LlamaForCausalLM": read_llama,
     "MistralForCausalLM": read_mistral,
+    "OPTForCausalLM": read_opt,
+    "Phi3ForCausalLM": read_phi3,
     "Qwen2ForCausalLM": read_qwen2,
     "Qwen3ForCausalLM": read_qwen3,
 }

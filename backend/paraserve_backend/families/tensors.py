@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from paraserve_backend.contract import DTYPE_BYTES, LayerRange
 from paraserve_backend.errors import InvalidCheckpoint
-from paraserve_backend.families.spec import ModelSpec
+from paraserve_backend.families.spec import LayerModule, LearnedPositions, ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -14,22 +14,23 @@ Shapes = dict[str, tuple[int, ...]]
 def expected_tensors(spec: ModelSpec, layers: LayerRange) -> Shapes:
     """Name to shape of every tensor a stage reads, in the order in which it reads them."""
     shapes: Shapes = {}
-    vocabulary = (spec.vocab_size, spec.hidden_size)
     if layers.is_first:
-        shapes |= dict.fromkeys(spec.names.embedding, vocabulary)
+        shapes |= _embeddings(spec)
     for layer in range(layers.start, layers.end):
-        shapes |= {
-            layer_tensor_name(spec, layer, tensor.suffix): tensor.shape
-            for tensor in spec.layer_tensors
-        }
+        for module in spec.layer_modules:
+            name = layer_module_name(spec, layer, module)
+            shapes[f"{name}.weight"] = module.shape
+            if module.bias:
+                shapes[f"{name}.bias"] = module.shape[:1]
     if layers.is_last:
         shapes |= dict.fromkeys(spec.names.final, (spec.hidden_size,))
-        shapes[head_tensor_name(spec)] = vocabulary
+        shapes[head_tensor_name(spec)] = (spec.vocab_size, spec.hidden_size)
     return shapes
 
 
-def layer_tensor_name(spec: ModelSpec, layer: int, suffix: str) -> str:
-    return f"{spec.names.layer_prefix}{layer}.{suffix}"
+def layer_module_name(spec: ModelSpec, layer: int, module: LayerModule) -> str:
+    """What a module's tensors are called up to `.weight` and `.bias`."""
+    return f"{spec.names.layer_prefix}{layer}.{module.name}"
 
 
 def head_tensor_name(spec: ModelSpec) -> str:
@@ -52,6 +53,16 @@ def check_tensors(
                 f"The tensor '{name}' has shape {list(stored[name])}, "
                 f"but config.json makes it {list(shape)}."
             )
+
+
+def _embeddings(spec: ModelSpec) -> Shapes:
+    rows = [spec.vocab_size]
+    if isinstance(spec.positions, LearnedPositions):
+        rows.append(spec.positions.offset + spec.context_length)
+    return {
+        name: (count, spec.hidden_size)
+        for name, count in zip(spec.names.embedding, rows, strict=True)
+    }
 
 
 def kv_bytes_per_token(spec: ModelSpec, layers: LayerRange) -> int:

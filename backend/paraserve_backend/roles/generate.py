@@ -9,19 +9,17 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from paraserve_backend.answer import Answer
 from paraserve_backend.config import GenerateConfig, KvConfig
 from paraserve_backend.contract import LayerRange
+from paraserve_backend.encoding import RequestEncoder
 from paraserve_backend.engine.batch import ForwardResult
 from paraserve_backend.engine.batching import Batcher, BatchingLimits, ScheduledBatch
 from paraserve_backend.engine.block_pool import BlockPool
 from paraserve_backend.engine.loop import Forward, Gauges, GenerateLoop, Reply, Request
-from paraserve_backend.engine.sequence import Sequence
-from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.families.spec import ModelSpec
 from paraserve_backend.request import GenerateRequest
 from paraserve_backend.roles.fetched import Fetched, open_weights, read_spec
-from paraserve_backend.text import Detokenizer, StopWords, read_tokenizer
+from paraserve_backend.text import read_tokenizer
 
 if TYPE_CHECKING:
     from paraserve_backend.engine.stage import StageEngine
@@ -32,13 +30,15 @@ class GenerateRole:
         """Load what the role needs; `forward` is `None` when it holds the layers itself."""
         self._fetched = fetched = open_weights(config.weights)
         spec = read_spec(fetched)
-        self._vocab_size = spec.vocab_size
-        self._eos_ids = frozenset(spec.eos_token_ids)
-        self._tokenizer = read_tokenizer(fetched.file("tokenizer.json"))
-        self._max_context = min(config.max_context or spec.context_length, spec.context_length)
-        kv = _sized(config.kv, self._max_context, config.max_sequences)
+        max_context = min(config.max_context or spec.context_length, spec.context_length)
+        kv = _sized(config.kv, max_context, config.max_sequences)
         assert kv.num_blocks is not None
-        self._max_context = min(self._max_context, kv.num_blocks * kv.block_size)
+        self._encoder = RequestEncoder(
+            tokenizer=read_tokenizer(fetched.file("tokenizer.json")),
+            vocab_size=spec.vocab_size,
+            end_ids=frozenset(i for i in spec.eos_token_ids if i < spec.vocab_size),
+            max_context=min(max_context, kv.num_blocks * kv.block_size),
+        )
         self._loop = GenerateLoop(
             Batcher(
                 BatchingLimits(
@@ -58,44 +58,15 @@ class GenerateRole:
         """Take a request in; its answer goes to `reply` from the loop's thread.
 
         Raises:
-            InvalidRequest: the prompt is empty, too long, or has unknown tokens.
+            InvalidRequest: the prompt is empty, too long, or a token is unknown.
         """
-        prompt_ids = self._encode(request)
-        room = self._max_context - len(prompt_ids)
-        sequence = Sequence(
-            prompt_ids=prompt_ids,
-            sampling=request.sampling,
-            max_tokens=min(request.max_tokens, room),
-            eos_ids=frozenset() if request.ignore_eos else self._eos_ids,
-        )
-        answer = Answer(
-            detokenizer=Detokenizer(self._tokenizer, prompt_ids),
-            stop_words=StopWords(request.stop_words),
-            is_stream=request.is_stream,
-            prefix=(request.text or "") if request.echo else "",
-            num_input_tokens=len(prompt_ids),
-        )
+        sequence = self._encoder.sequence(request)
+        answer = self._encoder.answer(request, sequence.prompt_ids)
         self._loop.add(Request(sequence=sequence, answer=answer, reply=reply))
 
     def close(self) -> None:
         self._loop.close()
         self._fetched.close()
-
-    def _encode(self, request: GenerateRequest) -> list[int]:
-        if request.input_ids is not None:
-            ids = list(request.input_ids)
-        else:
-            ids = self._tokenizer.encode(request.text or "").ids
-        if not ids:
-            raise InvalidRequest("The prompt is empty; give 'text_input' at least one token.")
-        if len(ids) >= self._max_context:
-            raise InvalidRequest(
-                f"The prompt has {len(ids)} tokens; the context holds {self._max_context}, and at "
-                "least one must be left for the answer."
-            )
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
-            raise InvalidRequest(f"Token ids must be in [0, {self._vocab_size}).")
-        return ids
 
 
 class LocalForward:

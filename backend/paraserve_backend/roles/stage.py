@@ -15,12 +15,8 @@ import torch
 
 from paraserve_backend.channel import Channel, CurveKeys, Frame, FrameKind, relay
 from paraserve_backend.config import ChannelConfig, StageConfig
-from paraserve_backend.engine.batch import (
-    ForwardBatch,
-    ForwardResult,
-    decode_batch,
-    encode_result,
-)
+from paraserve_backend.engine.batch import ForwardBatch, ForwardResult
+from paraserve_backend.engine.batch_codec import decode_batch, encode_result
 from paraserve_backend.engine.dtypes import TORCH_DTYPE
 from paraserve_backend.engine.hidden import hidden_from_bytes, hidden_to_bytes
 from paraserve_backend.errors import ParaServeError

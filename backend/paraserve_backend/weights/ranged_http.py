@@ -26,6 +26,11 @@ from paraserve_backend.weights.objects import BrokenTransfer, StoredObject
 
 #: Bytes asked of the socket at a time: what a reset in mid-read can lose at most.
 _STEP_BYTES = 256 << 10
+#: A thread that waits for bytes sleeps until so many are there: each waking costs as much CPU time
+#: as the copy of what a slow network has delivered since the last one.
+_WAKE_BYTES = 128 << 10
+#: What `http.client` may have read beyond an answer's header.
+_READ_AHEAD_BYTES = 8 << 10
 #: Bytes of an error page that are looked at.
 _ERROR_PAGE_BYTES = 16 << 10
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -57,6 +62,7 @@ class HttpConnection:
         self._host: tuple[str, str] | None = None
         self._socket: socket.socket | None = None
         self._aborted = False
+        self._wake_bytes = 1
 
     def read_into(self, stored: StoredObject, start: int, view: memoryview) -> None:
         landed = 0
@@ -64,6 +70,7 @@ class HttpConnection:
             response = self._get_signed(stored, start, start + len(view))
             _check_response(response, stored, start, start + len(view))
             while landed < len(view):
+                self._wake_late(len(view) - landed)
                 count = response.readinto(view[landed : landed + _STEP_BYTES])
                 if count == 0:
                     raise BrokenTransfer("the connection closed early", landed_bytes=landed)
@@ -121,6 +128,7 @@ class HttpConnection:
             self._client.connect()
             # Kept, since the client forgets its socket while a last answer is still being read.
             self._socket = self._client.sock
+            self._wake_bytes = 1
         if self._aborted:  # set while connecting, when there was no socket to shut down
             raise Cancelled("the connection was aborted")
         return self._client
@@ -132,6 +140,17 @@ class HttpConnection:
                 host, port, timeout=self._timeout_s, context=self._tls
             )
         return http.client.HTTPConnection(host, port, timeout=self._timeout_s)
+
+    def _wake_late(self, left_bytes: int) -> None:
+        """Set how many bytes end a wait; `left_bytes` of the answer are still to come."""
+        if isinstance(self._socket, ssl.SSLSocket) or self._socket is None:
+            return  # records are decrypted one by one
+        # Never for more than the rest of the answer after this step: it would not come.
+        is_far = left_bytes >= _STEP_BYTES + _READ_AHEAD_BYTES + _WAKE_BYTES
+        wake_bytes = _WAKE_BYTES if is_far else 1
+        if wake_bytes != self._wake_bytes:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_bytes)
+            self._wake_bytes = wake_bytes
 
     def _finish(self, response: http.client.HTTPResponse) -> None:
         # A chunked body ends with a last chunk, which has to be read before the next request.

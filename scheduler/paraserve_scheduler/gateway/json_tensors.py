@@ -45,7 +45,7 @@ def generate_request(deployment: str, version: str, body: bytes) -> kserve.Model
     for key, value in _generate_fields(parse_object(body)):
         if key == "id":
             request.id = _text(value, "id")
-        elif key in INPUT_SPECS:
+        elif _is_tensor(key, value):
             values = value if isinstance(value, list) else [value]
             _add_input(request, key, INPUT_SPECS[key].datatype, [len(values)], values)
         else:
@@ -152,6 +152,12 @@ class _Binary:
         left = len(self._data) - self._position
         if left:
             raise InvalidRequest(f"The body has {left} binary bytes that belong to no input.")
+
+
+def _is_tensor(key: str, value: object) -> bool:
+    # vLLM's clients put numbers in strings, which only a request parameter can carry.
+    spec = INPUT_SPECS.get(key)
+    return spec is not None and (spec.datatype == "BYTES" or not isinstance(value, str))
 
 
 def _generate_fields(fields: Json) -> Iterator[tuple[str, object]]:

@@ -9,7 +9,12 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.interface import INPUTS, OUTPUTS, TensorSpec
-from paraserve_backend.request import GenerateRequest, parse_request
+from paraserve_backend.request import (
+    UNSUPPORTED,
+    GenerateRequest,
+    parse_request,
+    refuse_unsupported,
+)
 from paraserve_scheduler.gateway.tensors import DATATYPES, count_elements, decode, string_bounds
 
 INPUT_SPECS = {spec.name: spec for spec in INPUTS}
@@ -65,6 +70,8 @@ def _value(parameter: kserve.InferParameter) -> Any:
 def _check_prompt(names: Sequence[str]) -> None:
     for name in names:
         if name not in INPUT_SPECS:
+            if name in UNSUPPORTED:
+                refuse_unsupported(name)
             raise InvalidRequest(
                 f"Unexpected inference input '{name}'; the inputs are {', '.join(INPUT_SPECS)}."
             )

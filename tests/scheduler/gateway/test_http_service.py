@@ -20,6 +20,7 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.json_tensors import generate_request
+from paraserve_scheduler.gateway.validation import validate
 from tests.scheduler.gateway.cluster import (
     DEPLOYMENT,
     Cluster,
@@ -104,6 +105,15 @@ def test_generate_takes_its_fields_in_any_order(fields: list[tuple[str, object]]
         "max_tokens": struct.pack("<i", 3),
         "seed": b"\xff" * 8,
     }
+
+
+def test_generate_passes_a_number_in_a_string_on_as_a_parameter() -> None:
+    body = {"text_input": "hi", "max_tokens": "3", "parameters": {"temperature": "0.5"}}
+    request = generate_request("d", "", json.dumps(body).encode())
+    assert set(sent_tensors(request)) == {"text_input"}
+    assert request.parameters["max_tokens"].string_param == "3"
+    checked = validate(request)
+    assert (checked.max_tokens, checked.sampling.temperature) == (3, 0.5)
 
 
 async def test_generate_stream_sends_one_event_per_response() -> None:
@@ -205,7 +215,8 @@ async def test_a_failed_cold_start_has_the_failures_status() -> None:
         ('{"text_input": 5}', "takes BYTES values, not 5"),
         ('{"text_input": null}', "takes BYTES values, not null"),
         ('{"text_input": ["a", "b"]}', "expected [1], got [2]"),
-        ('{"text_input": "hi", "max_tokens": "5"}', "takes INT32 values"),
+        ('{"text_input": "hi", "max_tokens": 5.5}', "takes INT32 values"),
+        ('{"text_input": "hi", "max_tokens": "five"}', "takes a whole number"),
         ('{"text_input": "hi", "max_tokens": true}', "takes INT32 values"),
         ('{"text_input": "hi", "max_tokens": 4294967296}', "out of INT32's range"),
         ('{"text_input": "hi", "temperature": 1e300}', "out of FP32's range"),

@@ -10,6 +10,7 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.interface import INPUTS
+from paraserve_backend.request import UNSUPPORTED
 from paraserve_scheduler.gateway.tensors import encode
 from paraserve_scheduler.gateway.validation import validate
 from tests.scheduler.gateway.cluster import make_request
@@ -41,7 +42,14 @@ def test_both_forms_of_a_good_request_pass() -> None:
 def test_every_set_of_inputs_with_exactly_one_prompt_passes(names: set[str]) -> None:
     names = (names - {"input_ids"}) | {"text_input"}
     datatypes = {spec.name: spec.datatype for spec in INPUTS}
-    raw = {name: encode(name, datatypes[name], [_VALUE.get(datatypes[name], 3)]) for name in names}
+    raw = {
+        name: encode(
+            name,
+            datatypes[name],
+            [UNSUPPORTED[name][0] if name in UNSUPPORTED else _VALUE.get(datatypes[name], 3)],
+        )
+        for name in names
+    }
     validate(make_raw_request(**raw))
 
 
@@ -50,6 +58,10 @@ def test_every_set_of_inputs_with_exactly_one_prompt_passes(names: set[str]) -> 
     [
         (lambda r: r.inputs.pop(0), "'text_input' is missing"),
         (lambda r: r.inputs.add(name="prompt"), "Unexpected inference input 'prompt'"),
+        (
+            lambda r: r.inputs.add(name="prompt_embedding_table", datatype="FP16"),
+            "'prompt_embedding_table' asks for prompt tuning, which is not supported; leave it out",
+        ),
         (lambda r: r.inputs.append(r.inputs[0]), "'text_input' is given more than once"),
         (lambda r: setattr(r.inputs[0], "datatype", "INT32"), "has datatype INT32"),
         (lambda r: setattr(r.inputs[0], "datatype", ""), "has datatype none"),

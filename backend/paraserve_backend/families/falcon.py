@@ -1,0 +1,118 @@
+"""Falcon: attention and MLP side by side on layer norms; queries, keys and values fused.
+
+The layout of 7B has one key head, the newer one (40B, 180B, Falcon 2) several: either way each
+key head's queries, key and value lie together.
+"""
+
+from __future__ import annotations
+
+from paraserve_backend.contract import TensorNames
+from paraserve_backend.errors import UnsupportedModel
+from paraserve_backend.families.config import Config
+from paraserve_backend.families.fields import (
+    check_not_quantized,
+    read_activation,
+    read_dtype,
+    read_kv_heads,
+    split_hidden,
+)
+from paraserve_backend.families.layout import LayerSizes, layer_modules
+from paraserve_backend.families.rope import context_length, read_rope
+from paraserve_backend.families.spec import (
+    ModelSpec,
+    Module,
+    Normalisation,
+    QkvOrder,
+    Residual,
+)
+
+_NAMES = TensorNames(
+    layer_prefix="transformer.h.",
+    embedding=("transformer.word_embeddings.weight",),
+    final=("transformer.ln_f.weight", "transformer.ln_f.bias"),
+    head="lm_head.weight",
+)
+_MATRICES = {
+    Module.QKV: "self_attention.query_key_value",
+    Module.OUTPUT: "self_attention.dense",
+    Module.UP: "mlp.dense_h_to_4h",
+    Module.DOWN: "mlp.dense_4h_to_h",
+}
+
+
+def read_falcon(config: Config, architecture: str) -> ModelSpec:
+    check_not_quantized(config)
+    _check_variant(config, architecture)
+    sizes = _read_sizes(config)
+    positions = read_rope(config, sizes.head_dim)
+    norms = _norms(config)
+    biased = {*norms, *(_MATRICES if config.flag("bias", False) else ())}
+    num_layers = config.count("num_hidden_layers")
+    return ModelSpec(
+        architecture=architecture,
+        dtype=read_dtype(config),
+        vocab_size=config.count("vocab_size"),
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_layers=num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        normalisation=Normalisation.LAYER,
+        norm_eps=config.number("layer_norm_epsilon", 1e-5),
+        activation=read_activation(config, "activation", "gelu"),
+        residual=Residual.PARALLEL if config.flag("parallel_attn", True) else Residual.SEQUENTIAL,
+        positions=positions,
+        context_length=context_length(
+            config.count("max_position_embeddings", 2048), positions.scaling
+        ),
+        windows=(None,) * num_layers,
+        attention_scale=sizes.head_dim**-0.5,
+        tie_word_embeddings=config.flag("tie_word_embeddings", True),
+        eos_token_ids=config.token_ids("eos_token_id"),
+        names=_NAMES,
+        layer_modules=layer_modules(sizes, norms | _MATRICES, biased),
+        qkv_order=QkvOrder.GROUPS,
+    )
+
+
+def _check_variant(config: Config, architecture: str) -> None:
+    if config.flag("alibi", False):
+        raise UnsupportedModel(f"{architecture} with alibi positions is not supported.")
+    if _is_new(config) and not config.flag("parallel_attn", True):
+        raise UnsupportedModel(
+            f"{architecture} with new_decoder_architecture but not parallel_attn is not supported."
+        )
+
+
+def _read_sizes(config: Config) -> LayerSizes:
+    num_heads = config.count("num_attention_heads")
+    hidden = config.count("hidden_size")
+    return LayerSizes(
+        hidden=hidden,
+        intermediate=config.count("ffn_hidden_size", 4 * hidden),
+        num_heads=num_heads,
+        num_kv_heads=_read_kv_heads(config, num_heads),
+        head_dim=split_hidden(config, num_heads),
+    )
+
+
+def _read_kv_heads(config: Config, num_heads: int) -> int:
+    if _is_new(config):
+        return read_kv_heads(config, "num_kv_heads", num_heads)
+    return 1 if config.flag("multi_query", True) else num_heads
+
+
+def _norms(config: Config) -> dict[Module, str]:
+    if not config.flag("parallel_attn", True):
+        return {
+            Module.ATTENTION_NORM: "input_layernorm",
+            Module.MLP_NORM: "post_attention_layernorm",
+        }
+    if _is_new(config) and config.count("num_ln_in_parallel_attn", 2) == 2:
+        return {Module.ATTENTION_NORM: "ln_attn", Module.MLP_NORM: "ln_mlp"}
+    return {Module.ATTENTION_NORM: "input_layernorm"}
+
+
+def _is_new(config: Config) -> bool:
+    return config.flag("new_decoder_architecture", False)

@@ -1,0 +1,179 @@
+"""The settings of one request, wherever they are: found, converted and held to their ranges.
+
+A setting may come as a tensor, inside `sampling_parameters` (JSON in a string, as vLLM's clients
+send it), or as a request parameter (undeclared keys of the generate extension); the first wins.
+What the settings mean is `request`'s business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from paraserve_backend.errors import InvalidRequest
+
+_SAMPLING_PARAMETERS = "sampling_parameters"
+#: Largest whole number that tensors and the engine's batches hold.
+INT32_MAX = 2**31 - 1
+_MAX_WORDS = 64
+_MAX_WORD_CHARACTERS = 256
+_MAX_SHOWN_CHARACTERS = 60
+
+
+class Settings:
+    """Looks settings up by name; several names for one setting are tried in turn.
+
+    Every method raises InvalidRequest with a sentence that names the setting.
+    """
+
+    def __init__(self, tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]) -> None:
+        self._tensors = tensors
+        self._sampling_parameters = _parse_object(tensors, parameters)
+        self._options = {**parameters, **self._sampling_parameters}
+        self._known: set[str] = set()
+
+    def find(self, name: str) -> Any:
+        """Return a setting's one value as it came, `None` where it is left out."""
+        self._known.add(name)
+        if name not in self._tensors:
+            return self._options.get(name)
+        values = self._tensors[name]
+        if len(values) != 1:
+            raise InvalidRequest(f"Input '{name}' takes exactly one value.")
+        return values[0]
+
+    def number(
+        self, name: str, *, default: float, low: float = -math.inf, high: float = math.inf
+    ) -> float:
+        value = self.find(name)
+        if value is None:
+            return default
+        number = _number(name, value)
+        if not (math.isfinite(number) and low <= number <= high):
+            raise InvalidRequest(f"'{name}' is {number:g}; it must be {_range(low, high)}.")
+        return number
+
+    def integer(self, *names: str, default: int, low: int, high: int = INT32_MAX) -> int:
+        given = self.optional_integer(*names, low=low, high=high)
+        return default if given is None else given
+
+    def optional_integer(self, *names: str, low: int, high: int = INT32_MAX) -> int | None:
+        for name, value in [(name, self.find(name)) for name in names]:
+            if value is None:
+                continue
+            number = _integer(name, value)
+            if not low <= number <= high:
+                limits = f"at least {low}" if number < low else f"at most {high}"
+                raise InvalidRequest(f"'{name}' is {show(number)}; it must be {limits}.")
+            return number
+        return None
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        value = self.find(name)
+        if value is None:
+            return default
+        found = {"true": True, "false": False, "1": True, "0": False}.get(_lower(value))
+        if found is None:
+            raise InvalidRequest(f"'{name}' is {show(value)}; it takes true or false.")
+        return found
+
+    def words(self, *names: str) -> tuple[str, ...]:
+        """Return the strings of a setting that takes one or several; empty ones are left out."""
+        for name, values in [(name, self._list(name)) for name in names]:
+            words = tuple(word for value in values if (word := text(value, name)))
+            if len(words) > _MAX_WORDS:
+                raise InvalidRequest(f"'{name}' has {len(words)} words; {_MAX_WORDS} at most.")
+            if any(len(word) > _MAX_WORD_CHARACTERS for word in words):
+                raise InvalidRequest(
+                    f"'{name}' has a word of more than {_MAX_WORD_CHARACTERS} characters."
+                )
+            if words:
+                return words
+        return ()
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        ids = tuple(_integer(name, value) for value in self._list(name))
+        if len(ids) > _MAX_WORDS:
+            raise InvalidRequest(f"'{name}' has {len(ids)} tokens; {_MAX_WORDS} at most.")
+        return ids
+
+    def require_known(self) -> None:
+        """Refuse what `sampling_parameters` holds that no other call has asked for."""
+        for name in self._sampling_parameters:
+            if name not in self._known:
+                raise InvalidRequest(f"'{_SAMPLING_PARAMETERS}' has an unknown setting '{name}'.")
+
+    def differs(self, name: str, default: object) -> bool:
+        """Tell whether a setting asks for anything but its default; empty values do not."""
+        return any(
+            value not in (None, "", b"", {}, default) and _lower(value) != _lower(default)
+            for value in self._list(name)
+        )
+
+    def _list(self, name: str) -> Sequence[Any]:
+        self._known.add(name)
+        values = self._tensors.get(name, self._options.get(name))
+        if values is None:
+            return ()
+        return values if isinstance(values, list | tuple) else (values,)
+
+
+def text(value: object, name: str) -> str:
+    """Return a string that came as bytes or text; raises InvalidRequest for anything else."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bytes):
+        raise InvalidRequest(f"'{name}' takes a string.")
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"'{name}' is not valid UTF-8.") from None
+
+
+def show(value: object) -> str:
+    """Return a value for an error message, cut where it is long."""
+    shown = repr(value)
+    cut = _MAX_SHOWN_CHARACTERS - 3
+    return shown if len(shown) <= _MAX_SHOWN_CHARACTERS else shown[:cut] + "..."
+
+
+def _parse_object(
+    tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    given = tensors.get(_SAMPLING_PARAMETERS) or [parameters.get(_SAMPLING_PARAMETERS)]
+    if given[0] is None:
+        return {}
+    try:
+        parsed = json.loads(text(given[0], _SAMPLING_PARAMETERS))
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise InvalidRequest(f"'{_SAMPLING_PARAMETERS}' is not a JSON object in a string.")
+    return parsed
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return float(value)
+    raise InvalidRequest(f"'{name}' is {show(value)}; it takes a number.")
+
+
+def _integer(name: str, value: Any) -> int:
+    if not isinstance(value, bool) and not (isinstance(value, float) and value % 1):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return int(value)
+    raise InvalidRequest(f"'{name}' is {show(value)}; it takes a whole number.")
+
+
+def _lower(value: object) -> str:
+    return (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).lower()
+
+
+def _range(low: float, high: float) -> str:
+    if high == math.inf:
+        return f"at least {low:g}"
+    return f"between {low:g} and {high:g}"
