@@ -103,6 +103,13 @@ def test_a_block_of_ports_is_free_and_was_not_given_before(taken: set[int], seed
         given_out |= block
 
 
+def test_the_port_that_clients_expect_is_taken_once_and_only_if_free() -> None:
+    picker = PortPicker(Random(1), lambda port: port != 8000)
+    assert picker.one(8001) == 8001
+    assert picker.one(8001) != 8001
+    assert picker.one(8000) != 8000
+
+
 def test_no_free_port_is_an_error_and_not_a_search_without_end() -> None:
     with pytest.raises(Unavailable, match="No 2 free ports"):
         PortPicker(Random(1), lambda _port: False).block(2)

@@ -38,6 +38,8 @@ from paraserve_scheduler.local.lock import locked, owner
 from paraserve_scheduler.local.ports import PortPicker, is_free
 
 LOOPBACK = "127.0.0.1"
+#: Where clients look for a Triton server; the gateway is what they talk to.
+TRITON_GRPC_PORT, TRITON_HTTP_PORT = 8001, 8000
 #: One replica takes one port per stage; more than enough for a laptop.
 _CHANNEL_PORTS = 32
 #: What all nodes together may use of the memory that is free at start.
@@ -92,8 +94,8 @@ def make_layout(
         name=options.name,
         host=LOOPBACK,
         scheduler_port=options.scheduler_port or ports.one(),
-        gateway_grpc_port=options.gateway_grpc_port or ports.one(),
-        gateway_http_port=options.gateway_http_port or ports.one(),
+        gateway_grpc_port=options.gateway_grpc_port or ports.one(TRITON_GRPC_PORT),
+        gateway_http_port=options.gateway_http_port or ports.one(TRITON_HTTP_PORT),
         s3_port=(options.s3_port or ports.one()) if options.with_s3 else None,
         nodes=tuple(
             _node(f"node{number}", ports, memory_bytes) for number in range(1, options.nodes + 1)

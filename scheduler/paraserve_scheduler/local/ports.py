@@ -32,7 +32,11 @@ class PortPicker:
         self._is_free = is_free
         self._given: set[int] = set()
 
-    def one(self) -> int:
+    def one(self, wanted: int | None = None) -> int:
+        """Return the port that clients expect, if it is free, else any."""
+        if wanted is not None and wanted not in self._given and self._is_free(wanted):
+            self._given.add(wanted)
+            return wanted
         return self.block(1)
 
     def block(self, count: int) -> int:
