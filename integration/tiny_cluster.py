@@ -113,15 +113,20 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def write_models(folder: Path) -> tuple[dict[str, TinyModel], dict[str, Path]]:
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
     models, folders = {}, {}
     for seed, (name, (family, shape, shard)) in enumerate(MODELS.items()):
         models[name] = write_model(folder / f"{name}-whole", family, seed=seed, **shape)
         folders[name] = folder / name
         models[name].oracle.save_pretrained(folders[name], max_shard_size=shard)
-        words.save(str(folders[name] / "tokenizer.json"))
+        write_words(folders[name])
     return models, folders
+
+
+def write_words(folder: Path) -> None:
+    """Write a tokenizer whose token `i` is the word `w<i>`."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
