@@ -110,6 +110,17 @@ def test_the_port_that_clients_expect_is_taken_once_and_only_if_free() -> None:
     assert picker.one(8000) != 8000
 
 
+def test_a_port_is_free_as_soon_as_its_server_has_ended() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert not is_free("127.0.0.1", port)
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = server.accept()
+            accepted.close()  # first: this side keeps the port in TIME_WAIT
+            assert client.recv(1) == b""
+    assert is_free("127.0.0.1", port)
+
+
 def test_no_free_port_is_an_error_and_not_a_search_without_end() -> None:
     with pytest.raises(Unavailable, match="No 2 free ports"):
         PortPicker(Random(1), lambda _port: False).block(2)

@@ -16,7 +16,9 @@ _ATTEMPTS = 200
 
 
 def is_free(host: str, port: int) -> bool:
+    """Whether nobody listens there; connections of a server that has ended do not count."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError:
