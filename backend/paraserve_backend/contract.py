@@ -25,9 +25,7 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
-#: Dtype to (safetensors name, Triton config name, bytes per element).
-SAFETENSORS_DTYPE = {Dtype.FLOAT32: "F32", Dtype.BFLOAT16: "BF16", Dtype.FLOAT16: "F16"}
-TRITON_DTYPE = {Dtype.FLOAT32: "TYPE_FP32", Dtype.BFLOAT16: "TYPE_BF16", Dtype.FLOAT16: "TYPE_FP16"}
+#: Bytes of one element.
 DTYPE_BYTES = {Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2, Dtype.FLOAT16: 2}
 
 

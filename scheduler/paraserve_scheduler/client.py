@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
 import grpc
 
-from paraserve_backend.errors import (
-    AccessDenied,
-    AlreadyExists,
-    Cancelled,
-    DeadlineExceeded,
-    InvalidRequest,
-    NotFound,
-    ParaServeError,
-    Unavailable,
-)
+from paraserve_backend.errors import AccessDenied, InvalidRequest, ParaServeError, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
+from paraserve_scheduler.gateway.failures import error_from_code
 
 _CONNECT_TIMEOUT_S = 5.0
 #: Deploying reads the headers of a checkpoint from its store.
 _CALL_TIMEOUT_S = 120.0
-_BY_CODE: Mapping[str, type[ParaServeError]] = {
-    error.grpc_code: error
-    for error in (
-        AccessDenied,
-        AlreadyExists,
-        Cancelled,
-        DeadlineExceeded,
-        InvalidRequest,
-        NotFound,
-        Unavailable,
-    )
-} | {"UNAUTHENTICATED": AccessDenied}
 
 Reply = TypeVar("Reply")
 
@@ -107,5 +87,8 @@ def _require_listener(address: str) -> None:
 
 def error_of(error: grpc.RpcError) -> ParaServeError:
     """Return what the other side raised, as far as its code tells."""
-    code, details = error.code(), error.details()
-    return _BY_CODE.get(code.name, ParaServeError)(details or code.name)
+    code = error.code()
+    text = error.details() or code.name
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return AccessDenied(text)
+    return error_from_code(code.name, text)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from paraserve_backend.contract import SAFETENSORS_DTYPE, LayerRange
+from paraserve_backend.contract import Dtype, LayerRange
 from paraserve_backend.families.table import model_spec
 from paraserve_backend.families.tensors import expected_tensors
 from paraserve_backend.weights.checkpoint import CheckpointIndex
@@ -31,6 +31,7 @@ from tests.backend.checkpoints import write_shard
 NOW_S = 1_000.0
 CONFIG = PolicyConfig()
 _SHARD = "model.safetensors"
+_SAFETENSORS_DTYPE = {Dtype.FLOAT32: "F32", Dtype.BFLOAT16: "BF16", Dtype.FLOAT16: "F16"}
 
 
 def make_model_config(*, num_layers: int = 4, tied: bool = False) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def make_deployment(
             size *= length
         tensors[tensor] = TensorEntry(
             name=tensor,
-            dtype=SAFETENSORS_DTYPE[model.dtype],
+            dtype=_SAFETENSORS_DTYPE[model.dtype],
             shape=shape,
             object_key=_SHARD,
             start=position,
