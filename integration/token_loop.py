@@ -24,9 +24,12 @@ from paraserve_backend.config import GenerateConfig, KvConfig, WeightsConfig
 from paraserve_backend.contract import LayerRange
 from paraserve_backend.engine.batch import ForwardResult
 from paraserve_backend.engine.batching import ScheduledBatch
+from paraserve_backend.engine.loop import LoopState
 from paraserve_backend.engine.stage import StageEngine
 from paraserve_backend.errors import ParaServeError
+from paraserve_backend.hand_over import Message
 from paraserve_backend.request import parse_request
+from paraserve_backend.resume import Resume
 from paraserve_backend.roles.engine import load_engine
 from paraserve_backend.roles.fetched import open_weights
 from paraserve_backend.roles.generate import GenerateRole, LocalForward
@@ -112,11 +115,15 @@ def _engine_s(engine: StageEngine, batches: list[ScheduledBatch]) -> list[float]
     return seconds
 
 
+def _nobody(_address: str, _message: Message) -> None:
+    raise AssertionError("there is no other replica")
+
+
 class _RecordingForward(LocalForward):
     """The product's local forward; it keeps the passes to make them again."""
 
     def __init__(self, engine: StageEngine) -> None:
-        super().__init__(engine)
+        super().__init__(engine, _nobody)
         self.batches: list[ScheduledBatch] = []
 
     def submit(self, batch: ScheduledBatch) -> Future[ForwardResult]:
@@ -139,12 +146,15 @@ class _Reply:
         self.error = error
         self.is_done.set()
 
+    def move(self, replica: str, resume: Resume) -> None:
+        raise AssertionError("there is no other replica")
+
     def is_cancelled(self) -> bool:
         return False
 
 
 class _NoGauges:
-    def update(self, *, running: int, waiting: int, kv_blocks_used: int) -> None:
+    def update(self, state: LoopState) -> None:
         pass
 
 
@@ -160,4 +170,5 @@ def _config(weights: WeightsConfig) -> GenerateConfig:
         max_sequences=4,
         max_batch_tokens=512,
         batches_in_flight=1,
+        hand_over=None,
     )

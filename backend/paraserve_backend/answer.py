@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from paraserve_backend.engine.batch import ChosenToken
@@ -87,6 +88,11 @@ class Answer:
                 self._text += self._stop_words.finish()
         reason = "stop" if stopped else finish_reason
         return self._take(reason) if self._is_stream or reason is not None else None
+
+    def replay(self, tokens: Iterable[ChosenToken]) -> None:
+        """Take the tokens of a request that another replica has begun; what was sent stays sent."""
+        for token in tokens:
+            self.add(token, None)
 
     def _show(self, text: str) -> bool:
         may_stop = self._num_output_tokens > self._min_tokens

@@ -1,8 +1,9 @@
-"""The activation channel: hidden states from stage to stage, the result back to the head's link.
+"""Frames between the processes of a deployment: the activation channel, and requests that move.
 
-ZeroMQ PUSH/PULL over TCP, one direction around the ring link → stage 1 → … → last stage → link.
-CURVE encrypts and authenticates: all members of a replica share one key pair and accept nobody
-else. A frame is a fixed header, the encoded batch or result, and raw hidden states in parts.
+ZeroMQ PUSH/PULL over TCP: an `Inbox` binds, an `Outbox` connects. The activation channel is one of
+each per member, one direction around the ring link → stage 1 → … → last stage → link. CURVE
+encrypts and authenticates: all processes of a deployment share one key pair and accept nobody else.
+A frame is a fixed header, a body, and raw tensor bytes in parts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _HEADER = struct.Struct("<HBxIQ")
 _MAGIC = 0x5053
 _POLL_MS = 200
 _HEARTBEAT_MS = 1000
-_SEND_TIMEOUT_MS = 10_000
+_SEND_TIMEOUT_S = 10.0
 _QUEUED_FRAMES = 64
 #: ZeroMQ encrypts, sends and decrypts part by part: with several the three overlap.
 _PART_BYTES = 256 << 10
@@ -34,12 +35,20 @@ class FrameKind(IntEnum):
     FORWARD = 1  # body: ForwardBatch, payload: hidden states
     RESULT = 2  # body: ForwardResult
     ERROR = 3  # body: one sentence, UTF-8
+    # `paraserve_backend.hand_over`
+    OFFER = 4
+    ACCEPTED = 5
+    REFUSED = 6
+    KV_BLOCKS = 7
+    EXPECT = 8
+    COMPLETE = 9
+    WITHDRAW = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     kind: FrameKind
-    #: Chosen by the link; the result carries the number of its forward pass.
+    #: Of a forward pass, chosen by the link and carried back by its result; or of a ticket.
     number: int
     body: Buffer
     payload: Buffer = b""
@@ -47,7 +56,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CurveKeys:
-    """One replica's key pair, Z85."""
+    """One deployment's key pair, Z85."""
 
     public: bytes
     secret: bytes
@@ -62,7 +71,7 @@ class CurveKeys:
 
 
 class _OnlyUs:
-    """ZAP credentials provider: a peer must prove that it holds the replica's own key pair."""
+    """ZAP credentials provider: a peer must prove that it holds the deployment's own key pair."""
 
     def __init__(self, public: bytes) -> None:
         self._public = public
@@ -71,45 +80,19 @@ class _OnlyUs:
         return key == self._public
 
 
-class Channel:
-    """One member's two sockets. `send` and `receive` may be used by one thread each."""
+class Inbox:
+    """Receives frames on one thread."""
 
-    def __init__(self, *, listen: str, next_address: str, keys: CurveKeys, max_bytes: int) -> None:
+    def __init__(self, *, listen: str, keys: CurveKeys, max_bytes: int) -> None:
         self._context = zmq.Context()
         self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback("*", _OnlyUs(keys.public))
-        self._receiver = self._socket(zmq.PULL, keys)
-        self._receiver.curve_server = True
-        self._receiver.maxmsgsize = max_bytes
-        self._receiver.rcvtimeo = _POLL_MS
-        self._receiver.bind(listen)
-        self._sender = self._socket(zmq.PUSH, keys)
-        self._sender.curve_serverkey = keys.public
-        self._sender.sndtimeo = _SEND_TIMEOUT_MS
-        self._sender.connect(next_address)
-
-    def _socket(self, kind: int, keys: CurveKeys) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.curve_publickey = keys.public
-        socket.curve_secretkey = keys.secret
-        socket.sndhwm = socket.rcvhwm = _QUEUED_FRAMES
-        socket.linger = 0
-        socket.heartbeat_ivl = _HEARTBEAT_MS
-        socket.heartbeat_timeout = 3 * _HEARTBEAT_MS
-        return socket
-
-    def send(self, frame: Frame) -> None:
-        """Queue a frame for the next member.
-
-        Raises:
-            Unavailable: the next member has not taken frames for ten seconds.
-        """
-        header = _HEADER.pack(_MAGIC, frame.kind, 0, frame.number)
-        try:
-            self._sender.send_multipart([header, frame.body, *_parts(frame.payload)], copy=False)
-        except zmq.Again:
-            raise Unavailable("The next pipeline stage does not answer.") from None
+        self._socket = _socket(self._context, zmq.PULL, keys)
+        self._socket.curve_server = True
+        self._socket.maxmsgsize = max_bytes
+        self._socket.rcvtimeo = _POLL_MS
+        self._socket.bind(listen)
 
     def receive(self) -> Frame | None:
         """Wait a moment for a frame; `None` gives the caller a chance to stop.
@@ -118,7 +101,7 @@ class Channel:
             ValueError: the frame is not one of ours.
         """
         try:
-            parts = self._receiver.recv_multipart(copy=False)
+            parts = self._socket.recv_multipart(copy=False)
         except zmq.Again:
             return None
         return _decode([part.buffer for part in parts])
@@ -126,6 +109,75 @@ class Channel:
     def close(self) -> None:
         self._authenticator.stop()
         self._context.destroy(linger=0)
+
+
+class Outbox:
+    """Sends frames to one inbox; used by one thread at a time."""
+
+    def __init__(
+        self,
+        *,
+        address: str,
+        keys: CurveKeys,
+        queued_frames: int = _QUEUED_FRAMES,
+        timeout_s: float = _SEND_TIMEOUT_S,
+    ) -> None:
+        """Connect in the background.
+
+        Args:
+            address: of the inbox, `tcp://host:port`.
+            keys: the deployment's.
+            queued_frames: how many may wait for the other side to take them.
+            timeout_s: how long `send` then waits.
+        """
+        self._context = zmq.Context()
+        self._socket = _socket(self._context, zmq.PUSH, keys)
+        self._socket.curve_serverkey = keys.public
+        self._socket.sndhwm = queued_frames
+        self._socket.sndtimeo = round(timeout_s * 1000)
+        self._socket.connect(address)
+
+    def send(self, frame: Frame) -> None:
+        """Queue a frame.
+
+        Raises:
+            Unavailable: the queue is full and the other side took nothing in time.
+        """
+        header = _HEADER.pack(_MAGIC, frame.kind, 0, frame.number)
+        try:
+            self._socket.send_multipart([header, frame.body, *_parts(frame.payload)], copy=False)
+        except zmq.Again:
+            raise Unavailable("The next pipeline stage does not answer.") from None
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+def _socket(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, keys: CurveKeys
+) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.curve_publickey = keys.public
+    socket.curve_secretkey = keys.secret
+    socket.sndhwm = socket.rcvhwm = _QUEUED_FRAMES
+    socket.linger = 0
+    socket.heartbeat_ivl = _HEARTBEAT_MS
+    socket.heartbeat_timeout = 3 * _HEARTBEAT_MS
+    return socket
+
+
+class Channel:
+    """A member of the ring. `send` and `receive` may be used by one thread each."""
+
+    def __init__(self, *, listen: str, next_address: str, keys: CurveKeys, max_bytes: int) -> None:
+        self._inbox = Inbox(listen=listen, keys=keys, max_bytes=max_bytes)
+        self._outbox = Outbox(address=next_address, keys=keys)
+        self.receive = self._inbox.receive
+        self.send = self._outbox.send
+
+    def close(self) -> None:
+        self._inbox.close()
+        self._outbox.close()
 
 
 def _parts(payload: Buffer) -> list[memoryview]:

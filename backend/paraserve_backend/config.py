@@ -48,6 +48,15 @@ class ChannelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HandOverConfig:
+    """Where other replicas of the deployment reach this one."""
+
+    #: `tcp://host:port`
+    inbox: str
+    key_file: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig:
     deployment: str
     replica: str
@@ -61,6 +70,8 @@ class GenerateConfig:
     max_sequences: int
     max_batch_tokens: int
     batches_in_flight: int
+    #: `None`: requests stay where they are.
+    hand_over: HandOverConfig | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +83,8 @@ class StageConfig:
     device: str
     #: `None` for the first stage, which Triton feeds.
     channel: ChannelConfig | None
+    #: The deployment's, for sending KV blocks to other replicas; `None`: it cannot.
+    key_file: Path | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,11 +204,20 @@ def _generate(parameters: _Parameters) -> GenerateConfig:
         max_sequences=parameters.integer("max_sequences", 16),
         max_batch_tokens=parameters.integer("max_batch_tokens", 512),
         batches_in_flight=parameters.integer("batches_in_flight", 1),
+        hand_over=_hand_over(parameters),
     )
+
+
+def _hand_over(parameters: _Parameters) -> HandOverConfig | None:
+    inbox = parameters.optional("hand_over")
+    if inbox is None:
+        return None
+    return HandOverConfig(inbox=inbox, key_file=Path(parameters.text("key_file")))
 
 
 def _stage(parameters: _Parameters) -> StageConfig:
     layers = parse_layers(parameters.text("layers"))
+    key_file = parameters.optional("key_file")
     return StageConfig(
         replica=parameters.text("replica"),
         layers=layers,
@@ -203,6 +225,7 @@ def _stage(parameters: _Parameters) -> StageConfig:
         kv=_kv(parameters),
         device=parameters.optional("device") or "cpu",
         channel=None if layers.is_first else _channel(parameters),
+        key_file=Path(key_file) if key_file else None,
     )
 
 

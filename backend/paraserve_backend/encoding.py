@@ -6,7 +6,7 @@ It owns what depends on the model: its tokenizer, vocabulary, end tokens and con
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
@@ -15,6 +15,7 @@ from paraserve_backend.engine.history import History
 from paraserve_backend.engine.sequence import Sequence
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.request import GenerateRequest
+from paraserve_backend.resume import Resume
 from paraserve_backend.text import Detokenizer, StopWords
 
 
@@ -43,6 +44,22 @@ class RequestEncoder:
             max_tokens=min(request.max_tokens, self.max_context - len(prompt_ids)),
             end_ids=end_ids,
         )
+
+    def resumed(self, request: GenerateRequest, resume: Resume) -> Sequence:
+        """Return the sequence with the tokens that another replica has given it.
+
+        Raises:
+            InvalidRequest: the request is not the one that was begun there.
+        """
+        sequence = replace(self.sequence(request), max_tokens=resume.max_tokens)
+        self._check_known(token.token_id for token in resume.tokens)
+        for token in resume.tokens:
+            sequence.append(token.token_id)
+        if sequence.finish_reason is not None or sequence.num_tokens > self.max_context:
+            raise InvalidRequest(
+                "The request to go on with has ended, or is too long for this one."
+            )
+        return sequence
 
     def answer(self, request: GenerateRequest, prompt_ids: list[int]) -> Answer:
         return Answer(

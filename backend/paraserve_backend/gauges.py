@@ -5,11 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+from paraserve_backend.engine.loop import LoopState
+
 #: Name (after the prefix `paraserve_`) to description.
 GAUGES = {
     "requests_running": "Requests that take part in forward passes.",
     "requests_waiting": "Requests that wait for KV blocks or a place in the batch.",
     "kv_blocks_used": "KV cache blocks owned by running requests.",
+    "requests_moved": "Requests handed over to another replica with their KV cache.",
+    "kv_blocks_sent_ahead": "KV cache blocks sent for them while they were decoded.",
+    "kv_blocks_sent_held": "KV cache blocks sent for them while they waited.",
 }
 #: Setting one is a round trip to the server process (about 0.1 ms), so not on every token.
 _INTERVAL_S = 0.1
@@ -22,17 +27,20 @@ class RateLimitedGauges:
         self._setters = setters
         self._last: dict[str, float] = {}
         self._next_s = 0.0
-        self.update(running=0, waiting=0, kv_blocks_used=0)
+        self.update(LoopState())
 
-    def update(self, *, running: int, waiting: int, kv_blocks_used: int) -> None:
+    def update(self, state: LoopState) -> None:
         now_s = time.monotonic()
-        if running + waiting > 0 and now_s < self._next_s:
+        if state.running + state.waiting > 0 and now_s < self._next_s:
             return
         self._next_s = now_s + _INTERVAL_S
         values = {
-            "requests_running": running,
-            "requests_waiting": waiting,
-            "kv_blocks_used": kv_blocks_used,
+            "requests_running": state.running,
+            "requests_waiting": state.waiting,
+            "kv_blocks_used": state.kv_blocks_used,
+            "requests_moved": state.requests_moved,
+            "kv_blocks_sent_ahead": state.kv_blocks_sent_ahead,
+            "kv_blocks_sent_held": state.kv_blocks_sent_held,
         }
         for name, value in values.items():
             if self._last.get(name) != value:

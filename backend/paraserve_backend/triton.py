@@ -40,8 +40,10 @@ from paraserve_backend.engine.batch_codec import decode_result, encode_batch
 from paraserve_backend.engine.batching import ScheduledBatch
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.gauges import GAUGES, RateLimitedGauges
+from paraserve_backend.hand_over import read_targets
 from paraserve_backend.outputs import output_tensors
 from paraserve_backend.request import WantedOutputs, parse_request
+from paraserve_backend.resume import HAND_OVER_TO, RESUMABLE, RESUME, Resume
 from paraserve_backend.roles.fetched import open_weights
 
 _log = logging.getLogger(__name__)
@@ -124,8 +126,18 @@ class _GenerateAdapter:
     def _add(self, request: pb_utils.InferenceRequest, sender: pb_utils.ResponseSender) -> None:
         tensors = {t.name(): t.as_numpy().ravel().tolist() for t in request.inputs()}
         parameters = json.loads(request.parameters() or "{}")
-        parsed = parse_request(tensors, parameters, fresh_seed=secrets.randbits(63))
-        self._role.add(parsed, _Reply(sender, parsed.wanted))
+        command = parameters.get("command")
+        if command is not None and not tensors:
+            self._role.hand_over(read_targets(command))
+            sender.send(flags=_FINAL)
+            return
+        is_resumable = parameters.pop(RESUMABLE, False) is True
+        encoded = parameters.pop(RESUME, None)
+        resume = Resume.decode(encoded) if encoded is not None else None
+        fresh_seed = resume.seed if resume else secrets.randbits(63)
+        parsed = parse_request(tensors, parameters, fresh_seed=fresh_seed)
+        reply = _Reply(sender, parsed.wanted)
+        self._role.add(parsed, reply, is_resumable=is_resumable, resume=resume)
 
     def close(self) -> None:
         self._role.close()
@@ -148,6 +160,16 @@ class _Reply:
 
     def fail(self, error: ParaServeError) -> None:
         _fail(self._sender, error)
+
+    def move(self, replica: str, resume: Resume) -> None:
+        outputs = {HAND_OVER_TO: replica, RESUME: resume.encode()}
+        response = pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor(name, np.array([value.encode()], np.object_))
+                for name, value in outputs.items()
+            ]
+        )
+        self._sender.send(response, flags=_FINAL)
 
     def is_cancelled(self) -> bool:
         return self._sender.is_cancelled()

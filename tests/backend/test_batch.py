@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from paraserve_backend.engine.batch import (
     ChosenToken,
+    Export,
     ForwardBatch,
     ForwardResult,
     Ranking,
@@ -55,7 +56,18 @@ ROWS = st.builds(
     block_table=st.lists(UINT32, max_size=9).map(tuple),
     sampling=st.none() | SAMPLINGS,
 )
-BATCHES = st.builds(ForwardBatch, rows=st.lists(ROWS, max_size=6).map(tuple))
+EXPORTS = st.builds(
+    Export,
+    address=st.text(max_size=30),
+    ticket=st.integers(0, 2**64 - 1),
+    first=UINT32,
+    blocks=st.lists(UINT32, max_size=9).map(tuple),
+)
+BATCHES = st.builds(
+    ForwardBatch,
+    rows=st.lists(ROWS, max_size=6).map(tuple),
+    exports=st.lists(EXPORTS, max_size=3).map(tuple),
+)
 ENTRIES = st.lists(st.tuples(UINT32, st.floats(max_value=0.0)), max_size=9)
 RANKINGS = st.builds(
     lambda rank, entries: Ranking(
@@ -68,7 +80,7 @@ RANKINGS = st.builds(
 )
 
 
-HEADER_BYTES = 20
+HEADER_BYTES = 24
 ROW_BYTES = 44
 
 
@@ -82,7 +94,7 @@ def replace_steering(batch: ForwardBatch, steering: Steering | None) -> ForwardB
         replace(row, sampling=replace(row.sampling, steering=steering)) if row.sampling else row
         for row in batch.rows
     ]
-    return ForwardBatch(rows=tuple(rows))
+    return replace(batch, rows=tuple(rows))
 
 
 def make_batch() -> ForwardBatch:
@@ -120,7 +132,8 @@ def test_every_kind_of_buffer_is_decoded() -> None:
 def test_the_layout_is_fixed() -> None:
     batch = ForwardBatch(rows=(Row(start=1, num_tokens=2, block_table=(3,), sampling=Sampling()),))
     assert encode_batch(batch).hex(" ", 4) == (
-        "50534232 01000000 01000000 00000000 00000000 "  # magic, rows, blocks, steered, ids
+        "50534233 01000000 01000000 00000000 00000000 "  # magic, rows, blocks, steered, ids
+        "00000000 "  # bytes of exports
         "01000000 02000000 01000000 01000000 00000000 "  # start, tokens, blocks, kind, top_k
         "00000000 00000000 00000000 00000000 00000000 0000f03f "  # seed, temperature, top_p
         "03000000"  # the block

@@ -103,9 +103,10 @@ def test_a_stranger_who_knows_the_public_key_is_not_heard() -> None:
         intruder = CurveKeys(public=theirs.public, secret=theirs.secret)
         with open_channel(strangers, listen, intruder) as stranger:
             # The stranger knows where we are and our public key, but holds another key pair.
-            stranger._sender.disconnect(listen)
-            stranger._sender.curve_serverkey = ours.public
-            stranger._sender.connect(listen)
+            socket = stranger._outbox._socket
+            socket.disconnect(listen)
+            socket.curve_serverkey = ours.public
+            socket.connect(listen)
             stranger.send(Frame(kind=FrameKind.RESULT, number=1, body=b"forged"))
             with open_channel(free_addresses(1)[0], listen, ours) as friend:
                 friend.send(Frame(kind=FrameKind.RESULT, number=2, body=b"real"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -13,12 +14,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from paraserve_backend.answer import Answer, Delta
+from paraserve_backend.engine.arrivals import Arrivals
 from paraserve_backend.engine.batch import ForwardResult, Sampling
 from paraserve_backend.engine.batching import Batcher, BatchingLimits, ScheduledBatch
 from paraserve_backend.engine.block_pool import BlockPool
-from paraserve_backend.engine.loop import GenerateLoop, Request
+from paraserve_backend.engine.departures import Departures
+from paraserve_backend.engine.loop import GenerateLoop, LoopState, Request
 from paraserve_backend.engine.sequence import Sequence
 from paraserve_backend.errors import Cancelled, DeadlineExceeded, ParaServeError, Unavailable
+from paraserve_backend.hand_over import Message
+from paraserve_backend.resume import Resume
 from paraserve_backend.text import Detokenizer, StopWords
 
 TIMEOUT_S = 20
@@ -62,13 +67,20 @@ class Reply:
     def fail(self, error: ParaServeError) -> None:
         self.got.put(error)
 
+    def move(self, replica: str, resume: Resume) -> None:
+        raise AssertionError("no request of these tests may move")
+
     def is_cancelled(self) -> bool:
         return self.cancelled.is_set()
 
 
 class NoGauges:
-    def update(self, *, running: int, waiting: int, kv_blocks_used: int) -> None:
+    def update(self, state: LoopState) -> None:
         pass
+
+
+def nobody(_address: str, _message: Message) -> None:
+    raise AssertionError("no message is due")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +107,11 @@ class Bench:
 def bench() -> Iterator[Bench]:
     limits = BatchingLimits(max_sequences=4, max_batch_tokens=8, batches_in_flight=1, block_size=4)
     batcher, forward = Batcher(limits, BlockPool(8)), HeldForward()
-    loop = GenerateLoop(batcher, forward, NoGauges(), 1)
+    departures = Departures(
+        nobody, inbox="", block_size=4, block_bytes=1, num_layers=1, now_s=time.monotonic
+    )
+    arrivals = Arrivals(batcher.pool, None, nobody, time.monotonic)
+    loop = GenerateLoop(batcher, forward, NoGauges(), 1, departures=departures, arrivals=arrivals)
     yield Bench(loop=loop, forward=forward, batcher=batcher)
     if not forward.is_closed:
         loop.close()

@@ -1,279 +1,40 @@
-"""The roles together in one process: real tier, real activation channel, no Triton.
-
-The ensemble is stood in for by calling the first stage and the link one after the other, which is
-all it does.
-"""
+"""The roles together in one process, against transformers."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import queue
-import socket
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import zmq
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from paraserve_backend.answer import Delta
-from paraserve_backend.channel import Buffer
-from paraserve_backend.config import (
-    ChannelConfig,
-    GenerateConfig,
-    KvConfig,
-    LinkConfig,
-    StageConfig,
-    WeightsConfig,
-)
-from paraserve_backend.engine.batch import ForwardResult, Sampling, Steering
-from paraserve_backend.engine.batch_codec import decode_result, encode_batch
-from paraserve_backend.engine.batching import ScheduledBatch
-from paraserve_backend.engine.loop import Forward
-from paraserve_backend.errors import Cancelled, InvalidRequest, ParaServeError
-from paraserve_backend.request import GenerateRequest
-from paraserve_backend.roles.fetched import open_weights
+from paraserve_backend.config import GenerateConfig, KvConfig, WeightsConfig
+from paraserve_backend.engine.batch import Sampling, Steering
+from paraserve_backend.errors import Cancelled, InvalidRequest
 from paraserve_backend.roles.generate import GenerateRole
-from paraserve_backend.roles.link import LinkRole
-from paraserve_backend.roles.stage import StageRole
-from paraserve_backend.weights.checkpoint import read_index
-from paraserve_backend.weights.fetch import fetch
-from paraserve_backend.weights.plan import plan_fetch, split_layers, stage_tensors
-from paraserve_backend.weights.source import open_source
-from paraserve_backend.weights.tier import Tier
-from tests.backend.models import VOCAB_SIZE, TinyModel, write_model
-
-KV = KvConfig(num_blocks=256, block_size=4)
-TIMEOUT_S = 60
+from tests.backend.models import VOCAB_SIZE, TinyModel
+from tests.backend.replicas import (
+    TIMEOUT_S,
+    Gauges,
+    Replica,
+    Reply,
+    make_model,
+    make_request,
+    prompts,
+    start_replica,
+)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    folder = tmp_path_factory.mktemp("model")
-    made = write_model(folder, "llama", seed=3)
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
-    return made
-
-
-class Gauges:
-    def __init__(self) -> None:
-        self.kv_blocks_used = 0
-        self.idle = threading.Event()
-
-    def update(self, *, running: int, waiting: int, kv_blocks_used: int) -> None:
-        self.kv_blocks_used = kv_blocks_used
-        if running + waiting:
-            self.idle.clear()
-        else:
-            self.idle.set()
-
-
-@dataclass(slots=True, eq=False)
-class Reply:
-    """Collects one request's answer."""
-
-    deltas: queue.SimpleQueue[Delta | ParaServeError] = field(default_factory=queue.SimpleQueue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def send(self, delta: Delta) -> None:
-        self.deltas.put(delta)
-
-    def fail(self, error: ParaServeError) -> None:
-        self.deltas.put(error)
-
-    def is_cancelled(self) -> bool:
-        return self.cancelled.is_set()
-
-    def next(self) -> Delta:
-        got = self.deltas.get(timeout=TIMEOUT_S)
-        if isinstance(got, ParaServeError):
-            raise got
-        return got
-
-    def all(self) -> list[Delta]:
-        got = [self.next()]
-        while got[-1].finish_reason is None:
-            got.append(self.next())
-        return got
-
-    def token_ids(self) -> list[int]:
-        return [token for delta in self.all() for token in delta.token_ids]
-
-
-class ChainForward:
-    """What the ensemble does: the first stage, then the link."""
-
-    def __init__(self, first: StageRole, link: LinkRole, batches_in_flight: int) -> None:
-        self._first = first
-        self._link = link
-        self._threads = ThreadPoolExecutor(batches_in_flight)
-        self._sending = threading.Lock()  # Triton calls a model instance from one thread
-
-    def submit(self, batch: ScheduledBatch) -> Future[ForwardResult]:
-        return self._threads.submit(self._call, batch)
-
-    def _call(self, batch: ScheduledBatch) -> ForwardResult:
-        answered: Future[ForwardResult] = Future()
-
-        def answer(outcome: Buffer | ParaServeError) -> None:
-            if isinstance(outcome, ParaServeError):
-                answered.set_exception(outcome)
-            else:
-                answered.set_result(decode_result(bytes(outcome)))
-
-        encoded = encode_batch(batch.forward)
-        with self._sending:
-            hidden = self._first.step(encoded, np.array(batch.token_ids, np.int32))
-            self._link.forward(encoded, hidden, answer)
-        return answered.result(timeout=TIMEOUT_S)
-
-    def close(self) -> None:
-        self._threads.shutdown()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replica:
-    role: GenerateRole
-    gauges: Gauges
-
-    def ask(self, prompt: Sequence[int], max_tokens: int = 12, **options: object) -> Reply:
-        reply = Reply()
-        self.role.add(make_request(prompt, max_tokens, **options), reply)
-        return reply
-
-
-def make_request(prompt: Sequence[int], max_tokens: int, **options: object) -> GenerateRequest:
-    fields = {
-        "text": None,
-        "input_ids": tuple(prompt),
-        "sampling": Sampling(),
-        "max_tokens": max_tokens,
-        "is_stream": True,
-        **options,
-    }
-    return GenerateRequest(**fields)  # type: ignore[arg-type]
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-def fetch_stages(model: TinyModel, run_dir: Path, stages: int) -> list[StageConfig]:
-    """Fetch every stage as its agent would, and return the stages' settings without channels."""
-    source = open_source(str(model.folder))
-    index, spec = read_index(source), model.spec
-    tier = Tier.open(run_dir / "tier")
-    configs = []
-    for number, layers in enumerate(
-        split_layers(
-            index,
-            spec.names,
-            tied=spec.tie_word_embeddings,
-            num_layers=spec.num_layers,
-            stages=stages,
-        )
-    ):
-        tensors = stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
-        plan = plan_fetch(index, tensors, fetch_id=f"d.1.{number}")
-        fetch(plan, source, tier, timeout_s=TIMEOUT_S, cancel=threading.Event())
-        weights = WeightsConfig(
-            run_dir=run_dir, fetch_id=plan.fetch_id, source=None, endpoint_url=None, region=None
-        )
-        configs.append(
-            StageConfig(
-                replica="d.1", layers=layers, weights=weights, kv=KV, device="cpu", channel=None
-            )
-        )
-    tier.close()
-    return configs
-
-
-@contextlib.contextmanager
-def start_replica(model: TinyModel, run_dir: Path, stages: int) -> Iterator[Replica]:
-    configs = fetch_stages(model, run_dir, stages)
-    gauges = Gauges()
-    with contextlib.ExitStack() as stack:
-        forward: Forward | None = None
-        if stages > 1:
-            forward = start_pipeline(stack, configs, run_dir)
-        role = GenerateRole(
-            GenerateConfig(
-                deployment="d",
-                replica="d.1",
-                weights=configs[0].weights,
-                kv=KV,
-                device="cpu",
-                forward_model=None if stages == 1 else "d.1.forward",
-                max_context=256,
-                max_sequences=16,
-                max_batch_tokens=24,
-                batches_in_flight=stages,
-            ),
-            forward,
-            gauges,
-        )
-        stack.callback(role.close)
-        yield Replica(role=role, gauges=gauges)
-
-
-def start_pipeline(
-    stack: contextlib.ExitStack, configs: Sequence[StageConfig], run_dir: Path
-) -> ChainForward:
-    key_file = run_dir / "curve.key"
-    key_file.write_bytes(b"\n".join(zmq.curve_keypair()))
-    # addresses[0] is the link's; the last stage's next member is the link again.
-    addresses = [f"tcp://127.0.0.1:{port}" for port in free_ports(len(configs))]
-    channels = [
-        ChannelConfig(listen=address, next=addresses[(i + 1) % len(addresses)], key_file=key_file)
-        for i, address in enumerate(addresses)
-    ]
-    roles = []
-    for i, config in enumerate(configs):
-        roles.append(
-            StageRole(
-                StageConfig(
-                    replica=config.replica,
-                    layers=config.layers,
-                    weights=config.weights,
-                    kv=config.kv,
-                    device=config.device,
-                    channel=channels[i] if i else None,
-                ),
-                open_weights(config.weights),
-            )
-        )
-        stack.callback(roles[-1].close)
-    link = LinkRole(LinkConfig(replica="d.1", channel=channels[0], forward_timeout_s=TIMEOUT_S))
-    stack.callback(link.close)
-    return ChainForward(roles[0], link, len(configs))
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(params=[1, 2, 3, 4], ids=lambda stages: f"{stages}-stage")
 def replica(request: pytest.FixtureRequest, model: TinyModel, tmp_path: Path) -> Iterator[Replica]:
     with start_replica(model, tmp_path, request.param) as started:
         yield started
-
-
-def prompts(count: int) -> list[list[int]]:
-    rng = np.random.default_rng(5)
-    return [
-        rng.integers(1, VOCAB_SIZE, size=int(length)).tolist()
-        for length in rng.integers(1, 60, size=count)
-    ]
 
 
 def test_sixteen_requests_that_join_and_leave_each_get_the_reference_tokens(
@@ -284,7 +45,7 @@ def test_sixteen_requests_that_join_and_leave_each_get_the_reference_tokens(
     for reply, (prompt, count) in zip(replies, asked, strict=True):
         assert reply.token_ids() == model.greedy(prompt, count)
     assert replica.gauges.idle.wait(TIMEOUT_S)
-    assert replica.gauges.kv_blocks_used == 0
+    assert replica.gauges.state.kv_blocks_used == 0
 
 
 def test_a_cancelled_stream_frees_its_blocks_and_leaves_the_others_alone(
@@ -298,7 +59,7 @@ def test_a_cancelled_stream_frees_its_blocks_and_leaves_the_others_alone(
         endless.all()
     assert other.token_ids() == model.greedy(second, 20)
     assert replica.gauges.idle.wait(TIMEOUT_S)
-    assert replica.gauges.kv_blocks_used == 0
+    assert replica.gauges.state.kv_blocks_used == 0
 
 
 def test_an_unstreamed_answer_comes_in_one_piece_with_its_counts(
@@ -478,6 +239,7 @@ def test_a_standalone_model_fetches_its_own_weights(model: TinyModel) -> None:
         max_sequences=4,
         max_batch_tokens=64,
         batches_in_flight=1,
+        hand_over=None,
     )
     role = GenerateRole(config, None, Gauges())
     try:

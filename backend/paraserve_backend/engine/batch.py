@@ -65,8 +65,25 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """KV blocks that every stage sends elsewhere, of its own layers, when the pass is done.
+
+    It travels with a forward pass, so that it comes to every stage in the order of the passes.
+    """
+
+    #: Where to, `tcp://host:port`.
+    address: str
+    #: What the receiver knows the sequence by.
+    ticket: int
+    #: The first block's place in the sequence.
+    first: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
     rows: tuple[Row, ...]
+    exports: tuple[Export, ...] = ()
 
     @property
     def num_tokens(self) -> int:

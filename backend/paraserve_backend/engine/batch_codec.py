@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import chain
 
 from paraserve_backend.engine.batch import (
+    Export,
     ForwardBatch,
     ForwardResult,
     Ranking,
@@ -23,15 +24,17 @@ from paraserve_backend.engine.batch import (
 )
 
 # magic with the version as its last byte, rows, block numbers of all rows together, steered rows,
-# token ids and counts of all steered rows together
-_BATCH_HEADER = struct.Struct("<4sIIII")
-_BATCH_MAGIC = b"PSB2"
+# token ids and counts of all steered rows together, bytes of all exports together
+_BATCH_HEADER = struct.Struct("<4sIIIII")
+_BATCH_MAGIC = b"PSB3"
 # start, num_tokens, blocks, kind, top_k, seed, temperature, top_p
 _ROW = struct.Struct("<IIIIIQdd")
 _PREFILL, _PLAIN, _STEERED = range(3)
 # min_p, repetition, presence and frequency penalty, 1 + num_logprobs or 0, banned ids, seen ids;
 # then, after all steered rows, the banned ids, seen ids and seen counts of each
 _STEERING = struct.Struct("<ddddIII")
+# ticket, first, blocks, length of the address; then, after each, its blocks and its address
+_EXPORT = struct.Struct("<QIIH")
 # magic with the version as its last byte, entries, rankings, tokens of all rankings together; then
 # all token ids and logprobs, all rankings, and the rankings' token ids and logprobs
 _RESULT_HEADER = struct.Struct("<4sIII")
@@ -56,7 +59,8 @@ def encode_batch(batch: ForwardBatch) -> bytes:
             if row.sampling is not None and row.sampling.steering is not None:
                 steered.append(row.sampling.steering)
         ids = list(chain.from_iterable(map(_steering_ids, steered)))
-        counts = (len(rows), len(blocks), len(steered), len(ids))
+        exports = b"".join(map(_encode_export, batch.exports))
+        counts = (len(rows), len(blocks), len(steered), len(ids), len(exports))
         return b"".join(
             (
                 _BATCH_HEADER.pack(_BATCH_MAGIC, *counts),
@@ -64,10 +68,17 @@ def encode_batch(batch: ForwardBatch) -> bytes:
                 _pack_ids(blocks),
                 *map(_encode_steering, steered),
                 _pack_ids(ids),
+                exports,
             )
         )
     except struct.error as error:
         raise ValueError(f"a forward batch cannot be encoded: {error}") from None
+
+
+def _encode_export(export: Export) -> bytes:
+    address = export.address.encode()
+    header = _EXPORT.pack(export.ticket, export.first, len(export.blocks), len(address))
+    return header + _pack_ids(export.blocks) + address
 
 
 def _encode_row(row: Row) -> bytes:
@@ -91,18 +102,41 @@ def _encode_row(row: Row) -> bytes:
 
 def decode_batch(buffer: Buffer) -> ForwardBatch:
     """Reverse `encode_batch`; raises ValueError on anything it could not have written."""
-    num_rows, num_blocks, num_steered, num_ids = _read_header(_BATCH_HEADER, _BATCH_MAGIC, buffer)
+    num_rows, num_blocks, num_steered, num_ids, exports_bytes = _read_header(
+        _BATCH_HEADER, _BATCH_MAGIC, buffer
+    )
     rows_end = _BATCH_HEADER.size + num_rows * _ROW.size
     blocks_end = rows_end + num_blocks * _ID_BYTES
     steered_end = blocks_end + num_steered * _STEERING.size
-    _check_size(buffer, steered_end + num_ids * _ID_BYTES)
+    ids_end = steered_end + num_ids * _ID_BYTES
+    _check_size(buffer, ids_end + exports_bytes)
     view = memoryview(buffer)
     steered: deque[Steering] = deque()
     if num_steered or num_ids:
         ids = _unpack_ids(view, num_ids, steered_end)
         steered = _decode_steered(view[blocks_end:steered_end], ids)
     blocks = _unpack_ids(view, num_blocks, rows_end)
-    return ForwardBatch(rows=_decode_rows(view[_BATCH_HEADER.size : rows_end], blocks, steered))
+    return ForwardBatch(
+        rows=_decode_rows(view[_BATCH_HEADER.size : rows_end], blocks, steered),
+        exports=_decode_exports(view[ids_end:]) if exports_bytes else (),
+    )
+
+
+def _decode_exports(buffer: memoryview) -> tuple[Export, ...]:
+    exports = []
+    start = 0
+    while start < len(buffer):
+        try:
+            ticket, first, num_blocks, address_bytes = _EXPORT.unpack_from(buffer, start)
+            blocks_start = start + _EXPORT.size
+            blocks = _unpack_ids(buffer, num_blocks, blocks_start)
+        except struct.error:
+            raise ValueError("an export of a forward batch is cut off") from None
+        start = blocks_start + num_blocks * _ID_BYTES + address_bytes
+        address = bytes(buffer[start - address_bytes : start]).decode()
+        exports.append(Export(address=address, ticket=ticket, first=first, blocks=blocks))
+    _check_size(buffer, start)
+    return tuple(exports)
 
 
 def _decode_rows(

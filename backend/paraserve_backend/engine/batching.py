@@ -8,11 +8,13 @@ the stages of a pipeline work at the same time; a sequence is in at most one bat
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from paraserve_backend.engine.batch import (
     ChosenToken,
+    Export,
     ForwardBatch,
     ForwardResult,
     Row,
@@ -48,18 +50,44 @@ class Advance:
     token: ChosenToken
 
 
+def _no_exports(_rows: Iterable[tuple[Sequence, int]]) -> tuple[Export, ...]:
+    return ()
+
+
+#: What a pass shall send elsewhere, by its sequences and where each will end.
+Exports = Callable[[Iterable[tuple[Sequence, int]]], tuple[Export, ...]]
+
+
 class Batcher:
     """Owns the sequences and their KV blocks."""
 
-    def __init__(self, limits: BatchingLimits, pool: BlockPool) -> None:
+    def __init__(
+        self, limits: BatchingLimits, pool: BlockPool, exports: Exports = _no_exports
+    ) -> None:
         self._limits = limits
         self.pool = pool
+        self._exports = exports
         self.waiting: deque[Sequence] = deque()
         #: In order of admission: the last is the first to give its blocks up.
         self.running: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
+
+    def adopt(self, sequence: Sequence, blocks: list[int] | None) -> None:
+        """Go on with a sequence of another replica; it is the next to run.
+
+        Args:
+            sequence: with the tokens it got there.
+            blocks: hold all of it but its newest token, and are free again where it does not need
+                them; `None`: it is prefilled again.
+        """
+        if blocks is not None:
+            sequence.num_computed = sequence.num_tokens - 1
+            needed = self._blocks_for(sequence.num_computed)
+            sequence.block_table = blocks[:needed]
+            self.pool.give_back(blocks[needed:])
+        self.waiting.appendleft(sequence)
 
     @property
     def is_empty(self) -> bool:
@@ -70,6 +98,7 @@ class Batcher:
         sequence.is_dropped = True
         if sequence in self.waiting:
             self.waiting.remove(sequence)
+            self._free(sequence)
         elif not sequence.in_flight and sequence in self.running:
             self._leave(sequence)
 
@@ -109,13 +138,16 @@ class Batcher:
             self.drop(sequence)
         return batch.sequences
 
-    def check_integrity(self) -> None:
-        owned = [block for sequence in self.running for block in sequence.block_table]
-        self.pool.check_integrity(owned)
+    def check_integrity(self, kept: Seq[int] = ()) -> None:
+        """Assert that no block is lost or owned twice; `kept` are those of sequences to come."""
+        sequences = (*self.running, *self.waiting)
+        owned = [block for sequence in sequences for block in sequence.block_table]
+        self.pool.check_integrity([*owned, *kept])
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._limits.max_sequences:
-            needed = self._blocks_for(self.waiting[0].num_tokens + 1)
+            first = self.waiting[0]
+            needed = self._blocks_for(first.num_tokens + 1) - len(first.block_table)
             if needed > self.pool.num_free - self._promised_blocks():
                 return
             self.running.append(self.waiting.popleft())
@@ -129,7 +161,7 @@ class Batcher:
 
     def _candidates(self) -> list[Sequence]:
         """Idle sequences, decoding ones first, at most one batch's share of all that run."""
-        idle = [sequence for sequence in self.running if not sequence.in_flight]
+        idle = [s for s in self.running if not s.in_flight and not s.is_held]
         idle.sort(key=lambda sequence: sequence.num_remaining > 1)
         return idle[: -(-len(self.running) // self._limits.batches_in_flight)]
 
@@ -145,10 +177,11 @@ class Batcher:
         return True
 
     def _victim(self, chosen: Seq[tuple[Sequence, int]]) -> Sequence | None:
-        """The youngest sequence that holds blocks and is neither in flight nor chosen."""
+        """The youngest sequence that holds blocks and is neither busy nor chosen."""
         busy = {id(sequence) for sequence, _ in chosen}
         for sequence in reversed(self.running):
-            if sequence.block_table and not sequence.in_flight and id(sequence) not in busy:
+            is_busy = sequence.in_flight or sequence.is_held or id(sequence) in busy
+            if sequence.block_table and not is_busy:
                 return sequence
         return None
 
@@ -159,15 +192,19 @@ class Batcher:
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed = 0
 
     def _build(self, chosen: list[tuple[Sequence, int]]) -> ScheduledBatch:
-        rows, ids = [], []
+        rows, ids, ends = [], [], []
         for sequence, count in chosen:
             sequence.in_flight = True
             end = sequence.num_computed + count
+            ends.append((sequence, end))
             ids.extend(sequence.ids(sequence.num_computed, end))
             rows.append(
                 Row(
@@ -178,7 +215,7 @@ class Batcher:
                 )
             )
         return ScheduledBatch(
-            forward=ForwardBatch(rows=tuple(rows)),
+            forward=ForwardBatch(rows=tuple(rows), exports=self._exports(ends)),
             token_ids=tuple(ids),
             sequences=tuple(sequence for sequence, _ in chosen),
         )

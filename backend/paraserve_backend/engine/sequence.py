@@ -25,6 +25,8 @@ class Sequence:
     #: Positions `[0, num_computed)` are in the KV cache.
     num_computed: int = 0
     in_flight: bool = False
+    #: On its way to another replica: no pass runs with it.
+    is_held: bool = False
     #: "stop" (an end token or stop word), "length"; `None` while it runs.
     finish_reason: str | None = None
     #: Cancelled, stopped or failed: it leaves as soon as it is not in flight.

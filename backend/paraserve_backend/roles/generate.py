@@ -6,19 +6,27 @@ holds all layers in this process and no Triton call is left in the token loop.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from paraserve_backend.config import GenerateConfig, KvConfig
 from paraserve_backend.contract import LayerRange
 from paraserve_backend.encoding import RequestEncoder
+from paraserve_backend.engine.arrivals import Arrivals, Write
 from paraserve_backend.engine.batch import ForwardResult
 from paraserve_backend.engine.batching import Batcher, BatchingLimits, ScheduledBatch
 from paraserve_backend.engine.block_pool import BlockPool
+from paraserve_backend.engine.departures import Departures
 from paraserve_backend.engine.loop import Forward, Gauges, GenerateLoop, Reply, Request
+from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.families.spec import ModelSpec
+from paraserve_backend.families.tensors import kv_bytes_per_token
+from paraserve_backend.hand_over import PostMessage, Target
 from paraserve_backend.request import GenerateRequest
+from paraserve_backend.resume import Resume
 from paraserve_backend.roles.fetched import Fetched, open_weights, read_spec
+from paraserve_backend.roles.mailbox import open_mailbox
 from paraserve_backend.text import read_tokenizer
 
 if TYPE_CHECKING:
@@ -39,41 +47,102 @@ class GenerateRole:
             end_ids=frozenset(i for i in spec.eos_token_ids if i < spec.vocab_size),
             max_context=min(max_context, kv.num_blocks * kv.block_size),
         )
+        self._mailbox = open_mailbox(config.hand_over)
+        write = None
+        if forward is None:
+            forward = _local_forward(fetched, spec, kv, config.device, self._mailbox.post)
+            write = forward.write
+        pool = BlockPool(kv.num_blocks)
+        departures = Departures(
+            self._mailbox.post,
+            inbox=self._mailbox.address,
+            block_size=kv.block_size,
+            block_bytes=kv.block_size * kv_bytes_per_token(spec, _whole(spec)),
+            num_layers=spec.num_layers,
+            now_s=time.monotonic,
+        )
+        arrivals = Arrivals(pool, write, self._mailbox.post, time.monotonic)
+        limits = BatchingLimits(
+            max_sequences=config.max_sequences,
+            max_batch_tokens=config.max_batch_tokens,
+            batches_in_flight=config.batches_in_flight,
+            block_size=kv.block_size,
+        )
         self._loop = GenerateLoop(
-            Batcher(
-                BatchingLimits(
-                    max_sequences=config.max_sequences,
-                    max_batch_tokens=config.max_batch_tokens,
-                    batches_in_flight=config.batches_in_flight,
-                    block_size=kv.block_size,
-                ),
-                BlockPool(kv.num_blocks),
-            ),
-            forward or _local_forward(fetched, spec, kv, config.device),
+            Batcher(limits, pool, departures.exports),
+            forward,
             gauges,
             config.batches_in_flight,
+            departures=departures,
+            arrivals=arrivals,
         )
+        self._mailbox.start(self._loop.hear, arrivals.received)
 
-    def add(self, request: GenerateRequest, reply: Reply) -> None:
+    def add(
+        self,
+        request: GenerateRequest,
+        reply: Reply,
+        *,
+        is_resumable: bool = False,
+        resume: Resume | None = None,
+    ) -> None:
         """Take a request in; its answer goes to `reply` from the loop's thread.
+
+        Args:
+            request: what the client asked for.
+            reply: where the answer goes.
+            is_resumable: whether it may be handed over to another replica.
+            resume: how far another replica has come with it; the answer goes on from there.
 
         Raises:
             InvalidRequest: the prompt is empty, too long, or a token is unknown.
         """
-        sequence = self._encoder.sequence(request)
+        if resume is None:
+            sequence = self._encoder.sequence(request)
+        else:
+            sequence = self._encoder.resumed(request, resume)
         answer = self._encoder.answer(request, sequence.prompt_ids)
-        self._loop.add(Request(sequence=sequence, answer=answer, reply=reply))
+        tokens = list(resume.tokens) if resume else []
+        answer.replay(tokens)
+        self._loop.add(
+            Request(
+                sequence=sequence,
+                answer=answer,
+                reply=reply,
+                tokens=tokens,
+                is_resumable=is_resumable,
+                resume=resume,
+            )
+        )
+
+    def hand_over(self, targets: tuple[Target, ...]) -> None:
+        """Hand all resumable requests over to these replicas, those to come too.
+
+        Raises:
+            InvalidRequest: nobody could answer this replica.
+        """
+        if not self._mailbox.address:
+            raise InvalidRequest("A replica without parameter 'hand_over' keeps its requests.")
+        self._loop.aim(targets)
 
     def close(self) -> None:
+        self._mailbox.stop()
         self._loop.close()
+        self._mailbox.close()
         self._fetched.close()
 
 
 class LocalForward:
     """All layers in this process: passes run one after another on a thread of their own."""
 
-    def __init__(self, engine: StageEngine) -> None:
+    def __init__(self, engine: StageEngine, post: PostMessage) -> None:
+        from paraserve_backend.engine.kv_transfer import KvExporter, KvImporter
+
+        cache = engine.model.kv_cache
         self._engine = engine
+        self._exporter = KvExporter(cache, engine.model.layers, post)
+        #: Puts KV blocks of another replica into the cache.
+        self.write: Write = KvImporter(cache).write
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     def submit(self, batch: ScheduledBatch) -> Future[ForwardResult]:
@@ -84,6 +153,7 @@ class LocalForward:
 
         result = self._engine.step(batch.forward, torch.tensor(batch.token_ids, dtype=torch.int32))
         assert isinstance(result, ForwardResult)
+        self._exporter.send(batch.forward.exports)
         return result
 
     def close(self) -> None:
@@ -98,10 +168,15 @@ def _sized(kv: KvConfig, max_context: int, max_sequences: int) -> KvConfig:
     return KvConfig(num_blocks=blocks, block_size=kv.block_size)
 
 
-def _local_forward(fetched: Fetched, spec: ModelSpec, kv: KvConfig, device: str) -> LocalForward:
+def _local_forward(
+    fetched: Fetched, spec: ModelSpec, kv: KvConfig, device: str, post: PostMessage
+) -> LocalForward:
     # The head of a pipeline must not pay for it.
     with fetched.spans.span("import torch"):
         from paraserve_backend.roles.engine import load_engine
 
-    whole = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
-    return LocalForward(load_engine(fetched, whole, kv, device))
+    return LocalForward(load_engine(fetched, _whole(spec), kv, device), post)
+
+
+def _whole(spec: ModelSpec) -> LayerRange:
+    return LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)

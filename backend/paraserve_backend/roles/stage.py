@@ -15,11 +15,13 @@ import torch
 
 from paraserve_backend.channel import Channel, CurveKeys, Frame, FrameKind, relay
 from paraserve_backend.config import ChannelConfig, StageConfig
-from paraserve_backend.engine.batch import ForwardBatch, ForwardResult
+from paraserve_backend.engine.batch import Export, ForwardBatch, ForwardResult
 from paraserve_backend.engine.batch_codec import decode_batch, encode_result
 from paraserve_backend.engine.dtypes import TORCH_DTYPE
 from paraserve_backend.engine.hidden import hidden_from_bytes, hidden_to_bytes
-from paraserve_backend.errors import ParaServeError
+from paraserve_backend.engine.kv_transfer import KvExporter
+from paraserve_backend.errors import InvalidRequest, ParaServeError
+from paraserve_backend.hand_over import Post
 from paraserve_backend.roles.engine import load_engine
 from paraserve_backend.roles.fetched import Fetched
 
@@ -35,6 +37,7 @@ class StageRole:
         self._fetched = fetched
         self._layers = config.layers
         self._engine = load_engine(self._fetched, config.layers, config.kv, config.device)
+        self._post = Post(CurveKeys.read(config.key_file)) if config.key_file else None
         # Triton's thread and the channel's may both ask for a pass.
         self._lock = threading.Lock()
         self._relay = _Relay(config.channel, self) if config.channel else None
@@ -69,11 +72,21 @@ class StageRole:
 
     def _run(self, batch: ForwardBatch, inputs: torch.Tensor) -> Output:
         with self._lock:
-            return self._engine.step(batch, inputs)
+            output = self._engine.step(batch, inputs)
+            if batch.exports:
+                self._send(batch.exports)
+            return output
+
+    def _send(self, exports: tuple[Export, ...]) -> None:
+        if self._post is None:
+            raise InvalidRequest("A stage without parameter 'key_file' cannot send KV blocks.")
+        KvExporter(self._engine.model.kv_cache, self._layers, self._post).send(exports)
 
     def close(self) -> None:
         if self._relay is not None:
             self._relay.close()
+        if self._post is not None:
+            self._post.close()
         self._fetched.close()
 
 
