@@ -6,7 +6,7 @@ It owns what depends on the model: its tokenizer, vocabulary, end tokens and con
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
@@ -46,12 +46,13 @@ class RequestEncoder:
         )
 
     def resumed(self, request: GenerateRequest, resume: Resume) -> Sequence:
-        """Return the sequence with the tokens that another replica has given it.
+        """Return the sequence with the tokens it has got elsewhere.
 
         Raises:
             InvalidRequest: the request is not the one that was begun there.
         """
-        sequence = replace(self.sequence(request), max_tokens=resume.max_tokens)
+        sequence = self.sequence(request)
+        sequence.max_tokens = min(sequence.max_tokens, resume.max_tokens)
         self._check_known(token.token_id for token in resume.tokens)
         for token in resume.tokens:
             sequence.append(token.token_id)

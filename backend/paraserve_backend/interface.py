@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from paraserve_backend.resume import HAND_OVER_TO, RESUME
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
@@ -75,4 +77,10 @@ OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec(name="logprobs", datatype="BYTES"),
     TensorSpec(name="cum_log_probs", datatype="FP32"),
     TensorSpec(name="output_log_probs", datatype="FP32", shape=(1, -1)),
+)
+
+#: Of the response that moves a request to another replica; no client sees it.
+HAND_OVER_OUTPUTS: tuple[TensorSpec, ...] = (
+    TensorSpec(name=HAND_OVER_TO, datatype="BYTES"),
+    TensorSpec(name=RESUME, datatype="BYTES"),
 )

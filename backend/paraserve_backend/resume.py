@@ -14,9 +14,8 @@ from paraserve_backend.engine.batch import ChosenToken, ForwardResult
 from paraserve_backend.engine.batch_codec import decode_result, encode_result
 from paraserve_backend.errors import InvalidRequest
 
-#: Request parameter that says: its sender can follow the request to another replica.
-RESUMABLE = "resumable"
-#: Request parameter with an encoded `Resume`; also the output of the response that moves a request.
+#: Request parameter with an encoded `Resume`; also an output of the response that moves a request.
+#: Whoever sends one can follow the request to another replica.
 RESUME = "resume"
 #: Output of that response: the replica that takes the request over.
 HAND_OVER_TO = "hand_over_to"

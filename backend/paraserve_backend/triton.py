@@ -43,7 +43,7 @@ from paraserve_backend.gauges import GAUGES, RateLimitedGauges
 from paraserve_backend.hand_over import read_targets
 from paraserve_backend.outputs import output_tensors
 from paraserve_backend.request import WantedOutputs, parse_request
-from paraserve_backend.resume import HAND_OVER_TO, RESUMABLE, RESUME, Resume
+from paraserve_backend.resume import HAND_OVER_TO, RESUME, Resume
 from paraserve_backend.roles.fetched import open_weights
 
 _log = logging.getLogger(__name__)
@@ -131,13 +131,12 @@ class _GenerateAdapter:
             self._role.hand_over(read_targets(command))
             sender.send(flags=_FINAL)
             return
-        is_resumable = parameters.pop(RESUMABLE, False) is True
         encoded = parameters.pop(RESUME, None)
         resume = Resume.decode(encoded) if encoded is not None else None
         fresh_seed = resume.seed if resume else secrets.randbits(63)
         parsed = parse_request(tensors, parameters, fresh_seed=fresh_seed)
         reply = _Reply(sender, parsed.wanted)
-        self._role.add(parsed, reply, is_resumable=is_resumable, resume=resume)
+        self._role.add(parsed, reply, resume)
 
     def close(self) -> None:
         self._role.close()

@@ -108,7 +108,7 @@ class Reply:
         self.moves.append((replica, resume))
         assert self.request is not None, "only a request that can be followed is moved"
         role = self.peers[replica].role
-        role.add(self.request, self, is_resumable=True, resume=Resume.decode(resume.encode()))
+        role.add(self.request, self, Resume.decode(resume.encode()))
 
     def is_cancelled(self) -> bool:
         return self.cancelled.is_set()
@@ -177,7 +177,8 @@ class Replica:
         """Ask as a gateway does that follows its requests to `peers`."""
         request = self.request(prompt, max_tokens, **options)
         reply = Reply(request=request, peers=peers)
-        self.role.add(request, reply, is_resumable=True)
+        begin = Resume(seed=request.sampling.seed, max_tokens=max_tokens, tokens=())
+        self.role.add(request, reply, begin)
         return reply
 
     def request(self, prompt: Sequence[int], max_tokens: int, **options: object) -> GenerateRequest:

@@ -206,7 +206,7 @@ def test_a_request_comes_without_its_cache_and_is_prefilled_again(
         reply = Reply()
         request = replica.request([9, 8, 7], 20)
         resume = Resume(ticket=ticket, seed=0, max_tokens=20, tokens=tokens)
-        replica.role.add(request, reply, resume=resume)
+        replica.role.add(request, reply, resume)
         assert reply.token_ids() == whole[8:]
 
 
@@ -214,7 +214,7 @@ def test_a_request_that_has_ended_is_not_gone_on_with(model: TinyModel, tmp_path
     tokens = (ChosenToken(token_id=1, logprob=0.0, ranking=None),) * 4
     with start_replica(model, tmp_path, 1) as replica, pytest.raises(InvalidRequest):
         replica.role.add(
-            replica.request([1], 4), Reply(), resume=Resume(seed=0, max_tokens=4, tokens=tokens)
+            replica.request([1], 4), Reply(), Resume(seed=0, max_tokens=4, tokens=tokens)
         )
 
 

@@ -77,8 +77,8 @@ class Request:
     tokens: list[ChosenToken] = field(default_factory=list)
     #: Whether its sender can follow it to another replica.
     is_resumable: bool = False
-    #: Where it comes from another replica: what its KV blocks came under.
-    resume: Resume | None = None
+    #: What its KV blocks have come under, if they have.
+    ticket: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,11 +181,10 @@ class GenerateLoop:
 
     def _join(self, request: Request) -> None:
         self._requests[request.sequence] = request
-        if request.resume is None:
-            self._batcher.add(request.sequence)
+        if request.tokens:
+            self._batcher.adopt(request.sequence, self._arrivals.claim(request.ticket))
         else:
-            blocks = self._arrivals.claim(request.resume.ticket)
-            self._batcher.adopt(request.sequence, blocks)
+            self._batcher.add(request.sequence)
 
     def _let_go(self) -> None:
         """Send away what may go: at once what has nothing in the KV cache."""

@@ -52,14 +52,19 @@ class Fetched:
         return parsed if isinstance(parsed, dict) else {}
 
 
-def open_weights(config: WeightsConfig) -> Fetched:
+def open_weights(config: WeightsConfig, *, whole_objects: bool = False) -> Fetched:
     """Open the fetch the agent has begun, or begin one here.
+
+    Args:
+        config: where they are.
+        whole_objects: what is fetched here comes with the files' headers; an agent's fetch has
+            what the scheduler has planned.
 
     Raises:
         ParaServeError: there is no such fetch, or the source cannot be read.
     """
     if config.source is not None:
-        return _fetch_here(config, config.source)
+        return _fetch_here(config, config.source, whole_objects=whole_objects)
     if config.run_dir is None or config.fetch_id is None:
         raise InvalidRequest("config.pbtxt names no weights: set parameter 'source'.")
     return _open(config.run_dir / "tier", config.fetch_id, close=_nothing)
@@ -81,8 +86,9 @@ def _nothing() -> None:
     pass
 
 
-def _fetch_here(config: WeightsConfig, uri: str) -> Fetched:
+def _fetch_here(config: WeightsConfig, uri: str, *, whole_objects: bool) -> Fetched:
     # Only a standalone model needs these; boto3 alone takes 0.3 s to import.
+    from paraserve_backend.weights import whole
     from paraserve_backend.weights.checkpoint import read_index
     from paraserve_backend.weights.fetch import fetch
     from paraserve_backend.weights.plan import plan_fetch, stage_tensors
@@ -92,8 +98,12 @@ def _fetch_here(config: WeightsConfig, uri: str) -> Fetched:
     source = open_source(uri, endpoint_url=config.endpoint_url, region=config.region)
     index = read_index(source)
     spec = model_spec(index.config)
-    whole = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
-    tensors = stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=whole)
+    layers = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
+    tensors = (
+        whole.whole_objects(index)
+        if whole_objects
+        else stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
+    )
     plan = plan_fetch(index, tensors, fetch_id=f"standalone.{os.getpid()}")
     folder = Path(tempfile.mkdtemp(prefix=f"paraserve-standalone-{os.getpid()}-", dir=_HOST_MEMORY))
     tier = Tier.open(folder / "tier")

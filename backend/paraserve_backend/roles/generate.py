@@ -78,21 +78,14 @@ class GenerateRole:
         )
         self._mailbox.start(self._loop.hear, arrivals.received)
 
-    def add(
-        self,
-        request: GenerateRequest,
-        reply: Reply,
-        *,
-        is_resumable: bool = False,
-        resume: Resume | None = None,
-    ) -> None:
+    def add(self, request: GenerateRequest, reply: Reply, resume: Resume | None = None) -> None:
         """Take a request in; its answer goes to `reply` from the loop's thread.
 
         Args:
             request: what the client asked for.
             reply: where the answer goes.
-            is_resumable: whether it may be handed over to another replica.
-            resume: how far another replica has come with it; the answer goes on from there.
+            resume: how far it has come elsewhere; the answer goes on from there, and may be handed
+                over to another replica. `None`: nobody could follow it.
 
         Raises:
             InvalidRequest: the prompt is empty, too long, or a token is unknown.
@@ -110,8 +103,8 @@ class GenerateRole:
                 answer=answer,
                 reply=reply,
                 tokens=tokens,
-                is_resumable=is_resumable,
-                resume=resume,
+                is_resumable=resume is not None,
+                ticket=resume.ticket if resume else 0,
             )
         )
 

@@ -12,14 +12,8 @@ from collections.abc import Callable
 from paraserve_backend.channel import CurveKeys, Inbox
 from paraserve_backend.config import HandOverConfig
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.hand_over import (
-    Expect,
-    KvBlocks,
-    Message,
-    Post,
-    Word,
-    from_frame,
-)
+from paraserve_backend.hand_over import Expect, KvBlocks, Message, Word
+from paraserve_backend.post import Post, from_frame
 
 _log = logging.getLogger(__name__)
 #: Bounds one part of a frame.

@@ -21,7 +21,7 @@ from paraserve_backend.engine.dtypes import TORCH_DTYPE
 from paraserve_backend.engine.hidden import hidden_from_bytes, hidden_to_bytes
 from paraserve_backend.engine.kv_transfer import KvExporter
 from paraserve_backend.errors import InvalidRequest, ParaServeError
-from paraserve_backend.hand_over import Post
+from paraserve_backend.post import Post
 from paraserve_backend.roles.engine import load_engine
 from paraserve_backend.roles.fetched import Fetched
 
