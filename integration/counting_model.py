@@ -6,10 +6,12 @@ from pathlib import Path
 
 from paraserve_backend.interface import INPUTS, OUTPUTS, TensorSpec
 
-# What it does is the prompt: count, hang, fail, or report that another request was cancelled.
+# What it does is the prompt: count, as fast as it can or at a pace, hang, fail, or report that
+# another request was cancelled.
 _MODEL = """
 import json
 import threading
+import time
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -45,12 +47,17 @@ class TritonPythonModel:
                 self.cancelled.wait(0.01)
             self.cancelled.set()
             sender.send(flags=FINAL)
+        elif prompt.startswith("pace"):
+            self.count(sender, tensors, pace_s=float(prompt.split()[1]) / 1e3)
         else:
             self.count(sender, tensors, ends_empty=prompt == "end empty")
 
-    def count(self, sender, tensors, ends_empty):
+    def count(self, sender, tensors, ends_empty=False, pace_s=0.0):
         limit = tensors.get("max_tokens", [1])[0]
+        start_s = time.monotonic()
         for number in range(limit):
+            if pace_s:  # by the clock, so that a late token does not delay the next
+                time.sleep(max(0.0, start_s + number * pace_s - time.monotonic()))
             last = number == limit - 1 and not ends_empty
             self.send(sender, f"token {number}", number + 1, last=last)
         if ends_empty:
@@ -64,6 +71,11 @@ class TritonPythonModel:
         ]
         sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL if last else 0)
 """
+
+
+def paced(interval_ms: float) -> str:
+    """Return the prompt that makes it count one token per interval."""
+    return f"pace {interval_ms:g}"
 
 
 def write_model(folder: Path) -> None:

@@ -153,6 +153,92 @@ def test_a_client_that_leaves_cancels_the_request_in_the_model(
     replica.run(scenario)
 
 
+@pytest.mark.parametrize(("stream_timeout_s", "timeout_us"), [(0.5, None), (None, 500_000)])
+def test_a_client_that_waits_no_longer_ends_the_request_in_the_model(
+    replica: Replica, stream_timeout_s: float | None, timeout_us: int | None
+) -> None:
+    async def requests() -> AsyncIterator[dict[str, Any]]:
+        async for request in _requests(prompt="hang"):
+            yield {**request, "timeout": timeout_us}
+
+    async def scenario(cluster: Cluster) -> None:
+        async with cluster.client() as client:
+            stream = client.stream_infer(
+                requests(), stream_timeout_s, headers={"triton_grpc_error": "true"}
+            )
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in stream:
+                    pass
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        answered = await cluster.stub.ModelInfer(make_request("was cancelled", stream=False))
+        assert text_of(answered) == "True"
+
+    reload(replica)
+    replica.run(scenario)
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_tritons_client_may_compress(replica: Replica, algorithm: str) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        prompt = "count " * 500
+        async with cluster.client() as client:
+            result = await client.infer(
+                DEPLOYMENT, _inputs(prompt, max_tokens=1), compression_algorithm=algorithm
+            )
+            assert _text(result) == "token 0"
+            stream = client.stream_infer(
+                _requests(prompt=prompt, max_tokens=3), compression_algorithm=algorithm
+            )
+            assert [_text(result) async for result, _ in stream] == [
+                f"token {number}" for number in range(3)
+            ]
+
+    replica.run(scenario)
+
+
+def test_inputs_with_a_batch_dimension_fit_a_model_without(replica: Replica) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        inputs = _inputs("count", max_tokens=1)
+        for tensor in inputs:
+            tensor.set_shape([1, 1])
+        async with cluster.client() as client:
+            result = await client.infer(DEPLOYMENT, inputs)
+        ids = result.as_numpy("output_ids")
+        assert ids is not None
+        assert ids.tolist() == [[0, 1]]
+
+    replica.run(scenario)
+
+
+def test_parameters_reserved_by_triton_are_taken_over_both_protocols(replica: Replica) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        async with cluster.client() as client:
+            result = await client.infer(
+                DEPLOYMENT, _inputs(max_tokens=1), priority=1, sequence_id=7, timeout=30_000_000
+            )
+        assert _text(result) == "token 0"
+        body = {"text_input": "count", "priority": 1, "sequence_id": 7, "timeout": 30_000_000}
+        status, (fields,) = await post(cluster, cluster.url(f"models/{DEPLOYMENT}/generate"), body)
+        assert (status, fields.get("text_output")) == (200, "token 0"), fields
+
+    replica.run(scenario)
+
+
+def test_statistics_count_what_was_asked(replica: Replica) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        async with cluster.client() as client:
+            for _ in range(3):
+                await client.infer(DEPLOYMENT, _inputs(max_tokens=1))
+            with pytest.raises(triton.InferenceServerException):
+                await client.infer(DEPLOYMENT, _inputs("fail UNAVAILABLE", max_tokens=1))
+            (model,) = (await client.get_inference_statistics(DEPLOYMENT, "1")).model_stats
+        durations = model.inference_stats
+        assert (durations.success.count, durations.fail.count) == (3, 1)
+        assert 0 < durations.queue.ns < durations.compute_infer.ns < durations.success.ns
+
+    replica.run(scenario)
+
+
 def test_an_unloaded_replica_is_left_for_the_next_without_an_error(replica: Replica) -> None:
     async def scenario(cluster: Cluster) -> None:
         gone = cluster.endpoint(2, address=replica.server.grpc_address)

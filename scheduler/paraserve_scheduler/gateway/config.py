@@ -38,6 +38,6 @@ class GatewayConfig:
     max_held_requests: Annotated[
         int, "Requests that may wait for one deployment; more are refused."
     ] = 1000
-    max_request_bytes: Annotated[int, "Largest body of an HTTP request, after decompression."] = (
-        64 * _MIB
-    )
+    max_request_bytes: Annotated[
+        int, "Largest request over either protocol, as it comes and unpacked."
+    ] = 64 * _MIB

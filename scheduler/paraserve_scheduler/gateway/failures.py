@@ -28,6 +28,26 @@ class Unimplemented(ParaServeError):
     http_status = 501
 
 
+class TooLarge(ParaServeError):
+    """A request beyond the gateway's limit, in whatever form it came."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 413
+
+    @classmethod
+    def than(cls, limit_bytes: int) -> TooLarge:
+        return cls(
+            f"The request is larger than the {limit_bytes} bytes this gateway takes, its setting "
+            "max_request_bytes; send less."
+        )
+
+
+class UnsupportedCoding(InvalidRequest):
+    """A request packed by something other than gzip or deflate."""
+
+    http_status = 415
+
+
 _BY_CODE: dict[str, type[ParaServeError]] = {
     "INVALID_ARGUMENT": InvalidRequest,
     "OUT_OF_RANGE": InvalidRequest,

@@ -17,6 +17,7 @@ from paraserve_scheduler.gateway.failures import INTERNAL_ERROR
 from paraserve_scheduler.gateway.proxy import Proxy
 from paraserve_scheduler.gateway.refused_calls import Context, RefusedCalls, abort
 from paraserve_scheduler.gateway.routes import Routes
+from paraserve_scheduler.gateway.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +28,10 @@ Reply = TypeVar("Reply")
 
 
 class GrpcService(RefusedCalls):
-    def __init__(self, proxy: Proxy, routes: Routes) -> None:
+    def __init__(self, proxy: Proxy, routes: Routes, statistics: Statistics) -> None:
         self._proxy = proxy
         self._routes = routes
+        self._statistics = statistics
 
     async def ServerLive(
         self, request: kserve.ServerLiveRequest, context: Context
@@ -73,6 +75,14 @@ class GrpcService(RefusedCalls):
         self, request: kserve.RepositoryIndexRequest, context: Context
     ) -> kserve.RepositoryIndexResponse:
         return metadata.model_index_message(self._routes.deployments)
+
+    async def ModelStatistics(
+        self, request: kserve.ModelStatisticsRequest, context: Context
+    ) -> kserve.ModelStatisticsResponse:
+        if not request.name:
+            return self._statistics.message(self._routes.deployments)
+        await self._require(request.name, request.version, context)
+        return self._statistics.message([request.name])
 
     async def ModelInfer(
         self, request: kserve.ModelInferRequest, context: Context

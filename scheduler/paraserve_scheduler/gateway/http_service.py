@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -12,7 +13,13 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest, ParaServeError
 from paraserve_scheduler.gateway import metadata
-from paraserve_scheduler.gateway.failures import INTERNAL_ERROR, Unimplemented
+from paraserve_scheduler.gateway.compression import Coding, accepted_coding, pack, unpack
+from paraserve_scheduler.gateway.failures import (
+    INTERNAL_ERROR,
+    TooLarge,
+    Unimplemented,
+    UnsupportedCoding,
+)
 from paraserve_scheduler.gateway.json_tensors import (
     generate_request,
     generate_response,
@@ -20,48 +27,66 @@ from paraserve_scheduler.gateway.json_tensors import (
     infer_response,
 )
 from paraserve_scheduler.gateway.proxy import Proxy
-from paraserve_scheduler.gateway.refused_calls import PER_NODE, REPOSITORY
+from paraserve_scheduler.gateway.refused_calls import PER_NODE, REPOSITORY, SHARED_MEMORY
 from paraserve_scheduler.gateway.routes import Routes
+from paraserve_scheduler.gateway.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _EVENT_STREAM = "text/event-stream; charset=utf-8"
+#: Below it packing costs more than it saves.
+_MIN_PACKED_BYTES = 1024
+#: Paths of Triton's that a gateway refuses, with what to do instead.
+_REFUSED_PATHS = {
+    "/v2/repository/models/{model}/{action:load|unload}": REPOSITORY,
+    "/v2/{kind:system|cuda}sharedmemory/{rest:.*}": SHARED_MEMORY,
+    "/v2/trace/setting": PER_NODE,
+    "/v2/models/{model}/trace/setting": PER_NODE,
+    "/v2/logging": PER_NODE,
+}
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class HttpService:
-    def __init__(self, proxy: Proxy, routes: Routes, *, max_request_bytes: int) -> None:
+    def __init__(
+        self, proxy: Proxy, routes: Routes, statistics: Statistics, *, max_request_bytes: int
+    ) -> None:
         self._proxy = proxy
         self._routes = routes
+        self._statistics = statistics
         self._max_request_bytes = max_request_bytes
 
     def application(self) -> web.Application:
         app = web.Application(
-            client_max_size=self._max_request_bytes, middlewares=[_errors_as_json]
+            client_max_size=self._max_request_bytes, middlewares=[_packed_as_asked, _errors_as_json]
         )
         app.router.add_get("/v2", self._server_metadata)
         app.router.add_get("/v2/health/live", self._live)
         app.router.add_get("/v2/health/ready", self._ready)
         app.router.add_post("/v2/repository/index", self._index)
-        app.router.add_post("/v2/repository/models/{model}/{action:load|unload}", _refuse_control)
+        app.router.add_get("/v2/models/stats", self._all_statistics)
+        for path, sentence in _REFUSED_PATHS.items():
+            app.router.add_route("*", path, _refusal(sentence))
         for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
             app.router.add_get(model, self._model_metadata)
             app.router.add_get(f"{model}/config", self._model_config)
             app.router.add_get(f"{model}/ready", self._model_ready)
-            app.router.add_get(f"{model}/stats", _refuse_statistics)
+            app.router.add_get(f"{model}/stats", self._model_statistics)
             app.router.add_post(f"{model}/infer", self._infer)
             app.router.add_post(f"{model}/generate", self._generate)
             app.router.add_post(f"{model}/generate_stream", self._generate_stream)
         return app
 
+    # Triton sends no body; KServe's protocol has one, and KServe's client reads it.
     async def _live(self, request: web.Request) -> web.Response:
-        return web.Response()
+        return _json({"live": True})
 
     async def _ready(self, request: web.Request) -> web.Response:
         is_ready = self._routes.is_known
-        return web.Response(status=HTTPStatus.OK if is_ready else HTTPStatus.BAD_REQUEST)
+        status = HTTPStatus.OK if is_ready else HTTPStatus.BAD_REQUEST
+        return _json({"ready": is_ready}, status)
 
     async def _server_metadata(self, request: web.Request) -> web.Response:
         return _json(metadata.server_metadata())
@@ -76,8 +101,13 @@ class HttpService:
         return _json(metadata.model_config(await self._deployment(request)))
 
     async def _model_ready(self, request: web.Request) -> web.Response:
-        await self._deployment(request)
-        return web.Response()
+        return _json({"name": await self._deployment(request), "ready": True})
+
+    async def _all_statistics(self, request: web.Request) -> web.Response:
+        return _json(self._statistics.report(self._routes.deployments))
+
+    async def _model_statistics(self, request: web.Request) -> web.Response:
+        return _json(self._statistics.report([await self._deployment(request)]))
 
     async def _infer(self, http: web.Request) -> web.Response:
         call = infer_call(*_model(http), await _body(http), _header_bytes(http))
@@ -153,8 +183,8 @@ async def _errors_as_json(request: web.Request, handler: _Handler) -> web.Stream
     except ParaServeError as error:
         return _error(error.http_status, str(error))
     except web.HTTPRequestEntityTooLarge:
-        limit_bytes = request.client_max_size
-        return _error(413, f"The request body is larger than this gateway's {limit_bytes} bytes.")
+        refusal = TooLarge.than(request.client_max_size)
+        return _error(refusal.http_status, str(refusal))
     except web.HTTPException as error:
         return _error(error.status, error.reason)
     except Exception:
@@ -162,12 +192,24 @@ async def _errors_as_json(request: web.Request, handler: _Handler) -> web.Stream
         return _error(500, INTERNAL_ERROR)
 
 
-async def _refuse_control(request: web.Request) -> web.StreamResponse:
-    raise Unimplemented(REPOSITORY)
+@web.middleware
+async def _packed_as_asked(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    response = await handler(request)
+    # Triton's client unpacks answers only: an error has to be plain.
+    if response.status == HTTPStatus.OK and isinstance(response, web.Response):
+        coding = accepted_coding(request.headers.get("Accept-Encoding", ""))
+        body = response.body
+        if coding is not None and isinstance(body, bytes) and len(body) >= _MIN_PACKED_BYTES:
+            response.body = await asyncio.to_thread(pack, body, coding)
+            response.headers["Content-Encoding"] = coding
+    return response
 
 
-async def _refuse_statistics(request: web.Request) -> web.StreamResponse:
-    raise Unimplemented(PER_NODE)
+def _refusal(sentence: str) -> _Handler:
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        raise Unimplemented(sentence)
+
+    return refuse
 
 
 def _model(request: web.Request) -> tuple[str, str]:
@@ -175,12 +217,15 @@ def _model(request: web.Request) -> tuple[str, str]:
 
 
 async def _body(request: web.Request) -> bytes:
-    try:
-        return await request.read()
-    except web.RequestPayloadError:
-        raise InvalidRequest(
-            "The request body cannot be read; does it match its Content-Encoding?"
-        ) from None
+    body = await request.read()
+    name = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if name == "identity" or not body:
+        return body
+    if name not in set(Coding):
+        raise UnsupportedCoding(
+            f"The request's Content-Encoding is {name[:40]!r}; use gzip, deflate or none."
+        )
+    return await asyncio.to_thread(unpack, body, request.client_max_size)
 
 
 def _header_bytes(request: web.Request) -> int | None:
@@ -196,8 +241,8 @@ def _dumped(fields: object) -> bytes:
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _json(fields: object) -> web.Response:
-    return web.Response(body=_dumped(fields), content_type="application/json")
+def _json(fields: object, status: int = HTTPStatus.OK) -> web.Response:
+    return web.Response(status=status, body=_dumped(fields), content_type="application/json")
 
 
 def _error(status: int, sentence: str) -> web.Response:

@@ -16,7 +16,7 @@ from paraserve_backend.interface import INPUTS, OUTPUTS, TensorSpec
 
 SERVER_NAME = "paraserve"
 MODEL_VERSION = "1"
-_EXTENSIONS = ("binary_tensor_data", "generate", "model_configuration", "parameters")
+_EXTENSIONS = ("binary_tensor_data", "generate", "model_configuration", "parameters", "statistics")
 
 Json = dict[str, Any]
 

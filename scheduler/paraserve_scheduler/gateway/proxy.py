@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest, Unavailable
-from paraserve_backend.request import GenerateRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.gateway import batch_dimension
+from paraserve_scheduler.gateway.batch_dimension import Send
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
 from paraserve_scheduler.gateway.routes import ReplicaLost, Routes
+from paraserve_scheduler.gateway.statistics import RequestTimes, Statistics
+from paraserve_scheduler.gateway.time_limit import take_time_limit_us, time_limit
 from paraserve_scheduler.gateway.upstream import (
     WANT_EMPTY_FINAL,
     ReplicaRefused,
@@ -23,10 +26,38 @@ from paraserve_scheduler.gateway.upstream import (
 )
 from paraserve_scheduler.gateway.validation import validate
 
-#: Takes one response to the client; returns when the client can take more.
-Send = Callable[[kserve.ModelInferResponse], Awaitable[None]]
-
 _MAX_REPLICAS_TRIED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Admitted:
+    """What the gateway itself has to know of a request that passed its checks."""
+
+    is_stream: bool
+    #: Whether the prompt came with a leading dimension of 1.
+    is_batch_of_one: bool
+
+
+class _OnlyResponse:
+    """Takes the response to a request that may have no more than one."""
+
+    def __init__(self, deployment: str) -> None:
+        self._deployment = deployment
+        self._response: kserve.ModelInferResponse | None = None
+
+    async def take(self, response: kserve.ModelInferResponse) -> None:
+        if response.outputs and self._response is not None:
+            raise InvalidRequest(
+                f"'{self._deployment}' sent several responses to a request for one: "
+                "use ModelStreamInfer (gRPC) or generate_stream (HTTP)."
+            )
+        if response.outputs:
+            self._response = response
+
+    def response(self) -> kserve.ModelInferResponse:
+        if self._response is None:
+            raise Unavailable(f"The replica of '{self._deployment}' sent no response; retry.")
+        return self._response
 
 
 class _Delivery:
@@ -45,12 +76,19 @@ class Proxy:
     """Both services of a gateway hand their requests to the same one."""
 
     def __init__(
-        self, config: GatewayConfig, *, routes: Routes, demand: Demand, upstream: Upstream
+        self,
+        config: GatewayConfig,
+        *,
+        routes: Routes,
+        demand: Demand,
+        upstream: Upstream,
+        statistics: Statistics,
     ) -> None:
         self._config = config
         self._routes = routes
         self._demand = demand
         self._upstream = upstream
+        self._statistics = statistics
 
     async def stream(self, request: kserve.ModelInferRequest, send: Send) -> None:
         """Send every response, in order; waits for a replica first if there is none.
@@ -61,8 +99,9 @@ class Proxy:
         Raises:
             ParaServeError: one sentence for the client, under the right code.
         """
-        asked = await self._admit(request)
-        await self._forward(request, send, is_stream=asked.is_stream)
+        async with time_limit(take_time_limit_us(request)):
+            admitted = await self._admit(request)
+            await self._serve(request, send, admitted)
 
     async def single(self, request: kserve.ModelInferRequest) -> kserve.ModelInferResponse:
         """Return the one response to a request that is not streamed.
@@ -71,35 +110,38 @@ class Proxy:
             InvalidRequest: the request asks for a stream, or got one.
             ParaServeError: as `stream`.
         """
-        asked = await self._admit(request)
-        if asked.is_stream:
-            raise InvalidRequest(
-                "A request with one response cannot have 'stream' true: use ModelStreamInfer "
-                "(gRPC) or generate_stream (HTTP)."
-            )
-        responses: list[kserve.ModelInferResponse] = []
-
-        async def take_only_one(response: kserve.ModelInferResponse) -> None:
-            if response.outputs and responses:
+        only = _OnlyResponse(request.model_name)
+        async with time_limit(take_time_limit_us(request)):
+            admitted = await self._admit(request)
+            if admitted.is_stream:
                 raise InvalidRequest(
-                    f"'{request.model_name}' sent several responses to a request for one: "
-                    "use ModelStreamInfer (gRPC) or generate_stream (HTTP)."
+                    "A request with one response cannot have 'stream' true: use ModelStreamInfer "
+                    "(gRPC) or generate_stream (HTTP)."
                 )
-            if response.outputs:
-                responses.append(response)
+            await self._serve(request, only.take, admitted)
+        return only.response()
 
-        await self._forward(request, take_only_one, is_stream=False)
-        if not responses:
-            raise Unavailable(f"The replica of '{request.model_name}' sent no response; retry.")
-        return responses[0]
-
-    async def _admit(self, request: kserve.ModelInferRequest) -> GenerateRequest:
+    async def _admit(self, request: kserve.ModelInferRequest) -> _Admitted:
         """Refuse what can only fail, before a replica is started for it."""
         await self._routes.require(request.model_name, request.model_version)
-        return validate(request)
+        is_batch_of_one = batch_dimension.take_off(request)
+        return _Admitted(is_stream=validate(request).is_stream, is_batch_of_one=is_batch_of_one)
+
+    async def _serve(
+        self, request: kserve.ModelInferRequest, send: Send, admitted: _Admitted
+    ) -> None:
+        if admitted.is_batch_of_one:
+            send = batch_dimension.put_on(send)
+        with self._statistics.request(request.model_name) as times:
+            await self._forward(request, send, times, is_stream=admitted.is_stream)
 
     async def _forward(
-        self, request: kserve.ModelInferRequest, send: Send, *, is_stream: bool
+        self,
+        request: kserve.ModelInferRequest,
+        send: Send,
+        times: RequestTimes,
+        *,
+        is_stream: bool,
     ) -> None:
         timeouts = self._timeouts(is_stream)
         self._demand.arrived(request.model_name)
@@ -108,6 +150,7 @@ class Proxy:
         while True:
             try:
                 async with self._routes.lease(request.model_name, refused=refused) as endpoint:
+                    times.given_to_replica()
                     return await self._run(endpoint, request, delivery.send, timeouts)
             except (ReplicaLost, ReplicaRefused):
                 refused |= {endpoint.replica}

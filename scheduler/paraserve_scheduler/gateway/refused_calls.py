@@ -10,19 +10,18 @@ from tritonclient.grpc import service_pb2 as kserve
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceServicer
 
 from paraserve_backend.errors import ParaServeError
+from paraserve_backend.rpc.refusing import sentence
 from paraserve_scheduler.gateway.failures import Unimplemented
 
 REPOSITORY = "Models are not loaded through a gateway: deploy with `paraserve deploy`."
-_SHARED_MEMORY = (
-    "A gateway has no shared memory with its replicas: send tensors inside the request."
-)
-PER_NODE = "A gateway keeps no such settings or statistics: ask the nodes' Triton servers."
+SHARED_MEMORY = "A gateway has no shared memory with its replicas: send tensors inside the request."
+PER_NODE = "A gateway has no trace or log settings: set them on the nodes' Triton servers."
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 async def abort(context: Context, error: ParaServeError) -> NoReturn:
-    await context.abort(grpc.StatusCode[error.grpc_code], str(error))
+    await context.abort(grpc.StatusCode[error.grpc_code], sentence(str(error)))
     raise AssertionError("abort returned")
 
 
@@ -40,37 +39,32 @@ class RefusedCalls(GRPCInferenceServiceServicer):
     async def SystemSharedMemoryStatus(
         self, request: kserve.SystemSharedMemoryStatusRequest, context: Context
     ) -> kserve.SystemSharedMemoryStatusResponse:
-        await abort(context, Unimplemented(_SHARED_MEMORY))
+        await abort(context, Unimplemented(SHARED_MEMORY))
 
     async def SystemSharedMemoryRegister(
         self, request: kserve.SystemSharedMemoryRegisterRequest, context: Context
     ) -> kserve.SystemSharedMemoryRegisterResponse:
-        await abort(context, Unimplemented(_SHARED_MEMORY))
+        await abort(context, Unimplemented(SHARED_MEMORY))
 
     async def SystemSharedMemoryUnregister(
         self, request: kserve.SystemSharedMemoryUnregisterRequest, context: Context
     ) -> kserve.SystemSharedMemoryUnregisterResponse:
-        await abort(context, Unimplemented(_SHARED_MEMORY))
+        await abort(context, Unimplemented(SHARED_MEMORY))
 
     async def CudaSharedMemoryStatus(
         self, request: kserve.CudaSharedMemoryStatusRequest, context: Context
     ) -> kserve.CudaSharedMemoryStatusResponse:
-        await abort(context, Unimplemented(_SHARED_MEMORY))
+        await abort(context, Unimplemented(SHARED_MEMORY))
 
     async def CudaSharedMemoryRegister(
         self, request: kserve.CudaSharedMemoryRegisterRequest, context: Context
     ) -> kserve.CudaSharedMemoryRegisterResponse:
-        await abort(context, Unimplemented(_SHARED_MEMORY))
+        await abort(context, Unimplemented(SHARED_MEMORY))
 
     async def CudaSharedMemoryUnregister(
         self, request: kserve.CudaSharedMemoryUnregisterRequest, context: Context
     ) -> kserve.CudaSharedMemoryUnregisterResponse:
-        await abort(context, Unimplemented(_SHARED_MEMORY))
-
-    async def ModelStatistics(
-        self, request: kserve.ModelStatisticsRequest, context: Context
-    ) -> kserve.ModelStatisticsResponse:
-        await abort(context, Unimplemented(PER_NODE))
+        await abort(context, Unimplemented(SHARED_MEMORY))
 
     async def TraceSetting(
         self, request: kserve.TraceSettingRequest, context: Context

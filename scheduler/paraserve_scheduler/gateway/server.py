@@ -13,17 +13,19 @@ from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_
 from paraserve_backend.errors import InvalidRequest
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
+from paraserve_scheduler.gateway.grpc_health import HealthCheck
 from paraserve_scheduler.gateway.grpc_service import GrpcService
 from paraserve_scheduler.gateway.http_service import HttpService
 from paraserve_scheduler.gateway.proxy import Proxy
+from paraserve_scheduler.gateway.request_reader import RequestReader, server_options
 from paraserve_scheduler.gateway.routes import Routes
 from paraserve_scheduler.gateway.scheduler_link import SchedulerLink
+from paraserve_scheduler.gateway.statistics import Statistics
 from paraserve_scheduler.gateway.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
 _SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     # Two servers on one port would share its clients at random.
     ("grpc.so_reuseport", 0),
@@ -50,8 +52,13 @@ class Gateway:
             cold_start_timeout_s=config.cold_start_timeout_s,
         )
         self._upstream = Upstream()
+        self._statistics = Statistics()
         self._proxy = Proxy(
-            config, routes=self._routes, demand=self._demand, upstream=self._upstream
+            config,
+            routes=self._routes,
+            demand=self._demand,
+            upstream=self._upstream,
+            statistics=self._statistics,
         )
         self._scheduler = grpc.aio.insecure_channel(
             config.scheduler_address, options=_SCHEDULER_OPTIONS
@@ -59,11 +66,21 @@ class Gateway:
         self._link = SchedulerLink(
             self._scheduler, gateway=name, token=token, routes=self._routes, demand=self._demand
         )
-        self._grpc = grpc.aio.server(options=_SERVER_OPTIONS)
-        service = HttpService(self._proxy, self._routes, max_request_bytes=config.max_request_bytes)
+        self._grpc = grpc.aio.server(
+            interceptors=[RequestReader(config.max_request_bytes)],
+            options=_SERVER_OPTIONS + server_options(config.max_request_bytes),
+        )
+        service = HttpService(
+            self._proxy,
+            self._routes,
+            self._statistics,
+            max_request_bytes=config.max_request_bytes,
+        )
         # A client that goes away cancels its handler, and that its request at the replica.
         self._http = web.AppRunner(
             service.application(),
+            # The service unpacks requests itself, within its limit.
+            auto_decompress=False,
             handler_cancellation=True,
             access_log=None,
             shutdown_timeout=_SHUTDOWN_GRACE_S,
@@ -78,8 +95,9 @@ class Gateway:
             InvalidRequest: an address cannot be listened on.
         """
         add_GRPCInferenceServiceServicer_to_server(
-            GrpcService(self._proxy, self._routes), self._grpc
+            GrpcService(self._proxy, self._routes, self._statistics), self._grpc
         )
+        self._grpc.add_generic_rpc_handlers((HealthCheck(self._routes),))
         try:
             port = self._grpc.add_insecure_port(self._config.grpc_address)
         except RuntimeError:

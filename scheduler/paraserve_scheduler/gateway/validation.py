@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from tritonclient.grpc import service_pb2 as kserve
 
@@ -21,7 +21,16 @@ INPUT_SPECS = {spec.name: spec for spec in INPUTS}
 OUTPUT_NAMES = frozenset(spec.name for spec in OUTPUTS)
 
 _InputTensor = kserve.ModelInferRequest.InferInputTensor
-_PROMPTS = ("text_input", "input_ids")
+PROMPTS = ("text_input", "input_ids")
+#: What to do instead, for clients of `tensorrt_llm` that do not use its front model.
+_TOKEN_LEVEL_INPUTS = {
+    "input_lengths": "leave it out",
+    "request_output_len": "send 'max_tokens'",
+    "streaming": "send 'stream'",
+    "runtime_top_k": "send 'top_k'",
+    "runtime_top_p": "send 'top_p'",
+    "len_penalty": "send 'length_penalty'",
+}
 
 
 def validate(request: kserve.ModelInferRequest) -> GenerateRequest:
@@ -47,7 +56,9 @@ def validate(request: kserve.ModelInferRequest) -> GenerateRequest:
             _check_contents(tensor)
     _check_outputs(request)
     tensors = {tensor.name: _elements(request, i) for i, tensor in enumerate(request.inputs)}
-    parameters = {name: _value(parameter) for name, parameter in request.parameters.items()}
+    parameters = {
+        name: parameter_value(parameter) for name, parameter in request.parameters.items()
+    }
     return parse_request(tensors, parameters, fresh_seed=0)
 
 
@@ -62,7 +73,8 @@ def _elements(request: kserve.ModelInferRequest, index: int) -> list[Any]:
     return list(decode(tensor.datatype, raw))
 
 
-def _value(parameter: kserve.InferParameter) -> Any:
+def parameter_value(parameter: kserve.InferParameter) -> Any:
+    """Return the value in whichever form it was sent; `None` for none."""
     chosen = parameter.WhichOneof("parameter_choice")
     return None if chosen is None else getattr(parameter, chosen)
 
@@ -70,18 +82,27 @@ def _value(parameter: kserve.InferParameter) -> Any:
 def _check_prompt(names: Sequence[str]) -> None:
     for name in names:
         if name not in INPUT_SPECS:
-            if name in UNSUPPORTED:
-                refuse_unsupported(name)
-            raise InvalidRequest(
-                f"Unexpected inference input '{name}'; the inputs are {', '.join(INPUT_SPECS)}."
-            )
+            _refuse_input(name)
         if names.count(name) > 1:
             raise InvalidRequest(f"Input '{name}' is given more than once.")
-    given = [name for name in _PROMPTS if name in names]
+    given = [name for name in PROMPTS if name in names]
     if not given:
         raise InvalidRequest("Input 'text_input' is missing; it takes exactly one string.")
     if len(given) > 1:
         raise InvalidRequest("Give either 'text_input' or 'input_ids', not both.")
+
+
+def _refuse_input(name: str) -> NoReturn:
+    if name in UNSUPPORTED:
+        refuse_unsupported(name)
+    if name in _TOKEN_LEVEL_INPUTS:
+        raise InvalidRequest(
+            f"Input '{name}' belongs to TensorRT-LLM's token-level model, whose outputs are others "
+            f"too; {_TOKEN_LEVEL_INPUTS[name]}."
+        )
+    raise InvalidRequest(
+        f"Unexpected inference input '{name}'; the inputs are {', '.join(INPUT_SPECS)}."
+    )
 
 
 def _check_declaration(tensor: _InputTensor) -> None:

@@ -73,6 +73,14 @@ class Cluster:
             pb.Route(deployment=DEPLOYMENT, endpoints=endpoints, **failure)
         )
 
+    async def failed(self, count: int) -> None:
+        """Wait until so many requests have ended otherwise than well, leaving nothing behind."""
+        statistics = kserve.ModelStatisticsRequest(name=DEPLOYMENT)
+        while True:
+            (model,) = (await self.stub.ModelStatistics(statistics)).model_stats
+            if model.inference_stats.fail.count == count:
+                return
+
     async def held(self, count: int = 1) -> None:
         """Wait until so many requests are reported as waiting."""
         await self.scheduler.demand(lambda demand: demand.waiting == count)

@@ -73,6 +73,12 @@ class FakeScheduler(SchedulerServicer):
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.ClusterStatus:
         raise NotImplementedError
 
+    async def Migrate(self, request: pb.MigrateRequest, context: Context) -> pb.MigrateReply:
+        raise NotImplementedError
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
+        raise NotImplementedError
+
 
 class FakeTriton(RefusedCalls):
     """Answers streams by a script; as Triton, it says what it refuses inside the stream."""
@@ -131,6 +137,11 @@ class FakeTriton(RefusedCalls):
     async def ModelConfig(
         self, request: kserve.ModelConfigRequest, context: Context
     ) -> kserve.ModelConfigResponse:
+        raise NotImplementedError
+
+    async def ModelStatistics(
+        self, request: kserve.ModelStatisticsRequest, context: Context
+    ) -> kserve.ModelStatisticsResponse:
         raise NotImplementedError
 
     async def ModelInfer(

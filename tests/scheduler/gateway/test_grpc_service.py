@@ -326,6 +326,15 @@ async def test_repository_control_is_refused_with_what_to_do_instead() -> None:
         assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
 
 
+async def test_an_error_about_something_long_still_fits_in_its_header() -> None:
+    async with serving() as cluster:
+        request = make_request(stream=False)
+        request.inputs[0].name = "x" * 50_000
+        with pytest.raises(grpc.aio.AioRpcError, match="Unexpected inference input 'xxx") as caught:
+            await cluster.stub.ModelInfer(request)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_request_parameters_reach_the_replica() -> None:
     async with serving() as cluster:
         cluster.triton.script = one_answer

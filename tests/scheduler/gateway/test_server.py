@@ -16,6 +16,7 @@ import pytest
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
+from paraserve_scheduler.gateway.grpc_health import NOT_SERVING, SERVING
 from paraserve_scheduler.gateway.server import Gateway, split_address
 from tests.scheduler.gateway.cluster import DEPLOYMENT, make_config, make_inputs, serving
 from tests.scheduler.gateway.fakes import FakeScheduler, one_answer
@@ -45,6 +46,25 @@ async def test_a_gateway_finds_its_scheduler_again_and_keeps_its_last_table() ->
         cluster.triton.script = one_answer
         await held
         await restarted.stop(None)
+
+
+async def test_grpcs_own_health_check_answers_as_the_ready_call_does() -> None:
+    gateway = Gateway(make_config(), name="g", token=None)
+    await gateway.start()
+    assert await _health(gateway.grpc_address) == NOT_SERVING
+    await gateway.stop()
+    async with serving(replicas=0) as cluster, cluster.client() as client:
+        assert await client.is_model_ready(DEPLOYMENT)
+        assert await _health(cluster.gateway.grpc_address) == SERVING
+
+
+async def _health(address: str) -> bytes:
+    async with grpc.aio.insecure_channel(address) as channel:
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check", request_serializer=bytes, response_deserializer=bytes
+        )
+        status: bytes = await check(b"")
+        return status
 
 
 @pytest.mark.parametrize("setting", ["grpc_address", "http_address"])

@@ -36,6 +36,13 @@ class InferenceServerClient:
     async def get_model_repository_index(
         self, *, client_timeout: float | None = None
     ) -> service_pb2.RepositoryIndexResponse: ...
+    async def get_inference_statistics(
+        self,
+        model_name: str = "",
+        model_version: str = "",
+        *,
+        client_timeout: float | None = None,
+    ) -> service_pb2.ModelStatisticsResponse: ...
     async def load_model(self, model_name: str, *, client_timeout: float | None = None) -> None: ...
     async def unload_model(
         self,
@@ -52,7 +59,12 @@ class InferenceServerClient:
         outputs: Sequence[InferRequestedOutput] | None = None,
         request_id: str = "",
         *,
+        sequence_id: int = 0,
+        priority: int = 0,
+        # Microseconds.
+        timeout: int | None = None,
         client_timeout: float | None = None,
+        compression_algorithm: str | None = None,
         parameters: Mapping[str, str | int | bool] | None = None,
     ) -> InferResult: ...
     def stream_infer(
@@ -61,4 +73,5 @@ class InferenceServerClient:
         inputs_iterator: AsyncIterator[dict[str, Any]],
         stream_timeout: float | None = None,
         headers: Mapping[str, str] | None = None,
+        compression_algorithm: str | None = None,
     ) -> ResponseIterator: ...

@@ -1,0 +1,39 @@
+"""How our gRPC services end a call that failed: with the error's code and its one sentence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from paraserve_backend.errors import ParaServeError
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+#: gRPC sends the text in a header, and clients refuse headers of more than 8 KiB.
+_MAX_CHARACTERS = 1000
+
+
+@asynccontextmanager
+async def errors_to(context: Context) -> AsyncIterator[None]:
+    """End the call with what the body raises; what is none of our errors is only in the log."""
+    try:
+        yield
+    except ParaServeError as error:
+        await context.abort(grpc.StatusCode[error.grpc_code], sentence(str(error)))
+    except Exception:
+        logger.exception("a call failed")
+        await context.abort(grpc.StatusCode.INTERNAL, "Internal error; the server's log says why.")
+
+
+def sentence(text: str) -> str:
+    """Make a text fit for a header and a terminal: it may quote a file that means harm."""
+    shown = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+    return shown if len(shown) <= _MAX_CHARACTERS else f"{shown[: _MAX_CHARACTERS - 3]}..."
