@@ -28,6 +28,10 @@ class Unimplemented(ParaServeError):
     http_status = 501
 
 
+class ReplicaLost(Unavailable):
+    """A replica failed while it had the request."""
+
+
 class TooLarge(ParaServeError):
     """A request beyond the gateway's limit, in whatever form it came."""
 

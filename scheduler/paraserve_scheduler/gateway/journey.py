@@ -39,7 +39,8 @@ class Journey:
             request.outputs.add(name=RESUME)
         #: The replica that has been told to go on, if one has.
         self.next_replica: str | None = None
-        #: Raw ids of the responses since the last resume.
+        #: Whether the client has got anything since the last resume, and the raw ids of that.
+        self._has_sent = False
         self._sent: list[bytes] = []
         self._resume = Resume(seed=asked.sampling.seed, max_tokens=asked.max_tokens, tokens=())
         self._set(self._resume.encode())
@@ -53,16 +54,17 @@ class Journey:
         if outputs and outputs[0].name == HAND_OVER_TO:
             self._move(response)
             return False
-        if self._is_stream and self._can_retell:
+        if self._is_stream and outputs:
+            self._has_sent = True
             ids = _raw(response, _IDS)
-            if ids:
-                self._sent.append(ids)
+            self._can_retell &= bool(ids)
+            self._sent.append(ids)
         return True
 
     def lose(self) -> bool:
         """Prepare to go on elsewhere after a loss; returns whether that is possible."""
         self.next_replica = None
-        if not self._is_stream:
+        if not self._has_sent:
             return True
         if not self._can_retell:
             return False
@@ -71,7 +73,6 @@ class Journey:
             for raw in self._sent
             for (token_id,) in _ID.iter_unpack(raw)
         )
-        self._sent.clear()
         known = self._resume
         self._resume = Resume(
             seed=known.seed, max_tokens=known.max_tokens, tokens=(*known.tokens, *sent)
@@ -83,10 +84,11 @@ class Journey:
         self.next_replica = _text(response, HAND_OVER_TO)
         encoded = _text(response, RESUME)
         self._resume = Resume.decode(encoded)
-        self._sent.clear()
         self._set(encoded)
 
     def _set(self, encoded: str) -> None:
+        self._has_sent = False
+        self._sent.clear()
         self._request.parameters[RESUME].string_param = encoded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from paraserve_scheduler.gateway import batch_dimension
 from paraserve_scheduler.gateway.batch_dimension import Send
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
-from paraserve_scheduler.gateway.routes import ReplicaLost, Routes
+from paraserve_scheduler.gateway.failures import ReplicaLost
+from paraserve_scheduler.gateway.journey import Journey
+from paraserve_scheduler.gateway.routes import Routes
 from paraserve_scheduler.gateway.statistics import RequestTimes, Statistics
 from paraserve_scheduler.gateway.time_limit import take_time_limit_us, time_limit
 from paraserve_scheduler.gateway.upstream import (
@@ -36,6 +39,7 @@ class _Admitted:
     is_stream: bool
     #: Whether the prompt came with a leading dimension of 1.
     is_batch_of_one: bool
+    journey: Journey
 
 
 class _OnlyResponse:
@@ -58,18 +62,6 @@ class _OnlyResponse:
         if self._response is None:
             raise Unavailable(f"The replica of '{self._deployment}' sent no response; retry.")
         return self._response
-
-
-class _Delivery:
-    """What the client has got: once it has seen a token, no other replica can start over."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.has_begun = False
-
-    async def send(self, response: kserve.ModelInferResponse) -> None:
-        self.has_begun = True
-        await self._send(response)
 
 
 class Proxy:
@@ -125,7 +117,12 @@ class Proxy:
         """Refuse what can only fail, before a replica is started for it."""
         await self._routes.require(request.model_name, request.model_version)
         is_batch_of_one = batch_dimension.take_off(request)
-        return _Admitted(is_stream=validate(request).is_stream, is_batch_of_one=is_batch_of_one)
+        asked = validate(request, fresh_seed=secrets.randbits(63))
+        return _Admitted(
+            is_stream=asked.is_stream,
+            is_batch_of_one=is_batch_of_one,
+            journey=Journey(request, asked),
+        )
 
     async def _serve(
         self, request: kserve.ModelInferRequest, send: Send, admitted: _Admitted
@@ -133,28 +130,30 @@ class Proxy:
         if admitted.is_batch_of_one:
             send = batch_dimension.put_on(send)
         with self._statistics.request(request.model_name) as times:
-            await self._forward(request, send, times, is_stream=admitted.is_stream)
+            await self._forward(request, send, times, admitted)
 
     async def _forward(
         self,
         request: kserve.ModelInferRequest,
         send: Send,
         times: RequestTimes,
-        *,
-        is_stream: bool,
+        admitted: _Admitted,
     ) -> None:
-        timeouts = self._timeouts(is_stream)
+        """Have replicas answer, one after the other, until the answer is whole."""
+        timeouts, journey = self._timeouts(admitted.is_stream), admitted.journey
         self._demand.arrived(request.model_name)
-        delivery = _Delivery(send)
         refused: frozenset[str] = frozenset()
         while True:
             try:
-                async with self._routes.lease(request.model_name, refused=refused) as endpoint:
+                async with self._routes.lease(
+                    request.model_name, preferred=journey.next_replica, refused=refused
+                ) as endpoint:
                     times.given_to_replica()
-                    return await self._run(endpoint, request, delivery.send, timeouts)
+                    if await self._run(endpoint, request, send, timeouts, journey):
+                        return
             except (ReplicaLost, ReplicaRefused):
                 refused |= {endpoint.replica}
-                if delivery.has_begun or len(refused) == _MAX_REPLICAS_TRIED:
+                if not journey.lose() or len(refused) == _MAX_REPLICAS_TRIED:
                     raise
 
     async def _run(
@@ -163,7 +162,9 @@ class Proxy:
         request: kserve.ModelInferRequest,
         send: Send,
         timeouts: ResponseTimeouts,
-    ) -> None:
+        journey: Journey,
+    ) -> bool:
+        """Pass a replica's responses on; returns whether the answer ended with it."""
         # Looking a missing one up would add it.
         wanted = request.parameters.get(WANT_EMPTY_FINAL)
         wants_empty_final = wanted is not None and wanted.bool_param
@@ -171,8 +172,11 @@ class Proxy:
         async with aclosing(responses):
             async for response in responses:
                 self._demand.first_token(request.model_name, endpoint.replica, time.time())
+                if not journey.hear(response):
+                    return False
                 if response.outputs or wants_empty_final or not is_final(response):
                     await send(response)
+        return True
 
     def _timeouts(self, is_stream: bool) -> ResponseTimeouts:
         config = self._config

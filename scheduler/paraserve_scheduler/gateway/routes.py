@@ -19,14 +19,10 @@ from paraserve_backend.errors import (
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.demand import Demand
-from paraserve_scheduler.gateway.failures import error_from_code
+from paraserve_scheduler.gateway.failures import ReplicaLost, error_from_code
 from paraserve_scheduler.gateway.metadata import MODEL_VERSION
 
 _NAMES_IN_ERROR = 20
-
-
-class ReplicaLost(Unavailable):
-    """The replica failed while it had the request."""
 
 
 class Routes:
@@ -97,9 +93,15 @@ class Routes:
 
     @contextlib.asynccontextmanager
     async def lease(
-        self, deployment: str, *, refused: frozenset[str] = frozenset()
+        self,
+        deployment: str,
+        *,
+        preferred: str | None = None,
+        refused: frozenset[str] = frozenset(),
     ) -> AsyncIterator[pb.Endpoint]:
-        """Wait for the least busy ready replica not in `refused` and count a request as its.
+        """Wait for a ready replica and count a request as its.
+
+        It is the `preferred` one if that is ready, else the least busy one not in `refused`.
 
         Raises:
             NotFound: the deployment is unknown, or was deleted meanwhile.
@@ -108,7 +110,7 @@ class Routes:
             ReplicaLost: the scheduler says that the replica failed; ends the body at once.
             ParaServeError: why the cold start that this request waited for failed.
         """
-        endpoint = self._pick(deployment, refused)
+        endpoint = self._named(deployment, preferred) or self._pick(deployment, refused)
         if endpoint is None:
             endpoint = await self._hold(deployment, refused)
         lease, leases = asyncio.timeout(None), self._leases[endpoint.replica]
@@ -144,6 +146,10 @@ class Routes:
         more = len(names) - _NAMES_IN_ERROR
         listed = ", ".join(names[:_NAMES_IN_ERROR]) or "none"
         return f"{listed} and {more} more" if more > 0 else listed
+
+    def _named(self, deployment: str, replica: str | None) -> pb.Endpoint | None:
+        endpoints = self._route(deployment).endpoints
+        return next((endpoint for endpoint in endpoints if endpoint.replica == replica), None)
 
     def _pick(self, deployment: str, refused: frozenset[str]) -> pb.Endpoint | None:
         endpoints = [e for e in self._route(deployment).endpoints if e.replica not in refused]

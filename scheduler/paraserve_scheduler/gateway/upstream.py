@@ -22,7 +22,7 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_scheduler.gateway.failures import clean_message, error_from_code
+from paraserve_scheduler.gateway.failures import ReplicaLost, clean_message, error_from_code
 
 WANT_EMPTY_FINAL = "triton_enable_empty_final_response"
 FINAL_MARK = "triton_final_response"
@@ -81,7 +81,7 @@ class Upstream:
         Raises:
             ReplicaRefused: nothing was done for this request.
             DeadlineExceeded: the replica was silent for too long.
-            Unavailable: the replica was lost.
+            ReplicaLost: it failed in the middle.
             ParaServeError: what the model answered, under its own code.
         """
         stream = _Stream(self._channel(endpoint.triton_grpc_address), endpoint, request)
@@ -153,7 +153,7 @@ class _Stream:
         except TimeoutError:
             raise DeadlineExceeded(self._silence(timeout_s)) from None
         except StopAsyncIteration:
-            raise Unavailable(
+            raise ReplicaLost(
                 f"The replica of '{self._deployment}' ended its stream early; retry."
             ) from None
         except grpc.aio.AioRpcError as error:
@@ -183,7 +183,7 @@ class _Stream:
         text = error.details() or ""
         if self._is_connection_lost(error):
             if self._is_started:
-                return Unavailable(f"The replica of '{self._deployment}' was lost; retry.")
+                return ReplicaLost(f"The replica of '{self._deployment}' was lost; retry.")
             return self._refusal()
         if not self._is_started and _NOT_SERVED.search(text):
             return self._refusal()

@@ -33,10 +33,10 @@ _TOKEN_LEVEL_INPUTS = {
 }
 
 
-def validate(request: kserve.ModelInferRequest) -> GenerateRequest:
+def validate(request: kserve.ModelInferRequest, *, fresh_seed: int = 0) -> GenerateRequest:
     """Check a request's tensors and settings, and return what it asks for.
 
-    The seed of a request that names none is drawn at the replica.
+    `fresh_seed` is the seed of a request that names none.
 
     Raises:
         InvalidRequest: says which tensor or setting is wrong and what is expected.
@@ -59,7 +59,7 @@ def validate(request: kserve.ModelInferRequest) -> GenerateRequest:
     parameters = {
         name: parameter_value(parameter) for name, parameter in request.parameters.items()
     }
-    return parse_request(tensors, parameters, fresh_seed=0)
+    return parse_request(tensors, parameters, fresh_seed=fresh_seed)
 
 
 def _elements(request: kserve.ModelInferRequest, index: int) -> list[Any]:

@@ -104,6 +104,7 @@ def test_an_answer_in_one_piece_starts_over_from_what_is_known() -> None:
 )
 def test_a_stream_with_log_probabilities_cannot_go_on_after_a_loss(wanted: WantedOutputs) -> None:
     journey = Journey(kserve.ModelInferRequest(), make_asked(wanted=wanted))
+    assert journey.lose()  # nothing was sent yet
     journey.hear(tokens_response(1))
     assert not journey.lose()
 
@@ -114,4 +115,5 @@ def test_a_client_that_names_its_outputs_is_followed_all_the_same() -> None:
     journey = Journey(request, make_asked())
     assert [output.name for output in request.outputs] == ["text_output", HAND_OVER_TO, RESUME]
     # But nobody knows the ids of what it has got.
+    journey.hear(response_with(text_output=text("hello")))
     assert not journey.lose()
