@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test unit check format proto bench-coldstart-smoke bench-hop bench-fetch bench-engine \
-	bench-gateway clean
+	bench-gateway clients clean
 
 .venv/ready: pyproject.toml
 	PYTHON=$(PYTHON) ./.ci/bootstrap
@@ -49,5 +49,9 @@ bench-engine: .venv/ready
 bench-gateway: .venv/ready
 	$(BIN)/python -m integration.bench_gateway
 
+# Clients whose dependencies do not go with ours, each in an environment of its own.
+clients: .venv/ready
+	$(BIN)/python -m integration.clients.environments
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache

@@ -154,12 +154,17 @@ def _checkpoint(folder: Path, console: Console) -> Path:
     return folder
 
 
-def _deploy(layout: ClusterLayout, client: SchedulerClient, checkpoint: Path) -> None:
-    """Put the checkpoint into the bucket without a second copy, and deploy it twice."""
+def put_into_bucket(layout: ClusterLayout, checkpoint: Path) -> None:
+    """Make the checkpoint `s3://models/bench`, without a second copy where that is possible."""
     prefix = layout.files.buckets / BUCKET / "bench"
     prefix.mkdir()
     for path in checkpoint.iterdir():
         _link_or_copy(path, prefix / path.name)
+
+
+def _deploy(layout: ClusterLayout, client: SchedulerClient, checkpoint: Path) -> None:
+    """Deploy the checkpoint twice."""
+    put_into_bucket(layout, checkpoint)
     for stages in (1, NODES):
         client.deploy(
             pb.DeploymentSpec(
@@ -168,6 +173,7 @@ def _deploy(layout: ClusterLayout, client: SchedulerClient, checkpoint: Path) ->
                 max_stages=stages,
                 max_context=512,
                 keep_alive_s=_KEEP_ALIVE_S,
+                consolidate=False,
             )
         )
 

@@ -1,114 +1,238 @@
-"""What the gateway adds to a request: one client straight to Triton, then through the gateway.
+"""What the gateway costs: the same client straight to Triton and through the gateway.
 
-    python -m integration.bench_gateway [--responses 2000] [--requests 300]
+    python -m integration.bench_gateway
 
-Client, gateway, tritonserver and model share this machine's cores, so every figure is an upper
-bound. The last line is JSON.
+Per request, and in tokens/s of 1, 16 and 64 streams at once: at the pace of a language model, and
+as fast as tokens come. Both ways take turns in one run. Client, gateway, tritonserver and the
+counting model are processes that share this machine's cores. The last line is JSON; the exit status
+is 1 if a target was missed.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from tritonclient.grpc import InferenceServerClient as BlockingClient
-from tritonclient.grpc.aio import InferenceServerClient, InferInput
+import grpc.aio
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.grpc import service_pb2 as kserve
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from integration.counting_model import write_model
+from integration.counting_model import paced, write_model
+from integration.gateway_process import GatewayProcess, gateway_process
 from integration.triton_server import TritonServer
-from tests.scheduler.gateway.cluster import DEPLOYMENT, Cluster, serving
+from paraserve_backend.rpc import paraserve_pb2 as pb
 
-_REPLICA = f"{DEPLOYMENT}.1"
-_REPEATS = 3
+_DEPLOYMENT = "tiny"
+_REPLICA = f"{_DEPLOYMENT}.1"
+_ROUNDS = 3
+_REQUESTS = 400
+_RESUMES = 20
+#: An answer of usual length, at the pace of a model of some 10 billion parameters.
+_PACE_MS = 20
+_PACED_TOKENS = 200
+#: Of all streams together.
+_FLAT_OUT_TOKENS = 9600
+
+MAX_ADDED_P50_MS = 0.7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    streams: int
+    #: Of each stream.
+    tokens: int
+    prompt: str
+
+
+STREAMS = (1, 16, 64)
+LOADS: dict[str, Load] = {
+    f"paced_{n}": Load(streams=n, tokens=_PACED_TOKENS, prompt=paced(_PACE_MS)) for n in STREAMS
+} | {
+    f"flat_out_{n}": Load(streams=n, tokens=_FLAT_OUT_TOKENS // n, prompt="count") for n in STREAMS
+}
+MIN_RATIOS = {f"paced_{n}_ratio": 0.9 for n in STREAMS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """Tokens per second, medians over the rounds."""
+
+    direct_per_s: float
+    gateway_per_s: float
+    #: The median of the rounds' ratios.
+    ratio: float
+    #: Processor time per token, microseconds.
+    gateway_cpu_us: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    us_per_response: float
-    first_response_ms: float
+    direct_p50_ms: float
+    gateway_p50_ms: float
+    #: From the scheduler's new table to the answer of a request held for it.
+    resume_p50_ms: float
+    throughput: Mapping[str, Throughput]
+
+    @property
+    def added_p50_ms(self) -> float:
+        return self.gateway_p50_ms - self.direct_p50_ms
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--responses", type=int, default=2000, help="in one stream")
-    parser.add_argument("--requests", type=int, default=300, help="one after the other")
-    arguments = parser.parse_args()
+class Target:
+    """One of the two ways to the model."""
+
+    def __init__(self, channel: grpc.aio.Channel, model: str) -> None:
+        self._stub = GRPCInferenceServiceStub(channel)
+        self._model = model
+
+    async def tokens_per_s(self, load: Load) -> float:
+        start_s = time.perf_counter()
+        await asyncio.gather(*(self.stream(load.prompt, load.tokens) for _ in range(load.streams)))
+        return load.streams * load.tokens / (time.perf_counter() - start_s)
+
+    async def request_s(self) -> float:
+        start_s = time.perf_counter()
+        await self.stream("count", 1)
+        return time.perf_counter() - start_s
+
+    async def stream(self, prompt: str, tokens: int) -> None:
+        """Make one request on a stream of its own."""
+        responses = 0
+        async for message in self._stub.ModelStreamInfer(
+            _only(_request(self._model, prompt, tokens))
+        ):
+            assert not message.error_message, message.error_message
+            responses += 1
+        assert responses == tokens, f"{responses} responses instead of {tokens}"
+
+
+def main() -> int:
     with tempfile.TemporaryDirectory() as folder, TritonServer(Path(folder)) as server:
         write_model(server.model_repository / _REPLICA)
-        BlockingClient(server.grpc_address).load_model(_REPLICA)
-        figures = asyncio.run(measure(server, arguments.responses, arguments.requests))
-    print(json.dumps(figures))  # noqa: T201
+        InferenceServerClient(server.grpc_address).load_model(_REPLICA)
+        figures = asyncio.run(measure(server, Path(folder)))
+    result = summary(figures)
+    sys.stdout.write(table(figures) + "\n" + json.dumps(result) + "\n")
+    return 0 if result["met"] else 1
 
 
-async def measure(server: TritonServer, responses: int, requests: int) -> dict[str, Any]:
-    async with serving(replicas=0) as cluster:
-        await cluster.publish(cluster.endpoint(address=server.grpc_address))
-        figures: dict[str, Any] = {}
-        for name, address, model in (
-            ("direct", server.grpc_address, _REPLICA),
-            ("gateway", cluster.gateway.grpc_address, DEPLOYMENT),
-        ):
-            async with InferenceServerClient(address) as client:
-                figures[name] = asdict(
-                    Figures(
-                        us_per_response=await us_per_response(client, model, responses),
-                        first_response_ms=await first_response_ms(client, model, requests),
-                    )
-                )
-        figures["resume_ms"] = await resume_ms(cluster, server)
-        return figures
+async def measure(server: TritonServer, folder: Path) -> Figures:
+    endpoint = pb.Endpoint(
+        replica=_REPLICA, model=_REPLICA, triton_grpc_address=server.grpc_address
+    )
+    async with (
+        gateway_process(folder) as process,
+        grpc.aio.insecure_channel(server.grpc_address) as to_triton,
+        grpc.aio.insecure_channel(process.grpc_address) as to_gateway,
+    ):
+        direct, gateway = Target(to_triton, _REPLICA), Target(to_gateway, _DEPLOYMENT)
+        resume_s = await resumes_s(process, to_gateway, endpoint)
+        pairs = [(await direct.request_s(), await gateway.request_s()) for _ in range(_REQUESTS)]
+        direct_s, gateway_s = zip(*pairs, strict=True)
+        return Figures(
+            direct_p50_ms=1e3 * statistics.median(direct_s),
+            gateway_p50_ms=1e3 * statistics.median(gateway_s),
+            resume_p50_ms=1e3 * statistics.median(resume_s),
+            throughput={
+                name: await compare(direct, gateway, load, process) for name, load in LOADS.items()
+            },
+        )
 
 
-async def us_per_response(client: InferenceServerClient, model: str, responses: int) -> float:
-    """The best of several whole streams."""
-    return (
-        1e6 / responses * min([await stream_s(client, model, responses) for _ in range(_REPEATS)])
+async def compare(
+    direct: Target, gateway: Target, load: Load, process: GatewayProcess
+) -> Throughput:
+    directs, gateways, cpu_s = [], [], 0.0
+    for _ in range(_ROUNDS):
+        directs.append(await direct.tokens_per_s(load))
+        before_s = process.cpu_s()
+        gateways.append(await gateway.tokens_per_s(load))
+        cpu_s += process.cpu_s() - before_s
+    return Throughput(
+        direct_per_s=statistics.median(directs),
+        gateway_per_s=statistics.median(gateways),
+        ratio=statistics.median(b / a for a, b in zip(directs, gateways, strict=True)),
+        gateway_cpu_us=1e6 * cpu_s / (_ROUNDS * load.streams * load.tokens),
     )
 
 
-async def first_response_ms(client: InferenceServerClient, model: str, requests: int) -> float:
-    """The median time of a stream of one response, each on a stream of its own."""
-    return 1e3 * statistics.median([await stream_s(client, model, 1) for _ in range(requests)])
-
-
-async def resume_ms(cluster: Cluster, server: TritonServer) -> float:
-    """From the scheduler's new table to the answer of a request held for it: the median."""
+async def resumes_s(
+    process: GatewayProcess, channel: grpc.aio.Channel, endpoint: pb.Endpoint
+) -> list[float]:
+    """Wake deployments at zero, one after the other; then the one that is measured is ready."""
+    table: dict[str, pb.Endpoint | None] = {f"asleep-{n}": None for n in range(_RESUMES)}
+    await process.publish(table)
     times_s = []
-    for _ in range(20):
-        await cluster.publish()
-        async with cluster.client() as client:
-            held = asyncio.create_task(stream_s(client, DEPLOYMENT, 1))
-            await cluster.held()
-            start_s = time.perf_counter()
-            await cluster.publish(cluster.endpoint(address=server.grpc_address))
-            await held
-            times_s.append(time.perf_counter() - start_s)
-    return 1e3 * statistics.median(times_s)
+    for deployment in list(table):
+        waiting = asyncio.create_task(Target(channel, deployment).stream("count", 1))
+        await process.held(deployment)
+        table[deployment] = endpoint
+        start_s = time.perf_counter()
+        await process.publish(table)
+        await waiting
+        times_s.append(time.perf_counter() - start_s)
+    await process.publish({_DEPLOYMENT: endpoint})
+    return times_s
 
 
-async def stream_s(client: InferenceServerClient, model: str, responses: int) -> float:
-    start_s = time.perf_counter()
-    async for _, error in client.stream_infer(_request(model, responses)):
-        assert error is None
-    return time.perf_counter() - start_s
+def summary(figures: Figures) -> dict[str, object]:
+    """Return the last line. Only the paced loads have a target; docs/benchmarks.md says why."""
+    ratios = {f"{name}_ratio": each.ratio for name, each in figures.throughput.items()}
+    met = {"added_p50_ms": figures.added_p50_ms <= MAX_ADDED_P50_MS} | {
+        name: ratios[name] >= least for name, least in MIN_RATIOS.items()
+    }
+    return {
+        "bench": "gateway",
+        "direct_p50_ms": round(figures.direct_p50_ms, 3),
+        "gateway_p50_ms": round(figures.gateway_p50_ms, 3),
+        "added_p50_ms": round(figures.added_p50_ms, 3),
+        "resume_p50_ms": round(figures.resume_p50_ms, 3),
+        "tokens_per_s": {
+            name: {key: round(value, 3) for key, value in asdict(each).items()}
+            for name, each in figures.throughput.items()
+        },
+        "targets": {"added_p50_ms": MAX_ADDED_P50_MS, **MIN_RATIOS},
+        "missed": [name for name, is_met in met.items() if not is_met],
+        "met": all(met.values()),
+    }
 
 
-async def _request(model: str, responses: int) -> AsyncIterator[dict[str, Any]]:
-    text = InferInput("text_input", [1], "BYTES")
-    limit = InferInput("max_tokens", [1], "INT32")
-    text.set_data_from_numpy(np.array([b"count"], dtype=np.object_))
-    limit.set_data_from_numpy(np.array([responses], dtype=np.int32))
-    yield {"model_name": model, "inputs": [text, limit]}
+def table(figures: Figures) -> str:
+    rows = [
+        f"request: direct {figures.direct_p50_ms:.2f} ms, gateway {figures.gateway_p50_ms:.2f} ms "
+        f"(+{figures.added_p50_ms:.2f}); held request: {figures.resume_p50_ms:.2f} ms",
+        f"{'tokens/s':<12} {'direct':>8} {'gateway':>8} {'ratio':>6} {'gateway CPU/token':>18}",
+    ]
+    rows += [
+        f"{name:<12} {each.direct_per_s:>8.0f} {each.gateway_per_s:>8.0f} {each.ratio:>6.3f} "
+        f"{each.gateway_cpu_us:>15.0f} us"
+        for name, each in figures.throughput.items()
+    ]
+    return "\n".join(rows)
+
+
+async def _only(request: kserve.ModelInferRequest) -> AsyncIterator[kserve.ModelInferRequest]:
+    yield request
+
+
+def _request(model: str, prompt: str, tokens: int) -> kserve.ModelInferRequest:
+    request = kserve.ModelInferRequest(model_name=model)
+    text = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+    text.contents.bytes_contents.append(prompt.encode())
+    limit = request.inputs.add(name="max_tokens", datatype="INT32", shape=[1])
+    limit.contents.int_contents.append(tokens)
+    stream = request.inputs.add(name="stream", datatype="BOOL", shape=[1])
+    stream.contents.bool_contents.append(True)
+    return request
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

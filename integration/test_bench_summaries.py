@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from integration import bench_fetch, bench_hop
+from integration import bench_fetch, bench_gateway, bench_hop
 from integration.bench_fetch import Fetched, Store
+from integration.bench_gateway import Figures, Throughput
+from integration.clients import environments
 from paraserve_backend.errors import ParaServeError
 
 _HOP_FIGURES = {
@@ -71,3 +73,46 @@ def test_a_client_that_read_other_bytes_fails_the_benchmark() -> None:
     line = json.dumps({"seconds": 1.0, "cpu_s": 1.0, "crc32": 2})
     with pytest.raises(ParaServeError, match="other bytes"):
         bench_fetch.read_report(line, store)
+
+
+def gateway_missed(*, added_ms: float = 0.5, **ratios: float) -> object:
+    """What is missed if the named loads have these ratios and all others are at their target."""
+    throughput = {
+        name: Throughput(
+            direct_per_s=100.0, gateway_per_s=90.0, ratio=ratios.get(name, 0.9), gateway_cpu_us=80.0
+        )
+        for name in bench_gateway.LOADS
+    }
+    figures = Figures(
+        direct_p50_ms=1.0,
+        gateway_p50_ms=1.0 + added_ms,
+        resume_p50_ms=2.0,
+        throughput=throughput,
+    )
+    result = bench_gateway.summary(figures)
+    assert result["met"] is (result["missed"] == [])
+    return result["missed"]
+
+
+def test_a_gateway_at_nine_tenths_of_the_paced_tokens_meets_its_targets() -> None:
+    assert gateway_missed() == []
+
+
+def test_each_paced_load_has_a_target_of_its_own_and_a_flat_out_one_has_none() -> None:
+    assert gateway_missed(paced_16=0.89, flat_out_1=0.4) == ["paced_16_ratio"]
+
+
+def test_what_the_gateway_adds_to_a_request_is_limited() -> None:
+    assert gateway_missed(added_ms=0.71) == ["added_p50_ms"]
+
+
+@pytest.mark.parametrize(
+    ("failures", "skipped", "met"), [(0, 0, True), (1, 0, False), (0, 1, False)]
+)
+def test_clients_are_shown_to_work_only_if_none_failed_and_none_was_skipped(
+    failures: int, skipped: int, met: bool
+) -> None:
+    suite = f'<testsuite tests="9" failures="{failures}" errors="0" skipped="{skipped}"/>'
+    result = environments.summary(f"<testsuites>{suite}</testsuites>", {"curl": "8"})
+    assert result["met"] is met
+    assert result["passed"] == 9 - failures - skipped

@@ -46,6 +46,8 @@ class Cluster:
                 max_stages=stages,
                 max_context=256,
                 keep_alive_s=keep_alive_s,
+                # The number of stages is what these tests are about.
+                consolidate=False,
             )
         )
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,9 +78,11 @@ def read_token(token_file: Path | None, environ: Mapping[str, str]) -> str | Non
 
 def _read_mapping(path: Path) -> dict[str, object]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InvalidRequest(f"Cannot read {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{path} is not valid YAML: it is not UTF-8 text.") from None
     except yaml.YAMLError as error:
         raise InvalidRequest(f"{path} is not valid YAML: {_where(error)}.") from None
     if content is None:
@@ -87,6 +90,20 @@ def _read_mapping(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise InvalidRequest(f"{path} must hold settings as key: value lines.")
     return {str(key): value for key, value in content.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice: YAML would take the last and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[object] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key '{key.value}' is there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+        return super().construct_mapping(node, deep)
 
 
 def _where(error: yaml.YAMLError) -> str:
@@ -102,7 +119,7 @@ def _build(record: type[Record], values: Mapping[str, object], where: str, prefi
     for key in values:
         if key not in declared:
             raise InvalidRequest(
-                _unknown(prefix + key, [prefix + name for name in declared], where)
+                _unknown(f"{prefix}{key}", [prefix + name for name in declared], where)
             )
     hints = typing.get_type_hints(record)
     arguments = {
@@ -131,13 +148,15 @@ def _convert(hint: object, value: object, where: str, key: str) -> object:
         return tuple(
             _convert(item, entry, where, f"{key}[{index}]") for index, entry in enumerate(value)
         )
-    if plain is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     if plain is Path and isinstance(value, str | Path):
         return Path(value)
     # bool is an int to Python, but not to whoever writes the file.
-    if plain in (str, int, float, bool) and type(value) is plain:
+    if plain in (str, bool) and type(value) is plain:
         return value
+    if (plain is int and type(value) is int) or (plain is float and type(value) in (int, float)):
+        number = typing.cast(float, value)
+        if 0 <= number <= sys.float_info.max:  # false for nan, too
+            return plain(number)
     raise InvalidRequest(f"Setting '{key}' in {where} takes {_type_phrase(plain)}, not {value!r}.")
 
 
@@ -152,8 +171,8 @@ def _flag_value(hint: object, text: str) -> object:
 
 _PHRASES: dict[object, str] = {
     str: "text",
-    int: "a whole number",
-    float: "a number",
+    int: "a whole number of at least 0",
+    float: "a finite number of at least 0",
     bool: "true or false",
     Path: "a path",
 }

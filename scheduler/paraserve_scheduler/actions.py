@@ -84,4 +84,25 @@ class DropDeployment:
         return self.deployment
 
 
-Action = StartReplica | StopReplica | RemoveReplica | RemovePart | FailDeployment | DropDeployment
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandOver:
+    """Have a replica move its running requests to others; to none: stop moving them."""
+
+    replica: str
+    targets: tuple[str, ...]
+    reason: str
+
+    @property
+    def subject(self) -> str:
+        return self.replica
+
+
+Action = (
+    StartReplica
+    | StopReplica
+    | RemoveReplica
+    | RemovePart
+    | FailDeployment
+    | DropDeployment
+    | HandOver
+)

@@ -12,7 +12,7 @@ from paraserve_backend.contract import LayerRange
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.families.spec import ModelSpec
 from paraserve_backend.families.table import model_spec
-from paraserve_backend.families.tensors import check_tensors
+from paraserve_backend.families.tensors import check_tensors, expected_tensors
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint import CheckpointIndex, read_index
 from paraserve_backend.weights.source import open_source
@@ -22,6 +22,8 @@ from paraserve_scheduler.plans import Deployment, DeploymentSpec
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DEVICES = ("cpu", "cuda")
 _TOKENIZER = "tokenizer.json"
+#: Spelt as safetensors does. Integers would be a quantized model's, of no use without its scales.
+_WEIGHT_DTYPES = ("F32", "BF16", "F16")
 
 
 def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> DeploymentSpec:
@@ -49,6 +51,7 @@ def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> 
         max_context=message.max_context or None,
         max_sequences=message.max_sequences or defaults.max_sequences,
         device=message.device or None,
+        consolidate=message.consolidate if message.HasField("consolidate") else True,
     )
 
 
@@ -83,6 +86,13 @@ def _check_weights(model: ModelSpec, index: CheckpointIndex) -> None:
     whole = LayerRange(start=0, end=model.num_layers, total=model.num_layers)
     stored = {name: tensor.shape for name, tensor in index.tensors.items()}
     check_tensors(model, whole, stored)
+    for name in expected_tensors(model, whole):
+        dtype = index.tensors[name].dtype
+        if dtype not in _WEIGHT_DTYPES:
+            raise InvalidCheckpoint(
+                f"The tensor '{name}' has data type {dtype}; weights are stored as one of "
+                f"{', '.join(_WEIGHT_DTYPES)}."
+            )
 
 
 def _check_tokenizer(spec: DeploymentSpec, index: CheckpointIndex) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
@@ -25,6 +25,8 @@ _TRIES = 3
 _RETRY_PAUSE_S = 0.5
 #: What a reply may take beyond the agent's own time limit.
 _SLACK_S = 5.0
+#: The replica only takes note of it.
+_HAND_OVER_TIMEOUT_S = 10.0
 _CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     # A restarted agent gets its address back: look again soon.
@@ -42,13 +44,16 @@ class AgentCallFailed(Exception):
 
 
 class Agents(Protocol):
-    """Commands to nodes, by their agent's host:port. Both raise `AgentCallFailed`."""
+    """Commands to nodes, by their agent's host:port. All raise `AgentCallFailed`."""
 
     def apply(self, address: str, part: pb.Part) -> AsyncIterator[PartState]:
         """Make the node serve a part; yields its progress and ends with READY or FAILED."""
 
     async def remove(self, address: str, replica: str, deadline_s: float) -> None:
         """Return when nothing of the replica is left on the node."""
+
+    async def hand_over(self, address: str, replica: str, targets: Mapping[str, str]) -> None:
+        """Have a replica's head move its requests to others, given as replica to URL."""
 
 
 class GrpcAgents:
@@ -81,6 +86,20 @@ class GrpcAgents:
                 pb.RemoveRequest(replica=replica, deadline_s=deadline_s),
                 metadata=self._metadata,
                 timeout=deadline_s + _SLACK_S,
+            )
+        except grpc.aio.AioRpcError as error:
+            raise AgentCallFailed(_failure(address, error)) from error
+
+    async def hand_over(self, address: str, replica: str, targets: Mapping[str, str]) -> None:
+        request = pb.HandOverRequest(
+            replica=replica,
+            targets=[
+                pb.HandOverTarget(replica=target, address=url) for target, url in targets.items()
+            ],
+        )
+        try:
+            await self._stub(address).HandOver(
+                request, metadata=self._metadata, timeout=_HAND_OVER_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
             raise AgentCallFailed(_failure(address, error)) from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from paraserve_scheduler.config import PolicyConfig
 from paraserve_scheduler.placement import NodeSpace
 from paraserve_scheduler.plans import DeploymentSpec
-from paraserve_scheduler.state import ClusterView, NodeState
+from paraserve_scheduler.state import ClusterView, NodeState, Replica
 
 
 def is_alive(node: NodeState, now_s: float, config: PolicyConfig) -> bool:
@@ -19,12 +22,44 @@ def node_spaces(
     return tuple(
         _space(view, node, device)
         for name, node in sorted(view.nodes.items())
-        if is_alive(node, now_s, config)
+        if name not in view.cordoned
+        and is_alive(node, now_s, config)
         and node.triton_live
         # What no replica wants still takes memory, nobody knows how much.
         and not view.orphans(node)
         and (device := _device(node, spec.device)) is not None
     )
+
+
+def successor_spaces(
+    view: ClusterView, replica: Replica, now_s: float, config: PolicyConfig
+) -> Mapping[str, NodeSpace]:
+    """What every node has to give to a successor of `replica`, which shares its weights there."""
+    spec = view.deployments[replica.deployment].deployment.spec
+    spaces = node_spaces(view, spec, now_s, config)
+    return {space.name: _shared(view, replica, space) for space in spaces}
+
+
+def node_trouble(view: ClusterView, name: str, now_s: float, config: PolicyConfig) -> str | None:
+    """Why nothing on the node `name` can be relied on, if so."""
+    node = view.nodes.get(name)
+    if node is None:
+        silent_s = now_s - view.started_s
+        lost = silent_s > config.recovery_grace_s
+        return f"Node {name} has not registered for {silent_s:.1f} s." if lost else None
+    if not is_alive(node, now_s, config):
+        return f"Node {name} was lost: silent for {now_s - node.last_seen_s:.1f} s."
+    if node.triton_live is False:
+        return f"Triton on node {name} does not answer."
+    return None
+
+
+def _shared(view: ClusterView, replica: Replica, space: NodeSpace) -> NodeSpace:
+    # Weights can be shared once only.
+    if view.is_shared(replica, space.name):
+        return space
+    shared_bytes = view.host_bytes(replica, space.name)
+    return replace(space, free_bytes=space.free_bytes + shared_bytes)
 
 
 def _device(node: NodeState, wanted: str | None) -> str | None:

@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from paraserve_backend.errors import ParaServeError
-from paraserve_scheduler.commands import cluster, daemons, deployments, generate, machine
+from paraserve_scheduler.commands import (
+    cluster,
+    daemons,
+    deployments,
+    generate,
+    machine,
+    moves,
+)
 
 _EPILOG = """\
 examples:
@@ -38,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"paraserve {version('paraserve')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (cluster, deployments, generate, machine, daemons):
+    for group in (cluster, deployments, generate, moves, machine, daemons):
         group.add_commands(commands)
     return parser
 

@@ -63,6 +63,20 @@ class SchedulerClient:
             lambda: self._stub.Status(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
         )
 
+    def migrate(self, deployment: str, node: str) -> pb.MigrateReply:
+        """Begin to move a deployment's replica; `status` tells how that goes on."""
+        request = pb.MigrateRequest(deployment=deployment, node=node)
+        return self._call(
+            lambda: self._stub.Migrate(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
+        )
+
+    def drain(self, node: str, *, undo: bool = False) -> pb.DrainReply:
+        """Begin to empty a node, or to use it again; returns what is still there."""
+        request = pb.DrainRequest(node=node, undo=undo)
+        return self._call(
+            lambda: self._stub.Drain(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
+        )
+
     def _call(self, call: Callable[[], Reply]) -> Reply:
         _require_listener(self._address)
         try:

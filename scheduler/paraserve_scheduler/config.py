@@ -26,6 +26,21 @@ class PlacementConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConsolidationConfig:
+    """When a pipeline becomes one full instance, or several."""
+
+    #: How long it serves as a pipeline at least.
+    after_s: float = 2.0
+    #: It becomes several while there are more requests than so many times what one runs at once.
+    #: Those still starting are given up when there are no more than half as many.
+    scale_up_load: float = 1.0
+    #: Pause after a successor that failed; it doubles each time.
+    retry_s: float = 10.0
+    #: Pause after a command to hand over that did not arrive.
+    hand_over_retry_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyConfig:
     """When replicas start and stop."""
 
@@ -40,6 +55,8 @@ class PolicyConfig:
     #: Starts that may fail within `failure_window_s` before waiting requests are failed.
     max_failed_starts: int = 3
     failure_window_s: float = 60.0
+    #: How long requests are failed at once after a start that could only fail again.
+    repair_pause_s: float = 5.0
     #: How long requests wait for nodes with room before they are failed.
     capacity_grace_s: float = 10.0
     #: How long after a route was withdrawn a gateway may still send a request along it.
@@ -47,6 +64,7 @@ class PolicyConfig:
     #: Longest time for running requests to end before their replica is removed.
     drain_grace_s: float = 30.0
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    consolidation: ConsolidationConfig = field(default_factory=ConsolidationConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,14 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NoReturn, TypeVar
 
-import zmq
-
+from paraserve_backend.errors import Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler import durable
-from paraserve_scheduler.actions import Action, RemovePart, RemoveReplica, StartReplica
+from paraserve_scheduler.actions import (
+    Action,
+    HandOver,
+    RemovePart,
+    RemoveReplica,
+    StartReplica,
+)
 from paraserve_scheduler.agents import AgentCallFailed, Agents
 from paraserve_scheduler.capacity import is_alive
 from paraserve_scheduler.clock import Clock
@@ -24,6 +29,8 @@ from paraserve_scheduler.events import (
     DeletionRequested,
     DeploymentAdded,
     Event,
+    HandOverFailed,
+    HandOverTold,
     PartRemoved,
     PartReported,
     ReplicaRemoved,
@@ -58,6 +65,8 @@ class Controller:
         #: Set at the next change, then replaced: everybody who waits for it gets to know.
         self._news = asyncio.Event()
         self._applies: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
+        #: While it runs.
+        self._tasks: asyncio.TaskGroup | None = None
 
     @property
     def view(self) -> ClusterView:
@@ -88,6 +97,16 @@ class Controller:
             if not is_there:
                 return
 
+    def carry_out(self, action: Action) -> None:
+        """Begin what a user ordered; `action` must be possible now.
+
+        Raises:
+            Unavailable: the loop does not run yet.
+        """
+        if self._tasks is None:
+            raise Unavailable("The scheduler is still starting; retry shortly.")
+        self._begin(action, self.now_s(), self._tasks)
+
     async def watch(
         self, project: Callable[[ClusterView], _Projection]
     ) -> AsyncIterator[_Projection]:
@@ -104,6 +123,7 @@ class Controller:
     async def run(self) -> NoReturn:
         """Control until cancelled; replicas stay as they are then. Any bug ends it."""
         async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
             while True:
                 self._wake.clear()
                 now_s = self.now_s()
@@ -137,10 +157,12 @@ class Controller:
             case RemovePart():
                 removal = self._remove_part(action.node, action.replica)
                 tasks.create_task(removal, name=f"remove {action.subject}")
+            case HandOver():
+                self._hand_over(action, tasks)
 
     def _start(self, plan: ReplicaPlan, tasks: asyncio.TaskGroup) -> None:
         deployment = self._view.deployments[plan.deployment].deployment
-        keys = _new_keys() if len(plan.stages) > 1 else None
+        keys = self._store.channel_keys(plan.deployment)
         for stage, where in enumerate(plan.stages):
             part = part_message(deployment, plan, stage, keys)
             address = self._view.nodes[where.node].info.agent_address
@@ -161,6 +183,22 @@ class Controller:
                 failure=error.failure,
             )
             self.tell(PartReported(part=failed, at_s=self.now_s()))
+
+    def _hand_over(self, action: HandOver, tasks: asyncio.TaskGroup) -> None:
+        replicas, nodes = self._view.replicas, self._view.nodes
+        address = nodes[replicas[action.replica].plan.head.node].info.agent_address
+        urls = {target: replicas[target].plan.hand_over.url for target in action.targets}
+        telling = self._tell_hand_over(address, action.replica, urls)
+        tasks.create_task(telling, name=f"hand over {action.replica}")
+
+    async def _tell_hand_over(self, address: str, replica: str, urls: Mapping[str, str]) -> None:
+        try:
+            await self._agents.hand_over(address, replica, urls)
+        except AgentCallFailed as error:
+            logger.warning("could not have %s hand over: %s", replica, error)
+            self.tell(HandOverFailed(replica=replica, at_s=self.now_s()))
+        else:
+            self.tell(HandOverTold(replica=replica, targets=tuple(urls)))
 
     async def _remove_replica(self, name: str) -> None:
         for task in self._applies.pop(name, ()):
@@ -187,9 +225,3 @@ class Controller:
         except AgentCallFailed as error:
             # Should it still be there, the node's next heartbeat says so and it is tried again.
             logger.warning("could not remove %s from node %s: %s", replica, name, error)
-
-
-def _new_keys() -> pb.ChannelKeys:
-    """A fresh key pair; it is in no store, since an agent that has it needs it never again."""
-    public_key, secret_key = zmq.curve_keypair()
-    return pb.ChannelKeys(public_key=public_key.decode(), secret_key=secret_key.decode())

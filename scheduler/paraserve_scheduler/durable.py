@@ -15,6 +15,7 @@ def recover(store: Store, now_s: float) -> ClusterView:
         started_s=now_s,
         deployments={state.name: state for state in states},
         replicas={replica.id: _recover_replica(replica) for replica in store.replicas()},
+        cordoned=store.cordoned_nodes(),
     )
 
 
@@ -30,6 +31,8 @@ def record(store: Store, before: ClusterView, after: ClusterView) -> None:
         store.drop_replica(name)
     for name in before.deployments.keys() - after.deployments.keys():
         store.drop_deployment(name)
+    if after.cordoned != before.cordoned:
+        store.save_cordoned_nodes(after.cordoned)
 
 
 def _recover_deployment(store: Store, stored: StoredDeployment, now_s: float) -> DeploymentState:
@@ -49,7 +52,17 @@ def _recover_replica(replica: Replica) -> Replica:
         # A removal that was under way is begun again.
         return replace(replica, removing=False)
     parts = tuple(replace(part, phase=Phase.UNKNOWN, confirmed=False) for part in replica.parts)
-    return replace(replica, phase=Phase.STARTING, parts=parts, recovered=True)
+    # Whether its head knows of a hand-over is unknown too: it is told again.
+    return replace(
+        replica,
+        phase=Phase.STARTING,
+        parts=parts,
+        recovered=True,
+        targets=(),
+        telling=False,
+        telling_failed_s=None,
+        hand_over_s=None,
+    )
 
 
 def _record_deployment(
@@ -80,4 +93,6 @@ def _milestones(replica: Replica) -> tuple[object, ...]:
         replica.first_token_s,
         replica.stopping_s,
         replica.removed_s,
+        replica.hand_over_s,
+        replica.successor_failed_s,
     )

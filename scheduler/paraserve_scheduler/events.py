@@ -70,6 +70,29 @@ class PartRemoved:
     replica: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandOverTold:
+    """The head of a replica has taken the command to hand its requests over."""
+
+    replica: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandOverFailed:
+    """That command did not reach the head, or was refused."""
+
+    replica: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeCordoned:
+    node: str
+    #: False: the node is used again.
+    cordoned: bool = True
+
+
 Event = (
     NodeRegistered
     | NodeReported
@@ -79,4 +102,7 @@ Event = (
     | DeletionRequested
     | ReplicaRemoved
     | PartRemoved
+    | HandOverTold
+    | HandOverFailed
+    | NodeCordoned
 )

@@ -15,6 +15,7 @@ from paraserve_scheduler.actions import (
     Action,
     DropDeployment,
     FailDeployment,
+    HandOver,
     RemovePart,
     RemoveReplica,
     StartReplica,
@@ -25,6 +26,9 @@ from paraserve_scheduler.events import (
     DemandReported,
     DeploymentAdded,
     Event,
+    HandOverFailed,
+    HandOverTold,
+    NodeCordoned,
     NodeRegistered,
     NodeReported,
     PartRemoved,
@@ -70,6 +74,11 @@ def fold(view: ClusterView, event: Event) -> ClusterView:
             return _replica_removed(view, event)
         case PartRemoved():
             return _part_removed(view, event)
+        case HandOverTold() | HandOverFailed():
+            return _hand_over_answered(view, event)
+        case NodeCordoned():
+            others = view.cordoned - {event.node}
+            return replace(view, cordoned=others | {event.node} if event.cordoned else others)
 
 
 def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:
@@ -86,6 +95,8 @@ def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:
             return replace(view, removing_parts=view.removing_parts | {pair})
         case FailDeployment():
             return _deployment_failed(view, action)
+        case HandOver():
+            return _hand_over_begun(view, action, at_s)
         case DropDeployment():
             return replace(
                 view,
@@ -149,11 +160,15 @@ def _take_part(view: ClusterView, replica: Replica, part: PartState, at_s: float
             replica, phase=Phase.READY, ready_s=replica.ready_s or at_s, recovered=False
         )
         view = _change_deployment(
-            view,
-            replica.deployment,
-            lambda it: replace(it, failed_starts=(), failure=None, last_active_s=at_s),
+            view, replica.deployment, partial(_with_ready, replica=replica, at_s=at_s)
         )
     return replace(view, replicas=_with(view.replicas, replica.id, replica))
+
+
+def _with_ready(state: DeploymentState, *, replica: Replica, at_s: float) -> DeploymentState:
+    # Nobody asked for a successor: it must not prolong the life of an idle deployment.
+    active_s = at_s if replica.plan.succeeds is None else state.last_active_s
+    return replace(state, failed_starts=(), failure=None, last_active_s=active_s)
 
 
 def _newer(known: PartState, reported: PartState) -> PartState:
@@ -249,14 +264,10 @@ def _replica_started(view: ClusterView, action: StartReplica, at_s: float) -> Cl
 
 
 def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> ClusterView:
+    replica = view.replicas[action.replica]
     if action.failure is not None:
-        failed = FailedStart(at_s=at_s, failure=action.failure)
-        view = _change_deployment(
-            view,
-            view.replicas[action.replica].deployment,
-            lambda it: replace(it, failed_starts=(*it.failed_starts, failed)),
-        )
-    return _change_replica(
+        view = _note_failure(view, replica, action.failure, at_s)
+    view = _change_replica(
         view,
         action.replica,
         lambda it: replace(
@@ -267,6 +278,51 @@ def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> Cl
             failure=action.failure,
         ),
     )
+    predecessor = view.predecessor(replica)
+    if predecessor is not None and not view.takers(predecessor):
+        # It serves again, so that the time without a request counts from the next hand-over on.
+        view = _change_replica(view, predecessor.id, lambda it: replace(it, hand_over_s=None))
+    return view
+
+
+def _note_failure(
+    view: ClusterView, replica: Replica, failure: Failure, at_s: float
+) -> ClusterView:
+    predecessor = view.predecessor(replica)
+    if predecessor is not None:
+        return _change_replica(view, predecessor.id, partial(_with_failed_successor, at_s=at_s))
+    failed = FailedStart(at_s=at_s, failure=failure)
+    return _change_deployment(
+        view,
+        replica.deployment,
+        lambda it: replace(it, failed_starts=(*it.failed_starts, failed)),
+    )
+
+
+def _with_failed_successor(replica: Replica, *, at_s: float) -> Replica:
+    return replace(
+        replica, failed_successors=replica.failed_successors + 1, successor_failed_s=at_s
+    )
+
+
+def _hand_over_begun(view: ClusterView, action: HandOver, at_s: float) -> ClusterView:
+    return _change_replica(
+        view,
+        action.replica,
+        lambda it: replace(
+            it,
+            telling=True,
+            hand_over_s=(it.hand_over_s or at_s) if action.targets else it.hand_over_s,
+        ),
+    )
+
+
+def _hand_over_answered(view: ClusterView, event: HandOverTold | HandOverFailed) -> ClusterView:
+    if isinstance(event, HandOverTold):
+        answered = partial(replace, targets=event.targets, telling_failed_s=None)
+    else:
+        answered = partial(replace, telling_failed_s=event.at_s)
+    return _change_replica(view, event.replica, lambda it: answered(it, telling=False))
 
 
 def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:

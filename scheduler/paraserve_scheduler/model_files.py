@@ -18,7 +18,7 @@ from paraserve_backend.contract import (
     Role,
 )
 from paraserve_backend.families.spec import ModelSpec
-from paraserve_backend.interface import INPUTS, OUTPUTS, TensorSpec
+from paraserve_backend.interface import HAND_OVER_OUTPUTS, INPUTS, OUTPUTS, TensorSpec
 from paraserve_scheduler.pbtxt import Meaning, Tensor, render
 from paraserve_scheduler.plans import ReplicaPlan, StagePlan
 
@@ -66,8 +66,7 @@ def fetch_id(plan: ReplicaPlan, stage: int) -> str:
 
 
 def _whole_model(plan: ReplicaPlan) -> Meaning:
-    layers = {"layers": format_layers(plan.head.layers)}
-    return _generate(plan, layers)
+    return _generate(plan, {})
 
 
 def _front(plan: ReplicaPlan) -> Meaning:
@@ -82,6 +81,7 @@ def _generate(plan: ReplicaPlan, own: dict[str, str]) -> Meaning:
     parameters = {
         "role": Role.GENERATE.value,
         "deployment": plan.deployment,
+        "hand_over": plan.hand_over.url,
         "max_context": str(plan.max_context),
         "max_sequences": str(plan.max_sequences),
         "max_batch_tokens": str(plan.max_batch_tokens),
@@ -91,7 +91,9 @@ def _generate(plan: ReplicaPlan, own: dict[str, str]) -> Meaning:
         name=generate_model(plan),
         inputs=tuple(map(_interface_tensor, INPUTS)),
         # Triton has no optional outputs: one that is not sent is simply not there.
-        outputs=tuple(_interface_tensor(spec, is_output=True) for spec in OUTPUTS),
+        outputs=tuple(
+            _interface_tensor(spec, is_output=True) for spec in (*OUTPUTS, *HAND_OVER_OUTPUTS)
+        ),
         device=plan.head.device,
         parameters=parameters | _weights(plan, 0) | own,
     )
@@ -124,7 +126,7 @@ def _link(plan: ReplicaPlan, model: ModelSpec) -> Meaning:
         name=_link_name(plan),
         inputs=(_BATCH, _hidden(model)),
         outputs=(_RESULT,),
-        parameters=parameters | _channel(plan, 0),
+        parameters=parameters | {"key_file": _key_file(plan, 0)} | _channel(plan, 0),
     )
 
 
@@ -147,6 +149,7 @@ def _weights(plan: ReplicaPlan, stage: int) -> dict[str, str]:
         "device": own.device,
         "kv_blocks": str(plan.kv_blocks),
         "block_size": str(plan.block_size),
+        "key_file": _key_file(plan, stage),
     }
 
 
@@ -157,8 +160,11 @@ def _channel(plan: ReplicaPlan, stage: int) -> dict[str, str]:
     return {
         "listen": urls[stage],
         "next": urls[(stage + 1) % len(urls)],
-        "key_file": f"{plan.stages[stage].run_dir}/keys/{plan.replica}/curve.key",
     }
+
+
+def _key_file(plan: ReplicaPlan, stage: int) -> str:
+    return f"{plan.stages[stage].run_dir}/keys/{plan.replica}/curve.key"
 
 
 def _hidden(model: ModelSpec) -> Tensor:

@@ -7,7 +7,7 @@ fewest whose predicted cold start meets the TTFT objective.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from paraserve_backend.contract import LayerRange
@@ -79,7 +79,29 @@ def place(
     if not options:
         raise InsufficientCapacity(_shortage(deployment, nodes, needed, config))
     option = _choose_option(options, deployment.spec.ttft_slo_s, config)
-    return _plan(deployment, number, option, config)
+    return _plan(deployment, number, option, needed, config)
+
+
+def place_successor(
+    deployment: Deployment,
+    number: int,
+    succeeds: ReplicaPlan,
+    node: NodeSpace,
+    config: PlacementConfig,
+) -> ReplicaPlan:
+    """Plan replica `number`, all of it on `node`, to take over any request of `succeeds`.
+
+    Raises:
+        InsufficientCapacity: the message says how much is missing on the node.
+    """
+    shares = equal_split(deployment, 1, config.kv_block_size)
+    longest = _blocks(succeeds.max_context, config.kv_block_size)
+    needed = max(_needed_blocks(deployment, config), longest)
+    if not _choose_nodes(shares, [node], needed):
+        raise InsufficientCapacity(_successor_shortage(succeeds, shares[0].needs(needed), node))
+    option = _Option(shares=shares, nodes=(node,))
+    plan = _plan(deployment, number, option, needed, config)
+    return replace(plan, succeeds=succeeds.replica)
 
 
 @lru_cache(maxsize=1024)
@@ -128,8 +150,9 @@ def _choose_nodes(
 ) -> tuple[NodeSpace, ...] | None:
     """The best nodes that can each hold any of the shares, or `None` if they are too few."""
     largest = max(share.needs(kv_blocks) for share in shares)
-    # Each node of a pipeline binds one: the head for results, the others for hidden states.
-    ports = 1 if len(shares) > 1 else 0
+    # A head binds one for hand-overs, that of a pipeline another for results. The other stages
+    # need one, but any of the nodes may become the head.
+    ports = 2 if len(shares) > 1 else 1
     able = [node for node in nodes if node.free_bytes >= largest and len(node.free_ports) >= ports]
     if len(able) < len(shares):
         return None
@@ -152,9 +175,9 @@ def _choose_option(
 
 
 def _plan(
-    deployment: Deployment, number: int, option: _Option, config: PlacementConfig
+    deployment: Deployment, number: int, option: _Option, needed: int, config: PlacementConfig
 ) -> ReplicaPlan:
-    kv_blocks = _kv_blocks(deployment, option, config)
+    kv_blocks = max(needed, _wanted_blocks(deployment, option, needed, config))
     context = min(_context_limit(deployment), kv_blocks * config.kv_block_size)
     is_pipeline = len(option.nodes) > 1
     return ReplicaPlan(
@@ -170,7 +193,8 @@ def _plan(
         max_sequences=deployment.spec.max_sequences,
         max_batch_tokens=config.max_batch_tokens,
         forward_timeout_s=config.forward_timeout_s,
-        results=_address(option.nodes[0]) if is_pipeline else None,
+        results=_address(option.nodes[0], 1) if is_pipeline else None,
+        hand_over=_address(option.nodes[0], 0),
     )
 
 
@@ -182,23 +206,39 @@ def _stage(share: Share, node: NodeSpace, kv_blocks: int) -> StagePlan:
         run_dir=node.run_dir,
         weight_bytes=share.weight_bytes,
         kv_bytes=kv_blocks * share.kv_block_bytes,
-        listen=None if share.layers.is_first else _address(node),
+        listen=None if share.layers.is_first else _address(node, 0),
     )
 
 
-def _address(node: NodeSpace) -> ChannelAddress:
-    return ChannelAddress(host=node.channel_host, port=node.free_ports[0])
+def _address(node: NodeSpace, number: int) -> ChannelAddress:
+    return ChannelAddress(host=node.channel_host, port=node.free_ports[number])
 
 
-def _kv_blocks(deployment: Deployment, option: _Option, config: PlacementConfig) -> int:
+def _wanted_blocks(
+    deployment: Deployment, option: _Option, needed: int, config: PlacementConfig
+) -> int:
     """What all sequences may need, as far as every stage's node has room for it."""
     per_sequence = _blocks(_context_limit(deployment), config.kv_block_size)
-    room = min(
+    wanted = per_sequence * deployment.spec.max_sequences
+    rooms = [
         int((node.free_bytes - share.weight_bytes) * config.kv_share) // share.kv_block_bytes
         for share, node in zip(option.shares, option.nodes, strict=True)
-    )
-    wanted = min(per_sequence * deployment.spec.max_sequences, room)
-    return max(wanted, _needed_blocks(deployment, config))
+    ]
+    if deployment.spec.consolidate and len(option.nodes) > 1:
+        beside_successor = _room_beside_successor(deployment, option, config)
+        # A head that has no room for a successor in any case need not keep any.
+        rooms += [beside_successor] if beside_successor >= needed else []
+    return min(wanted, *rooms)
+
+
+def _room_beside_successor(deployment: Deployment, option: _Option, config: PlacementConfig) -> int:
+    """How many blocks leave the head room for the whole model with as many blocks."""
+    (whole,) = equal_split(deployment, 1, config.kv_block_size)
+    share, head = option.shares[0], option.nodes[0]
+    shared_bytes = share.weight_bytes if head.device == "cpu" else 0
+    left_bytes = head.free_bytes - share.weight_bytes - whole.weight_bytes + shared_bytes
+    both = whole.kv_block_bytes + config.kv_share * share.kv_block_bytes
+    return int(left_bytes * config.kv_share / both)
 
 
 def _shortage(
@@ -219,6 +259,16 @@ def _shortage(
         f"'{deployment.name}' needs {_size(sum(needs))} in {stages} equal stages, but the "
         f"{stages} live nodes with most room have {_size(sum(free))} free: "
         f"{_size(missing)} are missing."
+    )
+
+
+def _successor_shortage(succeeds: ReplicaPlan, needed_bytes: int, node: NodeSpace) -> str:
+    missing = needed_bytes - node.free_bytes
+    if missing <= 0:
+        return f"Node {node.name} has no channel port left."
+    return (
+        f"'{succeeds.deployment}' needs {_size(needed_bytes)} to be whole on node {node.name}, "
+        f"which has {_size(max(0, node.free_bytes))} free: {_size(missing)} are missing."
     )
 
 

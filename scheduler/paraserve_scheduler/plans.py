@@ -5,7 +5,7 @@ Pure records. What happens to a replica afterwards is `paraserve_scheduler.state
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from paraserve_backend.contract import LayerRange
 from paraserve_backend.families.spec import ModelSpec
@@ -32,6 +32,8 @@ class DeploymentSpec:
     max_sequences: int
     #: "cpu" or "cuda"; `None`: what the node has.
     device: str | None = None
+    #: Whether its pipelines become full instances.
+    consolidate: bool = True
 
 
 # Compared and hashed by identity: one exists per deployed checkpoint, and its index is large.
@@ -44,6 +46,14 @@ class Deployment:
     @property
     def name(self) -> str:
         return self.spec.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelKeys:
+    """CURVE key pair of a deployment, Z85: all stages of all its replicas have it."""
+
+    public_key: str
+    secret_key: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +85,11 @@ class StagePlan:
     def reserved_bytes(self) -> int:
         return self.weight_bytes + self.kv_bytes
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it holds the whole model."""
+        return self.layers.is_first and self.layers.is_last
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaPlan:
@@ -92,6 +107,12 @@ class ReplicaPlan:
     forward_timeout_s: float
     #: Where sampled tokens come back to the head's link; `None` with one stage.
     results: ChannelAddress | None
+    #: Where its head takes over requests of other replicas, and hears of those it hands over.
+    hand_over: ChannelAddress
+    #: The replica whose requests it takes over, if it was started for that.
+    succeeds: str | None = None
+    #: Its weights are fetched at low priority: nobody waits for it.
+    background: bool = False
 
     @property
     def replica(self) -> str:
@@ -108,5 +129,5 @@ class ReplicaPlan:
     def ports_on(self, node: str) -> frozenset[int]:
         addresses = [stage.listen for stage in self.stages if stage.node == node]
         if self.head.node == node:
-            addresses.append(self.results)
+            addresses += [self.results, self.hand_over]
         return frozenset(address.port for address in addresses if address is not None)

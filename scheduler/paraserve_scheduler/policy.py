@@ -1,7 +1,8 @@
 """What to do about the state of the cluster. Pure: a view and a time in, actions out.
 
 A deployment has no replica until requests wait, one while there is demand, and none again when it
-was idle for its keep-alive time. A replica that lost any part is stopped whole.
+was idle for its keep-alive time. A replica that lost any part is stopped whole. When one gets
+successors is `consolidation`'s business.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from paraserve_backend.errors import InsufficientCapacity
+from paraserve_scheduler import consolidation
 from paraserve_scheduler.actions import (
     Action,
     DropDeployment,
@@ -18,7 +20,7 @@ from paraserve_scheduler.actions import (
     StartReplica,
     StopReplica,
 )
-from paraserve_scheduler.capacity import is_alive, node_spaces
+from paraserve_scheduler.capacity import is_alive, node_spaces, node_trouble
 from paraserve_scheduler.config import PolicyConfig
 from paraserve_scheduler.fold import begin
 from paraserve_scheduler.placement import place
@@ -78,7 +80,9 @@ def _stop(
         return StopReplica(replica=replica.id, reason=failure.message, failure=failure)
     idle_s = now_s - state.last_active_s
     keep_alive_s = state.deployment.spec.keep_alive_s
-    if replica.phase is Phase.READY and view.is_idle(state.name) and idle_s >= keep_alive_s:
+    # A successor that is still starting was started for requests that have ended.
+    may_end = replica.phase is Phase.READY or view.predecessor(replica) is not None
+    if may_end and view.is_idle(state.name) and idle_s >= keep_alive_s:
         reason = f"idle for {idle_s:.1f} s, its keep-alive is {keep_alive_s:g} s"
         return StopReplica(replica=replica.id, reason=reason)
     return None
@@ -93,7 +97,7 @@ def _failure(
             # A part that ended without saying why is an error of ours or of the agent.
             return part.failure or _unavailable(f"{replica.id} failed on node {stage.node}.")
     for stage in replica.plan.stages:
-        trouble = _node_trouble(view, stage.node, now_s, config)
+        trouble = node_trouble(view, stage.node, now_s, config)
         if trouble is not None:
             return _unavailable(trouble)
     if replica.phase is Phase.STARTING and now_s - replica.planned_s > _start_limit(
@@ -112,19 +116,6 @@ def _start_limit(replica: Replica, view: ClusterView, config: PolicyConfig) -> f
         return config.start_timeout_s
     # It may have served for hours before the scheduler restarted.
     return view.started_s - replica.planned_s + config.start_timeout_s
-
-
-def _node_trouble(view: ClusterView, name: str, now_s: float, config: PolicyConfig) -> str | None:
-    node = view.nodes.get(name)
-    if node is None:
-        silent_s = now_s - view.started_s
-        lost = silent_s > config.recovery_grace_s
-        return f"Node {name} has not registered for {silent_s:.1f} s." if lost else None
-    if not is_alive(node, now_s, config):
-        return f"Node {name} was lost: silent for {now_s - node.last_seen_s:.1f} s."
-    if node.triton_live is False:
-        return f"Triton on node {name} does not answer."
-    return None
 
 
 def _unavailable(message: str) -> Failure:
@@ -151,14 +142,12 @@ def _removable(
     if replica.ready_s is None:
         return "it never served"
     stopping_s = replica.stopping_s or now_s
-    settled_s = stopping_s + config.settle_s
-    in_flight = view.replica_in_flight(replica)
-    if now_s - stopping_s >= config.drain_grace_s:
-        return f"{in_flight} requests did not end within {config.drain_grace_s:g} s"
-    # An older report may not know of a request sent before its gateway saw the route go.
-    reported = all(gateway.last_report_s >= settled_s for gateway in view.gateways.values())
-    if now_s >= settled_s and reported and in_flight == 0:
+    unrouted_s = replica.hand_over_s or stopping_s
+    if view.is_released(replica, unrouted_s + config.settle_s, now_s):
         return "no request runs on it"
+    if now_s - stopping_s >= config.drain_grace_s:
+        in_flight = view.replica_in_flight(replica)
+        return f"{in_flight} requests did not end within {config.drain_grace_s:g} s"
     return None
 
 
@@ -214,14 +203,16 @@ def _too_many_failures(
 ) -> Failure | None:
     """The newest failure, if it is of no use to try again yet."""
     recent = [
-        failed.failure
-        for failed in state.failed_starts
-        if now_s - failed.at_s < config.failure_window_s
+        failed for failed in state.failed_starts if now_s - failed.at_s < config.failure_window_s
     ]
     if not recent:
         return None
-    permanent = recent[-1].grpc_code in _PERMANENT
-    return recent[-1] if permanent or len(recent) >= config.max_failed_starts else None
+    newest = recent[-1]
+    if newest.failure.grpc_code in _PERMANENT:
+        # Only somebody can repair it, and then wants to see so: whoever comes later, tries.
+        tried_just_now = now_s - newest.at_s < config.repair_pause_s
+        return newest.failure if tried_just_now else None
+    return newest.failure if len(recent) >= config.max_failed_starts else None
 
 
 def _plan(
@@ -244,19 +235,27 @@ def _without_room(
     now_s: float,
     config: PolicyConfig,
 ) -> tuple[Action, ...]:
-    """Wait for replicas that are leaving, stop the longest idle ones, or give up."""
+    """Wait for replicas that are leaving, stop those nobody waits for, or give up."""
     leaving = tuple(r for r in view.live_replicas() if r.phase is Phase.STOPPING)
-    idle = _longest_idle(view)
-    for count in range(len(idle) + 1):
-        if _fits(view.without((*leaving, *idle[:count])), state, now_s, config):
-            reason = f"idle, and '{state.name}' needs its room"
-            return tuple(StopReplica(replica=replica.id, reason=reason) for replica in idle[:count])
+    spare = (*_starting_successors(view), *_longest_idle(view))
+    for count in range(len(spare) + 1):
+        if _fits(view.without((*leaving, *spare[:count])), state, now_s, config):
+            reason = f"'{state.name}' needs its room, and nobody waits for it"
+            return tuple(StopReplica(replica=each.id, reason=reason) for each in spare[:count])
     waited_s = now_s - (state.waiting_since_s or now_s)
     if waited_s < config.capacity_grace_s:
         return ()
     failure = Failure(grpc_code=shortage.grpc_code, message=str(shortage))
     reason = f"no room after {waited_s:.1f} s: {shortage}"
     return (FailDeployment(deployment=state.name, failure=failure, reason=reason),)
+
+
+def _starting_successors(view: ClusterView) -> tuple[Replica, ...]:
+    return tuple(
+        replica
+        for replica in view.live_replicas()
+        if replica.phase is Phase.STARTING and view.wanted_predecessor(replica) is not None
+    )
 
 
 def _longest_idle(view: ClusterView) -> tuple[Replica, ...]:
@@ -280,8 +279,13 @@ _Rule = Callable[[ClusterView, float, PolicyConfig], Iterator[Action]]
 
 _RULES: tuple[_Rule, ...] = (
     _stop_replicas,
+    consolidation.give_up_successors,
+    consolidation.stop_succeeded,
     _remove_replicas,
     _remove_orphans,
+    # What requests wait for gets room first.
     _start_replicas,
+    consolidation.start_successors,
+    consolidation.hand_over,
     _drop_deployments,
 )

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
 
-import grpc
-import grpc.aio
-
-from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound, ParaServeError
+from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerServicer
+from paraserve_backend.rpc.refusing import Context, errors_to
 from paraserve_scheduler.admission import read_deployment, validated_spec
 from paraserve_scheduler.capacity import is_alive, node_spaces
-from paraserve_scheduler.config import SchedulerConfig
+from paraserve_scheduler.config import PolicyConfig, SchedulerConfig
 from paraserve_scheduler.controller import Controller
-from paraserve_scheduler.events import DemandReported, NodeRegistered
+from paraserve_scheduler.events import DemandReported, NodeCordoned, NodeRegistered
+from paraserve_scheduler.moves import check_drain, drain_progress, migrate, require_node
 from paraserve_scheduler.placement import place
 from paraserve_scheduler.plans import Deployment, DeploymentSpec
-from paraserve_scheduler.state import DeploymentState, NodeInfo
+from paraserve_scheduler.state import ClusterView, DeploymentState, NodeInfo
 from paraserve_scheduler.wire import (
     cluster_status,
     demand,
@@ -31,10 +27,6 @@ from paraserve_scheduler.wire import (
     node_reported,
     route_table,
 )
-
-logger = logging.getLogger(__name__)
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class SchedulerService(SchedulerServicer):
@@ -45,7 +37,7 @@ class SchedulerService(SchedulerServicer):
     # ---- from agents ----
 
     async def Register(self, request: pb.NodeInfo, context: Context) -> pb.RegisterReply:
-        async with _errors_to(context):
+        async with errors_to(context):
             info = node_info(request)
             _check_node(info)
             self._check_name_is_free(info)
@@ -53,7 +45,7 @@ class SchedulerService(SchedulerServicer):
         return pb.RegisterReply(heartbeat_interval_s=self._config.heartbeat_interval_s)
 
     async def Heartbeat(self, request: pb.NodeStatus, context: Context) -> pb.HeartbeatReply:
-        async with _errors_to(context):
+        async with errors_to(context):
             known = request.name in self._controller.view.nodes
             if known:
                 self._controller.tell(node_reported(request, self._controller.now_s()))
@@ -64,12 +56,12 @@ class SchedulerService(SchedulerServicer):
     async def WatchRoutes(
         self, request: pb.WatchRoutesRequest, context: Context
     ) -> AsyncIterator[pb.RouteTable]:
-        async with _errors_to(context):
+        async with errors_to(context):
             async for table in self._controller.watch(route_table):
                 yield table
 
     async def ReportDemand(self, request: pb.DemandReport, context: Context) -> pb.DemandReply:
-        async with _errors_to(context):
+        async with errors_to(context):
             self._controller.tell(
                 DemandReported(
                     gateway=request.gateway,
@@ -82,23 +74,59 @@ class SchedulerService(SchedulerServicer):
     # ---- from users ----
 
     async def Deploy(self, request: pb.DeploymentSpec, context: Context) -> pb.DeploymentStatus:
-        async with _errors_to(context):
+        async with errors_to(context):
             state = await self._deploy(validated_spec(request, self._config.defaults))
         return deployment_status(self._controller.view, state)
 
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteReply:
-        async with _errors_to(context):
+        async with errors_to(context):
             self._named(request.name)
             await self._controller.delete_deployment(request.name)
         return pb.DeleteReply()
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.ClusterStatus:
         view = self._controller.view
-        async with _errors_to(context):
+        async with errors_to(context):
             if request.deployment:
                 state = self._named(request.deployment)
                 view = replace(view, deployments={state.name: state})
         return cluster_status(view, self._controller.now_s(), self._config.policy)
+
+    async def Migrate(self, request: pb.MigrateRequest, context: Context) -> pb.MigrateReply:
+        async with errors_to(context):
+            self._named(request.deployment)
+            stops, start = migrate(
+                self._heard_view(), request.deployment, request.node, *self._now_and_policy()
+            )
+            for stop in stops:
+                self._controller.carry_out(stop)
+            self._controller.carry_out(start)
+        return pb.MigrateReply(replica=start.plan.succeeds or "", successor=start.plan.replica)
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
+        async with errors_to(context):
+            return self._drain(request.node, undo=request.undo)
+
+    def _drain(self, node: str, *, undo: bool) -> pb.DrainReply:
+        require_node(self._controller.view, node)
+        if undo:
+            self._controller.tell(NodeCordoned(node=node, cordoned=False))
+            return pb.DrainReply()
+        if node not in self._controller.view.cordoned:
+            check_drain(self._heard_view(), node, *self._now_and_policy())
+            self._controller.tell(NodeCordoned(node=node))
+        left = drain_progress(self._heard_view(), node, *self._now_and_policy())
+        return pb.DrainReply(
+            replicas=[pb.DrainingReplica(replica=name, progress=text) for name, text in left]
+        )
+
+    def _heard_view(self) -> ClusterView:
+        """The view as the policy sees it."""
+        now_s, policy = self._now_and_policy()
+        return self._controller.view.heard_since(now_s - policy.gateway_timeout_s)
+
+    def _now_and_policy(self) -> tuple[float, PolicyConfig]:
+        return self._controller.now_s(), self._config.policy
 
     async def _deploy(self, spec: DeploymentSpec) -> DeploymentState:
         state = self._existing(spec)
@@ -129,10 +157,11 @@ class SchedulerService(SchedulerServicer):
             raise AlreadyExists(
                 f"Deployment '{spec.name}' is being deleted: retry when it is gone."
             )
-        if state.deployment.spec != spec:
+        others = _differences(state.deployment.spec, spec)
+        if others:
             raise AlreadyExists(
-                f"Deployment '{spec.name}' exists with other settings: delete it first, or choose "
-                "another name."
+                f"Deployment '{spec.name}' exists with other settings ({'; '.join(others)}): "
+                "delete it first, or choose another name."
             )
         return state
 
@@ -159,6 +188,21 @@ class SchedulerService(SchedulerServicer):
         return deployments[name]
 
 
+def _differences(known: DeploymentSpec, given: DeploymentSpec) -> list[str]:
+    """Say in what the settings differ, each as "max_stages 1, not 2"."""
+    names = [field.name for field in fields(DeploymentSpec)]
+    pairs = [(name, getattr(known, name), getattr(given, name)) for name in names]
+    return [
+        f"{name} {_shown(was)}, not {_shown(wanted)}"
+        for name, was, wanted in pairs
+        if was != wanted
+    ]
+
+
+def _shown(value: object) -> str:
+    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _check_node(info: NodeInfo) -> None:
     start, end = info.channel_ports
     problem = None
@@ -172,14 +216,3 @@ def _check_node(info: NodeInfo) -> None:
         problem = "has no device"
     if problem is not None:
         raise InvalidRequest(f"Node '{info.name}' {problem}.")
-
-
-@asynccontextmanager
-async def _errors_to(context: Context) -> AsyncIterator[None]:
-    try:
-        yield
-    except ParaServeError as error:
-        await context.abort(grpc.StatusCode[error.grpc_code], str(error))
-    except Exception:
-        logger.exception("a call of service Scheduler failed")
-        await context.abort(grpc.StatusCode.INTERNAL, "Internal error; see the scheduler's log.")

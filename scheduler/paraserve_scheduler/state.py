@@ -96,6 +96,16 @@ class Replica:
     removed_s: float | None = None
     stop_reason: str | None = None
     failure: Failure | None = None
+    #: Replicas that its head has been told to hand its requests over to.
+    targets: tuple[str, ...] = ()
+    #: A command to hand over is on its way; when the last one failed.
+    telling: bool = False
+    telling_failed_s: float | None = None
+    #: Since when its successors take its requests.
+    hand_over_s: float | None = None
+    #: Successors that failed while it was there, and when the last one did.
+    failed_successors: int = 0
+    successor_failed_s: float | None = None
     #: The nodes have been told to remove it.
     removing: bool = False
     #: Loaded from the store; its nodes must confirm every part.
@@ -184,6 +194,8 @@ class ClusterView:
     gateways: Mapping[str, GatewayState] = field(default_factory=dict)
     #: (node, replica) pairs that a node has been told to remove though no replica wants them.
     removing_parts: frozenset[tuple[str, str]] = frozenset()
+    #: Nodes, known or not, that get no new replica and shall become empty.
+    cordoned: frozenset[str] = frozenset()
 
     def live_replicas(self, deployment: str | None = None) -> tuple[Replica, ...]:
         """Replicas that still hold something on a node, oldest first."""
@@ -193,12 +205,66 @@ class ClusterView:
             if replica.phase is not Phase.STOPPED and deployment in (None, replica.deployment)
         )
 
+    def predecessor(self, replica: Replica) -> Replica | None:
+        """The live replica whose requests it takes over."""
+        found = self.replicas.get(replica.plan.succeeds or "")
+        return None if found is None or found.phase is Phase.STOPPED else found
+
+    def wanted_predecessor(self, replica: Replica) -> Replica | None:
+        """The same, if it still serves or will."""
+        found = self.predecessor(replica)
+        return found if found is not None and found.is_wanted else None
+
+    def successors(self, replica: Replica) -> tuple[Replica, ...]:
+        """Those that start or are ready to take over its requests, oldest first."""
+        return tuple(
+            other
+            for other in self.live_replicas(replica.deployment)
+            if other.is_wanted and other.plan.succeeds == replica.id
+        )
+
+    def takers(self, replica: Replica) -> tuple[Replica, ...]:
+        """Its successors once all are ready: from then on they get its requests, old and new."""
+        successors = self.successors(replica)
+        return successors if all(each.phase is Phase.READY for each in successors) else ()
+
+    def routed_replicas(self, deployment: str) -> tuple[Replica, ...]:
+        """Those that new requests may go to."""
+        return tuple(
+            replica
+            for replica in self.live_replicas(deployment)
+            if replica.phase is Phase.READY and not self.takers(replica)
+        )
+
+    def replicas_on(self, node: str) -> tuple[Replica, ...]:
+        return tuple(
+            replica for replica in self.live_replicas() if replica.plan.stage_on(node) is not None
+        )
+
     def reserved_bytes(self, node: str) -> int:
-        return sum(
+        """What replicas may use there; weights that a successor shares count once."""
+        replicas = self.replicas_on(node)
+        reserved = sum(
             stage.reserved_bytes
-            for replica in self.live_replicas()
+            for replica in replicas
             for stage in replica.plan.stages
             if stage.node == node
+        )
+        shared = (self.host_bytes(each, node) for each in replicas if self.is_shared(each, node))
+        return reserved - sum(shared)
+
+    def host_bytes(self, replica: Replica, node: str) -> int:
+        """Weights of its stage there, as far as they lie in host memory, where others find them."""
+        stage = replica.plan.stage_on(node)
+        if stage is None or replica.plan.stages[stage].device != "cpu":
+            return 0
+        return replica.plan.stages[stage].weight_bytes
+
+    def is_shared(self, replica: Replica, node: str) -> bool:
+        """Whether a successor on the same node uses the weights of its stage there."""
+        return any(
+            other.plan.succeeds == replica.id and other.plan.head.node == node
+            for other in self.live_replicas(replica.deployment)
         )
 
     def used_ports(self, node: str) -> frozenset[int]:
@@ -244,6 +310,14 @@ class ClusterView:
             demand.replica_in_flight.get(replica.id, 0)
             for demand in self.demands(replica.deployment)
         )
+
+    def is_released(self, replica: Replica, since_s: float, now_s: float) -> bool:
+        """Whether no request runs on it, by reports since `since_s`.
+
+        An older report may not know of a request sent before its gateway saw the route go.
+        """
+        reported = all(gateway.last_report_s >= since_s for gateway in self.gateways.values())
+        return now_s >= since_s and reported and self.replica_in_flight(replica) == 0
 
     def heard_since(self, time_s: float) -> ClusterView:
         """The view without gateways that have been silent since `time_s`."""

@@ -1,32 +1,37 @@
 """What must outlive the scheduler process: deployments, replicas and numbers never used twice.
 
 SQLite; every call is one short transaction. Observed state is not kept: nodes report it again.
+The file holds keys, so only its owner may read it.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import zmq
+
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.families.table import model_spec
 from paraserve_backend.weights.checkpoint import CheckpointIndex
-from paraserve_scheduler.plans import Deployment, DeploymentSpec
+from paraserve_scheduler.plans import ChannelKeys, Deployment, DeploymentSpec
 from paraserve_scheduler.records_json import dump, load
 from paraserve_scheduler.state import Replica
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 #: A scheduler that is shutting down still holds the file for a moment.
 _LOCK_TIMEOUT_S = 1.0
 _SCHEMA = """
 CREATE TABLE deployments (
     name TEXT PRIMARY KEY, spec TEXT NOT NULL, index_json BLOB NOT NULL,
-    deployed_s REAL NOT NULL, deleting INTEGER NOT NULL DEFAULT 0
+    deployed_s REAL NOT NULL, deleting INTEGER NOT NULL DEFAULT 0,
+    public_key TEXT NOT NULL, secret_key TEXT NOT NULL
 ) STRICT;
 CREATE TABLE replicas (
     replica TEXT PRIMARY KEY, deployment TEXT NOT NULL, number INTEGER NOT NULL,
@@ -35,6 +40,7 @@ CREATE TABLE replicas (
 CREATE TABLE counters (
     deployment TEXT PRIMARY KEY, last_number INTEGER NOT NULL, failure_number INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE cordoned (node TEXT PRIMARY KEY) STRICT;
 """
 
 
@@ -61,7 +67,11 @@ class Store(Protocol):
 
     def counters(self, deployment: str) -> Counters: ...
 
-    def add_deployment(self, deployment: Deployment, deployed_s: float) -> None: ...
+    def channel_keys(self, deployment: str) -> ChannelKeys:
+        """The keys that its replicas share for as long as it is deployed."""
+
+    def add_deployment(self, deployment: Deployment, deployed_s: float) -> None:
+        """Keep it, with fresh keys."""
 
     def mark_deleting(self, deployment: str) -> None: ...
 
@@ -74,11 +84,16 @@ class Store(Protocol):
 
     def save_counters(self, deployment: str, counters: Counters) -> None: ...
 
+    def cordoned_nodes(self) -> frozenset[str]: ...
+
+    def save_cordoned_nodes(self, nodes: Set[str]) -> None: ...
+
 
 class SqliteStore:
     """`Store` in one file; `Path(":memory:")` keeps nothing. Belongs to one thread."""
 
     def __init__(self, path: Path) -> None:
+        _make_private(path)
         self._connection = sqlite3.connect(path, isolation_level=None, timeout=_LOCK_TIMEOUT_S)
         try:
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -128,11 +143,27 @@ class SqliteStore:
         ).fetchone()
         return Counters(last_number=row[0], failure_number=row[1]) if row else Counters()
 
+    def channel_keys(self, deployment: str) -> ChannelKeys:
+        public_key, secret_key = self._connection.execute(
+            "SELECT public_key, secret_key FROM deployments WHERE name = ?", (deployment,)
+        ).fetchone()
+        return ChannelKeys(public_key=public_key, secret_key=secret_key)
+
     def add_deployment(self, deployment: Deployment, deployed_s: float) -> None:
         packed = zlib.compress(deployment.index.to_json())
+        public_key, secret_key = zmq.curve_keypair()
         self._connection.execute(
-            "INSERT INTO deployments (name, spec, index_json, deployed_s) VALUES (?, ?, ?, ?)",
-            (deployment.name, dump(deployment.spec), packed, deployed_s),
+            "INSERT INTO deployments"
+            " (name, spec, index_json, deployed_s, public_key, secret_key)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                deployment.name,
+                dump(deployment.spec),
+                packed,
+                deployed_s,
+                public_key.decode(),
+                secret_key.decode(),
+            ),
         )
 
     def mark_deleting(self, deployment: str) -> None:
@@ -162,6 +193,17 @@ class SqliteStore:
             (deployment, counters.last_number, counters.failure_number),
         )
 
+    def cordoned_nodes(self) -> frozenset[str]:
+        rows = self._connection.execute("SELECT node FROM cordoned")
+        return frozenset(node for (node,) in rows)
+
+    def save_cordoned_nodes(self, nodes: Set[str]) -> None:
+        with self._transaction():
+            self._connection.execute("DELETE FROM cordoned")
+            self._connection.executemany(
+                "INSERT INTO cordoned (node) VALUES (?)", [(node,) for node in sorted(nodes)]
+            )
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._connection.execute("BEGIN")
@@ -171,6 +213,17 @@ class SqliteStore:
             self._connection.execute("ROLLBACK")
             raise
         self._connection.execute("COMMIT")
+
+
+def _make_private(path: Path) -> None:
+    """Have a file that only its owner may read; SQLite's files beside it get the same mode."""
+    if str(path) == ":memory:":
+        return
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        path.chmod(0o600)
+    except OSError as error:
+        raise InvalidRequest(f"Cannot use state file {path}: {error.strerror}.") from None
 
 
 def _deployment(spec: str, packed: bytes) -> Deployment:

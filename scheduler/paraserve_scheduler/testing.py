@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.agents import AgentCallFailed
@@ -54,6 +54,9 @@ class FakeNode:
         #: Parts become ready only while this is set.
         self.may_finish = asyncio.Event()
         self.may_finish.set()
+        #: What replicas here were told to hand over to: replica to (target to URL).
+        self.hand_overs: dict[str, dict[str, str]] = {}
+        self.refuses_hand_overs = False
         #: What the next parts fail with instead of becoming ready, one each.
         self.failures: deque[Failure] = deque()
 
@@ -96,6 +99,12 @@ class FakeAgents:
         node = self._reach(address)
         node.removed.append(replica)
         node.parts = {key: part for key, part in node.parts.items() if part.replica != replica}
+
+    async def hand_over(self, address: str, replica: str, targets: Mapping[str, str]) -> None:
+        node = self._reach(address)
+        if node.refuses_hand_overs:
+            raise AgentCallFailed(Failure(grpc_code="UNAVAILABLE", message="no time"))
+        node.hand_overs[replica] = dict(targets)
 
     def _reach(self, address: str) -> FakeNode:
         node = self._nodes[address]

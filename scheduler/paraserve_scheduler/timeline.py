@@ -1,4 +1,5 @@
-"""A cold start as a picture: rows and bars for the terminal, or a Chrome trace. Pure.
+"""A cold start, and what took over from it, as a picture: rows and bars for the terminal, or a
+Chrome trace. Pure.
 
 Times come from the machines that measured them, in seconds since the Unix epoch; everything here
 is relative to the moment the demand was seen.
@@ -6,8 +7,8 @@ is relative to the moment the demand was seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -20,7 +21,7 @@ _MB = 1e6
 #: What a row takes besides its bar; the steps with long names are shortened to fit.
 _TEXT_WIDTH = 54
 _LEAST_BAR_WIDTH = 12
-_STYLES = {"plan": "yellow", "fetch": "cyan", "load": "magenta"}
+_STYLES = {"plan": "yellow", "fetch": "cyan", "load": "magenta", "hand": "green"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,31 +49,57 @@ class Row:
         return self.size_bytes / self.duration_s
 
 
-def rows(replica: pb.ReplicaStatus) -> tuple[Row, ...]:
-    """Return what is known of a cold start: the plan, each node's intervals, then the ends."""
+def rows(replica: pb.ReplicaStatus, successors: Sequence[pb.ReplicaStatus] = ()) -> tuple[Row, ...]:
+    """Return what is known of a cold start: the plan, each node's intervals, then the ends.
+
+    After them, the same of what took over from it, and the hand-over.
+    """
     origin_s = replica.requested_s
     return (
         *_plan(replica),
         *(row for part in _by_stage(replica) for row in _part_rows(part, origin_s, replica)),
         *_instant("all ready", replica.ready_s, origin_s),
         *_instant("first token", replica.first_token_s, origin_s),
+        *(row for successor in successors for row in _successor_rows(successor, origin_s)),
+        *_hand_over(replica, origin_s),
     )
 
 
 def newest(deployments: pb.ClusterStatus | pb.DeploymentStatus) -> pb.ReplicaStatus | None:
-    """Return the cold start that was asked for last."""
-    entries = (
-        [deployments]
-        if isinstance(deployments, pb.DeploymentStatus)
-        else list(deployments.deployments)
+    """Return the cold start that was asked for last; a successor where none is known any more."""
+    return max(
+        _replicas(deployments),
+        key=lambda replica: (not replica.succeeds, replica.requested_s),
+        default=None,
     )
-    replicas = [replica for entry in entries for replica in entry.replicas]
-    return max(replicas, key=lambda replica: replica.requested_s, default=None)
 
 
-def render(replica: pb.ReplicaStatus, *, width: int) -> Table:
+def successors(
+    deployments: pb.ClusterStatus | pb.DeploymentStatus, replica: pb.ReplicaStatus
+) -> tuple[pb.ReplicaStatus, ...]:
+    """Return what took over from a replica, or is about to; not what failed to."""
+    return tuple(
+        each
+        for each in _replicas(deployments)
+        if each.succeeds == replica.replica
+        and not each.HasField("failure")
+        and (each.ready_s or not each.removed_s)
+    )
+
+
+def _replicas(
+    deployments: pb.ClusterStatus | pb.DeploymentStatus,
+) -> list[pb.ReplicaStatus]:
+    if isinstance(deployments, pb.DeploymentStatus):
+        return list(deployments.replicas)
+    return [replica for entry in deployments.deployments for replica in entry.replicas]
+
+
+def render(
+    replica: pb.ReplicaStatus, successors: Sequence[pb.ReplicaStatus] = (), *, width: int
+) -> Table:
     """Draw the cold start with one bar per row on a common time axis, `width` columns wide."""
-    drawn = rows(replica)
+    drawn = rows(replica, successors)
     total_s = max((row.end_s for row in drawn), default=0.0)
     bar_width = max(_LEAST_BAR_WIDTH, width - _TEXT_WIDTH)
     table = Table(title=_title(replica), title_justify="left", box=None, pad_edge=False)
@@ -89,12 +116,14 @@ def render(replica: pb.ReplicaStatus, *, width: int) -> Table:
     return table
 
 
-def chrome_trace(replica: pb.ReplicaStatus) -> dict[str, Any]:
+def chrome_trace(
+    replica: pb.ReplicaStatus, successors: Sequence[pb.ReplicaStatus] = ()
+) -> dict[str, Any]:
     """Return the cold start in Chrome's trace format, for chrome://tracing or Perfetto.
 
     A node is a process, a kind of step a thread; times are microseconds.
     """
-    drawn = rows(replica)
+    drawn = rows(replica, successors)
     places = list(dict.fromkeys(row.where for row in drawn))
     lanes = list(dict.fromkeys(row.what for row in drawn))
     names = [
@@ -134,6 +163,26 @@ def _part_rows(part: pb.ReplicaPart, origin_s: float, replica: pb.ReplicaStatus)
         )
 
 
+def _successor_rows(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[Row]:
+    """Its rows, marked with its number: "load generate .2"."""
+    mark = replica.replica[replica.replica.rfind(".") :]
+    for part in _by_stage(replica):
+        for row in _part_rows(part, origin_s, replica):
+            yield replace(row, what=f"{row.what} {mark}")
+
+
+def _hand_over(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[Row]:
+    if replica.hand_over_begin_s:
+        end_s = replica.hand_over_end_s or replica.hand_over_begin_s
+        yield Row(
+            where=SCHEDULER,
+            what="hand over",
+            start_s=replica.hand_over_begin_s - origin_s,
+            end_s=end_s - origin_s,
+            is_running=not replica.hand_over_end_s,
+        )
+
+
 def _short(name: str, replica: str) -> str:
     """Drop the replica's name: "load tiny.1.stage0" is "load stage0"."""
     return name.replace(f"{replica}.", "").replace(replica, "generate")
@@ -149,6 +198,8 @@ def _title(replica: pb.ReplicaStatus) -> str:
     title = f"Cold start of {replica.replica}: {stages} stage{'' if stages == 1 else 's'}"
     if replica.first_token_s:
         title += f", first token after {replica.first_token_s - replica.requested_s:.2f} s"
+    if replica.hand_over_end_s:
+        title += f", handed over after {replica.hand_over_end_s - replica.requested_s:.2f} s"
     return title
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.trace import Span
 from paraserve_backend.weights.plan import plan_fetch, stage_tensors
@@ -11,7 +9,7 @@ from paraserve_scheduler.capacity import is_alive
 from paraserve_scheduler.config import PolicyConfig
 from paraserve_scheduler.events import NodeReported
 from paraserve_scheduler.model_files import fetch_id, generate_model, stage_models
-from paraserve_scheduler.plans import Deployment, DeploymentSpec, ReplicaPlan
+from paraserve_scheduler.plans import ChannelKeys, Deployment, DeploymentSpec, ReplicaPlan
 from paraserve_scheduler.state import (
     ClusterView,
     Demand,
@@ -99,7 +97,7 @@ def demand(message: pb.Demand) -> Demand:
 
 
 def part_message(
-    deployment: Deployment, plan: ReplicaPlan, stage: int, keys: pb.ChannelKeys | None
+    deployment: Deployment, plan: ReplicaPlan, stage: int, keys: ChannelKeys
 ) -> pb.Part:
     """Everything the node of `stage` needs to serve it."""
     models = stage_models(plan, deployment.model, stage)
@@ -112,7 +110,7 @@ def part_message(
             for model in models
         ],
         fetch=_fetch(deployment, plan, stage),
-        channel_keys=keys,
+        channel_keys=pb.ChannelKeys(public_key=keys.public_key, secret_key=keys.secret_key),
     )
 
 
@@ -125,6 +123,7 @@ def _fetch(deployment: Deployment, plan: ReplicaPlan, stage: int) -> pb.Fetch:
         plan_json=plan_fetch(index, tensors, fetch_id=fetch_id(plan, stage)).to_json(),
         endpoint_url=deployment.spec.endpoint_url or "",
         region=deployment.spec.region or "",
+        background=plan.background,
     )
 
 
@@ -132,7 +131,7 @@ def _fetch(deployment: Deployment, plan: ReplicaPlan, stage: int) -> pb.Fetch:
 
 
 def route_table(view: ClusterView) -> pb.RouteTable:
-    """Every deployment that takes requests, with its ready replicas."""
+    """Every deployment that takes requests, with the replicas they may go to."""
     return pb.RouteTable(
         routes=[_route(view, state) for state in view.deployments.values() if not state.deleting]
     )
@@ -143,8 +142,7 @@ def _route(view: ClusterView, state: DeploymentState) -> pb.Route:
         deployment=state.name,
         endpoints=[
             _endpoint(replica, view.nodes[replica.plan.head.node])
-            for replica in view.live_replicas(state.name)
-            if replica.phase is Phase.READY
+            for replica in view.routed_replicas(state.name)
         ],
         failure=_failure_message(state.failure),
         failure_number=state.failure_number,
@@ -180,6 +178,7 @@ def cluster_status(view: ClusterView, now_s: float, config: PolicyConfig) -> pb.
                 last_seen_s=node.last_seen_s,
                 reserved_bytes=view.reserved_bytes(name),
                 tier_used_bytes=node.tier_used_bytes,
+                cordoned=name in view.cordoned,
             )
             for name, node in sorted(view.nodes.items())
         ],
@@ -192,9 +191,11 @@ def deployment_status(view: ClusterView, state: DeploymentState) -> pb.Deploymen
         spec=spec_message(state.deployment.spec),
         architecture=state.deployment.model.architecture,
         weight_bytes=state.deployment.index.size_bytes,
-        replicas=_replica_messages(
-            replica for replica in view.replicas.values() if replica.deployment == state.name
-        ),
+        replicas=[
+            _replica_message(view, replica)
+            for replica in view.replicas.values()
+            if replica.deployment == state.name
+        ],
         failure=_failure_message(state.failure),
     )
 
@@ -212,6 +213,7 @@ def spec_message(spec: DeploymentSpec) -> pb.DeploymentSpec:
         max_context=spec.max_context or 0,
         max_sequences=spec.max_sequences,
         device=spec.device or "",
+        consolidate=spec.consolidate,
     )
 
 
@@ -231,28 +233,31 @@ def _node_message(info: NodeInfo) -> pb.NodeInfo:
     )
 
 
-def _replica_messages(replicas: Iterable[Replica]) -> list[pb.ReplicaStatus]:
-    return [
-        pb.ReplicaStatus(
-            replica=replica.id,
-            phase=_PHASES[replica.phase],
-            parts=[
-                pb.ReplicaPart(
-                    node=stage.node,
-                    layer_start=stage.layers.start,
-                    layer_end=stage.layers.end,
-                    status=_part_message(part),
-                )
-                for stage, part in replica.stage_plans
-            ],
-            requested_s=replica.requested_s,
-            planned_s=replica.planned_s,
-            ready_s=replica.ready_s or 0,
-            first_token_s=replica.first_token_s or 0,
-            removed_s=replica.removed_s or 0,
-        )
-        for replica in replicas
-    ]
+def _replica_message(view: ClusterView, replica: Replica) -> pb.ReplicaStatus:
+    return pb.ReplicaStatus(
+        replica=replica.id,
+        phase=_PHASES[replica.phase],
+        parts=[
+            pb.ReplicaPart(
+                node=stage.node,
+                layer_start=stage.layers.start,
+                layer_end=stage.layers.end,
+                status=_part_message(part),
+            )
+            for stage, part in replica.stage_plans
+        ],
+        requested_s=replica.requested_s,
+        planned_s=replica.planned_s,
+        ready_s=replica.ready_s or 0,
+        first_token_s=replica.first_token_s or 0,
+        removed_s=replica.removed_s or 0,
+        succeeds=replica.plan.succeeds or "",
+        successors=[successor.id for successor in view.successors(replica)],
+        hand_over_begin_s=replica.hand_over_s or 0,
+        hand_over_end_s=(replica.hand_over_s and replica.stopping_s) or 0,
+        failure=_failure_message(replica.failure),
+        in_flight=view.replica_in_flight(replica),
+    )
 
 
 def _part_message(part: PartState) -> pb.PartStatus:

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,6 +88,10 @@ class ScriptedStore:
         self.release = threading.Event()
         #: Set as soon as a GET waits.
         self.waiting = threading.Event()
+
+    def refusal(self, path: str, headers: Mapping[str, str]) -> Answer | None:
+        """Return the answer to a request that is refused before it is looked at."""
+        return None
 
     @property
     def requested_bytes(self) -> int:
@@ -219,7 +223,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        if "list-type" in parse_qs(url.query):
+        refusal = self.server.store.refusal(self.path, dict(self.headers))
+        if refusal is not None:
+            self._send(refusal)
+        elif "list-type" in parse_qs(url.query):
             self._list(parse_qs(url.query).get("prefix", [""])[0])
         else:
             self._get(unquote(url.path).removeprefix(f"/{BUCKET}/"))

@@ -102,7 +102,7 @@ def field(name: str, key: str, value: object) -> Callable[[Header], None]:
     ("content", "sentence"),
     [
         (b"", "not a safetensors file"),
-        (b"\x80\x02" * 8, "not a safetensors file"),
+        (b"\x80\x02" * 8, r"not a safetensors file \(its header would be \d+ bytes"),
         ((999).to_bytes(8, "little") + b"{}", "cut off"),
         (safetensors_file(b"{ nonsense", DATA), "header of model.safetensors is not valid"),
         (safetensors_file(b"[" * 100_000, DATA), "header of model.safetensors is not valid"),
@@ -114,6 +114,9 @@ def field(name: str, key: str, value: object) -> Callable[[Header], None]:
         (altered(field("a", "dtype", 4)), "describes tensor a wrongly"),
         (altered(field("a", "shape", [2, -3])), "describes tensor a wrongly"),
         (altered(field("a", "shape", [True, 6])), "describes tensor a wrongly"),
+        (altered(field("a", "shape", [2**63, 1])), "describes tensor a wrongly"),
+        (altered(field("a", "shape", [10**4000] * 2)), "describes tensor a wrongly"),
+        (altered(field("a", "shape", [1] * 65)), "describes tensor a wrongly"),
         (altered(field("a", "shape", [2, 4])), "tensor a .* 24 bytes, .* needs 32"),
         (altered(field("b", "data_offsets", [20, 36])), "tensor b .* overlaps"),
         (altered(field("b", "data_offsets", [28, 44])), "tensor b .* gap"),
@@ -138,6 +141,14 @@ def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, b"")
     (folder / "config.json").write_text("{,}")
     with pytest.raises(InvalidCheckpoint, match=r"config\.json is not valid JSON"):
+        index_of(folder)
+
+
+def test_a_configuration_of_absurd_size_is_not_read(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, b"")
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(InvalidCheckpoint, match=r"config\.json has 1000000000000 bytes"):
         index_of(folder)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -84,7 +85,8 @@ def test_a_folder_may_be_a_file_uri_and_hold_links(bucket: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "uri", ["model", "./model", "ftp://host/model", "s3:///prefix", "s3://b?x"]
+    "uri",
+    ["", "model", "./model", "ftp://host/model", "s3:///prefix", "s3://b?x", "s3://[b", "/a\0b"],
 )
 def test_a_uri_of_another_form_is_refused(uri: str) -> None:
     with pytest.raises(InvalidRequest):
@@ -96,6 +98,11 @@ def test_a_missing_or_empty_folder_is_not_found(tmp_path: Path) -> None:
         open_source(str(tmp_path / "none")).list()
     with pytest.raises(NotFound, match="holds no files"):
         open_source(str(tmp_path)).list()
+
+
+def test_a_folder_that_cannot_be_looked_at_is_unavailable(tmp_path: Path) -> None:
+    with pytest.raises(SourceUnavailable, match=r"cannot read model folder .*: File name too long"):
+        open_source(str(tmp_path / ("x" * 300))).list()
 
 
 def test_a_file_replaced_since_it_was_listed_is_not_read(tmp_path: Path) -> None:
@@ -172,15 +179,27 @@ class TestRealStore:
         with pytest.raises(AccessDenied, match="set AWS_ACCESS_KEY_ID"):
             open_source(f"s3://{BUCKET}/tiny", endpoint_url=endpoint).list()
 
-    def test_an_endpoint_that_is_no_url_is_refused(self) -> None:
-        with pytest.raises(InvalidRequest, match="cannot open"):
-            open_source(f"s3://{BUCKET}/tiny", endpoint_url="not a url")
+    @pytest.mark.parametrize("url", ["not a url", "127.0.0.1:9000", "ftp://host", "http://", "//["])
+    def test_an_endpoint_that_is_no_url_is_refused(self, url: str) -> None:
+        with pytest.raises(InvalidRequest, match=f"endpoint_url '{re.escape(url)}' is not a URL"):
+            open_source(f"s3://{BUCKET}/tiny", endpoint_url=url)
+
+    def test_a_bucket_that_can_be_none_is_named_without_boto3s_grammar(self, endpoint: str) -> None:
+        with pytest.raises(InvalidRequest, match=r"^'No_Bucket!' cannot be the name of a bucket$"):
+            open_source("s3://No_Bucket!/tiny", endpoint_url=endpoint).list()
 
     def test_an_endpoint_that_does_not_answer_is_unavailable(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as closed:
             url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        with pytest.raises(SourceUnavailable, match="cannot reach"):
+        with pytest.raises(SourceUnavailable, match=f"nothing answers at {url}"):
             open_source(f"s3://{BUCKET}/tiny", endpoint_url=url).list()
+
+    def test_an_endpoint_is_named_without_the_password_in_it(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            address = f"127.0.0.1:{closed.getsockname()[1]}"
+        source = open_source(f"s3://{BUCKET}/tiny", endpoint_url=f"http://me:pass@{address}")
+        with pytest.raises(SourceUnavailable, match=f"nothing answers at http://{address},"):
+            source.list()
 
 
 @pytest.mark.usefixtures("aws_environment")
@@ -230,7 +249,8 @@ class TestScriptedStore:
             (with_header("Content-Length", "8"), SourceUnavailable),
             (refuse(404, "NoSuchKey"), NotFound),
             (refuse(416, "InvalidRange"), InvalidCheckpoint),
-            (refuse(301, "PermanentRedirect"), SourceUnavailable),
+            (refuse(301, "PermanentRedirect"), InvalidRequest),
+            (refuse(301), SourceUnavailable),
         ],
     )
     def test_an_answer_to_another_question_is_refused_at_once(

@@ -66,7 +66,9 @@ def test_text_flags_are_taken_as_they_are() -> None:
 
 def test_null_is_allowed_only_where_the_setting_is_optional(tmp_path: Path) -> None:
     assert load_config(House, write(tmp_path, "name: hut\nrooms: null\n")).rooms is None
-    with pytest.raises(InvalidRequest, match=r"'height_m' .* takes a number, not None"):
+    with pytest.raises(
+        InvalidRequest, match=r"'height_m' .* takes a finite number of at least 0, not None"
+    ):
         load_config(House, write(tmp_path, "name: hut\nheight_m: null\n"))
 
 
@@ -77,10 +79,17 @@ def test_null_is_allowed_only_where_the_setting_is_optional(tmp_path: Path) -> N
         ("name: hut\ndoor: {prt: 2}\n", "Unknown setting 'door.prt' .* 'door.port'?"),
         ("rooms: 2\n", "Setting 'name' is missing from"),
         ("", "Setting 'name' is missing from"),
-        ("name: hut\nrooms: two\n", "'rooms' .* takes a whole number, not 'two'"),
-        ("name: hut\nrooms: true\n", "'rooms' .* takes a whole number, not True"),
+        ("name: hut\nrooms: two\n", "'rooms' .* takes a whole number of at least 0, not 'two'"),
+        ("name: hut\nrooms: true\n", "'rooms' .* takes a whole number of at least 0, not True"),
         ("name: hut\nis_open: 1\n", "'is_open' .* takes true or false, not 1"),
-        ("name: hut\nheight_m: high\n", "'height_m' .* takes a number"),
+        ("name: hut\nrooms: -1\n", "'rooms' .* takes a whole number of at least 0, not -1"),
+        ("name: hut\nheight_m: high\n", "takes a finite number of at least 0, not 'high'"),
+        ("name: hut\nheight_m: .nan\n", "takes a finite number of at least 0, not nan"),
+        ("name: hut\nheight_m: .inf\n", "takes a finite number of at least 0, not inf"),
+        ("name: hut\nheight_m: -0.5\n", "takes a finite number of at least 0, not -0.5"),
+        (f"name: hut\nheight_m: 1{'0' * 400}\n", "takes a finite number of at least 0"),
+        ("name: hut\ndoor: {8: 2}\n", "Unknown setting 'door.8' .* 'door.port'?"),
+        ("name: hut\nrooms: 2\nrooms: 3\n", "the key 'rooms' is there twice in line 3"),
         ("name: hut\nowners: ann\n", "'owners' .* takes a list"),
         ("name: hut\nowners: [1]\n", r"'owners\[0\]' .* takes text"),
         ("name: hut\ndoor: 3\n", "'door' .* settings of its own"),
@@ -97,6 +106,13 @@ def test_a_mistake_is_named_with_its_key(text: str, sentence: str, tmp_path: Pat
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"Cannot read .*none\.yaml: No such file"):
         load_config(House, tmp_path / "none.yaml")
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "house.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidRequest, match=r"house\.yaml is not valid YAML: it is not UTF-8"):
+        load_config(House, path)
 
 
 def test_broken_yaml_is_not_quoted(tmp_path: Path) -> None:

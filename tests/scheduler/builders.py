@@ -97,7 +97,13 @@ def write_model(folder: Path, *, without: str | None = None, **config: Any) -> P
 
 
 def make_spec(name: str = "tiny", **fields: Any) -> DeploymentSpec:
-    defaults = {"source": "s3://models/tiny", "keep_alive_s": 60.0, "max_sequences": 4}
+    defaults = {
+        "source": "s3://models/tiny",
+        "keep_alive_s": 60.0,
+        "max_sequences": 4,
+        # Most tests are about replicas that stay as they are.
+        "consolidate": False,
+    }
     return DeploymentSpec(**{"name": name, **defaults, **fields})
 
 

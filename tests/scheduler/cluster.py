@@ -66,14 +66,23 @@ class Cluster:
         self.clock.advance(seconds)
         await self.heartbeats(*(set(self.nodes) - set(silent)))
 
-    async def serves(self) -> Replica:
+    async def serves(self, **spec: Any) -> Replica:
         """Deploy and bring up one replica; returns it. No request is left."""
-        self.controller.add_deployment(make_deployment())
+        self.controller.add_deployment(make_deployment(**spec))
         await self.demand(waiting=1)
         await self.demand()
         (replica,) = self.live()
         assert replica.phase is Phase.READY
         return replica
+
+    async def busy(self, replica: str = "tiny.1", in_flight: int = 1) -> None:
+        await self.demand(in_flight=in_flight, replica_in_flight={replica: in_flight})
+
+    async def hands_over(self) -> None:
+        """Bring up a pipeline and its successor; the running request has not moved."""
+        await self.serves(consolidate=True)
+        await self.busy()
+        await self.passes(CONFIG.policy.consolidation.after_s)
 
     def live(self) -> tuple[Replica, ...]:
         return self.controller.view.live_replicas()

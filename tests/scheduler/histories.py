@@ -7,7 +7,13 @@ from typing import Any
 
 from paraserve_scheduler.actions import Action
 from paraserve_scheduler.config import PolicyConfig
-from paraserve_scheduler.events import DemandReported, Event, PartReported, ReplicaRemoved
+from paraserve_scheduler.events import (
+    DemandReported,
+    Event,
+    HandOverTold,
+    PartReported,
+    ReplicaRemoved,
+)
 from paraserve_scheduler.fold import begin, fold
 from paraserve_scheduler.policy import decide
 from paraserve_scheduler.state import (
@@ -88,6 +94,14 @@ class History:
     def becomes_ready(self, replica: str) -> None:
         for stage in range(len(self.view.replicas[replica].plan.stages)):
             self.part(replica, stage, Phase.READY)
+
+    def told(self, replica: str, *targets: str) -> None:
+        """The head of `replica` has taken the command to hand over."""
+        self.happens(HandOverTold(replica=replica, targets=targets))
+
+    def routed(self, deployment: str = "tiny") -> list[str]:
+        """Where new requests may go."""
+        return [replica.id for replica in self.view.routed_replicas(deployment)]
 
     def removed(self, replica: str) -> None:
         self.happens(ReplicaRemoved(replica=replica, at_s=self.now_s))

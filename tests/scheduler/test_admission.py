@@ -21,7 +21,9 @@ DEFAULTS = DeploymentDefaults(keep_alive_s=30.0, max_sequences=8)
 
 def test_what_the_user_leaves_out_is_filled_in() -> None:
     spec = validated_spec(pb.DeploymentSpec(name="tiny", source="/models/tiny"), DEFAULTS)
-    assert spec == make_spec(source="/models/tiny", keep_alive_s=30.0, max_sequences=8)
+    assert spec == make_spec(
+        source="/models/tiny", keep_alive_s=30.0, max_sequences=8, consolidate=True
+    )
 
 
 @pytest.mark.parametrize("name", ["a", "0", "llama-3-8b", "a" * 63])
@@ -76,6 +78,15 @@ def test_checkpoints_we_cannot_run_are_refused(
 ) -> None:
     folder = write_model(tmp_path / "model", **change)
     with pytest.raises(error, match=sentence):
+        read_deployment(make_spec(source=str(folder)))
+
+
+def test_weights_of_integers_are_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    shard = folder / "model.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b'"dtype": "F32"', b'"dtype": "I32"', 1))
+    with pytest.raises(InvalidCheckpoint, match="has data type I32; weights are stored as one of"):
         read_deployment(make_spec(source=str(folder)))
 
 

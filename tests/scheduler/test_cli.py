@@ -25,7 +25,7 @@ from paraserve_scheduler.config import SchedulerConfig
 from paraserve_scheduler.gateway.config import GatewayConfig
 
 COMMANDS = (
-    *("up", "down", "deploy", "generate", "status", "timeline", "delete"),
+    *("up", "down", "deploy", "generate", "status", "timeline", "delete", "migrate", "drain"),
     *("agent", "scheduler", "gateway", "install-backend", "doctor"),
 )
 
@@ -38,10 +38,15 @@ def _no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class FakeScheduler(SchedulerServicer):
-    """Knows one deployment and refuses everything without the token."""
+    """Knows one deployment and refuses its status without the token."""
 
     def __init__(self) -> None:
         self.specs: list[pb.DeploymentSpec] = []
+        #: What the next calls of Status say of the deployment's replicas, one each; the last stays.
+        self.replicas: list[list[pb.ReplicaStatus]] = [[]]
+        #: What the next calls of Drain answer, one each.
+        self.left: list[pb.DrainReply] = []
+        self.drains: list[pb.DrainRequest] = []
 
     def Deploy(
         self, request: pb.DeploymentSpec, context: grpc.ServicerContext
@@ -57,9 +62,23 @@ class FakeScheduler(SchedulerServicer):
         if dict(context.invocation_metadata()).get(TOKEN_HEADER) != "secret":
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "The cluster token is missing or wrong.")
         return pb.ClusterStatus(
-            nodes=[pb.NodeView(info=pb.NodeInfo(name="node1"), alive=True)],
-            deployments=[pb.DeploymentStatus(spec=pb.DeploymentSpec(name="tiny"))],
+            nodes=[pb.NodeView(info=pb.NodeInfo(name="node1"), alive=True, cordoned=True)],
+            deployments=[
+                pb.DeploymentStatus(
+                    spec=pb.DeploymentSpec(name="tiny"),
+                    replicas=self.replicas.pop(0) if self.replicas[1:] else self.replicas[0],
+                )
+            ],
         )
+
+    def Migrate(self, request: pb.MigrateRequest, context: grpc.ServicerContext) -> pb.MigrateReply:
+        if request.node == "n7":
+            context.abort(grpc.StatusCode.NOT_FOUND, "There is no node 'n7'. Nodes: n0.")
+        return pb.MigrateReply(replica="tiny.1", successor="tiny.2")
+
+    def Drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainReply:
+        self.drains.append(request)
+        return self.left.pop(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +143,16 @@ def test_a_daemons_help_says_what_a_setting_is_and_its_default(
 
 @pytest.mark.parametrize(
     "wrong",
-    [[], ["fly"], ["deploy", "tiny"], ["up", "--nodes", "0"], ["up", "--node-memory", "4 cups"]],
+    [
+        [],
+        ["fly"],
+        ["deploy", "tiny"],
+        ["deploy", "tiny", "--source", "/x", "--ttft-slo", "nan"],
+        ["deploy", "tiny", "--source", "/x", "--tpot-slo", "0"],
+        ["deploy", "tiny", "--source", "/x", "--keep-alive", "-1"],
+        ["up", "--nodes", "0"],
+        ["up", "--node-memory", "4 cups"],
+    ],
 )
 def test_wrong_usage_exits_with_2(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -172,6 +200,89 @@ def test_deploy_sends_what_the_flags_say(
     (spec,) = served.scheduler.specs
     assert (spec.name, spec.source, spec.device) == ("tiny", "s3://models/tiny", "cpu")
     assert (spec.ttft_slo_s, spec.keep_alive_s, spec.max_stages) == (2.5, 30.0, 3)
+
+
+@pytest.mark.parametrize(("flags", "consolidate"), [([], True), (["--no-consolidate"], False)])
+def test_consolidation_can_be_turned_off(
+    served: Served, flags: list[str], consolidate: bool
+) -> None:
+    words = f"deploy tiny --source s3://models/tiny --scheduler {served.address}"
+    assert main([*words.split(), *flags]) == 0
+    assert served.scheduler.specs[0].consolidate is consolidate
+
+
+def _moved(old: pb.Phase.ValueType, new: pb.Phase.ValueType) -> list[pb.ReplicaStatus]:
+    return [
+        pb.ReplicaStatus(replica="tiny.1", phase=old, successors=["tiny.2"]),
+        pb.ReplicaStatus(replica="tiny.2", phase=new, succeeds="tiny.1"),
+    ]
+
+
+@pytest.fixture
+def _token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARASERVE_TOKEN", "secret")
+
+
+@pytest.mark.usefixtures("_token")
+def test_a_move_returns_when_nothing_is_left_of_the_old_replica(
+    served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served.scheduler.replicas = [
+        _moved(pb.READY, pb.STARTING),
+        _moved(pb.READY, pb.READY),
+        _moved(pb.STOPPED, pb.READY),
+    ]
+    assert main(["migrate", "tiny", "--to", "n1", "--scheduler", served.address]) == 0
+    assert capsys.readouterr().out == "tiny.1 has become tiny.2 on n1.\n"
+    assert len(served.scheduler.replicas) == 1
+
+
+@pytest.mark.usefixtures("_token")
+def test_a_move_that_fails_says_why(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    served.scheduler.replicas = [_moved(pb.READY, pb.STOPPING)]
+    served.scheduler.replicas[0][1].failure.message = "Node n1 was lost."
+    assert main(["migrate", "tiny", "--to", "n1", "--scheduler", served.address]) == 1
+    said = capsys.readouterr().err
+    assert "paraserve: tiny.2 did not take over: Node n1 was lost.\n" in said
+
+
+def test_a_move_that_is_refused_says_why(
+    served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["migrate", "tiny", "--to", "n7", "--scheduler", served.address]) == 1
+    assert capsys.readouterr().err == "paraserve: There is no node 'n7'. Nodes: n0.\n"
+
+
+def test_a_drain_returns_when_the_node_is_empty(
+    served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    busy = pb.DrainingReplica(replica="tiny.1", progress="moves at once")
+    served.scheduler.left = [pb.DrainReply(replicas=[busy]), pb.DrainReply()]
+    assert main(["drain", "n1", "--scheduler", served.address]) == 0
+    assert capsys.readouterr().out == "Node n1 is empty.\n"
+    assert [(drain.node, drain.undo) for drain in served.scheduler.drains] == [("n1", False)] * 2
+
+
+def test_a_drain_can_be_undone(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    served.scheduler.left = [pb.DrainReply()]
+    assert main(["drain", "n1", "--undo", "--scheduler", served.address]) == 0
+    assert capsys.readouterr().out == "Node n1 is used again.\n"
+    assert served.scheduler.drains[0].undo
+
+
+@pytest.mark.usefixtures("_token")
+def test_status_shows_what_takes_over_from_what_and_drained_nodes(
+    served: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    served.scheduler.replicas = [_moved(pb.READY, pb.READY)]
+    served.scheduler.replicas[0][0].hand_over_begin_s = 5.0
+    served.scheduler.replicas[0][0].in_flight = 3
+    assert main(["status", "--scheduler", served.address]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = next(line for line in lines if "tiny.1 ->" in line)
+    assert "tiny.1 -> tiny.2  hands over 3" in shown
+    assert any("alive, drained" in line for line in lines)
 
 
 def test_a_folder_is_sent_as_an_absolute_path(

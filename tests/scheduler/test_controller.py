@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 
+from paraserve_backend.errors import Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.plan import FetchPlan
+from paraserve_scheduler.actions import StopReplica
+from paraserve_scheduler.config import SchedulerConfig
+from paraserve_scheduler.controller import Controller
+from paraserve_scheduler.events import NodeCordoned
 from paraserve_scheduler.state import Phase
-from paraserve_scheduler.testing import FakeNode
+from paraserve_scheduler.store import SqliteStore
+from paraserve_scheduler.testing import FakeAgents, FakeNode
 from paraserve_scheduler.wire import route_table
 from tests.scheduler.builders import CONFIG, make_deployment, make_node_info
 from tests.scheduler.cluster import Cluster, running
@@ -59,6 +65,7 @@ def test_parts_carry_disjoint_fetches_and_one_key_pair() -> None:
             assert {plan.fetch_id for plan in plans} == {"tiny.1.0", "tiny.1.1"}
             assert parts[0].channel_keys == parts[1].channel_keys
             assert len(parts[0].channel_keys.secret_key) == 40
+            assert parts[0].channel_keys.secret_key not in repr(cluster.controller.view)
             secret = parts[0].channel_keys.secret_key.encode()
             files = [text for part in parts for m in part.models for text in m.files.values()]
             assert not any(secret in text for text in files)
@@ -223,7 +230,171 @@ def test_a_bug_ends_the_controller_loudly() -> None:
         _run(scenario())
 
 
+# ---- hand-overs ----
+
+
+def test_a_pipeline_is_consolidated_and_its_nodes_are_empty_but_for_the_full_instance() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            await cluster.hands_over()
+            pipeline, successor = cluster.live()
+            head = pipeline.plan.head.node
+            assert successor.plan.head.node == head
+            assert [endpoint.replica for endpoint in _route(cluster).endpoints] == ["tiny.2"]
+            assert cluster.nodes[head].hand_overs == {
+                "tiny.1": {"tiny.2": successor.plan.hand_over.url}
+            }
+            assert cluster.held() == {("n0", "tiny.1"), ("n1", "tiny.1"), (head, "tiny.2")}
+            await cluster.passes(CONFIG.settle_s)
+            await cluster.busy("tiny.2")
+            assert cluster.held() == {(head, "tiny.2")}
+            record = cluster.controller.view.replicas["tiny.1"]
+            assert record.phase is Phase.STOPPED
+            assert (record.hand_over_s, record.removed_s) == (1_002.0, 1_003.5)
+
+    _run(scenario())
+
+
+def test_all_replicas_of_a_deployment_share_its_keys_and_others_have_their_own() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            await cluster.hands_over()
+            cluster.controller.add_deployment(make_deployment("other"))
+            await cluster.demand("other", waiting=1)
+            applied = [part for node in cluster.nodes.values() for part in node.applied]
+            secrets = {(part.deployment, part.channel_keys.secret_key) for part in applied}
+            assert {part.replica for part in applied} == {"tiny.1", "tiny.2", "other.1"}
+            assert len(secrets) == len({deployment for deployment, _ in secrets}) == 2
+
+    _run(scenario())
+
+
+def test_only_a_successor_that_nobody_waits_for_is_fetched_in_the_background() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            await cluster.hands_over()
+            applied = [part for node in cluster.nodes.values() for part in node.applied]
+            background = {(part.replica, part.fetch.background) for part in applied}
+            assert background == {("tiny.1", False), ("tiny.2", True)}
+
+    _run(scenario())
+
+
+def test_a_head_that_cannot_be_reached_is_told_again() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            await cluster.serves(consolidate=True)
+            await cluster.busy()
+            (pipeline,) = cluster.live()
+            head = cluster.nodes[pipeline.plan.head.node]
+            head.may_finish.clear()
+            await cluster.passes(CONFIG.consolidation.after_s)
+            head.refuses_hand_overs = True
+            head.may_finish.set()
+            await cluster.settle()
+            head.refuses_hand_overs = False
+            assert head.hand_overs == {}
+            assert cluster.live()[0].hand_over_s is not None
+            await cluster.passes(CONFIG.consolidation.hand_over_retry_s)
+            assert list(head.hand_overs["tiny.1"]) == ["tiny.2"]
+
+    _run(scenario())
+
+
+def test_a_successor_that_cannot_start_leaves_nothing_behind_and_the_pipeline_serving() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            replica = await cluster.serves(consolidate=True)
+            await cluster.busy()
+            cluster.nodes[replica.plan.head.node].failures.append(NO_OBJECT)
+            await cluster.passes(CONFIG.consolidation.after_s)
+            assert cluster.held() == {("n0", "tiny.1"), ("n1", "tiny.1")}
+            route = _route(cluster)
+            assert [endpoint.replica for endpoint in route.endpoints] == ["tiny.1"]
+            assert (route.failure_number, list(route.lost_replicas)) == (0, [])
+
+    _run(scenario())
+
+
+def test_a_command_needs_a_running_controller(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "state.db") as cluster:
+            await cluster.stop_scheduler()
+            store = SqliteStore(tmp_path / "other.db")
+            stopped = Controller(
+                store=store, agents=FakeAgents([]), clock=cluster.clock, config=SchedulerConfig()
+            )
+            with pytest.raises(Unavailable, match="still starting"):
+                stopped.carry_out(StopReplica(replica="tiny.1", reason="a user said so"))
+            store.close()
+
+    _run(scenario())
+
+
 # ---- restarts of the scheduler ----
+
+
+def test_a_hand_over_goes_on_with_the_next_scheduler(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "state.db") as cluster:
+            await cluster.hands_over()
+            head = cluster.nodes[cluster.live()[0].plan.head.node]
+            told = dict(head.hand_overs)
+            head.hand_overs.clear()
+            await cluster.restart_scheduler()
+            await cluster.register()
+            await cluster.busy()
+            assert [endpoint.replica for endpoint in _route(cluster).endpoints] == ["tiny.2"]
+            assert head.hand_overs == told, "it is told again"
+            await cluster.passes(CONFIG.settle_s)
+            await cluster.busy("tiny.2")
+            assert cluster.held() == {(head.info.name, "tiny.2")}
+
+    _run(scenario())
+
+
+def test_a_successor_that_was_starting_is_waited_for_by_the_next_scheduler(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "state.db") as cluster:
+            await cluster.serves(consolidate=True)
+            await cluster.busy()
+            for node in cluster.nodes.values():
+                node.may_finish.clear()
+            await cluster.passes(CONFIG.consolidation.after_s)
+            await cluster.restart_scheduler()
+            await cluster.register()
+            await cluster.busy()
+            assert [replica.id for replica in cluster.live()] == ["tiny.1", "tiny.2"]
+            assert [endpoint.replica for endpoint in _route(cluster).endpoints] == ["tiny.1"]
+            head = cluster.live()[1].plan.head.node
+            cluster.nodes[head].set_part("tiny.2", 0, Phase.READY)
+            await cluster.heartbeats()
+            assert [endpoint.replica for endpoint in _route(cluster).endpoints] == ["tiny.2"]
+
+    _run(scenario())
+
+
+def test_a_pause_after_failures_and_a_drain_outlast_the_scheduler(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path / "state.db") as cluster:
+            replica = await cluster.serves(consolidate=True)
+            await cluster.busy()
+            cluster.nodes[replica.plan.head.node].failures.append(NO_OBJECT)
+            await cluster.passes(CONFIG.consolidation.after_s)
+            cluster.controller.tell(NodeCordoned(node="n7"))
+            await cluster.restart_scheduler()
+            await cluster.register()
+            await cluster.busy()
+            await cluster.passes(CONFIG.consolidation.after_s)
+            assert [replica.id for replica in cluster.live()] == ["tiny.1"]
+            assert cluster.controller.view.cordoned == {"n7"}
+            await cluster.passes(CONFIG.consolidation.retry_s)
+            await cluster.busy()
+            assert [replica.id for replica in cluster.live()] == ["tiny.1", "tiny.3"]
+
+    _run(scenario())
 
 
 def test_a_new_scheduler_takes_over_serving_replicas(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
 from paraserve_backend.config import GenerateConfig, LinkConfig, StageConfig, read_config
-from paraserve_backend.interface import INPUTS, OUTPUTS
+from paraserve_backend.interface import HAND_OVER_OUTPUTS, INPUTS, OUTPUTS
 from paraserve_scheduler.config import PlacementConfig
 from paraserve_scheduler.model_files import TritonModel, stage_models
 from paraserve_scheduler.pbtxt import Meaning, Tensor, render
@@ -20,7 +20,9 @@ from tests.scheduler.builders import make_deployment, make_space
 
 def _plan(deployment: Deployment, stages: int, **space: object) -> ReplicaPlan:
     nodes = [
-        make_space(f"n{index}", channel_host=f"10.0.0.{index}", free_ports=(9000 + index,), **space)
+        make_space(
+            f"n{index}", channel_host=f"10.0.0.{index}", free_ports=(9000 + index, 9100), **space
+        )
         for index in range(stages)
     ]
     return place(deployment, 7, nodes, PlacementConfig())
@@ -60,7 +62,8 @@ def test_a_replica_of_one_stage_is_one_model_with_all_layers() -> None:
         "replica": "tiny.7",
         "run_dir": "/run/n0",
         "fetch_id": "tiny.7.0",
-        "layers": "0:4/4",
+        "hand_over": "tcp://10.0.0.0:9000",
+        "key_file": "/run/n0/keys/tiny.7/curve.key",
         "device": "cpu",
         "kv_blocks": str(plan.kv_blocks),
         "block_size": "16",
@@ -98,7 +101,9 @@ def test_generate_has_the_public_interface_and_streams() -> None:
         (tensor.name, DataType.Name(tensor.data_type), tuple(tensor.dims), tensor.optional)
         for tensor in config.input
     ] == [(spec.name, spec.config_datatype, spec.shape, spec.optional) for spec in INPUTS]
-    assert [tensor.name for tensor in config.output] == [spec.name for spec in OUTPUTS]
+    assert [tensor.name for tensor in config.output] == [
+        spec.name for spec in (*OUTPUTS, *HAND_OVER_OUTPUTS)
+    ]
 
 
 def test_tensors_of_a_forward_pass_fit_together() -> None:
@@ -136,11 +141,29 @@ def test_the_channel_is_a_ring_through_all_nodes() -> None:
     link = _by_name(stage_models(plan, deployment.model, 0))["tiny.7.link"]
     stages = [stage_models(plan, deployment.model, stage)[0] for stage in (1, 2)]
     ring = [_parameters(model) for model in (link, *stages)]
-    assert [hop["listen"] for hop in ring] == [f"tcp://10.0.0.{i}:{9000 + i}" for i in range(3)]
-    assert [hop["next"] for hop in ring] == [hop["listen"] for hop in (*ring[1:], ring[0])]
-    assert [hop["key_file"] for hop in ring] == [
-        f"/run/n{index}/keys/tiny.7/curve.key" for index in range(3)
+    assert [hop["listen"] for hop in ring] == [
+        # The head's first port is for hand-overs.
+        "tcp://10.0.0.0:9100",
+        "tcp://10.0.0.1:9001",
+        "tcp://10.0.0.2:9002",
     ]
+    assert [hop["next"] for hop in ring] == [hop["listen"] for hop in (*ring[1:], ring[0])]
+
+
+def test_every_model_with_weights_or_a_channel_knows_its_keys() -> None:
+    deployment = make_deployment()
+    plan = _plan(deployment, 3)
+    for stage in range(3):
+        for model in stage_models(plan, deployment.model, stage):
+            expected = "" if model.name.endswith(".forward") else f"/run/n{stage}/keys/tiny.7/"
+            assert _parameters(model).get("key_file", "").startswith(expected)
+            assert ("key_file" in _parameters(model)) is bool(expected)
+
+
+def test_the_head_of_a_pipeline_takes_requests_over_too() -> None:
+    deployment = make_deployment()
+    head = _by_name(stage_models(_plan(deployment, 2), deployment.model, 0))
+    assert _parameters(head["tiny.7"])["hand_over"] == "tcp://10.0.0.0:9000"
 
 
 def test_every_role_can_read_the_config_rendered_for_it() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from paraserve_backend.errors import InsufficientCapacity
 from paraserve_scheduler.config import PlacementConfig
-from paraserve_scheduler.placement import NodeSpace, equal_split, place
+from paraserve_scheduler.placement import NodeSpace, equal_split, place, place_successor
 from paraserve_scheduler.plans import Deployment, ReplicaPlan
 from tests.scheduler.builders import make_deployment, make_space
 
@@ -141,6 +141,70 @@ def test_an_equal_split_of_equal_layers_differs_only_by_embedding_and_head() -> 
     assert [len(share.layers) for share in shares] == [2, 2, 2]
 
 
+# ---- successors ----
+
+
+def _tight_head(deployment: Deployment, kv_blocks: int) -> list[NodeSpace]:
+    """A head with room for the whole model and so many of its KV blocks, and a node without."""
+    (whole,) = equal_split(deployment, 1, BLOCK)
+    _, second = equal_split(deployment, 2, BLOCK)
+    return [
+        make_space("head", free_bytes=whole.needs(kv_blocks)),
+        make_space("other", free_bytes=second.needs(kv_blocks)),
+    ]
+
+
+def test_a_successor_is_whole_on_its_node_and_can_take_any_request() -> None:
+    deployment = make_deployment()
+    pipeline = place(deployment, 1, _nodes(2), CONFIG)
+    plan = place_successor(deployment, 2, pipeline, make_space("n7"), CONFIG)
+    (stage,) = plan.stages
+    assert (plan.replica, plan.succeeds, stage.node) == ("tiny.2", "tiny.1", "n7")
+    assert stage.is_whole
+    assert plan.max_context >= pipeline.max_context
+
+
+def test_without_room_for_the_longest_request_there_is_no_successor() -> None:
+    deployment = make_deployment()
+    pipeline = place(deployment, 1, _nodes(2), CONFIG)
+    (whole,) = equal_split(deployment, 1, BLOCK)
+    needed = whole.needs(pipeline.max_context // BLOCK)
+    place_successor(deployment, 2, pipeline, make_space("n7", free_bytes=needed), CONFIG)
+    small = make_space("n7", free_bytes=needed - 20_000)
+    with pytest.raises(InsufficientCapacity) as error:
+        place_successor(deployment, 2, pipeline, small, CONFIG)
+    assert f"needs {needed / 1e6:.1f} MB to be whole on node n7" in str(error.value)
+    assert "0.0 MB are missing" in str(error.value)
+
+
+def test_without_a_port_there_is_no_successor() -> None:
+    deployment = make_deployment()
+    pipeline = place(deployment, 1, _nodes(2), CONFIG)
+    with pytest.raises(InsufficientCapacity, match="no channel port left"):
+        place_successor(deployment, 2, pipeline, make_space("n7", free_ports=()), CONFIG)
+
+
+@pytest.mark.parametrize("kv_blocks", [20, 40, 100])
+def test_a_pipeline_leaves_its_head_room_for_a_successor_with_as_much_kv_cache(
+    kv_blocks: int,
+) -> None:
+    deployment = make_deployment(consolidate=True, max_sequences=1_000, max_context=64)
+    nodes = _tight_head(deployment, kv_blocks)
+    pipeline = place(deployment, 1, nodes, CONFIG)
+    assert pipeline.head.node == "head"
+    # Stage 0's weights are shared with the successor.
+    left = nodes[0].free_bytes - pipeline.head.kv_bytes
+    plan = place_successor(deployment, 2, pipeline, make_space("head", free_bytes=left), CONFIG)
+    assert plan.kv_blocks >= pipeline.kv_blocks > 0
+
+
+def test_a_head_that_could_not_be_whole_keeps_no_room_for_it() -> None:
+    deployment = make_deployment(consolidate=True, max_sequences=1_000, max_context=256)
+    _, larger = equal_split(deployment, 2, BLOCK)
+    nodes = [make_space(f"n{index}", free_bytes=larger.needs(40)) for index in range(2)]
+    assert place(deployment, 1, nodes, CONFIG).kv_blocks == 20
+
+
 @st.composite
 def _spaces(draw: st.DrawFn) -> list[NodeSpace]:
     count = draw(st.integers(1, 5))
@@ -149,7 +213,7 @@ def _spaces(draw: st.DrawFn) -> list[NodeSpace]:
             f"n{index}",
             free_bytes=draw(st.integers(0, 600_000)),
             bytes_per_s=draw(st.sampled_from([1e8, 1e9])),
-            free_ports=draw(st.sampled_from([(), (9000,), (9001, 9005)])),
+            free_ports=draw(st.sampled_from([(), (9000,), (9001, 9005), (9001, 9003, 9004)])),
         )
         for index in range(count)
     ]
@@ -164,14 +228,15 @@ def test_any_plan_holds_every_layer_once_within_memory_and_ports(
         plan = place(deployment, 1, nodes, CONFIG)
     except InsufficientCapacity:
         (whole,) = equal_split(deployment, 1, BLOCK)
-        assert all(node.free_bytes < whole.needs(16) for node in nodes)
+        assert all(node.free_bytes < whole.needs(16) or not node.free_ports for node in nodes)
         return
     _check_layers(plan, deployment.model.num_layers)
     spaces = {node.name: node for node in nodes}
     for stage in plan.stages:
         assert stage.reserved_bytes <= spaces[stage.node].free_bytes
         assert plan.ports_on(stage.node) <= set(spaces[stage.node].free_ports)
-        assert len(plan.ports_on(stage.node)) == (1 if len(plan.stages) > 1 else 0)
+        is_head_of_pipeline = stage is plan.head and len(plan.stages) > 1
+        assert len(plan.ports_on(stage.node)) == (2 if is_head_of_pipeline else 1)
     assert len({stage.node for stage in plan.stages}) == len(plan.stages)
     assert plan.kv_blocks * plan.block_size >= plan.max_context
 

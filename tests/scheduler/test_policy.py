@@ -13,7 +13,13 @@ from paraserve_scheduler.actions import (
     StartReplica,
     StopReplica,
 )
-from paraserve_scheduler.events import DeletionRequested, NodeRegistered, PartRemoved
+from paraserve_scheduler.events import (
+    DeletionRequested,
+    HandOverFailed,
+    NodeCordoned,
+    NodeRegistered,
+    PartRemoved,
+)
 from paraserve_scheduler.placement import equal_split
 from paraserve_scheduler.state import DeploymentState, Failure, NodeInfo, PartState, Phase
 from tests.scheduler.builders import (
@@ -233,6 +239,19 @@ def test_what_cannot_be_better_next_time_is_not_tried_again() -> None:
     assert failed.failure == NO_OBJECT
 
 
+def test_what_may_have_been_repaired_is_tried_again_soon() -> None:
+    history = History()
+    history.demand(waiting=1)
+    history.decides()
+    _fail_start(history, NO_OBJECT)
+    history.passes(CONFIG.repair_pause_s - 1)
+    history.demand(waiting=1)
+    assert _kinds(history.decides()) == [FailDeployment], "nobody can have repaired it yet"
+    history.passes(1)
+    history.demand(waiting=1)
+    assert _kinds(history.decides()) == [StartReplica]
+
+
 def test_a_replica_that_became_ready_clears_earlier_failures() -> None:
     history = History()
     history.demand(waiting=1)
@@ -340,7 +359,7 @@ def test_the_longest_idle_replica_makes_room_for_another_deployment() -> None:
     history.serves("b")
     history.demand("c", waiting=1)
     (stop,) = history.decides()
-    assert stop == StopReplica(replica=first, reason="idle, and 'c' needs its room")
+    assert stop == StopReplica(replica=first, reason="'c' needs its room, and nobody waits for it")
     assert history.decides() == (), "what leaves is enough"
     history.passes(CONFIG.settle_s)
     assert _kinds(history.decides()) == [RemoveReplica]
@@ -402,27 +421,33 @@ def test_parts_that_no_replica_has_are_removed_before_the_node_is_used() -> None
 
 _STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["wait", "idle", "ready", "fail", "pass", "lose", "delete", "removed"]),
+        st.sampled_from(
+            [
+                *("wait", "idle", "ready", "fail", "pass", "lose", "delete", "removed"),
+                *("busy", "burst", "told", "not told", "drain", "undo"),
+            ]
+        ),
         st.integers(0, 2),
     ),
-    max_size=40,
+    max_size=60,
 )
 
 
 @given(_STEPS)
-@settings(max_examples=100, deadline=None)
-def test_no_history_overbooks_a_node_or_starts_a_second_replica(
+@settings(max_examples=200, deadline=None)
+def test_no_history_overbooks_a_node_or_starts_a_second_replica_or_successor(
     steps: list[tuple[str, int]],
 ) -> None:
     names = ["a", "b", "c"]
     (whole,) = equal_split(make_deployment(), 1, CONFIG.placement.kv_block_size)
     nodes = [
         make_node_info(
-            f"n{index}", memory_bytes=int(1.5 * whole.needs(16)), channel_ports=(9000, 9002)
+            f"n{index}", memory_bytes=int(2.5 * whole.needs(16)), channel_ports=(9000, 9005)
         )
         for index in range(3)
     ]
-    history = History(nodes=nodes, deployments=[make_state(make_deployment(n)) for n in names])
+    deployments = [make_deployment(name, consolidate=True, max_context=256) for name in names]
+    history = History(nodes=nodes, deployments=[make_state(each) for each in deployments])
     for step, which in steps:
         _take_step(history, step, which, names)
         history.decides()
@@ -448,6 +473,16 @@ def _take_step(history: History, step: str, which: int, names: list[str]) -> Non
         history.part(replica.id, 0, Phase.FAILED, LOST_PROCESS)
     elif step == "removed" and replica is not None and replica.removing:
         history.removed(replica.id)
+    elif step in ("busy", "burst") and replica is not None:
+        in_flight = 1 if step == "busy" else 9
+        running = {replica.id: in_flight}
+        history.demand(replica.deployment, in_flight=in_flight, replica_in_flight=running)
+    elif step == "told" and replica is not None and replica.telling:
+        history.told(replica.id, *(taker.id for taker in history.view.takers(replica)))
+    elif step == "not told" and replica is not None and replica.telling:
+        history.happens(HandOverFailed(replica=replica.id, at_s=history.now_s))
+    elif step in ("drain", "undo"):
+        history.happens(NodeCordoned(node=f"n{which}", cordoned=step == "drain"))
 
 
 def _check_invariants(history: History) -> None:
@@ -457,6 +492,15 @@ def _check_invariants(history: History) -> None:
         ports = [port for r in view.live_replicas() for port in r.plan.ports_on(name)]
         assert len(ports) == len(set(ports))
     for deployment in view.deployments:
-        assert sum(r.is_wanted for r in view.live_replicas(deployment)) <= 1
+        wanted = [replica for replica in view.live_replicas(deployment) if replica.is_wanted]
+        assert sum(replica.plan.succeeds is None for replica in wanted) <= 1
+        ready = any(replica.phase is Phase.READY for replica in wanted)
+        assert bool(view.routed_replicas(deployment)) is ready
     for replica in view.live_replicas():
         assert replica.deployment in view.deployments
+        successors = view.successors(replica)
+        assert len(successors) <= len(replica.plan.stages)
+        heads = {successor.plan.head.node for successor in successors}
+        assert len(heads) == len(successors)
+        if successors and len(replica.plan.stages) == 1:
+            assert replica.plan.head.node not in heads

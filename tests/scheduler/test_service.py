@@ -42,6 +42,7 @@ class Agent(AgentServicer):
 
     def __init__(self) -> None:
         self.parts: dict[str, pb.Part] = {}
+        self.hand_overs: list[pb.HandOverRequest] = []
         #: Streams that are broken off before they end.
         self.broken_streams = 0
 
@@ -58,6 +59,10 @@ class Agent(AgentServicer):
 
     async def Prefetch(self, request: pb.Fetch, context: Context) -> pb.PrefetchReply:
         return pb.PrefetchReply()
+
+    async def HandOver(self, request: pb.HandOverRequest, context: Context) -> pb.HandOverReply:
+        self.hand_overs.append(request)
+        return pb.HandOverReply()
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.NodeStatus:
         return pb.NodeStatus()
@@ -177,11 +182,14 @@ def test_deploying_the_same_again_changes_nothing(tmp_path: Path) -> None:
         async with _scheduler() as scheduler:
             spec = pb.DeploymentSpec(name="tiny", source=str(folder))
             assert await scheduler.Deploy(spec) == await scheduler.Deploy(spec)
-            spec.max_stages = 2
+            spec.max_stages, spec.ttft_slo_s = 2, 0.5
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await scheduler.Deploy(spec)
             assert error.value.code() is grpc.StatusCode.ALREADY_EXISTS
-            assert "exists with other settings" in str(error.value.details())
+            assert error.value.details() == (
+                "Deployment 'tiny' exists with other settings (ttft_slo_s unset, not 0.5; "
+                "max_stages unset, not 2): delete it first, or choose another name."
+            )
 
     _run(scenario())
 
@@ -226,6 +234,16 @@ def test_errors_reach_the_caller_with_their_class(tmp_path: Path) -> None:
                     "There is no deployment 'tiny'",
                 ),
                 (
+                    scheduler.Migrate(pb.MigrateRequest(deployment="tiny", node="n0")),
+                    grpc.StatusCode.NOT_FOUND,
+                    "There is no deployment 'tiny'",
+                ),
+                (
+                    scheduler.Drain(pb.DrainRequest(node="n7")),
+                    grpc.StatusCode.NOT_FOUND,
+                    "There is no node 'n7'. Nodes: none.",
+                ),
+                (
                     scheduler.Register(_node(memory_bytes=0)),
                     grpc.StatusCode.INVALID_ARGUMENT,
                     "must state memory_bytes > 0",
@@ -259,6 +277,82 @@ def test_two_live_nodes_cannot_have_one_name() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await scheduler.Register(_node(address="127.0.0.1:2"))
             assert error.value.code() is grpc.StatusCode.ALREADY_EXISTS
+
+    _run(scenario())
+
+
+async def _serve(scheduler: SchedulerAsyncStub, folder: Path, **spec: Any) -> None:
+    """Deploy and start a replica that has one request."""
+    source = str(folder)
+    await scheduler.Deploy(pb.DeploymentSpec(name="tiny", source=source, **spec))
+    await scheduler.ReportDemand(_demand(waiting=1))
+    async for table in scheduler.WatchRoutes(pb.WatchRoutesRequest(gateway="g1")):
+        if table.routes[0].endpoints:
+            break
+    await scheduler.ReportDemand(_busy("tiny.1"))
+
+
+def _busy(replica: str) -> pb.DemandReport:
+    running = [pb.ReplicaDemand(replica=replica, in_flight=1)]
+    return _demand(in_flight=1, replicas=running)
+
+
+async def _status(scheduler: SchedulerAsyncStub) -> dict[str, pb.ReplicaStatus]:
+    status = await scheduler.Status(pb.StatusRequest(deployment="tiny"))
+    return {replica.replica: replica for replica in status.deployments[0].replicas}
+
+
+def test_a_replica_moves_to_another_node_and_status_tells_how(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+
+    async def scenario() -> None:
+        async with _agent() as (first, one), _agent() as (second, two), _scheduler() as scheduler:
+            await _join(scheduler, "n0", one)
+            await _serve(scheduler, folder, max_stages=1)
+            await _join(scheduler, "n1", two)
+            move = await scheduler.Migrate(pb.MigrateRequest(deployment="tiny", node="n1"))
+            assert (move.replica, move.successor) == ("tiny.1", "tiny.2")
+            while not first.hand_overs:
+                await asyncio.sleep(0)
+            (command,) = first.hand_overs
+            (target,) = command.targets
+            assert (command.replica, target.replica) == ("tiny.1", "tiny.2")
+            assert target.address.startswith("tcp://n1:90")
+            assert second.parts["tiny.2"].channel_keys == first.parts["tiny.1"].channel_keys
+            replicas = await _status(scheduler)
+            assert list(replicas["tiny.1"].successors) == ["tiny.2"]
+            assert replicas["tiny.1"].in_flight == 1
+            assert replicas["tiny.2"].succeeds == "tiny.1"
+            while (await _status(scheduler))["tiny.1"].phase != pb.STOPPED:
+                await scheduler.ReportDemand(_busy("tiny.2"))
+            old = (await _status(scheduler))["tiny.1"]
+            assert 0 < old.hand_over_begin_s <= old.hand_over_end_s <= old.removed_s
+            assert (first.parts, list(second.parts)) == ({}, ["tiny.2"])
+
+    _run(scenario())
+
+
+def test_a_node_is_drained_and_used_again(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+
+    async def scenario() -> None:
+        async with _agent() as (first, one), _agent() as (second, two), _scheduler() as scheduler:
+            await _join(scheduler, "n0", one)
+            await _serve(scheduler, folder, max_stages=1)
+            with pytest.raises(grpc.aio.AioRpcError, match="no other live node can take 'tiny'"):
+                await scheduler.Drain(pb.DrainRequest(node="n0"))
+            await _join(scheduler, "n1", two)
+            left = await scheduler.Drain(pb.DrainRequest(node="n0"))
+            assert [each.replica for each in left.replicas] == ["tiny.1"]
+            while left.replicas:
+                await scheduler.ReportDemand(_busy("tiny.2"))
+                left = await scheduler.Drain(pb.DrainRequest(node="n0"))
+            assert (first.parts, list(second.parts)) == ({}, ["tiny.2"])
+            nodes = (await scheduler.Status(pb.StatusRequest())).nodes
+            assert [node.cordoned for node in nodes] == [True, False]
+            await scheduler.Drain(pb.DrainRequest(node="n0", undo=True))
+            nodes = (await scheduler.Status(pb.StatusRequest())).nodes
+            assert not any(node.cordoned for node in nodes)
 
     _run(scenario())
 

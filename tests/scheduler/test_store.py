@@ -88,6 +88,45 @@ def test_a_replica_is_kept_in_its_newest_form(store: SqliteStore) -> None:
     assert store.replicas() == ()
 
 
+def test_a_deployment_keeps_its_keys_until_it_is_dropped(path: Path) -> None:
+    store = SqliteStore(path)
+    for name in ("a", "b"):
+        store.add_deployment(make_deployment(name), 1_000.0)
+    keys = store.channel_keys("a")
+    store.close()
+    again = SqliteStore(path)
+    assert again.channel_keys("a") == keys != again.channel_keys("b")
+    assert len(keys.secret_key) == 40
+    assert keys.secret_key not in repr(keys)
+    again.drop_deployment("a")
+    again.add_deployment(make_deployment("a"), 1_001.0)
+    assert again.channel_keys("a") != keys
+    again.close()
+
+
+def test_only_its_owner_may_read_what_holds_keys(path: Path) -> None:
+    path.touch(mode=0o644)
+    store = SqliteStore(path)
+    store.add_deployment(make_deployment(), 1_000.0)
+    assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o600}
+    store.close()
+
+
+def test_drained_nodes_stay_drained(path: Path) -> None:
+    store = SqliteStore(path)
+    store.save_cordoned_nodes({"n0", "n1"})
+    store.save_cordoned_nodes({"n1", "n2"})
+    store.close()
+    again = SqliteStore(path)
+    assert again.cordoned_nodes() == {"n1", "n2"}
+    again.close()
+
+
+def test_a_state_file_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"Cannot use state file .*nowhere"):
+        SqliteStore(tmp_path / "nowhere" / "state.db")
+
+
 @pytest.mark.usefixtures("store")
 def test_two_schedulers_cannot_share_a_state_file(path: Path) -> None:
     with pytest.raises(InvalidRequest, match="Does another scheduler run on it"):

@@ -131,3 +131,63 @@ def test_the_newest_cold_start_is_the_one_asked_for_last() -> None:
     )
     assert timeline.newest(status) == new
     assert timeline.newest(pb.ClusterStatus()) is None
+
+
+def consolidated(*, ended: bool = True) -> pb.ClusterStatus:
+    """Two stages that a whole replica took over from, after one that failed."""
+    old = two_stages()
+    old.hand_over_begin_s = 108.0
+    old.hand_over_end_s = 108.5 if ended else 0.0
+    failed = pb.ReplicaStatus(replica="tiny.8", succeeds="tiny.7", requested_s=104.5)
+    failed.failure.message = "no luck"
+    new = pb.ReplicaStatus(
+        replica="tiny.9",
+        succeeds="tiny.7",
+        requested_s=105.0,
+        ready_s=108.0,
+        parts=[
+            part(
+                "a",
+                (0, 4),
+                ("fetch", 105.0, 107.0, 50_000_000),
+                ("load tiny.9", 105.0, 108.0, 0),
+            )
+        ],
+    )
+    return pb.ClusterStatus(deployments=[pb.DeploymentStatus(replicas=[old, failed, new])])
+
+
+def test_the_newest_cold_start_is_shown_with_what_took_over_from_it() -> None:
+    status = consolidated()
+    newest = timeline.newest(status)
+    assert newest is not None
+    assert newest.replica == "tiny.7"
+    (successor,) = timeline.successors(status, newest)
+    assert successor.replica == "tiny.9"
+    later = timeline.rows(newest, [successor])[len(two_stages().parts) + 6 :]
+    assert [(row.where, row.what, row.start_s, row.end_s) for row in later] == [
+        ("a", "fetch .9", 5.0, 7.0),
+        ("a", "load generate .9", 5.0, 8.0),
+        ("a", "ready [0, 4) .9", 8.0, 8.0),
+        ("scheduler", "hand over", 8.0, 8.5),
+    ]
+
+
+def test_later_moves_are_not_part_of_the_picture() -> None:
+    status = consolidated()
+    moved = pb.ReplicaStatus(replica="tiny.10", succeeds="tiny.9", requested_s=200.0)
+    status.deployments[0].replicas.append(moved)
+    newest = timeline.newest(status)
+    assert newest is not None
+    found = timeline.successors(status, newest)
+    assert [replica.replica for replica in found] == ["tiny.9"]
+
+
+def test_a_hand_over_that_has_not_ended_says_so() -> None:
+    (*_, row) = timeline.rows(consolidated(ended=False).deployments[0].replicas[0])
+    assert (row.what, row.is_running) == ("hand over", True)
+
+
+def test_the_title_says_when_the_pipeline_had_handed_over() -> None:
+    old = consolidated().deployments[0].replicas[0]
+    assert "first token after 4.00 s, handed over after 8.50 s" in drawn(old, 140)

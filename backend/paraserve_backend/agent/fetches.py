@@ -34,6 +34,8 @@ class FetchRequest:
     plan: FetchPlan
     endpoint_url: str | None
     region: str | None
+    #: Nobody waits for it: it takes one connection, whatever the node's setting.
+    background: bool = False
 
     @classmethod
     def from_message(cls, message: pb.Fetch) -> FetchRequest:
@@ -42,6 +44,7 @@ class FetchRequest:
             plan=FetchPlan.from_json(message.plan_json),
             endpoint_url=message.endpoint_url or None,
             region=message.region or None,
+            background=message.background,
         )
 
     def open(self) -> Source:
@@ -187,7 +190,7 @@ class Fetches:
             self._tier,
             timeout_s=timeout_s,
             cancel=fetching.cancelled,
-            threads=self._threads,
+            threads=1 if request.background else self._threads,
             on_progress=fetching.told,
         )
         return report.fetched_bytes

@@ -1,4 +1,4 @@
-"""CURVE keys of replicas' activation channels, as files only this user can read."""
+"""CURVE keys that replicas talk to each other with, as files only this user can read."""
 
 from __future__ import annotations
 

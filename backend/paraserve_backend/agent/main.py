@@ -30,7 +30,7 @@ from paraserve_backend.agent.stubs import ProcessTable
 from paraserve_backend.agent.triton_client import TritonClient, read_key
 from paraserve_backend.agent.unloading import Unloader
 from paraserve_backend.agent.watchdog import Watchdog
-from paraserve_backend.errors import InvalidRequest, ParaServeError
+from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_AgentServicer_to_server
@@ -179,18 +179,16 @@ async def _run_until_signal(config: AgentConfig) -> None:
         return
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the agent until SIGTERM; the exit status is 1 where a setting is wrong."""
+def main(argv: Sequence[str]) -> None:
+    """Run the agent until SIGTERM or SIGINT.
+
+    Raises:
+        ParaServeError: see `run`.
+    """
+    config = parse_arguments(AgentConfig, argv, program="paraserve agent")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        config = parse_arguments(AgentConfig, arguments, program="paraserve agent")
-        asyncio.run(_run_until_signal(config))
-    except ParaServeError as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    asyncio.run(_run_until_signal(config))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

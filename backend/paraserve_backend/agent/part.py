@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.1
 #: A fetch has the same limit as its part and can say what was missing: let it speak first.
 _TELL_S = 0.5
+#: Triton may still say why a process ended while it loaded, or may never (2.51): wait so long.
+_LOSS_TELL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,10 @@ class PartLife:
         self._fetch = FetchRequest.from_message(part.fetch) if part.HasField("fetch") else None
         #: Every process that was ever seen to run one of the models.
         self._seen: frozenset[Stub] = frozenset()
+        #: Set when a process is lost while the part starts: which, and since when.
+        self._lost = asyncio.Event()
+        self._lost_model = ""
+        self._lost_since_s: float | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -84,14 +90,25 @@ class PartLife:
         self.progress.move(pb.STOPPED)
 
     def observe(self, found: Iterable[Stub], *, triton_live: bool) -> None:
-        """Compare with the processes that live now; a serving part that lost one has failed."""
+        """Compare with the processes that live now; a part that lost one has failed."""
         mine = frozenset(stub for stub in found if stub.model in self._models)
-        dead = sorted({stub.model for stub in self._seen - mine})
+        # By model: a process that forks to run a program is there twice for a moment.
+        dead = sorted({stub.model for stub in self._seen} - {stub.model for stub in mine})
         self._seen |= mine
         if self.progress.phase == pb.READY and dead:
             cause = f"The process of model {dead[0]} died." if triton_live else "Triton stopped."
             self._fail(Unavailable(cause))
             self._task = asyncio.create_task(self._clean_up())
+        elif self.progress.phase == pb.STARTING and dead:
+            self._note_loss(dead[0])
+
+    def _note_loss(self, model: str) -> None:
+        now_s = self._node.now()
+        if self._lost_since_s is None:
+            self._lost_since_s = now_s
+        elif now_s - self._lost_since_s >= _LOSS_TELL_S:
+            self._lost_model = model
+            self._lost.set()
 
     async def _run(self) -> None:
         limit_s = self._part.fetch.deadline_s or self._node.part_deadline_s
@@ -110,15 +127,25 @@ class PartLife:
 
     async def _bring_up(self, limit_s: float) -> None:
         async with asyncio.TaskGroup() as group:
+            loss = group.create_task(self._fail_at_loss())
+            await self._fetch_and_load(limit_s)
+            loss.cancel()
+        self._seen |= await self._stubs()
+        if self._fetch is not None:
+            spans = await self._node.fetches.spans(self._fetch.plan.fetch_id)
+            self.progress.add_spans(spans)
+
+    async def _fetch_and_load(self, limit_s: float) -> None:
+        async with asyncio.TaskGroup() as group:
             if self._fetch is not None:
                 # Models look for the fetch when they start, so it must be there before them.
                 fetching = await self._node.fetches.start(self._fetch, limit_s)
                 group.create_task(self._follow(fetching))
             await self._load()
-        self._seen |= await self._stubs()
-        if self._fetch is not None:
-            spans = await self._node.fetches.spans(self._fetch.plan.fetch_id)
-            self.progress.add_spans(spans)
+
+    async def _fail_at_loss(self) -> None:
+        await self._lost.wait()
+        raise Unavailable(f"The process of model {self._lost_model} died while it loaded.")
 
     async def _follow(self, fetching: Fetching) -> None:
         fetching.listen(self.progress.fetched)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Iterable
 from weakref import WeakValueDictionary
@@ -11,7 +12,7 @@ from paraserve_backend.agent.part import Node, PartLife
 from paraserve_backend.agent.progress import Progress
 from paraserve_backend.agent.repository import check_name
 from paraserve_backend.agent.stubs import Stub
-from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.errors import InvalidRequest, NotFound, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,27 @@ class Parts:
         self._removals.add(task)
         task.add_done_callback(self._removals.discard)
         return await asyncio.shield(task)
+
+    async def hand_over(self, request: pb.HandOverRequest) -> None:
+        """Tell a replica's head which others shall take its running requests.
+
+        Raises:
+            NotFound: its head is not on this node.
+            Unavailable: it is not ready.
+            ParaServeError: it refused.
+        """
+        life = self._lives.get((request.replica, 0))
+        if life is None:
+            raise NotFound(f"The head of {request.replica} is not on this node.")
+        if life.progress.phase != pb.READY:
+            raise Unavailable(f"{request.replica} is not ready on this node.")
+        targets = [
+            {"replica": target.replica, "address": target.address} for target in request.targets
+        ]
+        logger.info("hand over replica=%s targets=%d", request.replica, len(targets))
+        await self._node.unloader.triton.command(
+            request.replica, json.dumps({"hand_over": targets})
+        )
 
     async def remove_all(self) -> None:
         """Remove everything as far as that goes; what does not go is logged."""

@@ -5,6 +5,7 @@ Knows nothing of parts. One call is one request; waiting and clean-up are in `un
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,13 @@ from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as service
 
 from paraserve_backend.agent.load_error import load_error
-from paraserve_backend.errors import DeadlineExceeded, InvalidRequest, ParaServeError, Unavailable
+from paraserve_backend.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    ParaServeError,
+    Unavailable,
+)
 
 #: For calls that Triton answers at once; loads and unloads may take as long as the model does.
 _ANSWER_TIMEOUT_S = 5.0
@@ -28,6 +35,12 @@ _OPTIONS = [
     # Several agents in one process must not share a connection's back-off.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+
+#: Makes Triton end a stream with a model's error code instead of a bare sentence.
+_WANT_ERROR_CODES = (("triton_grpc_error", "true"),)
+_BY_CODE: dict[str, type[ParaServeError]] = {
+    kind.grpc_code: kind for kind in (InvalidRequest, NotFound, Unavailable, DeadlineExceeded)
+}
 
 
 class ModelState(StrEnum):
@@ -59,6 +72,13 @@ class Triton(Protocol):
 
     async def states(self) -> dict[str, ModelState]:
         """Return the state of every model in the repository or in memory."""
+
+    async def command(self, model: str, command: str) -> None:
+        """Send a request without inputs, whose parameter says what to do, and await its end.
+
+        Raises:
+            ParaServeError: what the model answered instead.
+        """
 
 
 class TritonClient:
@@ -109,6 +129,24 @@ class TritonClient:
             raise self._error(error) from None
         return {model.name: ModelState(model.state) for model in index.models}
 
+    async def command(self, model: str, command: str) -> None:
+        request = messages.ModelInferRequest(model_name=model)
+        request.parameters["command"].string_param = command
+        request.parameters["triton_enable_empty_final_response"].bool_param = True
+        call = self._stub.ModelStreamInfer(
+            _only(request),
+            metadata=(*self._metadata, *_WANT_ERROR_CODES),
+            timeout=_ANSWER_TIMEOUT_S,
+        )
+        try:
+            # To its end: a stream must not be cancelled while its final response is on the way.
+            async for message in call:
+                if message.error_message:
+                    raise Unavailable(message.error_message)
+        except grpc.aio.AioRpcError as error:
+            kind = _BY_CODE.get(error.code().name, ParaServeError)
+            raise kind(f"Model {model} refused a command: {error.details()}") from None
+
     def _error(self, error: grpc.aio.AioRpcError) -> ParaServeError:
         details = error.details() or ""
         if "restricted" in details:
@@ -137,6 +175,10 @@ def read_key(path: Path | None) -> str | None:
     if "=" not in key:
         raise InvalidRequest(f"triton_key_file {path} must hold name=secret.")
     return key
+
+
+async def _only(request: Any) -> AsyncIterator[Any]:
+    yield request
 
 
 def _key_metadata(key: str | None) -> tuple[tuple[str, str], ...]:

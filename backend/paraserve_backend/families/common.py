@@ -9,15 +9,10 @@ from collections.abc import Callable, Collection, Mapping
 
 from paraserve_backend.contract import TensorNames
 from paraserve_backend.families.config import Config
-from paraserve_backend.families.fields import (
-    check_not_quantized,
-    read_activation,
-    read_dtype,
-    read_kv_heads,
-    split_hidden,
-)
-from paraserve_backend.families.layout import LayerSizes, layer_modules
-from paraserve_backend.families.rope import context_length, read_rope
+from paraserve_backend.families.decoder import decoder_spec
+from paraserve_backend.families.fields import read_activation, read_kv_heads, split_hidden
+from paraserve_backend.families.layout import LayerSizes
+from paraserve_backend.families.rope import read_rope
 from paraserve_backend.families.spec import ModelSpec, Module, Normalisation, Rope
 
 #: Layer modules of Llama; other families add to them or replace some.
@@ -56,31 +51,20 @@ def read_spec(
 
     `biased` are the modules with a bias; `rope` reads the rotation for a size of head.
     """
-    check_not_quantized(config)
     sizes = _read_sizes(config)
-    positions = rope(config, sizes.head_dim)
-    num_layers = config.count("num_hidden_layers")
-    return ModelSpec(
-        architecture=architecture,
-        dtype=read_dtype(config),
-        vocab_size=config.count("vocab_size"),
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_layers=num_layers,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
+    return decoder_spec(
+        config,
+        architecture,
+        sizes,
+        modules=modules,
+        biased=biased,
+        names=_NAMES,
+        positions=rope(config, sizes.head_dim),
+        max_positions=config.count("max_position_embeddings"),
         normalisation=Normalisation.RMS,
         norm_eps=config.number("rms_norm_eps"),
         activation=read_activation(config, "hidden_act", "silu"),
-        positions=positions,
-        context_length=context_length(config.count("max_position_embeddings"), positions.scaling),
-        windows=(None,) * num_layers,
-        attention_scale=sizes.head_dim**-0.5,
-        tie_word_embeddings=config.flag("tie_word_embeddings", False),
-        eos_token_ids=config.token_ids("eos_token_id"),
-        names=_NAMES,
-        layer_modules=layer_modules(sizes, modules, biased),
+        tied=config.flag("tie_word_embeddings", False),
     )
 
 

@@ -6,18 +6,15 @@ key head's queries, key and value lie together.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from paraserve_backend.contract import TensorNames
 from paraserve_backend.errors import UnsupportedModel
 from paraserve_backend.families.config import Config
-from paraserve_backend.families.fields import (
-    check_not_quantized,
-    read_activation,
-    read_dtype,
-    read_kv_heads,
-    split_hidden,
-)
-from paraserve_backend.families.layout import LayerSizes, layer_modules
-from paraserve_backend.families.rope import context_length, read_rope
+from paraserve_backend.families.decoder import decoder_spec
+from paraserve_backend.families.fields import read_activation, read_kv_heads, split_hidden
+from paraserve_backend.families.layout import LayerSizes
+from paraserve_backend.families.rope import read_rope
 from paraserve_backend.families.spec import (
     ModelSpec,
     Module,
@@ -41,39 +38,25 @@ _MATRICES = {
 
 
 def read_falcon(config: Config, architecture: str) -> ModelSpec:
-    check_not_quantized(config)
     _check_variant(config, architecture)
     sizes = _read_sizes(config)
-    positions = read_rope(config, sizes.head_dim)
     norms = _norms(config)
-    biased = {*norms, *(_MATRICES if config.flag("bias", False) else ())}
-    num_layers = config.count("num_hidden_layers")
-    return ModelSpec(
-        architecture=architecture,
-        dtype=read_dtype(config),
-        vocab_size=config.count("vocab_size"),
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_layers=num_layers,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
+    spec = decoder_spec(
+        config,
+        architecture,
+        sizes,
+        modules=norms | _MATRICES,
+        biased={*norms, *(_MATRICES if config.flag("bias", False) else ())},
+        names=_NAMES,
+        positions=read_rope(config, sizes.head_dim),
+        max_positions=config.count("max_position_embeddings", 2048),
         normalisation=Normalisation.LAYER,
         norm_eps=config.number("layer_norm_epsilon", 1e-5),
         activation=read_activation(config, "activation", "gelu"),
-        residual=Residual.PARALLEL if config.flag("parallel_attn", True) else Residual.SEQUENTIAL,
-        positions=positions,
-        context_length=context_length(
-            config.count("max_position_embeddings", 2048), positions.scaling
-        ),
-        windows=(None,) * num_layers,
-        attention_scale=sizes.head_dim**-0.5,
-        tie_word_embeddings=config.flag("tie_word_embeddings", True),
-        eos_token_ids=config.token_ids("eos_token_id"),
-        names=_NAMES,
-        layer_modules=layer_modules(sizes, norms | _MATRICES, biased),
-        qkv_order=QkvOrder.GROUPS,
+        tied=config.flag("tie_word_embeddings", True),
     )
+    residual = Residual.PARALLEL if config.flag("parallel_attn", True) else Residual.SEQUENTIAL
+    return replace(spec, residual=residual, qkv_order=QkvOrder.GROUPS)
 
 
 def _check_variant(config: Config, architecture: str) -> None:

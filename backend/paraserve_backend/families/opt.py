@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from paraserve_backend.contract import TensorNames
 from paraserve_backend.errors import UnsupportedModel
 from paraserve_backend.families.config import Config
-from paraserve_backend.families.fields import (
-    check_not_quantized,
-    read_activation,
-    read_dtype,
-    split_hidden,
-)
-from paraserve_backend.families.layout import LayerSizes, layer_modules
+from paraserve_backend.families.decoder import decoder_spec
+from paraserve_backend.families.fields import read_activation, split_hidden
+from paraserve_backend.families.layout import LayerSizes
 from paraserve_backend.families.spec import (
     LearnedPositions,
     ModelSpec,
@@ -38,35 +36,23 @@ _NORM_EPS = 1e-5
 
 
 def read_opt(config: Config, architecture: str) -> ModelSpec:
-    check_not_quantized(config)
     _check_plain(config, architecture)
-    sizes = _read_sizes(config)
     norm_before = config.flag("do_layer_norm_before", True)
-    biased = frozenset(_MODULES) if config.flag("enable_bias", True) else _NORMS
-    num_layers = config.count("num_hidden_layers")
-    return ModelSpec(
-        architecture=architecture,
-        dtype=read_dtype(config),
-        vocab_size=config.count("vocab_size"),
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_layers=num_layers,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
+    spec = decoder_spec(
+        config,
+        architecture,
+        _read_sizes(config),
+        modules=_MODULES,
+        biased=frozenset(_MODULES) if config.flag("enable_bias", True) else _NORMS,
+        names=_names(final_norm=norm_before and not config.flag("_remove_final_layer_norm", False)),
+        positions=LearnedPositions(offset=_OFFSET),
+        max_positions=config.count("max_position_embeddings"),
         normalisation=Normalisation.LAYER,
         norm_eps=_NORM_EPS,
         activation=read_activation(config, "activation_function", "relu"),
-        residual=Residual.SEQUENTIAL if norm_before else Residual.NORM_AFTER,
-        positions=LearnedPositions(offset=_OFFSET),
-        context_length=config.count("max_position_embeddings"),
-        windows=(None,) * num_layers,
-        attention_scale=sizes.head_dim**-0.5,
-        tie_word_embeddings=config.flag("tie_word_embeddings", True),
-        eos_token_ids=config.token_ids("eos_token_id"),
-        names=_names(final_norm=norm_before and not config.flag("_remove_final_layer_norm", False)),
-        layer_modules=layer_modules(sizes, _MODULES, biased),
+        tied=config.flag("tie_word_embeddings", True),
     )
+    return replace(spec, residual=Residual.SEQUENTIAL if norm_before else Residual.NORM_AFTER)
 
 
 def _check_plain(config: Config, architecture: str) -> None:

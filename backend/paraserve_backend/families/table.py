@@ -8,6 +8,7 @@ from dataclasses import replace
 from paraserve_backend.errors import UnsupportedModel
 from paraserve_backend.families.config import Config
 from paraserve_backend.families.falcon import read_falcon
+from paraserve_backend.families.fields import check_not_quantized
 from paraserve_backend.families.gemma2 import read_gemma2
 from paraserve_backend.families.llama import read_llama
 from paraserve_backend.families.mistral import read_mistral
@@ -49,6 +50,7 @@ def _read_family(fields: Config) -> ModelSpec:
     architectures = fields.texts("architectures")
     for architecture in architectures:
         if architecture in FAMILIES:
+            check_not_quantized(fields)
             return FAMILIES[architecture](fields, architecture)
     named = ", ".join(architectures) or "(none)"
     supported = ", ".join(sorted(FAMILIES))

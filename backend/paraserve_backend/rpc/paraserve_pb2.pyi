@@ -238,9 +238,7 @@ class Part(_message.Message):
     @_builtins.property
     def fetch(self) -> Global___Fetch: ...
     @_builtins.property
-    def channel_keys(self) -> Global___ChannelKeys:
-        """absent when the replica has one stage"""
-
+    def channel_keys(self) -> Global___ChannelKeys: ...
     def __init__(
         self,
         *,
@@ -316,12 +314,15 @@ class Fetch(_message.Message):
     ENDPOINT_URL_FIELD_NUMBER: _builtins.int
     REGION_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
+    BACKGROUND_FIELD_NUMBER: _builtins.int
     plan_json: _builtins.bytes
     """paraserve_backend.weights.plan.FetchPlan"""
     endpoint_url: _builtins.str
     region: _builtins.str
     deadline_s: _builtins.float
     """from now; 0: the agent's default"""
+    background: _builtins.bool
+    """nobody waits for it: one connection only"""
     def __init__(
         self,
         *,
@@ -329,10 +330,11 @@ class Fetch(_message.Message):
         endpoint_url: _builtins.str = ...,
         region: _builtins.str = ...,
         deadline_s: _builtins.float = ...,
+        background: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "endpoint_url", b"endpoint_url", "plan_json", b"plan_json", "region", b"region"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "deadline_s", b"deadline_s", "endpoint_url", b"endpoint_url", "plan_json", b"plan_json", "region", b"region"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -340,8 +342,8 @@ Global___Fetch: _TypeAlias = Fetch  # noqa: Y015
 
 @_typing.final
 class ChannelKeys(_message.Message):
-    """CURVE key pair shared by the stages of one replica, Z85. Written by the agent to a file only its
-    user can read; never in config.pbtxt.
+    """CURVE key pair of a deployment, Z85, shared by all stages of its replicas. Written by the agent to
+    a file only its user can read; never in config.pbtxt.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -519,6 +521,67 @@ class PrefetchReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefetchReply: _TypeAlias = PrefetchReply  # noqa: Y015
+
+@_typing.final
+class HandOverRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___HandOverTarget]: ...
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        targets: _abc.Iterable[Global___HandOverTarget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandOverRequest: _TypeAlias = HandOverRequest  # noqa: Y015
+
+@_typing.final
+class HandOverTarget(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    address: _builtins.str
+    """tcp://host:port where it takes requests over"""
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "replica", b"replica"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandOverTarget: _TypeAlias = HandOverTarget  # noqa: Y015
+
+@_typing.final
+class HandOverReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandOverReply: _TypeAlias = HandOverReply  # noqa: Y015
 
 @_typing.final
 class WatchRoutesRequest(_message.Message):
@@ -746,6 +809,7 @@ class DeploymentSpec(_message.Message):
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    CONSOLIDATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     source: _builtins.str
     """s3://bucket/prefix or a folder every node can read"""
@@ -763,6 +827,8 @@ class DeploymentSpec(_message.Message):
     """running at once per replica; 0: default"""
     device: _builtins.str
     """"cpu" or "cuda"; empty: what the node has"""
+    consolidate: _builtins.bool
+    """whether its pipelines become full instances; default true"""
     def __init__(
         self,
         *,
@@ -777,17 +843,22 @@ class DeploymentSpec(_message.Message):
         max_context: _builtins.int = ...,
         max_sequences: _builtins.int = ...,
         device: _builtins.str = ...,
+        consolidate: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "keep_alive_s", b"keep_alive_s", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consolidate", b"_consolidate", "_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "consolidate", b"consolidate", "keep_alive_s", b"keep_alive_s", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "device", b"device", "endpoint_url", b"endpoint_url", "keep_alive_s", b"keep_alive_s", "max_context", b"max_context", "max_sequences", b"max_sequences", "max_stages", b"max_stages", "name", b"name", "region", b"region", "source", b"source", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consolidate", b"_consolidate", "_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "consolidate", b"consolidate", "device", b"device", "endpoint_url", b"endpoint_url", "keep_alive_s", b"keep_alive_s", "max_context", b"max_context", "max_sequences", b"max_sequences", "max_stages", b"max_stages", "name", b"name", "region", b"region", "source", b"source", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__consolidate: _TypeAlias = _typing.Literal["consolidate"]  # noqa: Y015
+    _WhichOneofArgType__consolidate: _TypeAlias = _typing.Literal["_consolidate", b"_consolidate"]  # noqa: Y015
     _WhichOneofReturnType__keep_alive_s: _TypeAlias = _typing.Literal["keep_alive_s"]  # noqa: Y015
     _WhichOneofArgType__keep_alive_s: _TypeAlias = _typing.Literal["_keep_alive_s", b"_keep_alive_s"]  # noqa: Y015
     _WhichOneofReturnType__tpot_slo_s: _TypeAlias = _typing.Literal["tpot_slo_s"]  # noqa: Y015
     _WhichOneofArgType__tpot_slo_s: _TypeAlias = _typing.Literal["_tpot_slo_s", b"_tpot_slo_s"]  # noqa: Y015
     _WhichOneofReturnType__ttft_slo_s: _TypeAlias = _typing.Literal["ttft_slo_s"]  # noqa: Y015
     _WhichOneofArgType__ttft_slo_s: _TypeAlias = _typing.Literal["_ttft_slo_s", b"_ttft_slo_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consolidate) -> _WhichOneofReturnType__consolidate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_alive_s) -> _WhichOneofReturnType__keep_alive_s | None: ...
     @_typing.overload
@@ -899,6 +970,12 @@ class ReplicaStatus(_message.Message):
     READY_S_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
     REMOVED_S_FIELD_NUMBER: _builtins.int
+    SUCCEEDS_FIELD_NUMBER: _builtins.int
+    SUCCESSORS_FIELD_NUMBER: _builtins.int
+    HAND_OVER_BEGIN_S_FIELD_NUMBER: _builtins.int
+    HAND_OVER_END_S_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     phase: Global___Phase.ValueType
     requested_s: _builtins.float
@@ -911,8 +988,24 @@ class ReplicaStatus(_message.Message):
     """0: not yet"""
     removed_s: _builtins.float
     """0: still there"""
+    succeeds: _builtins.str
+    """the replica whose requests it takes over, if so"""
+    hand_over_begin_s: _builtins.float
+    """since when they take its requests; 0: not yet"""
+    hand_over_end_s: _builtins.float
+    """when it had none left; 0: not yet"""
+    in_flight: _builtins.int
+    """requests it works on"""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaPart]: ...
+    @_builtins.property
+    def successors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """which take over its requests, started for that or ready"""
+
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """why it is stopping or gone, if it failed"""
+
     def __init__(
         self,
         *,
@@ -924,10 +1017,16 @@ class ReplicaStatus(_message.Message):
         ready_s: _builtins.float = ...,
         first_token_s: _builtins.float = ...,
         removed_s: _builtins.float = ...,
+        succeeds: _builtins.str = ...,
+        successors: _abc.Iterable[_builtins.str] | None = ...,
+        hand_over_begin_s: _builtins.float = ...,
+        hand_over_end_s: _builtins.float = ...,
+        failure: Global___Failure | None = ...,
+        in_flight: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_s", b"first_token_s", "parts", b"parts", "phase", b"phase", "planned_s", b"planned_s", "ready_s", b"ready_s", "removed_s", b"removed_s", "replica", b"replica", "requested_s", b"requested_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "first_token_s", b"first_token_s", "hand_over_begin_s", b"hand_over_begin_s", "hand_over_end_s", b"hand_over_end_s", "in_flight", b"in_flight", "parts", b"parts", "phase", b"phase", "planned_s", b"planned_s", "ready_s", b"ready_s", "removed_s", b"removed_s", "replica", b"replica", "requested_s", b"requested_s", "succeeds", b"succeeds", "successors", b"successors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -995,10 +1094,13 @@ class NodeView(_message.Message):
     LAST_SEEN_S_FIELD_NUMBER: _builtins.int
     RESERVED_BYTES_FIELD_NUMBER: _builtins.int
     TIER_USED_BYTES_FIELD_NUMBER: _builtins.int
+    CORDONED_FIELD_NUMBER: _builtins.int
     alive: _builtins.bool
     last_seen_s: _builtins.float
     reserved_bytes: _builtins.int
     tier_used_bytes: _builtins.int
+    cordoned: _builtins.bool
+    """no new replica is placed there"""
     @_builtins.property
     def info(self) -> Global___NodeInfo: ...
     def __init__(
@@ -1009,11 +1111,124 @@ class NodeView(_message.Message):
         last_seen_s: _builtins.float = ...,
         reserved_bytes: _builtins.int = ...,
         tier_used_bytes: _builtins.int = ...,
+        cordoned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "info", b"info", "last_seen_s", b"last_seen_s", "reserved_bytes", b"reserved_bytes", "tier_used_bytes", b"tier_used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "cordoned", b"cordoned", "info", b"info", "last_seen_s", b"last_seen_s", "reserved_bytes", b"reserved_bytes", "tier_used_bytes", b"tier_used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeView: _TypeAlias = NodeView  # noqa: Y015
+
+@_typing.final
+class MigrateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    deployment: _builtins.str
+    node: _builtins.str
+    def __init__(
+        self,
+        *,
+        deployment: _builtins.str = ...,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MigrateRequest: _TypeAlias = MigrateRequest  # noqa: Y015
+
+@_typing.final
+class MigrateReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    SUCCESSOR_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    successor: _builtins.str
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        successor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica", "successor", b"successor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MigrateReply: _TypeAlias = MigrateReply  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    undo: _builtins.bool
+    """use the node again"""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        undo: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "undo", b"undo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainingReplica]:
+        """still there; empty: the node is empty"""
+
+    def __init__(
+        self,
+        *,
+        replicas: _abc.Iterable[Global___DrainingReplica] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replicas", b"replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainReply: _TypeAlias = DrainReply  # noqa: Y015
+
+@_typing.final
+class DrainingReplica(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    progress: _builtins.str
+    """what is being done about it, or what it waits for"""
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        progress: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress", "replica", b"replica"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainingReplica: _TypeAlias = DrainingReplica  # noqa: Y015

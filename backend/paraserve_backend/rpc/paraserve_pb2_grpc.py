@@ -50,6 +50,11 @@ class AgentStub:
                 request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.Fetch.SerializeToString,
                 response_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.PrefetchReply.FromString,
                 _registered_method=True)
+        self.HandOver = channel.unary_unary(
+                '/paraserve.v1.Agent/HandOver',
+                request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverRequest.SerializeToString,
+                response_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/paraserve.v1.Agent/Describe',
                 request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.DescribeRequest.SerializeToString,
@@ -84,6 +89,14 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HandOver(self, request, context):
+        """Has the head of a replica move its running requests to others, shared out among them. Stands
+        until the replica is removed or another such command replaces it; without targets it stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -107,6 +120,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Prefetch,
                     request_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.Fetch.FromString,
                     response_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.PrefetchReply.SerializeToString,
+            ),
+            'HandOver': grpc.unary_unary_rpc_method_handler(
+                    servicer.HandOver,
+                    request_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverRequest.FromString,
+                    response_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -207,6 +225,33 @@ class Agent:
             _registered_method=True)
 
     @staticmethod
+    def HandOver(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paraserve.v1.Agent/HandOver',
+            paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverRequest.SerializeToString,
+            paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Describe(request,
             target,
             options=(),
@@ -278,6 +323,16 @@ class SchedulerStub:
                 request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.StatusRequest.SerializeToString,
                 response_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.ClusterStatus.FromString,
                 _registered_method=True)
+        self.Migrate = channel.unary_unary(
+                '/paraserve.v1.Scheduler/Migrate',
+                request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.MigrateRequest.SerializeToString,
+                response_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.MigrateReply.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/paraserve.v1.Scheduler/Drain',
+                request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.DrainRequest.SerializeToString,
+                response_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.DrainReply.FromString,
+                _registered_method=True)
 
 
 class SchedulerServicer:
@@ -328,6 +383,21 @@ class SchedulerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Migrate(self, request, context):
+        """Begins to move a deployment's only replica to one node; `Status` tells how that goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Keeps new replicas off a node and moves those that are there elsewhere. Answers at once with
+        what is still there: call it again until nothing is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -365,6 +435,16 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.StatusRequest.FromString,
                     response_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.ClusterStatus.SerializeToString,
+            ),
+            'Migrate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Migrate,
+                    request_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.MigrateRequest.FromString,
+                    response_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.MigrateReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.DrainRequest.FromString,
+                    response_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -556,6 +636,60 @@ class Scheduler:
             '/paraserve.v1.Scheduler/Status',
             paraserve__backend_dot_rpc_dot_paraserve__pb2.StatusRequest.SerializeToString,
             paraserve__backend_dot_rpc_dot_paraserve__pb2.ClusterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Migrate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paraserve.v1.Scheduler/Migrate',
+            paraserve__backend_dot_rpc_dot_paraserve__pb2.MigrateRequest.SerializeToString,
+            paraserve__backend_dot_rpc_dot_paraserve__pb2.MigrateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paraserve.v1.Scheduler/Drain',
+            paraserve__backend_dot_rpc_dot_paraserve__pb2.DrainRequest.SerializeToString,
+            paraserve__backend_dot_rpc_dot_paraserve__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,10 @@ class AgentStub:
     """Unloads a replica's part and answers when its processes, models and memory are gone."""
     Prefetch: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.Fetch, _paraserve_pb2.PrefetchReply]
     """Brings weights into the host-memory tier and loads nothing. Answers when they have landed."""
+    HandOver: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.HandOverRequest, _paraserve_pb2.HandOverReply]
+    """Has the head of a replica move its running requests to others, shared out among them. Stands
+    until the replica is removed or another such command replaces it; without targets it stays.
+    """
     Describe: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.DescribeRequest, _paraserve_pb2.NodeStatus]
 
 @_typing.type_check_only
@@ -60,6 +64,10 @@ class AgentAsyncStub(AgentStub):
     """Unloads a replica's part and answers when its processes, models and memory are gone."""
     Prefetch: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.Fetch, _paraserve_pb2.PrefetchReply]  # type: ignore[assignment]
     """Brings weights into the host-memory tier and loads nothing. Answers when they have landed."""
+    HandOver: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.HandOverRequest, _paraserve_pb2.HandOverReply]  # type: ignore[assignment]
+    """Has the head of a replica move its running requests to others, shared out among them. Stands
+    until the replica is removed or another such command replaces it; without targets it stays.
+    """
     Describe: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.DescribeRequest, _paraserve_pb2.NodeStatus]  # type: ignore[assignment]
 
 class AgentServicer(metaclass=_abc_1.ABCMeta):
@@ -93,6 +101,16 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         """Brings weights into the host-memory tier and loads nothing. Answers when they have landed."""
 
     @_abc_1.abstractmethod
+    def HandOver(
+        self,
+        request: _paraserve_pb2.HandOverRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_paraserve_pb2.HandOverReply, _abc.Awaitable[_paraserve_pb2.HandOverReply]]:
+        """Has the head of a replica move its running requests to others, shared out among them. Stands
+        until the replica is removed or another such command replaces it; without targets it stays.
+        """
+
+    @_abc_1.abstractmethod
     def Describe(
         self,
         request: _paraserve_pb2.DescribeRequest,
@@ -116,6 +134,12 @@ class SchedulerStub:
     """From users."""
     Delete: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.DeleteRequest, _paraserve_pb2.DeleteReply]
     Status: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.StatusRequest, _paraserve_pb2.ClusterStatus]
+    Migrate: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.MigrateRequest, _paraserve_pb2.MigrateReply]
+    """Begins to move a deployment's only replica to one node; `Status` tells how that goes on."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.DrainRequest, _paraserve_pb2.DrainReply]
+    """Keeps new replicas off a node and moves those that are there elsewhere. Answers at once with
+    what is still there: call it again until nothing is.
+    """
 
 @_typing.type_check_only
 class SchedulerAsyncStub(SchedulerStub):
@@ -130,6 +154,12 @@ class SchedulerAsyncStub(SchedulerStub):
     """From users."""
     Delete: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.DeleteRequest, _paraserve_pb2.DeleteReply]  # type: ignore[assignment]
     Status: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.StatusRequest, _paraserve_pb2.ClusterStatus]  # type: ignore[assignment]
+    Migrate: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.MigrateRequest, _paraserve_pb2.MigrateReply]  # type: ignore[assignment]
+    """Begins to move a deployment's only replica to one node; `Status` tells how that goes on."""
+    Drain: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.DrainRequest, _paraserve_pb2.DrainReply]  # type: ignore[assignment]
+    """Keeps new replicas off a node and moves those that are there elsewhere. Answers at once with
+    what is still there: call it again until nothing is.
+    """
 
 class SchedulerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -183,5 +213,23 @@ class SchedulerServicer(metaclass=_abc_1.ABCMeta):
         request: _paraserve_pb2.StatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_paraserve_pb2.ClusterStatus, _abc.Awaitable[_paraserve_pb2.ClusterStatus]]: ...
+
+    @_abc_1.abstractmethod
+    def Migrate(
+        self,
+        request: _paraserve_pb2.MigrateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_paraserve_pb2.MigrateReply, _abc.Awaitable[_paraserve_pb2.MigrateReply]]:
+        """Begins to move a deployment's only replica to one node; `Status` tells how that goes on."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _paraserve_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_paraserve_pb2.DrainReply, _abc.Awaitable[_paraserve_pb2.DrainReply]]:
+        """Keeps new replicas off a node and moves those that are there elsewhere. Answers at once with
+        what is still there: call it again until nothing is.
+        """
 
 def add_SchedulerServicer_to_server(servicer: SchedulerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

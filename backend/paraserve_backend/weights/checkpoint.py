@@ -35,6 +35,8 @@ _SINGLE = "model.safetensors"
 _SHARD_MAP = "model.safetensors.index.json"
 #: First read of a file: one request is enough for nearly every header.
 _FIRST_READ_BYTES = 256 << 10
+#: The longest real shard maps have a tenth of it.
+_MAX_JSON_BYTES = 100_000_000
 _CONCURRENT_READS = 16
 
 
@@ -137,6 +139,10 @@ def read_index(source: Source) -> CheckpointIndex:
 
 
 def _read_json(source: Source, stored: StoredObject) -> dict[str, Any]:
+    if stored.size_bytes > _MAX_JSON_BYTES:
+        raise InvalidCheckpoint(
+            f"{stored.key} has {stored.size_bytes} bytes, {_MAX_JSON_BYTES} at most are allowed"
+        )
     try:
         fields = json.loads(read_range(source, stored))
     except (ValueError, RecursionError) as error:

@@ -14,15 +14,9 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from urllib.parse import SplitResult, urlsplit
 
-from paraserve_backend.errors import (
-    AccessDenied,
-    Cancelled,
-    InvalidCheckpoint,
-    NotFound,
-    ParaServeError,
-    SourceUnavailable,
-)
+from paraserve_backend.errors import Cancelled, ParaServeError, SourceUnavailable
 from paraserve_backend.weights.objects import BrokenTransfer, StoredObject
+from paraserve_backend.weights.store_errors import REGION_HEADER, changed, read_refusal, refused
 
 #: Bytes asked of the socket at a time: what a reset in mid-read can lose at most.
 _STEP_BYTES = 256 << 10
@@ -35,7 +29,6 @@ _READ_AHEAD_BYTES = 8 << 10
 _ERROR_PAGE_BYTES = 16 << 10
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-_ERROR_CODE = re.compile(rb"<Code>(\w{1,64})</Code>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +170,7 @@ def _check_response(
     modified_s = int(parsedate_to_datetime(modified).timestamp()) if modified else 0
     version = http_version(response.headers.get("ETag", ""), modified_s, size_bytes)
     if size_bytes != stored.size_bytes or version != stored.version:
-        raise InvalidCheckpoint(f"{stored.key} has changed since it was deployed, deploy again")
+        raise changed(stored.key)
 
 
 def _check_range(
@@ -211,21 +204,13 @@ def _check_whole(
 def _refusal(
     response: http.client.HTTPResponse, stored: StoredObject
 ) -> ParaServeError | BrokenTransfer:
-    found = _ERROR_CODE.search(response.read(_ERROR_PAGE_BYTES))
-    said = f"HTTP {response.status}" + (f" {found[1].decode()}" if found else "")
+    region = response.headers.get(REGION_HEADER)
+    refusal = read_refusal(response.status, region, response.read(_ERROR_PAGE_BYTES))
     if response.status in _TRANSIENT:
-        return BrokenTransfer(f"the store answered {said}")
-    if response.status in (400, 401, 403):
-        return AccessDenied(f"the store refuses to give out {stored.key} ({said}): check the keys")
-    if response.status == 404:
-        return NotFound(f"{stored.key} is no longer in the store ({said})")
+        return BrokenTransfer(f"the store answered {refusal.said}")
     if response.status == 416:
-        return InvalidCheckpoint(f"{stored.key} is shorter than when it was deployed, deploy again")
-    if response.status in (301, 302, 307, 308):
-        return SourceUnavailable(
-            f"the store wants {stored.key} read elsewhere ({said}): set the bucket's region"
-        )
-    return SourceUnavailable(f"the store answered {said} for {stored.key}")
+        return changed(stored.key)  # shorter than it was
+    return refused(stored.key, refusal)
 
 
 def _reason(error: Exception) -> str:

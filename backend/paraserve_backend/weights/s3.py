@@ -18,16 +18,12 @@ import boto3  # type: ignore[import-untyped]
 import botocore.session  # type: ignore[import-untyped]
 from botocore import exceptions as aws
 from botocore.config import Config  # type: ignore[import-untyped]
+from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
-from paraserve_backend.errors import (
-    AccessDenied,
-    InvalidRequest,
-    NotFound,
-    ParaServeError,
-    SourceUnavailable,
-)
+from paraserve_backend.errors import AccessDenied, InvalidRequest, NotFound, SourceUnavailable
 from paraserve_backend.weights.objects import StoredObject
 from paraserve_backend.weights.ranged_http import HttpConnection, UrlSigner, http_version
+from paraserve_backend.weights.store_errors import REGION_HEADER, Refusal, refused
 
 #: Longest wait for a connection, and for more bytes of a body.
 _TIMEOUT_S = 15.0
@@ -35,7 +31,8 @@ _SIGNED_FOR_S = 3600
 #: A URL is renewed this long before it runs out; clocks may differ.
 _RENEW_BEFORE_S = 600
 _DEFAULT_REGION = "us-east-1"
-_MISSING = frozenset({"NoSuchBucket", "NoSuchKey", "404"})
+#: Told in HTML also where what is behind the proxy is a store.
+_PROXY_FAILURES = frozenset({502, 503, 504})
 
 
 def open_s3(uri: str, *, endpoint_url: str | None, region: str | None) -> S3Source:
@@ -43,6 +40,10 @@ def open_s3(uri: str, *, endpoint_url: str | None, region: str | None) -> S3Sour
     parts = urlsplit(uri)
     if not parts.netloc or parts.query or parts.fragment:
         raise InvalidRequest(f"{uri!r} does not have the form s3://bucket/prefix")
+    if endpoint_url and not _is_url(endpoint_url):
+        raise InvalidRequest(
+            f"endpoint_url {endpoint_url!r} is not a URL: write http://host:port or https://host"
+        )
     prefix = parts.path.strip("/")
     core = botocore.session.Session()
     with _aws_errors(uri):
@@ -52,10 +53,20 @@ def open_s3(uri: str, *, endpoint_url: str | None, region: str | None) -> S3Sour
             region_name=region or core.get_config_variable("region") or _DEFAULT_REGION,
             config=_client_config(),
         )
+        client.meta.events.register("before-parameter-build.s3", _stay_in_region)
+        client.meta.events.register("before-parse.s3", _refuse_web_page)
         tls = ssl.create_default_context(cafile=core.get_config_variable("ca_bundle"))
     return S3Source(
         uri, client, bucket=parts.netloc, prefix=f"{prefix}/" if prefix else "", tls=tls
     )
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def _client_config() -> Config:
@@ -69,12 +80,30 @@ def _client_config() -> Config:
     )
 
 
+def _stay_in_region(context: dict[str, Any], **_others: object) -> None:
+    """Keep boto3 from following a bucket to its region: what reads the objects would not."""
+    context.setdefault("s3_redirect", {})["redirected"] = True
+
+
+class _NoStore(Exception):
+    """The answer is not one of S3."""
+
+
+def _refuse_web_page(response_dict: dict[str, Any], **_others: object) -> None:
+    """See a web site for what it is; boto3 would take it for a failure of S3, and try again."""
+    kind = response_dict["headers"].get("Content-Type", "")
+    if kind.startswith("text/html") and response_dict["status_code"] not in _PROXY_FAILURES:
+        raise _NoStore
+
+
 class _Pages(Protocol):
     def paginate(self, **parameters: str) -> Iterable[dict[str, Any]]: ...
 
 
 class _S3Client(Protocol):
     """The part of boto3's client that is used; boto3 makes it at run time, without types."""
+
+    meta: Any
 
     def get_paginator(self, operation_name: str) -> _Pages: ...
 
@@ -102,12 +131,18 @@ class S3Source:
         self._tls = tls
         self._signed: dict[str, _SignedUrl] = {}
 
+    @property
+    def _endpoint(self) -> str:
+        """Scheme, host and port; never a user and password that the URL may hold."""
+        parts = urlsplit(self._client.meta.endpoint_url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
     def list(self) -> tuple[StoredObject, ...]:
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=self._prefix, Delimiter="/"
         )
-        with _aws_errors(self.uri):
-            entries = [entry for page in pages for entry in page.get("Contents", ())]
+        with _aws_errors(self.uri, self._endpoint):
+            entries = [entry for page in pages for entry in _entries(page)]
         found = [
             self._stored(entry) for entry in entries if entry["Key"] != self._prefix
         ]  # consoles make "folders" by storing an empty object under the prefix itself
@@ -145,13 +180,24 @@ class S3Source:
         return url
 
 
+def _entries(page: dict[str, Any]) -> list[dict[str, Any]]:
+    if "IsTruncated" not in page:  # some other XML
+        raise _NoStore
+    return list(page.get("Contents", ()))
+
+
 @contextmanager
-def _aws_errors(uri: str) -> Iterator[None]:
+def _aws_errors(uri: str, endpoint: str = "") -> Iterator[None]:
     """Turn what boto3 raises into our errors; none of its texts carries a secret or a URL query."""
     try:
         yield
     except aws.ClientError as error:
-        raise _refusal(uri, error) from None
+        refusal = _refusal(error)
+        if not refusal.code and refusal.status < 500:
+            raise _no_store(uri, endpoint) from None
+        raise refused(uri, refusal) from None
+    except (_NoStore, ResponseParserError):
+        raise _no_store(uri, endpoint) from None
     except (
         aws.NoCredentialsError,
         aws.PartialCredentialsError,
@@ -164,22 +210,34 @@ def _aws_errors(uri: str) -> Iterator[None]:
             f"no usable credentials for {uri} ({_one_line(error)}): set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or a profile or role"
         ) from None
+    except aws.ParamValidationError:
+        raise InvalidRequest(f"{urlsplit(uri).netloc!r} cannot be the name of a bucket") from None
+    except aws.EndpointConnectionError:
+        raise SourceUnavailable(
+            f"nothing answers at {endpoint}, where {uri} should be: check the endpoint"
+        ) from None
     except (aws.HTTPClientError, aws.ConnectionError) as error:
         raise SourceUnavailable(f"cannot reach the store of {uri}: {_one_line(error)}") from None
     except (aws.BotoCoreError, ValueError, OSError) as error:
         raise InvalidRequest(f"cannot open {uri}: {_one_line(error)}") from None
 
 
-def _refusal(uri: str, error: aws.ClientError) -> ParaServeError:
-    code = error.response.get("Error", {}).get("Code", "")
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code == "NoSuchBucket":
-        return NotFound(f"the bucket of {uri} does not exist")
-    if code in _MISSING:
-        return NotFound(f"{uri} does not exist")
-    if status in (400, 401, 403):
-        return AccessDenied(f"the store refuses access to {uri} ({code}): check the credentials")
-    return SourceUnavailable(f"the store of {uri} answered HTTP {status} {code}")
+def _refusal(error: aws.ClientError) -> Refusal:
+    said = error.response.get("Error", {})
+    answer = error.response.get("ResponseMetadata", {})
+    code = said.get("Code", "")
+    return Refusal(
+        status=answer.get("HTTPStatusCode", 0),
+        # boto3 takes the status for a code where the page is not S3's.
+        code="" if code.isdigit() else code,
+        region=said.get("Region") or answer.get("HTTPHeaders", {}).get(REGION_HEADER, ""),
+    )
+
+
+def _no_store(uri: str, endpoint: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{endpoint} does not answer as an S3 store does: check the endpoint of {uri}"
+    )
 
 
 def _one_line(error: Exception) -> str:

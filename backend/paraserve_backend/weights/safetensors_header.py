@@ -18,6 +18,8 @@ from paraserve_backend.weights.objects import StoredObject
 LENGTH_BYTES = 8
 #: What the format allows; a longer header is a damaged or hostile file.
 MAX_HEADER_BYTES = 100_000_000
+#: No file has more; a header that claims more could only keep us busy with its numbers.
+_MAX_SIZE, _MAX_DIMENSIONS = 2**63 - 1, 64
 
 ITEM_BYTES: Mapping[str, int] = {
     "BOOL": 1,
@@ -62,9 +64,14 @@ def header_end(stored: StoredObject, length: bytes) -> int:
 
     Raises `InvalidCheckpoint` where no header of that length can be there.
     """
-    size = int.from_bytes(length[:LENGTH_BYTES], "little")
-    if len(length) < LENGTH_BYTES or size > MAX_HEADER_BYTES:
+    if len(length) < LENGTH_BYTES:
         raise InvalidCheckpoint(f"{stored.key} is not a safetensors file, replace it")
+    size = int.from_bytes(length[:LENGTH_BYTES], "little")
+    if size > MAX_HEADER_BYTES:
+        raise InvalidCheckpoint(
+            f"{stored.key} is not a safetensors file (its header would be {size} bytes, "
+            f"{MAX_HEADER_BYTES} at most are allowed), replace it"
+        )
     if LENGTH_BYTES + size > stored.size_bytes:
         raise InvalidCheckpoint(
             f"{stored.key} is cut off: its header alone should be {size} bytes, upload it again"
@@ -106,7 +113,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse_entry(stored: StoredObject, name: str, field: object, data_start: int) -> TensorEntry:
     match field:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]} if (
-            _are_sizes(shape) and _are_sizes([start, end])
+            _are_sizes(shape) and _are_sizes([start, end]) and len(shape) <= _MAX_DIMENSIONS
         ):
             _check_size(stored, name, dtype, shape, end - start)
             return TensorEntry(
@@ -122,7 +129,7 @@ def _parse_entry(stored: StoredObject, name: str, field: object, data_start: int
 
 def _are_sizes(values: list[object]) -> bool:
     # type() and not isinstance(): true is no size.
-    return all(type(value) is int and value >= 0 for value in values)
+    return all(type(value) is int and 0 <= value <= _MAX_SIZE for value in values)
 
 
 def _check_size(

@@ -12,12 +12,12 @@ from urllib.parse import unquote, urlsplit
 from paraserve_backend.errors import (
     AccessDenied,
     Cancelled,
-    InvalidCheckpoint,
     InvalidRequest,
     NotFound,
     SourceUnavailable,
 )
 from paraserve_backend.weights.objects import Source, StoredObject, check_key
+from paraserve_backend.weights.store_errors import changed
 
 
 def open_source(uri: str, *, endpoint_url: str | None = None, region: str | None = None) -> Source:
@@ -26,7 +26,10 @@ def open_source(uri: str, *, endpoint_url: str | None = None, region: str | None
     `endpoint_url` and `region` default to what the AWS environment and configuration say. Raises
     `InvalidRequest` where the URI is none of these; nothing is contacted yet.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        raise _not_a_source(uri) from None
     if parts.scheme == "s3":
         # boto3 takes 0.3 s to import, which a folder need not pay.
         from paraserve_backend.weights.s3 import open_s3
@@ -34,14 +37,20 @@ def open_source(uri: str, *, endpoint_url: str | None = None, region: str | None
         return open_s3(uri, endpoint_url=endpoint_url, region=region)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return _open_folder(uri, Path(unquote(parts.path)))
-    if not parts.scheme:
+    if uri and not parts.scheme:
         return _open_folder(uri, Path(uri))
-    raise InvalidRequest(
+    raise _not_a_source(uri)
+
+
+def _not_a_source(uri: str) -> InvalidRequest:
+    return InvalidRequest(
         f"cannot read models from {uri!r}: use s3://bucket/prefix, file:///folder or /folder"
     )
 
 
 def _open_folder(uri: str, folder: Path) -> FolderSource:
+    if "\0" in str(folder):
+        raise _not_a_source(uri)
     if not folder.is_absolute():
         raise InvalidRequest(f"model folder {uri!r} must be an absolute path: nodes have no cwd")
     return FolderSource(uri, folder)
@@ -66,6 +75,10 @@ class FolderSource:
             raise AccessDenied(f"no permission to read model folder {self.uri}") from None
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFound(f"model folder {self.uri} does not exist: {error.strerror}") from None
+        except OSError as error:
+            raise SourceUnavailable(
+                f"cannot read model folder {self.uri}: {error.strerror}"
+            ) from None
         if not files:
             raise NotFound(f"model folder {self.uri} holds no files")
         return tuple(sorted(files, key=lambda stored: stored.key))
@@ -104,7 +117,7 @@ class FileConnection:
                 raise Cancelled(f"reading {stored.key} was cancelled")
             count = os.preadv(fd, [view[done : done + self._STEP_BYTES]], start + done)
             if count == 0:
-                raise InvalidCheckpoint(f"{stored.key} ends at byte {start + done}, deploy again")
+                raise changed(stored.key)  # shorter than it was
             done += count
 
     def _descriptor(self, key: str) -> int:
@@ -133,4 +146,4 @@ def _stored(name: str, stat: os.stat_result) -> StoredObject:
 
 def _check_unchanged(stored: StoredObject, stat: os.stat_result) -> None:
     if _stored(stored.key, stat) != stored:
-        raise InvalidCheckpoint(f"{stored.key} has changed since it was deployed, deploy again")
+        raise changed(stored.key)

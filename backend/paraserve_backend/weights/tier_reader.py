@@ -56,6 +56,16 @@ class TierReader:
         except FileNotFoundError:
             raise NotFound(f"there is no fetch {fetch_id} in the tier {tier_dir}") from None
 
+    @property
+    def folder(self) -> Path:
+        """The fetch's own folder, which goes when the fetch is released."""
+        return self._fetch_dir
+
+    def object_path(self, key: str) -> Path:
+        """Return the file that holds an object; it has holes where nothing was fetched."""
+        stored = next(stored for stored in self.plan.objects if stored.key == key)
+        return self._tier_dir / OBJECTS / object_name(self.plan.source_uri, stored)
+
     def entry(self, name: str) -> TensorEntry:
         """Raises `NotFound` where the fetch has no such tensor."""
         try:
@@ -129,8 +139,7 @@ class TierReader:
         return self._maps[key]
 
     def _map(self, stored: StoredObject) -> mmap.mmap:
-        path = self._tier_dir / OBJECTS / object_name(self.plan.source_uri, stored)
-        with path.open("rb") as file:
+        with self.object_path(stored.key).open("rb") as file:
             # Private and unreserved: an object may be larger than this machine's memory, of which
             # the kernel would else set aside as much, in case every page were written to.
             return mmap.mmap(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.yaml_config import read_token
+from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.local.cluster import require_running
 
 
@@ -65,3 +66,9 @@ def connect(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Connec
         gateway=layout.gateway_address,
         token=read_token(layout.files.token, environ),
     )
+
+
+def open_client(arguments: argparse.Namespace, environ: Mapping[str, str]) -> SchedulerClient:
+    """Return a client of the scheduler that `connect` finds; use it as a context manager."""
+    connection = connect(arguments, environ)
+    return SchedulerClient(connection.require_scheduler(), connection.token)

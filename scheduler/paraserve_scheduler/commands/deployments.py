@@ -14,9 +14,8 @@ from rich.console import Console
 from paraserve_backend.errors import NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler import timeline
-from paraserve_scheduler.client import SchedulerClient
-from paraserve_scheduler.commands.connection import add_connection_flags, connect
-from paraserve_scheduler.commands.parsing import at_least, whole
+from paraserve_scheduler.commands.connection import add_connection_flags, open_client
+from paraserve_scheduler.commands.parsing import seconds, whole
 from paraserve_scheduler.commands.tables import deployments_table, nodes_table
 
 _DEPLOY_EPILOG = """\
@@ -26,9 +25,9 @@ examples:
 """
 #: Flags of `deploy` that are fields of the specification: (flag, type, metavar, help).
 _DEPLOY_FLAGS = (
-    ("ttft-slo", at_least(0), "S", "goal for the time to first token, seconds"),
-    ("tpot-slo", at_least(0), "S", "goal for the time per output token, seconds"),
-    ("keep-alive", at_least(0), "S", "idle seconds before scale to zero (default: 60)"),
+    ("ttft-slo", seconds, "S", "goal for the time to first token, seconds"),
+    ("tpot-slo", seconds, "S", "goal for the time per output token, seconds"),
+    ("keep-alive", seconds, "S", "idle seconds before scale to zero (default: 60)"),
     ("max-stages", whole(1), "N", "longest pipeline (default: as the scheduler sees fit)"),
     ("max-context", whole(1), "N", "tokens of prompt and answer (default: what the model allows)"),
     ("max-sequences", whole(1), "N", "requests a replica works on at once (default: 16)"),
@@ -49,7 +48,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = commands.add_parser(
         "timeline",
         help="show where the time of a deployment's newest cold start went",
-        description="Draw the newest cold start of a deployment.",
+        description="Draw the newest cold start of a deployment, and what took over from it.",
     )
     parser.add_argument("name", metavar="NAME")
     parser.add_argument(
@@ -90,6 +89,12 @@ def _add_deploy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="", help="(default: what the nodes have)"
     )
+    parser.add_argument(
+        "--no-consolidate",
+        dest="consolidate",
+        action="store_false",
+        help="leave pipelines as they start: never make full instances of them",
+    )
     add_connection_flags(parser)
     parser.set_defaults(run=_deploy)
 
@@ -107,8 +112,9 @@ def _deploy(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
         max_context=arguments.max_context,
         max_sequences=arguments.max_sequences,
         device=arguments.device,
+        consolidate=arguments.consolidate,
     )
-    with _client(arguments, environ) as client:
+    with open_client(arguments, environ) as client:
         status = client.deploy(spec)
     size = f"{status.weight_bytes / 1e6:.0f} MB"
     Console().print(
@@ -124,7 +130,7 @@ def _source(given: str) -> str:
 
 
 def _status(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with _client(arguments, environ) as client:
+    with open_client(arguments, environ) as client:
         status = client.status(arguments.name)
     console = Console()
     if arguments.json:
@@ -136,7 +142,8 @@ def _status(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     newest = timeline.newest(status)
     if newest is not None:
         console.print()
-        console.print(timeline.render(newest, width=console.width))
+        successors = timeline.successors(status, newest)
+        console.print(timeline.render(newest, successors, width=console.width))
     return 0
 
 
@@ -147,27 +154,24 @@ def _as_dict(status: pb.ClusterStatus) -> object:
 
 
 def _timeline(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with _client(arguments, environ) as client:
-        replica = timeline.newest(client.status(arguments.name))
+    with open_client(arguments, environ) as client:
+        status = client.status(arguments.name)
+    replica = timeline.newest(status)
     if replica is None:
         raise NotFound(f"Deployment '{arguments.name}' has not been started yet.")
+    successors = timeline.successors(status, replica)
     console = Console(highlight=False)
     if arguments.chrome is None:
-        console.print(timeline.render(replica, width=console.width))
+        console.print(timeline.render(replica, successors, width=console.width))
         return 0
-    trace = json.dumps(timeline.chrome_trace(replica))
+    trace = json.dumps(timeline.chrome_trace(replica, successors))
     arguments.chrome.write_text(trace, encoding="utf-8")
     console.print(f"Wrote {arguments.chrome}.")
     return 0
 
 
 def _delete(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with _client(arguments, environ) as client:
+    with open_client(arguments, environ) as client:
         client.delete(arguments.name)
     Console().print(f"Deleted {arguments.name}.", highlight=False)
     return 0
-
-
-def _client(arguments: argparse.Namespace, environ: Mapping[str, str]) -> SchedulerClient:
-    connection = connect(arguments, environ)
-    return SchedulerClient(connection.require_scheduler(), connection.token)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paraserve_scheduler.doctor import Finding, State, examine
+from paraserve_scheduler.doctor_engines import examine_engine
 from paraserve_scheduler.install_backend import install_backend, start_hint
 
 _STYLES = {State.OK: "green", State.MISSING: "bold red", State.ABSENT: "yellow"}
@@ -26,6 +27,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "something required is missing; what is only absent limits a feature.",
     )
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
+    engines = parser.add_mutually_exclusive_group()
+    for flag, engine in (("--trtllm", "tensorrt-llm"), ("--vllm", "vllm")):
+        engines.add_argument(
+            flag,
+            dest="engine",
+            action="store_const",
+            const=engine,
+            help=f"check instead whether the {engine} installed here is one ParaServe can use",
+        )
     parser.set_defaults(run=_doctor)
     parser = commands.add_parser(
         "install-backend",
@@ -47,7 +57,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _doctor(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    findings = examine(environ)
+    findings = examine_engine(arguments.engine) if arguments.engine else examine(environ)
     console = Console()
     if arguments.json:
         console.out(json.dumps([asdict(finding) for finding in findings], indent=2))

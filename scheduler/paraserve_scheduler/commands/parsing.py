@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 
@@ -28,6 +29,17 @@ def at_least(low: float, kind: Callable[[str], float] = float) -> Callable[[str]
         return value
 
     return number
+
+
+def seconds(text: str) -> float:
+    """Read a time that is finite and above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
 
 
 def whole(low: int) -> Callable[[str], float]:

@@ -14,7 +14,7 @@ def nodes_table(status: pb.ClusterStatus, *, now_s: float) -> Table:
     for node in status.nodes:
         table.add_row(
             node.info.name,
-            "alive" if node.alive else f"silent for {now_s - node.last_seen_s:.0f} s",
+            _node_state(node, now_s),
             node.info.triton_grpc_address,
             *(_mb(size) for size in (node.info.memory_bytes, node.reserved_bytes)),
             _mb(node.tier_used_bytes),
@@ -33,14 +33,28 @@ def deployments_table(status: pb.ClusterStatus) -> Table:
             state = f"failed: {entry.failure.message}" if entry.HasField("failure") else "at zero"
             table.add_row(entry.spec.name, "", state, "", weights, source)
         for replica in live:
-            table.add_row(entry.spec.name, replica.replica, *_state(replica), weights, source)
+            table.add_row(entry.spec.name, _name(replica), *_state(replica), weights, source)
     if not status.deployments:
         table.add_row("none")
     return table
 
 
+def _node_state(node: pb.NodeView, now_s: float) -> str:
+    state = "alive" if node.alive else f"silent for {now_s - node.last_seen_s:.0f} s"
+    return f"{state}, drained" if node.cordoned else state
+
+
+def _name(replica: pb.ReplicaStatus) -> str:
+    """The replica and what takes over from it, as "tiny.1 -> tiny.2"."""
+    if not replica.successors:
+        return replica.replica
+    return f"{replica.replica} -> {', '.join(replica.successors)}"
+
+
 def _state(replica: pb.ReplicaStatus) -> tuple[str, str]:
     phase = pb.Phase.Name(replica.phase).lower()
+    if replica.phase == pb.READY and replica.hand_over_begin_s:
+        phase = f"hands over {replica.in_flight}"
     if replica.phase == pb.STARTING:
         fetched = sum(part.status.fetched_bytes for part in replica.parts)
         total = sum(part.status.total_bytes for part in replica.parts)

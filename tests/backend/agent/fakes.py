@@ -59,6 +59,10 @@ class FakeTriton:
         self.hung: set[str] = set()
         self.loads: list[str] = []
         self.unloads: list[str] = []
+        #: (model, command) as they came.
+        self.commands: list[tuple[str, str]] = []
+        #: What the next command is answered with instead.
+        self.command_error: ParaServeError | None = None
         self._repository = repository
         self._states: dict[str, ModelState] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -87,6 +91,12 @@ class FakeTriton:
     async def states(self) -> dict[str, ModelState]:
         self._require_up()
         return dict(self._states)
+
+    async def command(self, model: str, command: str) -> None:
+        self._require_up()
+        self.commands.append((model, command))
+        if self.command_error is not None:
+            raise self.command_error
 
     def _finish_unload(self, model: str) -> None:
         if model not in self.hung:

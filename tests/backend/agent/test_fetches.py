@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from paraserve_backend.agent.fetches import Fetches
+from paraserve_backend.agent.fetches import Fetches, FetchRequest
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
+from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.trace import Span, SpanFile
 from paraserve_backend.weights.landing import FetchStatus
+from paraserve_backend.weights.objects import Connection, Source, StoredObject
 from paraserve_backend.weights.tier import Tier
 from paraserve_backend.weights.tier_reader import TierReader
 from tests.backend.agent.nodes import make_plan, make_request
@@ -75,6 +77,55 @@ def test_a_second_start_of_the_same_fetch_joins_and_of_another_plan_is_refused(
             await (await fetches.start(other, 10)).wait()
 
     play(tmp_path, test)
+
+
+class _CountedSource:
+    """A source that counts its connections."""
+
+    def __init__(self, inner: Source, connections: list[Connection]) -> None:
+        self._inner = inner
+        self._connections = connections
+
+    @property
+    def uri(self) -> str:
+        return self._inner.uri
+
+    def list(self) -> tuple[StoredObject, ...]:
+        return self._inner.list()
+
+    def connect(self) -> Connection:
+        self._connections.append(self._inner.connect())
+        return self._connections[-1]
+
+
+@pytest.mark.parametrize(("background", "num_connections"), [(False, 3), (True, 1)])
+def test_a_fetch_that_nobody_waits_for_takes_one_connection(
+    background: bool, num_connections: int, tmp_path: Path
+) -> None:
+    connections: list[Connection] = []
+
+    class Counted(FetchRequest):
+        def open(self) -> Source:
+            # `super()` does not work in a class with slots.
+            return _CountedSource(FetchRequest.open(self), connections)
+
+    async def run() -> None:
+        fetches = Fetches(Tier.open(tmp_path / "tier"), threads=3)
+        plan = make_plan(tmp_path / "m")
+        request = Counted(plan=plan, endpoint_url=None, region=None, background=background)
+        async with asyncio.timeout(10):
+            await (await fetches.start(request, 10)).wait()
+        await fetches.close()
+
+    asyncio.run(run())
+    assert len(connections) == num_connections
+
+
+def test_a_request_says_whether_anybody_waits_for_it(tmp_path: Path) -> None:
+    plan_json = make_plan(tmp_path / "m").to_json()
+    for background in (False, True):
+        message = pb.Fetch(plan_json=plan_json, background=background)
+        assert FetchRequest.from_message(message).background is background
 
 
 def test_readers_learn_that_a_source_cannot_even_be_opened(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from paraserve_backend.agent.failure import failure_of, first_cause
 from paraserve_backend.agent.load_error import load_error
 from paraserve_backend.errors import (
     InvalidCheckpoint,
+    InvalidRequest,
     ParaServeError,
     SourceUnavailable,
     Unavailable,
@@ -33,6 +34,12 @@ _PREAMBLE = "load failed for model 'm': version 1 is at UNAVAILABLE state: "
             _PREAMBLE + "Internal: TritonModelException: It is broken.\n\nAt:\n  /x.py(1): y\n;\n",
             ParaServeError,
             "Model m failed to load: It is broken.",
+        ),
+        (
+            _PREAMBLE + "Internal: TritonModelException: INVALID_ARGUMENT: tokenizer.json cannot "
+            "be read: no.\n\nAt:\n  /x.py(1): y\n;\n",
+            InvalidRequest,
+            "tokenizer.json cannot be read: no.",
         ),
         (
             _PREAMBLE + "Internal: ValueError: 3 is\n  not 4\n\nAt:\n  /x.py(1): y\n;\n",

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from paraserve_backend.errors import (
     DeadlineExceeded,
     InvalidCheckpoint,
     InvalidRequest,
+    NotFound,
     ParaServeError,
+    Unavailable,
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from tests.backend.agent.nodes import (
@@ -351,5 +355,129 @@ def test_a_malformed_fetch_plan_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest):
             await node.parts.apply(part)
         assert node.parts.statuses() == []
+
+    play(tmp_path, scenario)
+
+
+# ---- processes that end while they load ----
+
+
+async def _lose_process(node: FakeNode) -> None:
+    """Let the process of tiny.1 appear and end while Triton loads the model."""
+    node.triton.gates["tiny.1"] = asyncio.Event()
+    await node.parts.apply(make_part("tiny.1"))
+    await until(lambda: node.triton.loads == ["tiny.1"])
+    node.processes.start("tiny.1")
+    node.observe()
+    node.processes.end("tiny.1")
+    node.observe()
+
+
+def test_a_load_whose_process_has_ended_fails_though_triton_says_nothing(tmp_path: Path) -> None:
+    async def scenario(node: FakeNode) -> None:
+        await _lose_process(node)
+        node.now_s[0] += 1.9
+        node.observe()
+        assert phases(node.parts) == [pb.STARTING], "Triton may still say why"
+        node.now_s[0] += 0.2
+        node.observe()
+        await until(lambda: phases(node.parts) == [pb.FAILED])
+        (status,) = node.parts.statuses()
+        assert status.failure.message == "The process of model tiny.1 died while it loaded."
+        await node.parts.remove("tiny.1", 0.1)
+        await node.assert_nothing_left()
+
+    play(tmp_path, scenario, remove_deadline_s=0.1)
+
+
+def test_what_triton_says_about_it_in_time_is_the_reason(tmp_path: Path) -> None:
+    async def scenario(node: FakeNode) -> None:
+        await _lose_process(node)
+        node.triton.load_errors["tiny.1"] = InvalidCheckpoint("Tensor x is missing.")
+        node.triton.gates["tiny.1"].set()
+        await until(lambda: phases(node.parts) == [pb.FAILED])
+        (status,) = node.parts.statuses()
+        assert status.failure.message == "Tensor x is missing."
+
+    play(tmp_path, scenario)
+
+
+def test_a_process_that_forks_for_a_moment_has_not_died(tmp_path: Path) -> None:
+    async def scenario(node: FakeNode) -> None:
+        await follow(node, make_part("tiny.1"))
+        (own,) = node.processes.alive
+        node.processes.start("tiny.1")
+        node.observe()
+        node.processes.alive = {own: node.processes.alive[own]}
+        node.observe()
+        assert phases(node.parts) == [pb.READY]
+
+    play(tmp_path, scenario)
+
+
+# ---- hand-overs ----
+
+
+def _hand_over(*targets: str) -> pb.HandOverRequest:
+    return pb.HandOverRequest(
+        replica="tiny.1",
+        targets=[
+            pb.HandOverTarget(replica=target, address=f"tcp://{target}:9000") for target in targets
+        ],
+    )
+
+
+@pytest.mark.parametrize("targets", [(), ("tiny.2",), ("tiny.2", "tiny.3")])
+def test_a_head_is_told_who_takes_its_requests(targets: tuple[str, ...], tmp_path: Path) -> None:
+    async def scenario(node: FakeNode) -> None:
+        await follow(node, make_part("tiny.1"))
+        await node.parts.hand_over(_hand_over(*targets))
+        ((model, command),) = node.triton.commands
+        assert model == "tiny.1"
+        assert json.loads(command) == {
+            "hand_over": [
+                {"replica": target, "address": f"tcp://{target}:9000"} for target in targets
+            ]
+        }
+
+    play(tmp_path, scenario)
+
+
+def test_only_a_ready_head_can_be_told_to_hand_over(tmp_path: Path) -> None:
+    async def scenario(node: FakeNode) -> None:
+        with pytest.raises(NotFound, match=r"head of tiny\.1 is not on this node"):
+            await node.parts.hand_over(_hand_over("tiny.2"))
+        node.triton.gates["tiny.1"] = asyncio.Event()
+        await node.parts.apply(make_part("tiny.1"))
+        with pytest.raises(Unavailable, match=r"tiny\.1 is not ready"):
+            await node.parts.hand_over(_hand_over("tiny.2"))
+        node.triton.gates["tiny.1"].set()
+        assert node.triton.commands == []
+
+    play(tmp_path, scenario)
+
+
+def test_what_the_model_answers_to_a_hand_over_is_the_error(tmp_path: Path) -> None:
+    async def scenario(node: FakeNode) -> None:
+        await follow(node, make_part("tiny.1"))
+        node.triton.command_error = InvalidRequest("no such thing")
+        with pytest.raises(InvalidRequest, match="no such thing"):
+            await node.parts.hand_over(_hand_over("tiny.2"))
+
+    play(tmp_path, scenario)
+
+
+def test_two_replicas_of_a_deployment_live_side_by_side(tmp_path: Path) -> None:
+    async def scenario(node: FakeNode) -> None:
+        plan = make_plan(tmp_path / "m")
+        whole = replace(plan, fetch_id="tiny.2.0")
+        await follow(node, make_part("tiny.1", plan=plan, keys=True))
+        await follow(node, make_part("tiny.2", plan=whole, replica="tiny.2", keys=True))
+        await node.parts.remove("tiny.1")
+        assert node.models_on_disk() == ["tiny.2"]
+        assert [path.name for path in (node.folder / "keys").iterdir()] == ["tiny.2"]
+        (kept,), used_bytes = await node.fetches.contents()
+        assert kept.landed_bytes == plan.total_bytes
+        assert used_bytes > 0
 
     play(tmp_path, scenario)

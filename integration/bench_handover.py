@@ -1,0 +1,297 @@
+"""What consolidation costs the requests that run, and what it gives them.
+
+A cluster of four nodes whose networks are capped; requests run through the gateway with Triton's
+own client. Once a pipeline stays a pipeline, once it becomes a full instance in the middle; then a
+burst comes to a pipeline that stays, and to one that becomes several full instances. Everything is
+compared within one run. The last line is one JSON object; the exit status is 1 if a target was
+missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from integration.bench_coldstart import put_into_bucket
+from integration.checkpoints import LlamaShape, cached, llama_bytes, write_raw_bf16
+from integration.cluster import CappedCluster, capped_cluster, inside_hub, missing_requirement
+from integration.scenario import wait_for_zero
+from paraserve_backend.errors import ParaServeError
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.client import SchedulerClient
+from paraserve_scheduler.generation import stream
+from paraserve_scheduler.local.layout import BUCKET, ClusterLayout
+
+#: 0.36 GB in bf16.
+SHAPE = LlamaShape(layers=12, hidden=1024, intermediate=2816, heads=16, kv_heads=8, spread=0.03)
+SHARD_BYTES = 500_000_000
+NODES = 4
+STREAMS = 8
+MAX_TOKENS = 512
+BURST = 24
+BURST_TOKENS = 48
+#: Fewer than the burst, so that it waits for places.
+BURST_SEQUENCES = 4
+TARGETS = {"gap_over_tpot": 2.0}
+_NODE_MEMORY_BYTES = 3_000_000_000
+_KEEP_ALIVE_S = 2.0
+_TIMEOUT_S = 300.0
+_POLL_S = 0.1
+_METRICS = ("kv_blocks_sent_ahead", "kv_blocks_sent_held", "requests_moved")
+
+
+@dataclass(slots=True)
+class Answer:
+    asked_s: float = 0.0
+    #: When each token came, seconds since the epoch.
+    token_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_s[0] - self.asked_s
+
+    @property
+    def total_s(self) -> float:
+        return self.token_s[-1] - self.token_s[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How the requests of a pipeline came over to the full instance."""
+
+    begin_s: float
+    end_s: float
+    #: The counters of the pipeline's head when all had left it.
+    counts: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongRun:
+    answers: tuple[Answer, ...]
+    cut: Cut | None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench_handover", description=__doc__)
+    parser.add_argument("--gbit", type=float, default=1.0, help="per node, Gbit/s (default: 1)")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console(highlight=False)
+    reason = missing_requirement()
+    if reason is not None:
+        console.print(f"Skipped: {reason}.")
+        sys.stdout.write(json.dumps({"bench": "handover", "skipped": reason}) + "\n")
+        return 0
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "paraserve" / "bench-handover"
+    try:
+        result = run(folder, arguments.gbit, console)
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; the cluster is gone")
+        return 130
+    except ParaServeError as error:
+        console.print(f"[bold red]The benchmark failed:[/] {error}", soft_wrap=True)
+        return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0 if result["met"] else 1
+
+
+def run(folder: Path, gbit: float, console: Console) -> dict[str, object]:
+    """Measure and return the last line."""
+    cached(folder, SHAPE, lambda target: write_raw_bf16(target, SHAPE, shard_bytes=SHARD_BYTES))
+    wanted = CappedCluster(
+        nodes=NODES, rate_bits_per_s=gbit * 1e9, node_memory_bytes=_NODE_MEMORY_BYTES
+    )
+    with (
+        capped_cluster(wanted, os.environ) as layout,
+        inside_hub(),
+        SchedulerClient(layout.scheduler_address, layout.files.token.read_text()) as client,
+    ):
+        put_into_bucket(layout, folder)
+        console.print(f"{NODES} nodes with {gbit:g} Gbit/s each are up.")
+        bench = _Bench(layout, client, console)
+        staying, moving = (bench.long(consolidate=wish) for wish in (False, True))
+        waiting, spreading = (bench.burst(consolidate=wish) for wish in (False, True))
+    result = summary(staying, moving, waiting, spreading)
+    console.print(_table(result))
+    return {"bench": "handover", "checkpoint_bytes": llama_bytes(SHAPE), **result}
+
+
+class _Bench:
+    def __init__(self, layout: ClusterLayout, client: SchedulerClient, console: Console) -> None:
+        self._layout = layout
+        self._client = client
+        self._console = console
+
+    def long(self, *, consolidate: bool) -> LongRun:
+        """Run long requests from a cold start to their ends."""
+        name = "moving" if consolidate else "staying"
+        self._deploy(name, consolidate=consolidate, max_sequences=2 * STREAMS)
+        with (
+            self._console.status(f"{STREAMS} requests of {MAX_TOKENS} tokens, {name}"),
+            ThreadPoolExecutor(STREAMS + 1) as threads,
+        ):
+            watch = threads.submit(self._watch, name) if consolidate else None
+            answers = list(threads.map(lambda i: self._ask(name, i, MAX_TOKENS), range(STREAMS)))
+            cut = watch.result() if watch else None
+        self._remove(name)
+        return LongRun(answers=tuple(answers), cut=cut)
+
+    def burst(self, *, consolidate: bool) -> tuple[Answer, ...]:
+        """Send many short requests at once to a pipeline that serves already."""
+        name = "spreading" if consolidate else "waiting"
+        self._deploy(name, consolidate=consolidate, max_sequences=BURST_SEQUENCES)
+        with (
+            self._console.status(f"a burst of {BURST} requests, {name}"),
+            ThreadPoolExecutor(BURST) as threads,
+        ):
+            self._ask(name, 0, 2)
+            answers = list(threads.map(lambda i: self._ask(name, i, BURST_TOKENS), range(BURST)))
+        self._remove(name)
+        return tuple(answers)
+
+    def _deploy(self, name: str, *, consolidate: bool, max_sequences: int) -> None:
+        self._client.deploy(
+            pb.DeploymentSpec(
+                name=name,
+                source=f"s3://{BUCKET}/bench",
+                max_stages=NODES,
+                max_context=1024,
+                max_sequences=max_sequences,
+                keep_alive_s=_KEEP_ALIVE_S,
+                consolidate=consolidate,
+            )
+        )
+
+    def _remove(self, name: str) -> None:
+        wait_for_zero(self._layout, self._client, name, timeout_s=_KEEP_ALIVE_S + 60)
+        self._client.delete(name)
+
+    def _ask(self, name: str, number: int, max_tokens: int) -> Answer:
+        answer = Answer(asked_s=time.time())
+        settings = {"max_tokens": max_tokens, "ignore_eos": True}
+        prompt = f"Request number {number} goes on while its model moves"
+        for piece in stream(
+            self._layout.gateway_address, name, prompt, settings, timeout_s=_TIMEOUT_S
+        ):
+            answer.token_s.extend([time.time()] * len(piece.token_ids))
+            answer.token_ids.extend(piece.token_ids)
+        return answer
+
+    def _watch(self, name: str) -> Cut | None:
+        """Follow the hand-over of the first replica; `None` if none came before the answers."""
+        counts: dict[str, float] = {}
+        deadline_s = time.monotonic() + _TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            (deployment,) = self._client.status(name).deployments
+            first = next((r for r in deployment.replicas if r.replica == f"{name}.1"), None)
+            if first is not None and first.hand_over_begin_s:
+                counts = self._counts(first) or counts
+                if first.hand_over_end_s and first.phase != pb.READY:
+                    return Cut(
+                        begin_s=first.hand_over_begin_s, end_s=first.hand_over_end_s, counts=counts
+                    )
+            if threading.main_thread().is_alive() and first is not None and first.removed_s:
+                return None
+            time.sleep(_POLL_S)
+        return None
+
+    def _counts(self, replica: pb.ReplicaStatus) -> dict[str, float]:
+        """Read the head's counters from its Triton; empty when the model has gone."""
+        head = next(n for n in self._layout.nodes if n.name == replica.parts[0].node)
+        url = f"http://{head.host}:{head.triton_metrics_port}/metrics"
+        with urllib.request.urlopen(url) as response:
+            lines = response.read().decode().splitlines()
+        mark = f'replica="{replica.replica}"'
+        return {
+            name: float(line.rpartition(" ")[2])
+            for name in _METRICS
+            for line in lines
+            if line.startswith(f"paraserve_{name}{{") and mark in line
+        }
+
+
+def summary(
+    staying: LongRun, moving: LongRun, waiting: Sequence[Answer], spreading: Sequence[Answer]
+) -> dict[str, object]:
+    """Compare the runs.
+
+    Raises:
+        ParaServeError: the requests did not move, or their tokens differ.
+    """
+    if moving.cut is None or not moving.cut.counts.get("requests_moved"):
+        raise ParaServeError("No request moved: the answers ended before the full instance came.")
+    if [a.token_ids for a in staying.answers] != [a.token_ids for a in moving.answers]:
+        raise ParaServeError("Requests that moved got other tokens than those that stayed.")
+    tpot_s, gap_s = gaps(moving.answers, moving.cut)
+    ahead, held = (moving.cut.counts[f"kv_blocks_sent_{when}"] for when in ("ahead", "held"))
+    total = {run: _median([a.total_s for a in run.answers]) for run in (staying, moving)}
+    ttft = {
+        name: statistics.mean(a.ttft_s for a in b)
+        for name, b in (("waiting", waiting), ("spreading", spreading))
+    }
+    figures: dict[str, object] = {
+        "streams": len(moving.answers),
+        "tokens_each": len(moving.answers[0].token_ids),
+        "requests_moved": moving.cut.counts["requests_moved"],
+        "pipeline_tpot_ms": round(tpot_s * 1e3, 1),
+        "longest_gap_ms": round(gap_s * 1e3, 1),
+        "gap_over_tpot": round(gap_s / tpot_s, 2),
+        "kv_share_sent_held": round(held / (ahead + held), 3),
+        "long_generation_speedup": round(total[staying] / total[moving], 2),
+        "burst_mean_ttft_speedup": round(ttft["waiting"] / ttft["spreading"], 2),
+        "targets": TARGETS,
+    }
+    return {**figures, "met": gap_s / tpot_s <= TARGETS["gap_over_tpot"]}
+
+
+def gaps(answers: Sequence[Answer], cut: Cut) -> tuple[float, float]:
+    """Return the pipeline's median time per token, and the longest gap at the cut-over, seconds."""
+    before, during = [], []
+    for answer in answers:
+        for earlier_s, later_s in pairwise(answer.token_s):
+            if later_s < cut.begin_s:
+                before.append(later_s - earlier_s)
+            elif earlier_s < cut.end_s:
+                during.append(later_s - earlier_s)
+    if not before or not during:
+        raise ParaServeError("No request ran across the cut-over.")
+    return _median(before), max(during)
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def _table(result: dict[str, object]) -> Table:
+    table = Table("", "", title="Hand-over")
+    for name, value in result.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""How long one decision of the policy takes, by the size of the cluster.
+
+`python -m integration.bench_policy` prints a row per number of nodes and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from statistics import median
+
+from paraserve_scheduler.contention import Claim
+from paraserve_scheduler.cost import NodeKind, Speed, StartMethod, uniform_model
+from paraserve_scheduler.fleet import (
+    Fleet,
+    Gpu,
+    Need,
+    Node,
+    Objectives,
+    ReplicaLoad,
+    ReplicaPhase,
+)
+from paraserve_scheduler.strategy import decide
+
+_GB = 10**9
+_NOW_S = 1_000.0
+_TARGET_S = 0.010
+_MODEL = uniform_model(
+    "7b", size_bytes=13 * _GB, num_layers=32, ends_bytes=_GB // 4, kv_bytes=5 * _GB
+)
+_KIND = NodeKind(
+    name="gpu",
+    start=StartMethod(
+        runtime_s=4.0,
+        tail_s=1.0,
+        load_s_per_byte=0.1 / _GB,
+        slot_runtime_s=0.3,
+        slot_bytes=_GB // 2,
+    ),
+    speeds={"7b": Speed(prefill_s_per_token=0.0003, decode_s=0.03)},
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench_policy", description=__doc__)
+    parser.add_argument("--decisions", type=int, default=30, help="timed for each size")
+    arguments = parser.parse_args(argv)
+    seconds: dict[int, float] = {}
+    sys.stdout.write(f"{'NODES':>6} {'DEPLOYMENTS':>12} {'MEDIAN MS':>10}\n")
+    for nodes in (10, 100, 1_000, 10_000):
+        seconds[nodes] = median_decision_s(nodes, nodes, arguments.decisions)
+        sys.stdout.write(f"{nodes:>6} {nodes:>12} {seconds[nodes] * 1e3:>10.2f}\n")
+    result = {
+        "bench": "policy",
+        "median_ms": {str(nodes): round(it * 1e3, 3) for nodes, it in seconds.items()},
+        "target_ms_at_1000": _TARGET_S * 1e3,
+        "met": seconds[1_000] <= _TARGET_S,
+    }
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+def median_decision_s(nodes: int, deployments: int, decisions: int) -> float:
+    """Median seconds of a decision that starts one replica; every one sees another fleet."""
+    took = []
+    for seed in range(decisions):
+        fleet = make_fleet(nodes, deployments, seed)
+        begun = time.perf_counter()
+        decide(fleet, _NOW_S)
+        took.append(time.perf_counter() - begun)
+    return median(took)
+
+
+def make_fleet(nodes: int, deployments: int, seed: int) -> Fleet:
+    """A fleet in use: half of its memory reserved, a tenth of its nodes fetching, one in need."""
+    generator = random.Random(seed)
+    return Fleet(
+        nodes=tuple(_node(index, generator) for index in range(nodes)),
+        needs=tuple(_need(index, nodes, generator) for index in range(deployments)),
+    )
+
+
+def _node(index: int, generator: random.Random) -> Node:
+    claims = (Claim(remaining_bytes=4.0 * _GB, deadline_s=_NOW_S + generator.uniform(1, 60)),)
+    return Node(
+        name=f"n{index}",
+        kind=_KIND,
+        nic_bytes_per_s=generator.choice([10, 25, 100]) * 1e9 / 8,
+        gpus=tuple(
+            Gpu(
+                index=gpu,
+                capacity_bytes=32 * _GB,
+                free_bytes=generator.choice([0, 14, 32]) * _GB,
+                slots=generator.randint(0, 1),
+            )
+            for gpu in range(4)
+        ),
+        claims=claims if generator.random() < 0.1 else (),
+    )
+
+
+def _need(index: int, nodes: int, generator: random.Random) -> Need:
+    name, node = f"d{index}", f"n{generator.randrange(nodes)}"
+    replica = ReplicaLoad(
+        name=f"{name}.1",
+        deployment=name,
+        phase=ReplicaPhase.READY,
+        capacity=8,
+        in_flight=generator.randint(0, 8),
+        reserved_bytes={(node, 0): 18 * _GB},
+        idle_since_s=_NOW_S - generator.uniform(0, 5),
+    )
+    return Need(
+        name=name,
+        weights=name,
+        model=_MODEL,
+        objectives=Objectives(ttft_s=7.5, tpot_s=0.2),
+        waiting=1 if index == 0 else 0,
+        oldest_s=_NOW_S if index == 0 else None,
+        replicas=() if index == 0 else (replica,),
+        arrivals_s=tuple(_NOW_S - age for age in (300.0, 200.0, 100.0, 50.0, 20.0, 5.0)),
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,86 @@
+"""Bad input as tables: what is done wrong, the exact answer, and the cluster as it was before.
+
+`integration.errors_page` makes docs/errors.md of the same tables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import tritonclient.grpc as triton
+
+from integration.tiny_cluster import Cluster
+from paraserve_backend.errors import ParaServeError
+
+#: Heartbeats tell of a node's memory once a second.
+_SETTLE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """One mistake and what the user is told; `says` may name `{source}` and the like."""
+
+    what: str
+    says: str
+    error: type[ParaServeError]
+
+    def expected(self, **names: object) -> tuple[str, str]:
+        """The gRPC code and the sentence."""
+        return self.error.grpc_code, self.says.format(**names)
+
+
+_Case = TypeVar("_Case", bound=Refusal)
+
+
+def each(cases: Sequence[_Case]) -> pytest.MarkDecorator:
+    """Run a test for every row of a table, as its argument `case`."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.what)
+
+
+def settled(cluster: Cluster, before: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the cluster's snapshot once it is `before` again, or what it is after a while."""
+    deadline_s = time.monotonic() + _SETTLE_S
+    while (after := snapshot(cluster)) != before and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    return after
+
+
+def snapshot(cluster: Cluster) -> Mapping[str, Any]:
+    """What is deployed, and what every node holds: memory, models, files."""
+    status = cluster.client.status()
+    deployments = {
+        deployment.spec.name: (
+            deployment.spec.SerializeToString(deterministic=True),
+            [(replica.replica, replica.phase) for replica in deployment.replicas],
+        )
+        for deployment in status.deployments
+    }
+    memory = {
+        node.info.name: (node.alive, node.reserved_bytes, node.tier_used_bytes)
+        for node in status.nodes
+    }
+    return {"deployments": deployments, "memory": memory, "nodes": _contents(cluster)}
+
+
+def _contents(cluster: Cluster) -> Mapping[str, Any]:
+    files = cluster.layout.files
+    contents = {}
+    for node in cluster.layout.nodes:
+        client = triton.InferenceServerClient(f"{node.host}:{node.triton_grpc_port}")
+        models = client.get_model_repository_index().models
+        client.close()
+        contents[node.name] = (
+            sorted(model.name for model in models if model.state == "READY"),
+            _files(files.model_repository(node.name)),
+            _files(files.run_dir(node.name)),
+        )
+    return contents
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

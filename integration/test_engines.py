@@ -1,0 +1,228 @@
+"""Running requests go on in another engine: two Triton models, two processes, two implementations.
+
+The one is ours, the other is `transformers`. The test follows the requests as a gateway does.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+import zmq
+
+from integration.tiny_cluster import prompts, wait_until, write_words
+from integration.transformers_engine import MODEL_PY
+from integration.triton_server import TritonServer, free_ports
+from paraserve_backend.agent.stubs import ProcessTable
+from paraserve_backend.engine.batch import ChosenToken
+from paraserve_backend.interface import HAND_OVER_OUTPUTS
+from paraserve_backend.resume import HAND_OVER_TO, RESUME, Resume
+from tests.backend.models import TinyModel, write_model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TEMPLATE = REPOSITORY / "model_repository_templates" / "standalone.pbtxt"
+TIMEOUT_S = 60
+#: Long enough that a request is still running when it is told to move.
+MAX_TOKENS = 400
+SHM = Path("/dev/shm")
+FRESH = Resume(seed=7, max_tokens=MAX_TOKENS, tokens=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    server: TritonServer
+    model: TinyModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One response of a model."""
+
+    token_ids: list[int]
+    is_last: bool
+    #: Where to go on, and how, if the request moves.
+    moved: tuple[str, Resume] | None
+
+
+class Asked:
+    """One streamed request to one model."""
+
+    def __init__(
+        self,
+        server: TritonServer,
+        model: str,
+        prompt: Sequence[int],
+        resume: Resume,
+        **settings: int,
+    ) -> None:
+        self._got: queue.SimpleQueue[tuple[triton.InferResult | None, Exception | None]]
+        self._got = queue.SimpleQueue()
+        self._client = triton.InferenceServerClient(server.grpc_address)
+        self._client.start_stream(lambda result, error: self._got.put((result, error)))
+        ids = triton.InferInput("input_ids", [len(prompt)], "INT32")
+        ids.set_data_from_numpy(np.array(prompt, np.int32))
+        stream = triton.InferInput("stream", [1], "BOOL")
+        stream.set_data_from_numpy(np.array([True]))
+        parameters: dict[str, str | int | bool] = {
+            "max_tokens": MAX_TOKENS,
+            RESUME: resume.encode(),
+            **settings,
+        }
+        self._client.async_stream_infer(model, [ids, stream], parameters=parameters)
+
+    def next(self) -> Part:
+        result, error = self._got.get(timeout=TIMEOUT_S)
+        if error is not None:
+            raise error
+        assert result is not None
+        target = result.as_numpy(HAND_OVER_TO)
+        if target is not None:
+            resume = result.as_numpy(RESUME)
+            assert resume is not None
+            moved = (target[0].decode(), Resume.decode(resume[0].decode()))
+            return Part(token_ids=[], is_last=True, moved=moved)
+        ids = result.as_numpy("output_ids")
+        assert ids is not None
+        is_last = result.as_numpy("finish_reason") is not None
+        return Part(token_ids=ids.tolist(), is_last=is_last, moved=None)
+
+    def take(self, count: int) -> list[int]:
+        return [token for _ in range(count) for token in self.next().token_ids]
+
+    def rest(self) -> tuple[list[int], Part]:
+        """Return the tokens until the end, and the last response."""
+        ids: list[int] = []
+        while True:
+            part = self.next()
+            ids += part.token_ids
+            if part.is_last:
+                self._client.close()
+                return ids, part
+
+
+def hand_over(server: TritonServer, model: str, *targets: str) -> None:
+    """Tell a model where its requests shall go, as the node's agent does.
+
+    The targets have no address: they take no KV blocks.
+    """
+    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    command = {"hand_over": [{"replica": target, "address": ""} for target in targets]}
+    client = triton.InferenceServerClient(server.grpc_address)
+    client.start_stream(lambda result, error: answers.put(error))
+    client.async_stream_infer(
+        model, [], parameters={"command": json.dumps(command)}, enable_empty_final_response=True
+    )
+    error = answers.get(timeout=TIMEOUT_S)
+    client.stop_stream()
+    client.close()
+    if error is not None:
+        raise error
+
+
+def add_model(
+    server: TritonServer, name: str, backend: str, checkpoint: Path, parameters: dict[str, str]
+) -> None:
+    folder = server.model_repository / name
+    (folder / "1").mkdir(parents=True)
+    config = TEMPLATE.read_text().replace("/models/llama", str(checkpoint))
+    config = config.replace('backend: "paraserve"', f'backend: "{backend}"')
+    for output in HAND_OVER_OUTPUTS:
+        config += f'\noutput {{ name: "{output.name}" data_type: TYPE_STRING dims: [ 1 ] }}'
+    for key, value in parameters.items():
+        config += f'\nparameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+    (folder / "config.pbtxt").write_text(config)
+
+
+def kill(server: TritonServer, model: str) -> None:
+    """Kill a model's process, and remove what it leaves, as the node's agent does."""
+    processes = ProcessTable(server.model_repository)
+    (stub,) = (stub for stub in processes.find() if stub.model == model)
+    processes.kill(stub)
+    processes.remove_leftovers([stub])
+    for folder in SHM.glob(f"paraserve-standalone-{stub.pid}-*"):
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    checkpoint, key_file = tmp_path / "checkpoint", tmp_path / "curve.key"
+    model = write_model(checkpoint, "llama", seed=4)
+    write_words(checkpoint)
+    key_file.write_bytes(b"\n".join(zmq.curve_keypair()))
+    (port,) = free_ports(1)
+    inbox = {"hand_over": f"tcp://127.0.0.1:{port}", "key_file": str(key_file)}
+    with TritonServer(tmp_path / "triton") as server:
+        server.add_backend("second", MODEL_PY.format(repository=str(REPOSITORY)))
+        add_model(server, "ours", "paraserve", checkpoint, inbox)
+        add_model(server, "theirs", "second", checkpoint, {"engine": "transformers"})
+        client = triton.InferenceServerClient(server.grpc_address)
+        for name in ("ours", "theirs"):
+            client.load_model(name)
+        yield Pair(server=server, model=model)
+        for name in ("ours", "theirs"):
+            client.unload_model(name)
+        client.close()
+        wait_until(lambda: not server.shm_regions())
+    assert not list(SHM.glob("paraserve-standalone-*"))
+
+
+def test_a_running_request_moves_to_another_engine_and_back(pair: Pair) -> None:
+    prompt = prompts(3)[2]
+    expected = pair.model.greedy(prompt, MAX_TOKENS)
+    asked = Asked(pair.server, "ours", prompt, FRESH)
+    got = asked.take(5)
+    hand_over(pair.server, "ours", "theirs")
+    more, last = asked.rest()
+    got += more
+    assert last.moved is not None
+    target, resume = last.moved
+    assert (target, [token.token_id for token in resume.tokens]) == ("theirs", got)
+    assert len(got) < MAX_TOKENS
+
+    asked = Asked(pair.server, "theirs", prompt, resume)
+    got += asked.take(5)
+    hand_over(pair.server, "theirs", "ours")
+    more, last = asked.rest()
+    got += more
+    assert last.moved is not None
+    hand_over(pair.server, "ours")  # to nobody any more
+    rest, last = Asked(pair.server, "ours", prompt, last.moved[1]).rest()
+    assert last.moved is None
+    assert got + rest == expected
+
+
+def test_several_requests_move_at_once_and_none_loses_a_token(pair: Pair) -> None:
+    asked = {tuple(prompt): Asked(pair.server, "ours", prompt, FRESH) for prompt in prompts(4)}
+    got = {prompt: each.take(2) for prompt, each in asked.items()}
+    hand_over(pair.server, "ours", "theirs")
+    for prompt, each in asked.items():
+        more, last = each.rest()
+        got[prompt] += more
+        assert last.moved is not None
+        rest, _ = Asked(pair.server, "theirs", prompt, last.moved[1]).rest()
+        assert got[prompt] + rest == pair.model.greedy(prompt, MAX_TOKENS)
+
+
+def test_another_engine_goes_on_after_ours_was_killed(pair: Pair) -> None:
+    prompt = prompts(2)[1]
+    asked = Asked(pair.server, "ours", prompt, FRESH)
+    got = asked.take(5)
+    kill(pair.server, "ours")
+    # What its client has got is all that is left of the request.
+    tokens = tuple(ChosenToken(token_id=each, logprob=0.0, ranking=None) for each in got)
+    resume = Resume(seed=7, max_tokens=MAX_TOKENS, tokens=tokens)
+    rest, _ = Asked(pair.server, "theirs", prompt, resume).rest()
+    assert got + rest == pair.model.greedy(prompt, MAX_TOKENS)
+
+
+def test_a_setting_that_the_engine_lacks_is_refused_by_name(pair: Pair) -> None:
+    asked = Asked(pair.server, "theirs", [5], FRESH, min_tokens=3)
+    with pytest.raises(triton.InferenceServerException, match="engine transformers can do"):
+        asked.next()

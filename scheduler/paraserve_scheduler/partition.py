@@ -1,0 +1,221 @@
+"""Which places take a model's stages and which layers each: the latest stage as early as can be.
+
+Pure. A place says in how many seconds it has layers `[a, b)` ready; more layers never take less.
+Choosing places and cutting layers are two steps: `choose_places` treats layers as divisible, where
+it is exact, `cut` then finds the best cut into whole layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, Protocol, TypeVar
+
+#: Up to so many stages `cut` looks at every order of the places.
+_EXACT_STAGES = 4
+_BISECTIONS = 40
+#: A search ends when at most this part of the time found could still be saved.
+_CLOSE_ENOUGH = 1e-3
+#: A cold start that takes longer is none.
+_LONGEST_S = 1e5
+
+
+class Place(Protocol):
+    """Where a stage could go. Both must be monotone: a larger range never comes earlier."""
+
+    def ready_s(self, start: int, end: int) -> float:
+        """Seconds until layers `[start, end)` are ready; infinity where they do not fit."""
+
+    def bytes_by(self, seconds: float) -> float:
+        """The most bytes of weights that can be ready there by then."""
+
+
+PlaceT = TypeVar("PlaceT", bound=Place)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut(Generic[PlaceT]):
+    """Places in the order of their layers; `bounds[i]` and `bounds[i + 1]` are place i's."""
+
+    places: tuple[PlaceT, ...]
+    bounds: tuple[int, ...]
+    latest_s: float
+
+
+def cut(
+    places: Sequence[PlaceT], num_layers: int, *, heads: frozenset[int] | None = None
+) -> Cut[PlaceT] | None:
+    """Share `num_layers` out over all of `places`, at least one layer each.
+
+    `heads` are the indexes of places that may have the first layers; None: any. With up to four
+    places no other order and no other cut is earlier by more than a thousandth; with more the order
+    is that of the places as given, the first head moved to the front. None where it does not fit.
+    """
+    count = len(places)
+    if not 1 <= count <= num_layers or heads == frozenset():
+        return None
+    orders: _Orders = _every_order if count <= _EXACT_STAGES else _given_order
+    reach = _Reach(places, num_layers, heads)
+    found = reach.within(_LONGEST_S, orders)
+    if found is None:
+        return None
+    best = _scored(places, *found)
+    low = 0.0
+    for _ in range(_BISECTIONS):
+        if best.latest_s - low <= best.latest_s * _CLOSE_ENOUGH:
+            break
+        limit = (low + best.latest_s) / 2
+        found = reach.within(limit, orders)
+        if found is None:
+            low = limit
+        else:
+            best = _scored(places, *found)
+    return best
+
+
+def _scored(places: Sequence[PlaceT], order: Sequence[int], bounds: Sequence[int]) -> Cut[PlaceT]:
+    chosen = tuple(places[index] for index in order)
+    latest = max(
+        place.ready_s(start, end)
+        for place, start, end in zip(chosen, bounds, bounds[1:], strict=False)
+    )
+    return Cut(places=chosen, bounds=tuple(bounds), latest_s=latest)
+
+
+_Orders = Callable[["_Reach", float], "tuple[list[int], list[int]] | None"]
+
+
+class _Reach:
+    """How far a set of places gets into the model by a time limit."""
+
+    def __init__(
+        self, places: Sequence[Place], num_layers: int, heads: frozenset[int] | None
+    ) -> None:
+        self.places = places
+        self.num_layers = num_layers
+        self.heads = frozenset(range(len(places))) if heads is None else heads
+
+    def within(self, limit_s: float, orders: _Orders) -> tuple[list[int], list[int]] | None:
+        """An order of the places and bounds that are all ready by `limit_s`."""
+        return orders(self, limit_s)
+
+    def extend(self, index: int, start: int, stages_after: int, limit_s: float) -> int | None:
+        """The furthest end of a stage that begins at `start` there; None: not even one layer."""
+        ready_s = self.places[index].ready_s
+        low, high = start + 1, self.num_layers - stages_after
+        if low > high or ready_s(start, low) > limit_s:
+            return None
+        while low < high:
+            middle = (low + high + 1) // 2
+            if ready_s(start, middle) <= limit_s:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def _every_order(reach: _Reach, limit_s: float) -> tuple[list[int], list[int]] | None:
+    """Over sets of places: the furthest one gets with a set does not depend on the rest.
+
+    Getting further with the same set is never worse, since a place that starts later gets at
+    least as far. So 2^n sets are enough instead of n! orders.
+    """
+    count = len(reach.places)
+    best: dict[int, tuple[int, list[int], list[int]]] = {0: (0, [], [0])}
+    for used in range(1 << count):
+        state = best.get(used)
+        if state is None:
+            continue
+        at, order, bounds = state
+        after = count - len(order) - 1
+        for index in range(count):
+            if used >> index & 1 or (not order and index not in reach.heads):
+                continue
+            end = reach.extend(index, at, after, limit_s)
+            known = best.get(used | 1 << index)
+            if end is not None and (known is None or end > known[0]):
+                best[used | 1 << index] = (end, [*order, index], [*bounds, end])
+    full = best.get((1 << count) - 1)
+    return (full[1], full[2]) if full and full[0] == reach.num_layers else None
+
+
+def _given_order(reach: _Reach, limit_s: float) -> tuple[list[int], list[int]] | None:
+    count = len(reach.places)
+    head = min(reach.heads)
+    order = [head, *(index for index in range(count) if index != head)]
+    bounds = [0]
+    for position, index in enumerate(order):
+        end = reach.extend(index, bounds[-1], count - position - 1, limit_s)
+        if end is None:
+            return None
+        bounds.append(end)
+    return (order, bounds) if bounds[-1] == reach.num_layers else None
+
+
+def choose_places(
+    places: Sequence[PlaceT],
+    total_bytes: float,
+    stages: int,
+    *,
+    heads: frozenset[int],
+    full: int = 1,
+) -> tuple[PlaceT, ...] | None:
+    """The `stages` places that could have `total_bytes` of divisible weights ready earliest.
+
+    At least `full` of them are among `heads` (indexes). By a given time each place can have so
+    many bytes whatever the others do, so the best set for that time is the one with the most
+    bytes; the earliest time at which that is enough is found by bisection, to a thousandth.
+    """
+    if len(places) < stages or len(heads) < full:
+        return None
+    low, high = 0.0, 1.0
+    while (chosen := _enough_by(high, places, total_bytes, stages, heads, full)) is None:
+        low, high = high, high * 2
+        if high > _LONGEST_S:
+            return None
+    while high - low > high * _CLOSE_ENOUGH:
+        middle = (low + high) / 2
+        found = _enough_by(middle, places, total_bytes, stages, heads, full)
+        if found is None:
+            low = middle
+        else:
+            high, chosen = middle, found
+    return tuple(places[index] for index in chosen)
+
+
+def _enough_by(
+    seconds: float,
+    places: Sequence[Place],
+    total_bytes: float,
+    stages: int,
+    heads: frozenset[int],
+    full: int,
+) -> list[int] | None:
+    amounts = [place.bytes_by(seconds) for place in places]
+    order = sorted(range(len(places)), key=lambda index: (-amounts[index], index))
+    best_heads = [index for index in order if index in heads][:full]
+    others = [index for index in order if index not in best_heads]
+    chosen = best_heads + others[: stages - full]
+    return chosen if sum(amounts[index] for index in chosen) >= total_bytes else None
+
+
+@lru_cache(maxsize=1024)
+def equal_bounds(layer_bytes: tuple[int, ...], stages: int) -> tuple[int, ...]:
+    """Cut by bytes as equally as whole layers allow, as HydraServe does offline.
+
+    Each layer goes to the lightest stage, ties to the later one; the counts are then put in order.
+    """
+    sizes = [0.0] * stages
+    counts = [0] * stages
+    common = min(layer_bytes)
+    sizes[0] += layer_bytes[0] - common
+    sizes[-1] += layer_bytes[-1] - common
+    for _ in layer_bytes:
+        lightest = min(range(stages), key=lambda stage: (sizes[stage], -stage))
+        sizes[lightest] += common
+        counts[lightest] += 1
+    bounds = [0]
+    for count in counts:
+        bounds.append(bounds[-1] + count)
+    return tuple(bounds)

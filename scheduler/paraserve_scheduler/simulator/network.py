@@ -1,0 +1,121 @@
+"""Fetches as fluid flows over node links, peer uplinks and the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+
+from paraserve_scheduler.contention import Claim, Flow, fair_rates
+from paraserve_scheduler.simulator.heap import Heap
+
+#: Less than a byte is left by rounding only.
+_NOTHING = 0.5
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Transfer:
+    """A running fetch; owned by `Network`."""
+
+    flow: Flow
+    node: str
+    deadline_s: float | None
+    remaining_bytes: float
+    done: Callable[[], None]
+    rate: float = 0.0
+
+
+class Network:
+    """All running transfers. Their rates change only when one begins or ends."""
+
+    def __init__(self, heap: Heap, capacities: Mapping[Hashable, float]) -> None:
+        self._heap = heap
+        self._capacities = dict(capacities)
+        self._transfers: list[Transfer] = []
+        self._updated_s = 0.0
+        #: Wakes of earlier rates are out of date.
+        self._version = 0
+        self._moved_bytes: dict[Hashable, float] = {}
+
+    def begin(
+        self,
+        size_bytes: float,
+        *,
+        node: str,
+        links: tuple[Hashable, ...],
+        done: Callable[[], None],
+        rank: int = 0,
+        deadline_s: float | None = None,
+    ) -> Transfer:
+        """Move bytes over `links` to `node`; `done` is called when the last has arrived."""
+        transfer = Transfer(
+            flow=Flow(links=links, rank=rank),
+            node=node,
+            deadline_s=deadline_s,
+            remaining_bytes=size_bytes,
+            done=done,
+        )
+        self._advance()
+        self._transfers.append(transfer)
+        self._share()
+        return transfer
+
+    def cancel(self, transfer: Transfer) -> None:
+        if transfer in self._transfers:
+            self._advance()
+            self._transfers.remove(transfer)
+            self._share()
+
+    def claims(self) -> dict[str, list[Claim]]:
+        """The running fetches of every node that has any."""
+        self._advance()
+        claims: dict[str, list[Claim]] = {}
+        for it in self._transfers:
+            claim = Claim(remaining_bytes=it.remaining_bytes, deadline_s=it.deadline_s)
+            # What runs in the background gives way to a new fetch.
+            if it.flow.rank >= 0:
+                claims.setdefault(it.node, []).append(claim)
+        return claims
+
+    def fetches_from(self, link: Hashable) -> int:
+        return sum(link in it.flow.links for it in self._transfers)
+
+    def moved_into(self, nodes: Iterable[str]) -> float:
+        """Bytes that have arrived at these nodes over the network."""
+        return sum(self._moved_bytes.get(("into", node), 0.0) for node in nodes)
+
+    def _advance(self) -> None:
+        passed_s = self._heap.now_s - self._updated_s
+        self._updated_s = self._heap.now_s
+        if passed_s > 0:
+            for it in self._transfers:
+                moved = min(it.remaining_bytes, it.rate * passed_s)
+                it.remaining_bytes -= moved
+                for link in it.flow.links:
+                    self._moved_bytes[link] = self._moved_bytes.get(link, 0.0) + moved
+
+    def _share(self) -> None:
+        rates = fair_rates([it.flow for it in self._transfers], self._capacities)
+        for it, rate in zip(self._transfers, rates, strict=True):
+            it.rate = rate
+        self._version += 1
+        next_s = min(
+            (it.remaining_bytes / it.rate for it in self._transfers if it.rate > 0),
+            default=None,
+        )
+        if next_s is not None:
+            self._heap.after(next_s, self._wake, self._version)
+
+    def _wake(self, version: int) -> None:
+        if version != self._version:
+            return
+        self._advance()
+        ended = [
+            it
+            for it in self._transfers
+            # Rounding of the time must not make one wait for ever.
+            if it.remaining_bytes <= max(_NOTHING, it.rate * 1e-9)
+        ]
+        self._transfers = [it for it in self._transfers if it not in ended]
+        self._share()
+        for it in ended:
+            it.done()

@@ -1,0 +1,84 @@
+"""What the policy is told of the simulated cluster: no more than a scheduler would know."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+from paraserve_scheduler.contention import Claim
+from paraserve_scheduler.fleet import Need, Node, ReplicaLoad
+from paraserve_scheduler.simulator.description import DeploymentDescription
+from paraserve_scheduler.simulator.memory import NodeMemory
+from paraserve_scheduler.simulator.replicas import SimReplica
+from paraserve_scheduler.simulator.workload import Request
+
+#: What the arrival history of a deployment keeps.
+_HISTORY = 32
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Served:
+    """A deployment as its gateway and the scheduler see it."""
+
+    description: DeploymentDescription
+    queue: deque[Request] = field(default_factory=deque)
+    replicas: list[SimReplica] = field(default_factory=list)
+    arrivals_s: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY))
+    last_number: int = 0
+    service_s: float | None = None
+
+
+class NodeRecords:
+    """Records of nodes, made anew only for those that have changed."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, tuple[int, Node]] = {}
+
+    def get(self, memory: NodeMemory, claims: tuple[Claim, ...]) -> Node:
+        name = memory.description.name
+        version, record = self._records.get(name, (None, None))
+        if record is None or version != memory.version:
+            it = memory.description
+            record = Node(
+                name=name,
+                kind=it.kind,
+                nic_bytes_per_s=it.nic_bytes_per_s,
+                gpus=memory.records(),
+                cached=dict(memory.cached),
+            )
+            self._records[name] = (memory.version, record)
+        return replace(record, claims=claims) if claims else record
+
+
+def need_of(served: Served) -> Need:
+    it = served.description
+    return Need(
+        name=it.name,
+        weights=it.name,
+        model=it.model,
+        objectives=it.objectives,
+        waiting=len(served.queue),
+        oldest_s=served.queue[0].arrival_s if served.queue else None,
+        replicas=tuple(_load(replica) for replica in served.replicas),
+        arrivals_s=tuple(served.arrivals_s),
+        max_sequences=it.max_sequences,
+        max_stages=it.max_stages,
+        prompt_tokens=round(it.tokens.prompt.mean),
+        service_s=served.service_s,
+    )
+
+
+def _load(replica: SimReplica) -> ReplicaLoad:
+    reserved: dict[tuple[str, int], int] = {}
+    for stage in replica.stages:
+        reserved[stage.node, stage.gpu] = stage.reserved_bytes
+    return ReplicaLoad(
+        name=replica.name,
+        deployment=replica.deployment.name,
+        phase=replica.phase,
+        capacity=replica.capacity,
+        in_flight=replica.in_flight,
+        reserved_bytes=reserved,
+        idle_since_s=replica.idle_since_s,
+        is_growing=replica.is_growing,
+    )

@@ -1,0 +1,235 @@
+"""A simulated replica from its start to its end: processes, fetches, loading, growth.
+
+It knows nothing of policy: it does what a `Start` says with the constants of its nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from paraserve_scheduler.cost import ModelShape, runtime_s
+from paraserve_scheduler.fleet import ReplicaPhase, StageChoice, Start
+from paraserve_scheduler.simulator.description import DeploymentDescription
+from paraserve_scheduler.simulator.heap import Heap
+from paraserve_scheduler.simulator.memory import NodeMemory
+from paraserve_scheduler.simulator.network import Network, Transfer
+from paraserve_scheduler.simulator.serving import Batch
+from paraserve_scheduler.simulator.trace import Trace
+
+
+class Surroundings(Protocol):
+    """What replicas share."""
+
+    heap: Heap
+    network: Network
+    nodes: dict[str, NodeMemory]
+    trace: Trace
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SimReplica:
+    name: str
+    deployment: DeploymentDescription
+    start: Start
+    #: Those it holds now; the first is the head.
+    stages: list[StageChoice]
+    started_s: float
+    phase: ReplicaPhase = ReplicaPhase.STARTING
+    is_gone: bool = False
+    is_growing: bool = False
+    ready_s: float | None = None
+    idle_since_s: float | None = None
+    transfers: list[Transfer] = field(default_factory=list)
+    #: Set once it serves.
+    batch: Batch | None = None
+
+    @property
+    def model(self) -> ModelShape:
+        return self.deployment.model
+
+    @property
+    def full(self) -> int:
+        """Stages that have the memory of a full worker, and so its speed."""
+        whole = self.model.full_bytes
+        return max(1, sum(stage.reserved_bytes >= whole for stage in self.stages))
+
+    @property
+    def capacity(self) -> int:
+        return self.deployment.max_sequences * len(self.stages)
+
+    @property
+    def in_flight(self) -> int:
+        return self.batch.running if self.batch else 0
+
+
+def begin(replica: SimReplica, around: Surroundings, ready: Callable[[SimReplica], None]) -> None:
+    """Start all stages now; `ready` is called when the last can serve."""
+    waiting = len(replica.stages)
+
+    def stage_done() -> None:
+        nonlocal waiting
+        waiting -= 1
+        if waiting == 0 and not replica.is_gone:
+            ready(replica)
+
+    for stage in replica.stages:
+        has_slot = stage.uses_slot and _gpu_slot(around.nodes[stage.node], stage.gpu)
+        _begin_stage(replica, stage, around, has_slot, stage_done)
+
+
+def _gpu_slot(node: NodeMemory, gpu: int) -> bool:
+    node.version += 1
+    return node.gpus[gpu].take_slot()
+
+
+def _begin_stage(
+    replica: SimReplica,
+    stage: StageChoice,
+    around: Surroundings,
+    has_slot: bool,
+    done: Callable[[], None],
+) -> None:
+    method = around.nodes[stage.node].description.kind.start
+    if method.is_instant:
+        around.heap.after(0.0, done)
+        return
+    heap, began_s = around.heap, around.heap.now_s
+    process_s = runtime_s(method, has_slot=has_slot)
+    where = (stage.node, f"GPU {stage.gpu}")
+    size = replica.model.bytes_of(stage.start, stage.end)
+    setup_s = method.pipeline_setup_s if len(replica.stages) > 1 else 0.0
+
+    def loaded() -> None:
+        if not replica.is_gone:
+            around.trace.span(*where, f"load {replica.name}", after_s, heap.now_s, 0)
+            done()
+
+    after_s = began_s
+
+    def arrived() -> None:
+        nonlocal after_s
+        if replica.is_gone:
+            return
+        after_s = max(heap.now_s, began_s + process_s)
+        around.trace.span(*where, f"fetch {replica.name}", began_s, heap.now_s, size)
+        heap.at(after_s + method.tail_s + size * method.load_s_per_byte + setup_s, loaded)
+
+    around.trace.span(*where, f"runtime {replica.name}", began_s, began_s + process_s, 0)
+    fetch = _Fetch(replica, stage.node, [(stage.start, stage.end)], around, arrived)
+    if method.is_overlapped:
+        fetch.begin(rank=0, deadline_s=replica.start.deadline_s)
+    else:
+        heap.after(process_s, fetch.begin)
+
+
+class _Fetch:
+    """Layers that one stage lacks, from host memory if they are there, else over the network."""
+
+    def __init__(
+        self,
+        replica: SimReplica,
+        node: str,
+        spans: Sequence[tuple[int, int]],
+        around: Surroundings,
+        done: Callable[[], None],
+    ) -> None:
+        self._replica = replica
+        self._node = around.nodes[node]
+        self._spans = spans
+        self._around = around
+        self._done = done
+
+    def begin(self, rank: int = 0, deadline_s: float | None = None) -> None:
+        if self._replica.is_gone:
+            return
+        lacking = self._lacking_bytes()
+        self._node.used(self._replica.deployment.name)
+        if lacking == 0:
+            self._done()
+            return
+        self._node.version += 1
+        transfer = self._around.network.begin(
+            lacking,
+            node=self._node.description.name,
+            links=self._links(lacking),
+            done=self._arrived,
+            rank=rank,
+            deadline_s=deadline_s,
+        )
+        self._replica.transfers.append(transfer)
+
+    def _lacking_bytes(self) -> int:
+        model = self._replica.model
+        cached = self._node.cached.get(self._replica.deployment.name, ())
+        size = 0
+        for start, end in self._spans:
+            size += model.bytes_of(start, end)
+            for low, high in cached:
+                if low < end and start < high:
+                    size -= model.bytes_of(max(low, start), min(high, end))
+        return size
+
+    def _links(self, lacking: int) -> tuple[Hashable, ...]:
+        """Out of the store, unless the plan named a peer that still has the bytes."""
+        name = self._node.description.name
+        peers = [
+            source.peer
+            for stage in self._replica.start.stages
+            if stage.node == name
+            for source in stage.sources
+            if source.peer not in (None, name) and source.size_bytes >= lacking
+        ]
+        source: Hashable = ("out of", peers[0]) if peers else "store"
+        return (("into", name), source)
+
+    def _arrived(self) -> None:
+        self._node.version += 1
+        if self._replica.start.keeps_in_memory and not self._node.is_lost:
+            for start, end in self._spans:
+                self._node.keep(
+                    self._replica.deployment.name, start, end, self._replica.model.layer_bytes
+                )
+        self._done()
+
+
+def grow(replica: SimReplica, around: Surroundings, grown: Callable[[SimReplica], None]) -> None:
+    """Have every growing stage take in what it lacks; `grown` is called when all have."""
+    growing = [stage for stage in replica.stages if stage.grows]
+    replica.is_growing = True
+    waiting = len(growing)
+
+    def stage_done() -> None:
+        nonlocal waiting
+        waiting -= 1
+        if waiting == 0 and not replica.is_gone:
+            replica.is_growing = False
+            grown(replica)
+
+    for stage in growing:
+        _grow_stage(replica, stage, around, stage_done)
+
+
+def _grow_stage(
+    replica: SimReplica, stage: StageChoice, around: Surroundings, done: Callable[[], None]
+) -> None:
+    model, growth, heap = replica.model, replica.start.growth, around.heap
+    method = around.nodes[stage.node].description.kind.start
+    spans = [(0, stage.start), (stage.end, model.num_layers)]
+    size = model.total_bytes - model.bytes_of(stage.start, stage.end)
+    began_s = heap.now_s
+
+    def arrived() -> None:
+        where = (stage.node, f"GPU {stage.gpu}")
+        around.trace.span(*where, f"grow {replica.name}", began_s, heap.now_s, size)
+        heap.after(0.0 if method.is_instant else size * method.load_s_per_byte, done)
+
+    deadline_s = None
+    if growth.deadline_after_s is not None:
+        deadline_s = began_s + growth.deadline_after_s
+    fetch = _Fetch(replica, stage.node, spans, around, arrived)
+    if method.is_instant:
+        heap.after(0.0, done)
+    else:
+        fetch.begin(rank=-1 if growth.is_background else 0, deadline_s=deadline_s)

@@ -1,0 +1,109 @@
+"""What a run gave: attainment, percentiles, cost, bytes moved. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from paraserve_scheduler.simulator.description import DeploymentDescription
+from paraserve_scheduler.simulator.workload import Request
+from paraserve_scheduler.simulator.world import Outcome
+
+_GB = 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attainment:
+    """Of the requests of one application, or of all. Unfinished ones have missed."""
+
+    requests: int
+    #: Parts of 1.
+    ttft_met: float
+    tpot_met: float
+    cold: float
+    ttft_p50_s: float
+    ttft_p90_s: float
+    ttft_p99_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    all: Attainment
+    applications: Mapping[str, Attainment]
+    gpu_gb_s_per_request: float
+    moved_gb: float
+    cold_starts: int
+    #: Mean number of stages of a cold start.
+    stages: float
+    #: Median of |predicted - actual| / actual; None where the policy predicts nothing.
+    prediction_error: float | None
+    duration_s: float
+
+
+def summarize(outcome: Outcome, deployments: Sequence[DeploymentDescription]) -> Summary:
+    described = {it.name: it for it in deployments}
+    groups: dict[str, list[Request]] = {}
+    for request in outcome.requests:
+        groups.setdefault(described[request.deployment].application, []).append(request)
+    starts = outcome.cold_starts
+    errors = [
+        abs(it.predicted_s - it.actual_s) / it.actual_s
+        for it in starts
+        if it.predicted_s is not None and it.actual_s > 0
+    ]
+    return Summary(
+        all=_attainment(outcome.requests, described),
+        applications={name: _attainment(groups[name], described) for name in sorted(groups)},
+        gpu_gb_s_per_request=outcome.gpu_byte_s / _GB / max(1, len(outcome.requests)),
+        moved_gb=outcome.moved_bytes / _GB,
+        cold_starts=len(starts),
+        stages=sum(it.stages for it in starts) / max(1, len(starts)),
+        prediction_error=percentile(errors, 0.5) if errors else None,
+        duration_s=outcome.ended_s,
+    )
+
+
+def _attainment(
+    requests: Sequence[Request], described: Mapping[str, DeploymentDescription]
+) -> Attainment:
+    count = max(1, len(requests))
+    ttfts = [request.ttft_s for request in requests if request.ttft_s is not None]
+    tpots = [request.tpot_s for request in requests if request.tpot_s is not None]
+    return Attainment(
+        requests=len(requests),
+        ttft_met=sum(_meets_ttft(it, described[it.deployment]) for it in requests) / count,
+        tpot_met=sum(_meets_tpot(it, described[it.deployment]) for it in requests) / count,
+        cold=sum(request.was_cold for request in requests) / count,
+        ttft_p50_s=percentile(ttfts, 0.5),
+        ttft_p90_s=percentile(ttfts, 0.9),
+        ttft_p99_s=percentile(ttfts, 0.99),
+        tpot_p50_s=percentile(tpots, 0.5),
+        tpot_p99_s=percentile(tpots, 0.99),
+    )
+
+
+def _meets_ttft(request: Request, described: DeploymentDescription) -> bool:
+    limit_s = described.objectives.ttft_s
+    return request.ttft_s is not None and (limit_s is None or request.ttft_s <= limit_s)
+
+
+def _meets_tpot(request: Request, described: DeploymentDescription) -> bool:
+    limit_s = described.objectives.tpot_s
+    if request.end_s is None:
+        return False
+    return limit_s is None or request.tpot_s is None or request.tpot_s <= limit_s
+
+
+def percentile(values: Iterable[float], part: float) -> float:
+    """The value that `part` of them do not exceed; 0 of none."""
+    ordered = sorted(values)
+    if not ordered:
+        return 0.0
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    return asdict(summary)

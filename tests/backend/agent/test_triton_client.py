@@ -1,0 +1,105 @@
+"""Commands to models, over real gRPC on loopback with a server that answers as Triton does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from tritonclient.grpc import service_pb2 as messages
+from tritonclient.grpc.service_pb2_grpc import (
+    GRPCInferenceServiceServicer,
+    add_GRPCInferenceServiceServicer_to_server,
+)
+
+from paraserve_backend.agent.triton_client import TritonClient
+from paraserve_backend.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    ParaServeError,
+    Unavailable,
+)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Triton(GRPCInferenceServiceServicer):
+    """Answers a request with an empty final response, or ends the stream with a code."""
+
+    def __init__(self) -> None:
+        self.requests: list[messages.ModelInferRequest] = []
+        self.wants_codes: list[bool] = []
+        self.code: grpc.StatusCode | None = None
+        self.sentence = ""
+
+    async def ModelStreamInfer(
+        self, requests: AsyncIterator[messages.ModelInferRequest], context: Context
+    ) -> AsyncIterator[messages.ModelStreamInferResponse]:
+        metadata = dict(context.invocation_metadata() or ())
+        self.wants_codes.append(metadata.get("triton_grpc_error") == "true")
+        async for request in requests:
+            self.requests.append(request)
+            if self.code is not None:
+                await context.abort(self.code, self.sentence)
+            answer = messages.ModelStreamInferResponse(error_message=self.sentence)
+            answer.infer_response.parameters["triton_final_response"].bool_param = True
+            yield answer
+
+
+async def _command(triton: Triton) -> None:
+    server = grpc.aio.server()
+    add_GRPCInferenceServiceServicer_to_server(triton, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    client = TritonClient(f"127.0.0.1:{port}")
+    try:
+        async with asyncio.timeout(10):
+            await client.command("tiny.1", "do it")
+    finally:
+        await client.close()
+        await server.stop(grace=None)
+
+
+def _triton() -> Triton:
+    return Triton()  # type: ignore[abstract] # the other calls are not made
+
+
+def test_a_command_is_a_request_without_inputs() -> None:
+    triton = _triton()
+    asyncio.run(_command(triton))
+    (request,) = triton.requests
+    assert (request.model_name, list(request.inputs)) == ("tiny.1", [])
+    assert request.parameters["command"].string_param == "do it"
+    assert request.parameters["triton_enable_empty_final_response"].bool_param
+    assert triton.wants_codes == [True]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
+        (grpc.StatusCode.NOT_FOUND, NotFound),
+        (grpc.StatusCode.UNAVAILABLE, Unavailable),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
+        (grpc.StatusCode.INTERNAL, ParaServeError),
+    ],
+)
+def test_a_command_that_fails_raises_what_the_model_answered(
+    code: grpc.StatusCode, kind: type[ParaServeError]
+) -> None:
+    triton = _triton()
+    triton.code, triton.sentence = code, "There is no tiny.2."
+    with pytest.raises(ParaServeError, match=r"tiny\.1 refused a command: There is no") as caught:
+        asyncio.run(_command(triton))
+    assert type(caught.value) is kind
+
+
+def test_what_triton_itself_refuses_is_an_error_too() -> None:
+    triton = _triton()
+    triton.sentence = "Request for unknown model: 'tiny.1' is not found"
+    with pytest.raises(Unavailable, match="unknown model"):
+        asyncio.run(_command(triton))
