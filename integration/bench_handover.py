@@ -16,13 +16,11 @@ import shutil
 import signal
 import statistics
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -31,6 +29,7 @@ from rich.table import Table
 from integration.bench_coldstart import put_into_bucket
 from integration.checkpoints import LlamaShape, cached, llama_bytes, write_raw_bf16
 from integration.cluster import CappedCluster, capped_cluster, inside_hub, missing_requirement
+from integration.cutover import TimedAnswer, gap
 from integration.scenario import wait_for_zero
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
@@ -56,35 +55,18 @@ _POLL_S = 0.1
 _METRICS = ("kv_blocks_sent_ahead", "kv_blocks_sent_held", "requests_moved")
 
 
-@dataclass(slots=True)
-class Answer:
-    asked_s: float = 0.0
-    #: When each token came, seconds since the epoch.
-    token_s: list[float] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-
-    @property
-    def ttft_s(self) -> float:
-        return self.token_s[0] - self.asked_s
-
-    @property
-    def total_s(self) -> float:
-        return self.token_s[-1] - self.token_s[0]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
     """How the requests of a pipeline came over to the full instance."""
 
-    begin_s: float
-    end_s: float
-    #: The counters of the pipeline's head when all had left it.
+    pipeline: pb.ReplicaStatus
+    #: The counters of its head when all had left it.
     counts: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LongRun:
-    answers: tuple[Answer, ...]
+    answers: tuple[TimedAnswer, ...]
     cut: Cut | None
 
 
@@ -156,7 +138,7 @@ class _Bench:
         self._remove(name)
         return LongRun(answers=tuple(answers), cut=cut)
 
-    def burst(self, *, consolidate: bool) -> tuple[Answer, ...]:
+    def burst(self, *, consolidate: bool) -> tuple[TimedAnswer, ...]:
         """Send many short requests at once to a pipeline that serves already."""
         name = "spreading" if consolidate else "waiting"
         self._deploy(name, consolidate=consolidate, max_sequences=BURST_SEQUENCES)
@@ -186,34 +168,26 @@ class _Bench:
         wait_for_zero(self._layout, self._client, name, timeout_s=_KEEP_ALIVE_S + 60)
         self._client.delete(name)
 
-    def _ask(self, name: str, number: int, max_tokens: int) -> Answer:
-        answer = Answer(asked_s=time.time())
+    def _ask(self, name: str, number: int, max_tokens: int) -> TimedAnswer:
+        answer = TimedAnswer()
         settings = {"max_tokens": max_tokens, "ignore_eos": True}
         prompt = f"Request number {number} goes on while its model moves"
-        for piece in stream(
-            self._layout.gateway_address, name, prompt, settings, timeout_s=_TIMEOUT_S
-        ):
-            answer.token_s.extend([time.time()] * len(piece.token_ids))
-            answer.token_ids.extend(piece.token_ids)
+        answer.read(
+            stream(self._layout.gateway_address, name, prompt, settings, timeout_s=_TIMEOUT_S)
+        )
         return answer
 
     def _watch(self, name: str) -> Cut | None:
-        """Follow the hand-over of the first replica; `None` if none came before the answers."""
+        """Follow the hand-over of the first replica; `None` if it went without one."""
         counts: dict[str, float] = {}
-        deadline_s = time.monotonic() + _TIMEOUT_S
-        while time.monotonic() < deadline_s:
+        while True:
             (deployment,) = self._client.status(name).deployments
             first = next((r for r in deployment.replicas if r.replica == f"{name}.1"), None)
-            if first is not None and first.hand_over_begin_s:
+            if first is not None and first.hand_over_begin_s and not first.removed_s:
                 counts = self._counts(first) or counts
-                if first.hand_over_end_s and first.phase != pb.READY:
-                    return Cut(
-                        begin_s=first.hand_over_begin_s, end_s=first.hand_over_end_s, counts=counts
-                    )
-            if threading.main_thread().is_alive() and first is not None and first.removed_s:
-                return None
+            if first is not None and first.removed_s:
+                return Cut(pipeline=first, counts=counts) if counts else None
             time.sleep(_POLL_S)
-        return None
 
     def _counts(self, replica: pb.ReplicaStatus) -> dict[str, float]:
         """Read the head's counters from its Triton; empty when the model has gone."""
@@ -231,7 +205,10 @@ class _Bench:
 
 
 def summary(
-    staying: LongRun, moving: LongRun, waiting: Sequence[Answer], spreading: Sequence[Answer]
+    staying: LongRun,
+    moving: LongRun,
+    waiting: Sequence[TimedAnswer],
+    spreading: Sequence[TimedAnswer],
 ) -> dict[str, object]:
     """Compare the runs.
 
@@ -242,44 +219,23 @@ def summary(
         raise ParaServeError("No request moved: the answers ended before the full instance came.")
     if [a.token_ids for a in staying.answers] != [a.token_ids for a in moving.answers]:
         raise ParaServeError("Requests that moved got other tokens than those that stayed.")
-    tpot_s, gap_s = gaps(moving.answers, moving.cut)
+    felt = gap(moving.answers, moving.cut.pipeline)
     ahead, held = (moving.cut.counts[f"kv_blocks_sent_{when}"] for when in ("ahead", "held"))
-    total = {run: _median([a.total_s for a in run.answers]) for run in (staying, moving)}
-    ttft = {
-        name: statistics.mean(a.ttft_s for a in b)
-        for name, b in (("waiting", waiting), ("spreading", spreading))
-    }
-    figures: dict[str, object] = {
+    decode_s = [statistics.median(a.decode_s for a in run.answers) for run in (staying, moving)]
+    ttft_s = [statistics.mean(a.ttft_s for a in burst) for burst in (waiting, spreading)]
+    return {
         "streams": len(moving.answers),
         "tokens_each": len(moving.answers[0].token_ids),
         "requests_moved": moving.cut.counts["requests_moved"],
-        "pipeline_tpot_ms": round(tpot_s * 1e3, 1),
-        "longest_gap_ms": round(gap_s * 1e3, 1),
-        "gap_over_tpot": round(gap_s / tpot_s, 2),
+        "pipeline_tpot_ms": round(felt.tpot_s * 1e3, 1),
+        "longest_gap_ms": round(felt.longest_s * 1e3, 1),
+        "gap_over_tpot": round(felt.over_tpot, 2),
         "kv_share_sent_held": round(held / (ahead + held), 3),
-        "long_generation_speedup": round(total[staying] / total[moving], 2),
-        "burst_mean_ttft_speedup": round(ttft["waiting"] / ttft["spreading"], 2),
+        "long_generation_speedup": round(decode_s[0] / decode_s[1], 2),
+        "burst_mean_ttft_speedup": round(ttft_s[0] / ttft_s[1], 2),
         "targets": TARGETS,
+        "met": felt.over_tpot <= TARGETS["gap_over_tpot"],
     }
-    return {**figures, "met": gap_s / tpot_s <= TARGETS["gap_over_tpot"]}
-
-
-def gaps(answers: Sequence[Answer], cut: Cut) -> tuple[float, float]:
-    """Return the pipeline's median time per token, and the longest gap at the cut-over, seconds."""
-    before, during = [], []
-    for answer in answers:
-        for earlier_s, later_s in pairwise(answer.token_s):
-            if later_s < cut.begin_s:
-                before.append(later_s - earlier_s)
-            elif earlier_s < cut.end_s:
-                during.append(later_s - earlier_s)
-    if not before or not during:
-        raise ParaServeError("No request ran across the cut-over.")
-    return _median(before), max(during)
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values)
 
 
 def _table(result: dict[str, object]) -> Table:

@@ -1,8 +1,9 @@
 """The main path on this machine, start to end: `make demo`.
 
 A cluster of four nodes comes up, a checkpoint is put into its bucket, one plain Triton request
-starts the model on all nodes at once and streams tokens, and the model goes back to zero. The last
-line is one JSON object; the exit status is 1 if anything was not as it should be.
+starts the model on all nodes at once and streams tokens, the pipeline becomes one full instance
+under a running request, and the model goes back to zero. The last line is one JSON object; the
+exit status is 1 if anything was not as it should be.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
 
 from integration.bucket import upload
 from integration.checkpoints import LlamaShape, cached, write_with_transformers
+from integration.cutover import TimedAnswer, gap, wait_until_removed
 from integration.scenario import Answer, ask, cold_start, wait_for_zero
 from paraserve_backend.agent.node import available_bytes
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler import timeline
 from paraserve_scheduler.client import SchedulerClient
+from paraserve_scheduler.generation import stream
 from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
 from paraserve_scheduler.local.layout import ClusterLayout
 
@@ -32,8 +37,12 @@ NAME = "demo"
 SHAPE = LlamaShape(layers=8, hidden=768, intermediate=2048, heads=12, kv_heads=4)
 PROMPT = "A model at zero starts when"
 MAX_TOKENS = 32
+LONG_PROMPT = "A pipeline that serves becomes"
+#: More than it takes to consolidate.
+LONG_TOKENS = 1900
 KEEP_ALIVE_S = 5.0
 _ZERO_TIMEOUT_S = 60.0
+_CONSOLIDATION_TIMEOUT_S = 120.0
 
 
 def main() -> int:
@@ -93,9 +102,17 @@ def _show(
     )
     answer = _ask(layout, console)
     replica = cold_start(client, NAME)
+    # At once: an idle replica goes to zero instead.
+    long, pipeline = _consolidate(layout, client, replica.replica, console)
+    felt = gap([long], pipeline)
     console.print()
-    console.print(timeline.render(replica, width=console.width))
-    _require_reference(checkpoint, answer, console)
+    console.print(timeline.render(pipeline, width=console.width))
+    console.print(
+        f"[bold]Consolidated[/] into one full instance while a request was running. Its longest "
+        f"pause was {felt.longest_s * 1e3:.0f} ms, {felt.over_tpot:.1f} times what a token took."
+    )
+    _require_reference(checkpoint, PROMPT, answer.token_ids, console)
+    _require_reference(checkpoint, LONG_PROMPT, tuple(long.token_ids), console)
     with console.status(f"waiting for scale to zero (idle for {KEEP_ALIVE_S:.0f} s)"):
         wait_for_zero(layout, client, NAME, timeout_s=KEEP_ALIVE_S + _ZERO_TIMEOUT_S)
     console.print("[bold]At zero again:[/] no node holds a model.\n")
@@ -104,6 +121,8 @@ def _show(
         "stages": len(replica.parts),
         "ttft_s": round(answer.ttft_s, 3),
         "tokens_match_reference": True,
+        "consolidated": True,
+        "gap_over_tpot": round(felt.over_tpot, 2),
         "scaled_to_zero": True,
     }
 
@@ -124,17 +143,41 @@ def _ask(layout: ClusterLayout, console: Console) -> Answer:
     return answer
 
 
+def _consolidate(
+    layout: ClusterLayout, client: SchedulerClient, replica: str, console: Console
+) -> tuple[TimedAnswer, pb.ReplicaStatus]:
+    """Keep one request running until the pipeline has become a full instance."""
+    answer, stopping = TimedAnswer(), threading.Event()
+    settings = {"max_tokens": LONG_TOKENS, "ignore_eos": True}
+    pieces = stream(
+        layout.gateway_address, NAME, LONG_PROMPT, settings, timeout_s=_CONSOLIDATION_TIMEOUT_S
+    )
+    with (
+        console.status("a long request runs while the pipeline becomes one full instance"),
+        ThreadPoolExecutor(1) as thread,
+    ):
+        asked = thread.submit(answer.read, pieces, stopping)
+        try:
+            pipeline = wait_until_removed(client, NAME, replica, timeout_s=_CONSOLIDATION_TIMEOUT_S)
+        finally:
+            stopping.set()
+        asked.result()
+    return answer, pipeline
+
+
 def _write_now(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def _require_reference(checkpoint: Path, answer: Answer, console: Console) -> None:
+def _require_reference(
+    checkpoint: Path, prompt: str, token_ids: tuple[int, ...], console: Console
+) -> None:
     with console.status("computing the same with transformers in one process"):
-        expected = reference_ids(checkpoint, PROMPT, MAX_TOKENS)
-    if answer.token_ids != expected:
+        expected = reference_ids(checkpoint, prompt, len(token_ids))
+    if token_ids != expected:
         raise ParaServeError(
-            f"The tokens differ from transformers': got {list(answer.token_ids)}, "
+            f"The tokens differ from transformers': got {list(token_ids)}, "
             f"expected {list(expected)}."
         )
     console.print(f"\n[bold]All {len(expected)} token ids equal those of transformers.[/]")

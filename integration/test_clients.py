@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
+from tritonclient.grpc import InferenceServerClient
 
 from integration.clients import commands, environments, triton
 from integration.clients.question import Answer, Ask, Gateway, Look, Question, Sight
-from integration.tiny_cluster import Cluster
+from integration.tiny_cluster import Cluster, wait_until
 
 MODEL = "llama-sharded"
 PROMPT = [5, 6, 7]
@@ -60,6 +61,9 @@ def gateway(cluster: Cluster) -> Gateway:
 def deployed(cluster: Cluster) -> Iterator[str]:
     """A deployment at zero; of one stage, since a client cannot tell how many there are."""
     cluster.deploy("asked", MODEL, stages=1)
+    # The gateway hears of it a moment after the scheduler has answered.
+    with closing(InferenceServerClient(cluster.layout.gateway_address)) as client:
+        wait_until(lambda: client.is_model_ready("asked"))
     try:
         yield "asked"
     finally:

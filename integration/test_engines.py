@@ -166,11 +166,13 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         for name in ("ours", "theirs"):
             client.load_model(name)
         yield Pair(server=server, model=model)
+        processes = ProcessTable(server.model_repository).find()
         for name in ("ours", "theirs"):
             client.unload_model(name)
         client.close()
         wait_until(lambda: not server.shm_regions())
-    assert not list(SHM.glob("paraserve-standalone-*"))
+    for stub in processes:
+        assert not list(SHM.glob(f"paraserve-standalone-{stub.pid}-*"))
 
 
 def test_a_running_request_moves_to_another_engine_and_back(pair: Pair) -> None:

@@ -144,7 +144,7 @@ class Growth:
     """How a pipeline's growing stages take in the layers they lack."""
 
     #: Its fetches get only what others leave.
-    is_background: bool = True
+    is_background: bool = False
     #: Running requests stand still while their KV cache moves.
     pauses: bool = False
     #: Fetches have to end so many seconds after they begin, as far as others are concerned.

@@ -19,6 +19,7 @@ from paraserve_scheduler.cost import (
 from paraserve_scheduler.fleet import (
     Fleet,
     Gpu,
+    Growth,
     Need,
     Node,
     Prediction,
@@ -38,6 +39,9 @@ class PlanningConfig:
     tpot_batch: int = 4
     #: Fetched layers stay in host memory when their replica goes.
     keeps_in_memory: bool = True
+    #: Growing stages fetch only with what starts leave. Where the network is always busy with
+    #: starts, pipelines then stay pipelines, and what holds their memory is slow.
+    grows_in_background: bool = False
 
 
 def plan(
@@ -77,7 +81,7 @@ def _best(
         spots = find_spots(need, rooms, stages, supply)
         for full in range(1, min(stages, replicas) + 1):
             for option in _options(need, spots, stages, full, now_s, config):
-                if best is None or _preference(option, now_s) < _preference(best, now_s):
+                if best is None or _preference(option) < _preference(best):
                     best = option
         # One more stage holds more memory for as long: what it fetches sooner, the head fetches
         # later to become whole.
@@ -91,15 +95,12 @@ def _meets(start: Start) -> bool:
     return prediction is not None and prediction.meets_ttft and prediction.meets_tpot
 
 
-def _preference(start: Start, now_s: float) -> tuple[bool, bool, float, int]:
-    """Of two starts the smaller is the better one."""
+def _preference(start: Start) -> tuple[bool, bool, float, int]:
     prediction = start.prediction
     assert prediction is not None, "every option is predicted"
-    # Who has missed the objective already is served at the least cost to the others.
-    is_missed = start.deadline_s is not None and start.deadline_s <= now_s
-    by_cost = _meets(start) or is_missed
-    value = prediction.cost_byte_s if by_cost else prediction.ttft_s
-    return (not _meets(start), not prediction.meets_tpot, value, len(start.stages))
+    meets = prediction.meets_ttft and prediction.meets_tpot
+    value = prediction.cost_byte_s if meets else prediction.ttft_s
+    return (not meets, not prediction.meets_tpot, value, len(start.stages))
 
 
 def _options(
@@ -151,6 +152,7 @@ def _start(
         prediction=prediction,
         deadline_s=_deadline(need, now_s),
         keeps_in_memory=config.keeps_in_memory,
+        growth=Growth(is_background=config.grows_in_background),
     )
 
 

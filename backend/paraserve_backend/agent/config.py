@@ -9,6 +9,17 @@ from typing import Annotated
 from paraserve_backend.errors import InvalidRequest
 
 
+_ADDRESSES = (
+    "scheduler",
+    "triton",
+    "listen",
+    "advertise",
+    "advertise_triton",
+    "peer_listen",
+    "advertise_peers",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
     """Addresses are host:port."""
@@ -19,7 +30,8 @@ class AgentConfig:
     model_repository: Annotated[Path, "Shared with Triton, at the same path for both."]
     run_dir: Annotated[
         Path,
-        "In memory (below /dev/shm): weights and channel keys lie here, while the agent runs.",
+        "In memory (below /dev/shm): weights and channel keys lie here. The weights that tier_bytes "
+        "allows outlive the agent, for the next one.",
     ]
     listen: Annotated[str, "Where this agent listens; port 0 takes a free one."] = "127.0.0.1:8500"
     advertise: Annotated[
@@ -51,6 +63,25 @@ class AgentConfig:
         Path | None,
         "Holds name=secret where Triton runs with --grpc-restricted-protocol=...:name=secret.",
     ] = None
+    tier_bytes: Annotated[
+        int | None,
+        "Memory for weights of replicas that are gone, to start them again without a fetch; 0 keeps "
+        "none. It is a part of memory_bytes and gives way to replicas, so that much is no loss: if "
+        "not set, half of memory_bytes.",
+    ] = None
+    peer_listen: Annotated[
+        str | None,
+        "Where other agents read this node's weights, if not on a free port of listen's host.",
+    ] = None
+    advertise_peers: Annotated[
+        str | None, "How other agents reach that address, if not as peer_listen says."
+    ] = None
+    peer_bytes_per_s: Annotated[
+        float | None,
+        "What all other agents together may read; 0 serves none. If not set, half of "
+        "nic_bytes_per_s.",
+    ] = None
+    peer_connections: Annotated[int, "Reads of other agents at once."] = 8
     fetch_threads: Annotated[int, "Connections per fetch."] = 4
     part_deadline_s: Annotated[
         float,
@@ -67,7 +98,7 @@ class AgentConfig:
     watch_interval_s: Annotated[float, "How often processes and Triton are looked at."] = 0.5
 
     def __post_init__(self) -> None:
-        for key in ("scheduler", "triton", "listen", "advertise", "advertise_triton"):
+        for key in _ADDRESSES:
             address: str | None = getattr(self, key)
             if address is not None:
                 _require_address(key, address)
@@ -75,6 +106,16 @@ class AgentConfig:
             raise InvalidRequest("run_dir and model_repository must be absolute paths.")
         if not 0 < self.channel_port_start < self.channel_port_end <= 65536:
             raise InvalidRequest("channel_port_start must be below channel_port_end.")
+        if (self.tier_bytes or 0) < 0 or (self.peer_bytes_per_s or 0) < 0:
+            raise InvalidRequest("tier_bytes and peer_bytes_per_s must not be negative.")
+        if self.peer_connections < 1:
+            raise InvalidRequest("peer_connections must be at least 1; peer_bytes_per_s: 0 is off.")
+
+    @property
+    def peer_rate_bytes_per_s(self) -> float:
+        if self.peer_bytes_per_s is not None:
+            return self.peer_bytes_per_s
+        return self.nic_bytes_per_s / 2
 
 
 def _require_address(key: str, address: str) -> None:

@@ -72,7 +72,9 @@ class EngineHost:
 
     def close(self) -> None:
         """Stop the engine; whoever is still running gets an error."""
-        self._loop.call_soon_threadsafe(self._stopping.set)
+        # A loop that has ended by itself takes no calls any more.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
 
     # ---- the loop's thread ----

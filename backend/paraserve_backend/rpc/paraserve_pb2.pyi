@@ -60,6 +60,7 @@ class NodeInfo(_message.Message):
     CHANNEL_PORT_START_FIELD_NUMBER: _builtins.int
     CHANNEL_PORT_END_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    PEER_ADDRESS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     agent_address: _builtins.str
     """host:port of service Agent"""
@@ -76,6 +77,8 @@ class NodeInfo(_message.Message):
     channel_port_start: _builtins.int
     """[start, end)"""
     channel_port_end: _builtins.int
+    peer_address: _builtins.str
+    """host:port where other agents read its tier; empty: nowhere"""
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"cpu", "cuda:0", ..."""
@@ -93,10 +96,11 @@ class NodeInfo(_message.Message):
         channel_port_start: _builtins.int = ...,
         channel_port_end: _builtins.int = ...,
         devices: _abc.Iterable[_builtins.str] | None = ...,
+        peer_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_address", b"agent_address", "channel_host", b"channel_host", "channel_port_end", b"channel_port_end", "channel_port_start", b"channel_port_start", "devices", b"devices", "memory_bytes", b"memory_bytes", "name", b"name", "nic_bytes_per_s", b"nic_bytes_per_s", "run_dir", b"run_dir", "triton_grpc_address", b"triton_grpc_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_address", b"agent_address", "channel_host", b"channel_host", "channel_port_end", b"channel_port_end", "channel_port_start", b"channel_port_start", "devices", b"devices", "memory_bytes", b"memory_bytes", "name", b"name", "nic_bytes_per_s", b"nic_bytes_per_s", "peer_address", b"peer_address", "run_dir", b"run_dir", "triton_grpc_address", b"triton_grpc_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -130,9 +134,12 @@ class NodeStatus(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     TIER_USED_BYTES_FIELD_NUMBER: _builtins.int
+    TIER_CACHED_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     triton_live: _builtins.bool
     tier_used_bytes: _builtins.int
+    tier_cached_bytes: _builtins.int
+    """the part of it that gives way to replicas"""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartStatus]: ...
     @_builtins.property
@@ -145,10 +152,11 @@ class NodeStatus(_message.Message):
         parts: _abc.Iterable[Global___PartStatus] | None = ...,
         tier: _abc.Iterable[Global___TierObject] | None = ...,
         tier_used_bytes: _builtins.int = ...,
+        tier_cached_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "parts", b"parts", "tier", b"tier", "tier_used_bytes", b"tier_used_bytes", "triton_live", b"triton_live"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "parts", b"parts", "tier", b"tier", "tier_cached_bytes", b"tier_cached_bytes", "tier_used_bytes", b"tier_used_bytes", "triton_live", b"triton_live"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -315,6 +323,8 @@ class Fetch(_message.Message):
     REGION_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     BACKGROUND_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    RESERVED_BYTES_FIELD_NUMBER: _builtins.int
     plan_json: _builtins.bytes
     """paraserve_backend.weights.plan.FetchPlan"""
     endpoint_url: _builtins.str
@@ -323,6 +333,14 @@ class Fetch(_message.Message):
     """from now; 0: the agent's default"""
     background: _builtins.bool
     """nobody waits for it: one connection only"""
+    reserved_bytes: _builtins.int
+    """Memory that its replica may use on this node, these weights included; what is only cached in
+    the tier gives way to it. 0: just the weights.
+    """
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """host:port of agents whose tiers have some of the objects' bytes"""
+
     def __init__(
         self,
         *,
@@ -331,10 +349,12 @@ class Fetch(_message.Message):
         region: _builtins.str = ...,
         deadline_s: _builtins.float = ...,
         background: _builtins.bool = ...,
+        peers: _abc.Iterable[_builtins.str] | None = ...,
+        reserved_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "deadline_s", b"deadline_s", "endpoint_url", b"endpoint_url", "plan_json", b"plan_json", "region", b"region"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "deadline_s", b"deadline_s", "endpoint_url", b"endpoint_url", "peers", b"peers", "plan_json", b"plan_json", "region", b"region", "reserved_bytes", b"reserved_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

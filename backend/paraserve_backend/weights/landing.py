@@ -1,6 +1,7 @@
 """How a fetch lies in a tier's folder: what its writer and its readers, two processes, agree on.
 
 objects/<name>                 one sparse file per object version, tensors at their own offset
+cache/<name>                   which bytes of it stay when no fetch needs them
 fetches/<fetch_id>/manifest.json    the plan, the part size, the objects' file names
 fetches/<fetch_id>/progress         one status byte, then one byte per part
 fetches/<fetch_id>/files/<key>      small files, each complete as soon as it is there
@@ -23,6 +24,7 @@ from paraserve_backend import errors
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.weights.objects import ObjectRange, StoredObject
 from paraserve_backend.weights.plan import FetchPlan, split_parts
+from paraserve_backend.weights.spans import Span
 
 OBJECTS = "objects"
 FETCHES = "fetches"
@@ -90,6 +92,13 @@ class PartTable:
         first = bisect_right(starts, wanted.start) - 1
         return self._numbers[wanted.object_key][first : bisect_left(starts, wanted.end)]
 
+    def touching(self, key: str, span: Span) -> list[int]:
+        """Return the numbers of the parts that hold any byte of `span`, in the object's order."""
+        starts = self._starts.get(key, [])
+        first = max(bisect_right(starts, span[0]) - 1, 0)
+        numbers = self._numbers.get(key, [])[first : bisect_left(starts, span[1])]
+        return [number for number in numbers if self.parts[number].end > span[0]]
+
 
 class Progress:
     """The progress file, mapped: a status byte, then 1 for every part in place, then the error.
@@ -152,7 +161,7 @@ class Progress:
         self._map.close()
 
 
-def write_atomically(path: Path, content: bytes | bytearray) -> None:
+def write_atomically(path: Path, content: bytes | bytearray | memoryview) -> None:
     """Write a file that a reader finds complete or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_bytes(content)

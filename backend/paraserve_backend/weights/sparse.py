@@ -42,3 +42,14 @@ def first_hole(path: Path, span: Span) -> int | None:
             return start
         hole = start if data > start else os.lseek(file.fileno(), start, os.SEEK_HOLE)
     return hole if hole < end else None
+
+
+def free_bytes(directory: Path) -> int:
+    """Return how much room the file system of `directory` has left."""
+    stat = os.statvfs(directory)
+    return stat.f_bavail * stat.f_frsize
+
+
+def used_bytes(path: Path) -> int:
+    """Return the memory or disk that a file takes, holes not counted."""
+    return path.stat().st_blocks * 512

@@ -24,6 +24,7 @@ from paraserve_backend.weights.landing import (
 from paraserve_backend.weights.objects import ObjectRange, StoredObject
 from paraserve_backend.weights.plan import FetchPlan
 from paraserve_backend.weights.spans import Span, merge
+from paraserve_backend.weights.sparse import free_bytes
 
 
 class TierFetch:
@@ -43,6 +44,16 @@ class TierFetch:
         )
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._needed = {
+            key: merge((part.start, part.end) for part in self.parts if part.object_key == key)
+            for key in self._objects
+        }
+        #: File name in the tier to the object, and to the small file.
+        self.object_names = {self.name_of(stored): stored for stored in self.plan.objects}
+        self.file_names = {self.name_of(stored): stored for stored in self.plan.files}
+
+    def name_of(self, stored: StoredObject) -> str:
+        return object_name(self.plan.source_uri, stored)
 
     @property
     def parts(self) -> tuple[ObjectRange, ...]:
@@ -61,8 +72,7 @@ class TierFetch:
         return [part for part in range(len(self.parts)) if part not in landed]
 
     def missing_files(self) -> list[StoredObject]:
-        folder = self._fetch_dir / FILES
-        return [stored for stored in self.plan.files if not (folder / stored.key).exists()]
+        return [stored for stored in self.plan.files if not self.has_file(stored.key)]
 
     def write_part(self, part: int, content: memoryview) -> None:
         """Put a part's bytes in place and tell readers.
@@ -74,7 +84,7 @@ class TierFetch:
         position = wanted.start
         # Not through a mapping: a page written whole need not be faulted in and zeroed first,
         # which costs more than the copy, and a full file system is an error instead of a SIGBUS.
-        with room_for(self.plan):
+        with room_for(self.plan, self._tier_dir):
             while position < wanted.end:
                 position += os.pwrite(fd, content[position - wanted.start :], position)
         self._progress.mark_landed(part)
@@ -83,9 +93,19 @@ class TierFetch:
         """Count a part as landed that another fetch has put in place."""
         self._progress.mark_landed(part)
 
-    def write_file(self, key: str, content: bytes | bytearray) -> None:
-        with room_for(self.plan):
-            write_atomically(self._fetch_dir / FILES / key, content)
+    def write_file(self, key: str, content: bytes | bytearray | memoryview) -> None:
+        with room_for(self.plan, self._tier_dir):
+            write_atomically(self.file_path(key), content)
+
+    def adopt_file(self, key: str, path: Path) -> None:
+        """Take a small file that is in the tier already."""
+        self.file_path(key).hardlink_to(path)
+
+    def file_path(self, key: str) -> Path:
+        return self._fetch_dir / FILES / key
+
+    def has_file(self, key: str) -> bool:
+        return self.file_path(key).exists()
 
     def finish(self) -> None:
         """Every part and file is in place."""
@@ -102,8 +122,17 @@ class TierFetch:
         landed = (self.parts[part] for part in self._progress.landed())
         return merge((part.start, part.end) for part in landed if part.object_key == key)
 
+    def landed_within(self, key: str, span: Span) -> tuple[Span, ...]:
+        """Return which bytes of the parts that touch `span` are in place."""
+        parts = (
+            self.parts[part]
+            for part in self._table.touching(key, span)
+            if self._progress.has_landed(part)
+        )
+        return merge((part.start, part.end) for part in parts)
+
     def needed_spans(self, key: str) -> tuple[Span, ...]:
-        return merge((part.start, part.end) for part in self.parts if part.object_key == key)
+        return self._needed[key]
 
     def resume(self) -> None:
         """Go on after `fail`."""
@@ -129,10 +158,12 @@ class TierFetch:
 
 
 @contextmanager
-def room_for(plan: FetchPlan) -> Iterator[None]:
+def room_for(plan: FetchPlan, tier_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise InsufficientCapacity(
-            f"no room in the host-memory tier for fetch {plan.fetch_id}: {error.strerror}"
+            f"no room in the host-memory tier for fetch {plan.fetch_id}, which needs "
+            f"{plan.total_bytes} bytes: {error.strerror}, {free_bytes(tier_dir)} bytes are free in "
+            f"{tier_dir}; make that file system larger, or set a smaller memory_bytes"
         ) from None

@@ -413,6 +413,7 @@ def test_a_dead_engine_ends_the_thread_and_so_the_process(
     assert all("again" in error for error in errors)
     assert died.get(timeout=TIMEOUT_S) is EngineDead
     assert engine.is_stopped
+    role.close()
 
 
 def test_an_engine_that_does_not_start_fails_the_load_and_leaves_nothing(
