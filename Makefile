@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test unit check format proto bench-coldstart-smoke bench-hop bench-fetch bench-engine \
-	bench-gateway clients clean
+	bench-gateway bench-handover bench-policy simulate-paper clients clean
 
 .venv/ready: pyproject.toml
 	PYTHON=$(PYTHON) ./.ci/bootstrap
@@ -29,7 +29,7 @@ format: .venv/ready
 	$(BIN)/ruff format .
 
 proto: .venv/ready
-	cd backend && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=. \
+	cd backend && PATH=$(CURDIR)/$(BIN):$$PATH ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=. \
 		--grpc_python_out=. --mypy_grpc_out=. paraserve_backend/rpc/paraserve.proto
 
 bench-coldstart-smoke: .venv/ready
@@ -49,7 +49,17 @@ bench-engine: .venv/ready
 bench-gateway: .venv/ready
 	$(BIN)/python -m integration.bench_gateway
 
-# Clients whose dependencies do not go with ours, each in an environment of its own.
+# As root, with iproute2.
+bench-handover: .venv/ready
+	$(BIN)/python -m integration.bench_handover
+
+bench-policy: .venv/ready
+	$(BIN)/python -m integration.bench_policy
+
+simulate-paper: .venv/ready
+	$(BIN)/python -m integration.simulate_paper --seeds 3 --out docs/figures
+
+# All clients; those that bring many packages get environments of their own.
 clients: .venv/ready
 	$(BIN)/python -m integration.clients.environments
 

@@ -128,13 +128,15 @@ async def measure(server: TritonServer, folder: Path) -> Figures:
     endpoint = pb.Endpoint(
         replica=_REPLICA, model=_REPLICA, triton_grpc_address=server.grpc_address
     )
+    asleep = [f"asleep-{n}" for n in range(_RESUMES)]
+    routes = {_DEPLOYMENT: endpoint, **dict.fromkeys(asleep)}
     async with (
-        gateway_process(folder) as process,
+        gateway_process(folder, routes) as process,
         grpc.aio.insecure_channel(server.grpc_address) as to_triton,
         grpc.aio.insecure_channel(process.grpc_address) as to_gateway,
     ):
         direct, gateway = Target(to_triton, _REPLICA), Target(to_gateway, _DEPLOYMENT)
-        resume_s = await resumes_s(process, to_gateway, endpoint)
+        resume_s = [await wake_s(process, to_gateway, routes, name) for name in asleep]
         pairs = [(await direct.request_s(), await gateway.request_s()) for _ in range(_REQUESTS)]
         direct_s, gateway_s = zip(*pairs, strict=True)
         return Figures(
@@ -164,23 +166,20 @@ async def compare(
     )
 
 
-async def resumes_s(
-    process: GatewayProcess, channel: grpc.aio.Channel, endpoint: pb.Endpoint
-) -> list[float]:
-    """Wake deployments at zero, one after the other; then the one that is measured is ready."""
-    table: dict[str, pb.Endpoint | None] = {f"asleep-{n}": None for n in range(_RESUMES)}
-    await process.publish(table)
-    times_s = []
-    for deployment in list(table):
-        waiting = asyncio.create_task(Target(channel, deployment).stream("count", 1))
-        await process.held(deployment)
-        table[deployment] = endpoint
-        start_s = time.perf_counter()
-        await process.publish(table)
-        await waiting
-        times_s.append(time.perf_counter() - start_s)
-    await process.publish({_DEPLOYMENT: endpoint})
-    return times_s
+async def wake_s(
+    process: GatewayProcess,
+    channel: grpc.aio.Channel,
+    routes: dict[str, pb.Endpoint | None],
+    deployment: str,
+) -> float:
+    """Give a deployment at zero its replica while a request is held for it."""
+    waiting = asyncio.create_task(Target(channel, deployment).stream("count", 1))
+    await process.held(deployment)
+    routes[deployment] = routes[_DEPLOYMENT]
+    start_s = time.perf_counter()
+    await process.publish(routes)
+    await waiting
+    return time.perf_counter() - start_s
 
 
 def summary(figures: Figures) -> dict[str, object]:

@@ -39,6 +39,8 @@ class CappedCluster:
     #: What reaches each node at most.
     rate_bits_per_s: float
     node_memory_bytes: int
+    #: What stays in a node's memory when its replica is gone. None: the agents' default.
+    tier_bytes: int | None = 0
     name: str = "capped"
 
 
@@ -191,6 +193,7 @@ def _node(number: int, wanted: CappedCluster) -> NodeLayout:
         channel_port_end=_CHANNEL_PORTS[1],
         memory_bytes=wanted.node_memory_bytes,
         nic_bytes_per_s=wanted.rate_bits_per_s / 8,
+        tier_bytes=wanted.tier_bytes,
         network_namespace=_namespace(number),
     )
 

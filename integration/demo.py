@@ -106,7 +106,8 @@ def _show(
     long, pipeline = _consolidate(layout, client, replica.replica, console)
     felt = gap([long], pipeline)
     console.print()
-    console.print(timeline.render(pipeline, width=console.width))
+    successors = timeline.successors(client.status(NAME), pipeline)
+    console.print(timeline.render(pipeline, successors, width=console.width))
     console.print(
         f"[bold]Consolidated[/] into one full instance while a request was running. Its longest "
         f"pause was {felt.longest_s * 1e3:.0f} ms, {felt.over_tpot:.1f} times what a token took."

@@ -36,12 +36,7 @@ class GatewayProcess:
 
     async def publish(self, endpoints: Mapping[str, pb.Endpoint | None]) -> None:
         """Make these the deployments; those without an endpoint are at zero."""
-        await self.scheduler.publish(
-            *(
-                pb.Route(deployment=name, endpoints=[endpoint] if endpoint else [])
-                for name, endpoint in endpoints.items()
-            )
-        )
+        await self.scheduler.publish(*_routes(endpoints))
 
     async def held(self, deployment: str) -> None:
         """Wait until a request for the deployment waits for a replica."""
@@ -59,9 +54,15 @@ class GatewayProcess:
 
 
 @contextlib.asynccontextmanager
-async def gateway_process(folder: Path) -> AsyncIterator[GatewayProcess]:
-    """Run `paraserve gateway` until the end of the body; its log is in `folder`."""
+async def gateway_process(
+    folder: Path, endpoints: Mapping[str, pb.Endpoint | None]
+) -> AsyncIterator[GatewayProcess]:
+    """Run `paraserve gateway` until the end of the body; its log is in `folder`.
+
+    When it begins, the gateway knows the deployments; `endpoints` is as for `publish`.
+    """
     scheduler, server = FakeScheduler(), grpc.aio.server()
+    await scheduler.publish(*_routes(endpoints))
     add_SchedulerServicer_to_server(scheduler, server)
     scheduler_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -85,6 +86,13 @@ async def gateway_process(folder: Path) -> AsyncIterator[GatewayProcess]:
         process.terminate()
         process.wait()
         await server.stop(None)
+
+
+def _routes(endpoints: Mapping[str, pb.Endpoint | None]) -> list[pb.Route]:
+    return [
+        pb.Route(deployment=name, endpoints=[endpoint] if endpoint else [])
+        for name, endpoint in endpoints.items()
+    ]
 
 
 async def _wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -195,6 +195,7 @@ def make_config(triton: TritonServer, scheduler: str, tmp_path: Path) -> AgentCo
         run_dir=tmp_path / "run",
         listen="127.0.0.1:0",
         memory_bytes=1 << 30,
+        tier_bytes=0,
     )
 
 

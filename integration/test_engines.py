@@ -103,8 +103,12 @@ class Asked:
             part = self.next()
             ids += part.token_ids
             if part.is_last:
-                self._client.close()
+                self.close()
                 return ids, part
+
+    def close(self) -> None:
+        self._client.stop_stream()
+        self._client.close()
 
 
 def hand_over(server: TritonServer, model: str, *targets: str) -> None:
@@ -228,3 +232,4 @@ def test_a_setting_that_the_engine_lacks_is_refused_by_name(pair: Pair) -> None:
     asked = Asked(pair.server, "theirs", [5], FRESH, min_tokens=3)
     with pytest.raises(triton.InferenceServerException, match="engine transformers can do"):
         asked.next()
+    asked.close()

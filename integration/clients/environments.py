@@ -1,4 +1,4 @@
-"""Environments of their own for clients whose dependencies do not go with ours (numpy, protobuf).
+"""Environments of their own for clients that bring many packages, not all of our versions.
 
     python -m integration.clients.environments
 

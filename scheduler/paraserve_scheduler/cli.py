@@ -20,6 +20,7 @@ from paraserve_scheduler.commands import (
     generate,
     machine,
     moves,
+    simulate,
 )
 
 _EPILOG = """\
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"paraserve {version('paraserve')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (cluster, deployments, generate, moves, machine, daemons):
+    for group in (cluster, deployments, generate, moves, simulate, machine, daemons):
         group.add_commands(commands)
     return parser
 

@@ -40,7 +40,7 @@ from paraserve_scheduler.plans import Deployment, ReplicaPlan
 from paraserve_scheduler.policy import decide
 from paraserve_scheduler.state import ClusterView, PartState, Phase
 from paraserve_scheduler.store import Store
-from paraserve_scheduler.wire import part_message
+from paraserve_scheduler.wire import part_message, peer_addresses
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,8 @@ class Controller:
         deployment = self._view.deployments[plan.deployment].deployment
         keys = self._store.channel_keys(plan.deployment)
         for stage, where in enumerate(plan.stages):
-            part = part_message(deployment, plan, stage, keys)
+            peers = peer_addresses(self._view, deployment, where.node)
+            part = part_message(deployment, plan, stage, keys, peers)
             address = self._view.nodes[where.node].info.agent_address
             task = tasks.create_task(
                 self._apply(address, part), name=f"apply {plan.replica}.{stage}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paraserve_scheduler.plans import Deployment
-from paraserve_scheduler.state import Demand, NodeInfo, PartState
+from paraserve_scheduler.state import Demand, NodeInfo, PartState, TierObject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,7 @@ class NodeReported:
     parts: tuple[PartState, ...]
     tier_used_bytes: int
     at_s: float
+    tier: tuple[TierObject, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

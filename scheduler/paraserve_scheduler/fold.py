@@ -119,6 +119,7 @@ def _node_reported(view: ClusterView, event: NodeReported) -> ClusterView:
         triton_live=event.triton_live,
         parts=event.parts,
         tier_used_bytes=event.tier_used_bytes,
+        tier=event.tier,
     )
     view = replace(view, nodes=_with(view.nodes, event.node, node))
     reported = {(part.replica, part.stage): part for part in event.parts}

@@ -47,6 +47,18 @@ class NodeInfo:
     #: Ports `[start, end)` that replicas may bind there.
     channel_ports: tuple[int, int]
     devices: tuple[str, ...]
+    #: Where other agents read its tier; empty: nowhere.
+    peer_address: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierObject:
+    """One object version in a node's tier, of which it may have only a part."""
+
+    #: The source's URI, a slash and the object's own key.
+    key: str
+    version: str
+    landed_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +85,7 @@ class NodeState:
     #: Every part on the node, also those that no replica wants.
     parts: tuple[PartState, ...] = ()
     tier_used_bytes: int = 0
+    tier: tuple[TierObject, ...] = ()
 
     def without(self, replicas: Collection[str]) -> NodeState:
         """The node as it will be when it holds no part of these replicas."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from paraserve_scheduler.autoscaling import AutoscalingConfig, replicas_to_start
-from paraserve_scheduler.cost import stage_ready_s
+from paraserve_scheduler.cost import StartMethod, stage_ready_s
 from paraserve_scheduler.fleet import (
     Decision,
     DropSlot,
@@ -172,23 +172,26 @@ def _weights_live_s(
 def _keep_slots(fleet: Fleet, now_s: float, config: KeepAliveConfig) -> Iterator[Decision]:
     """One slot on every GPU that could take a stage, as long as starts are frequent enough."""
     rate = union_rate(rate_of(need.arrivals_s, now_s) for need in fleet.needs)
+    # Requests choose among the nodes; a slot on one is asked for by its part of them.
+    share = rate / max(1, len(fleet.nodes))
+    worth: dict[str, bool] = {}
     for node in fleet.nodes:
-        if node.kind.start.slot_runtime_s is not None:
-            yield from _slots_of(node, rate, len(fleet.nodes), config)
+        if node.kind.start.slot_runtime_s is None:
+            continue
+        if node.kind.name not in worth:
+            worth[node.kind.name] = rate == 0 or _is_worth_a_slot(node.kind.start, share, config)
+        yield from _slots_of(node, worth[node.kind.name])
 
 
-def _slots_of(
-    node: Node, rate: float, num_nodes: int, config: KeepAliveConfig
-) -> Iterator[Decision]:
-    method = node.kind.start
+def _is_worth_a_slot(method: StartMethod, rate: float, config: KeepAliveConfig) -> bool:
     saved_s = method.runtime_s - (method.slot_runtime_s or 0.0)
-    # Requests choose among the nodes; a slot here is asked for by its part of them.
-    live_s = time_to_live_s(
-        rate=rate / num_nodes, saved_s=saved_s, held_bytes=method.slot_bytes, config=config
-    )
-    is_worth_it = rate == 0 or live_s > config.least_s
+    live_s = time_to_live_s(rate=rate, saved_s=saved_s, held_bytes=method.slot_bytes, config=config)
+    return live_s > config.least_s
+
+
+def _slots_of(node: Node, is_worth_it: bool) -> Iterator[Decision]:
     for gpu in node.gpus:
-        if is_worth_it and gpu.slots == 0 and gpu.free_bytes >= method.slot_bytes:
+        if is_worth_it and gpu.slots == 0 and gpu.free_bytes >= node.kind.start.slot_bytes:
             yield WarmSlot(node=node.name, gpu=gpu.index, reason="starts are frequent")
         elif gpu.slots and not is_worth_it:
             yield DropSlot(node=node.name, gpu=gpu.index, reason="starts are rare")

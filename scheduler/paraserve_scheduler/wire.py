@@ -20,7 +20,11 @@ from paraserve_scheduler.state import (
     PartState,
     Phase,
     Replica,
+    TierObject,
 )
+
+#: Nodes that a fetch is told of.
+_MOST_PEERS = 3
 
 _PHASES = {
     Phase.UNKNOWN: pb.PHASE_UNSPECIFIED,
@@ -46,6 +50,7 @@ def node_info(message: pb.NodeInfo) -> NodeInfo:
         channel_host=message.channel_host,
         channel_ports=(message.channel_port_start, message.channel_port_end),
         devices=tuple(message.devices),
+        peer_address=message.peer_address,
     )
 
 
@@ -55,6 +60,10 @@ def node_reported(message: pb.NodeStatus, at_s: float) -> NodeReported:
         triton_live=message.triton_live,
         parts=tuple(map(part_state, message.parts)),
         tier_used_bytes=message.tier_used_bytes,
+        tier=tuple(
+            TierObject(key=found.key, version=found.version, landed_bytes=found.landed_bytes)
+            for found in message.tier
+        ),
         at_s=at_s,
     )
 
@@ -96,10 +105,27 @@ def demand(message: pb.Demand) -> Demand:
 # ---- to agents ----
 
 
+def peer_addresses(view: ClusterView, deployment: Deployment, node: str) -> tuple[str, ...]:
+    """Where `node` may read some of a deployment's weights, the nodes that have most first."""
+    index = deployment.index
+    wanted = {(f"{index.source_uri}/{stored.key}", stored.version) for stored in index.objects}
+    held = [
+        (sum(it.landed_bytes for it in peer.tier if (it.key, it.version) in wanted), peer.info)
+        for name, peer in sorted(view.nodes.items())
+        if name != node and peer.info.peer_address
+    ]
+    holders = sorted((it for it in held if it[0]), key=lambda it: -it[0])
+    return tuple(info.peer_address for _, info in holders[:_MOST_PEERS])
+
+
 def part_message(
-    deployment: Deployment, plan: ReplicaPlan, stage: int, keys: ChannelKeys
+    deployment: Deployment,
+    plan: ReplicaPlan,
+    stage: int,
+    keys: ChannelKeys,
+    peers: tuple[str, ...] = (),
 ) -> pb.Part:
-    """Everything the node of `stage` needs to serve it."""
+    """Everything the node of `stage` needs to serve it; `peers` are where it may find weights."""
     models = stage_models(plan, deployment.model, stage)
     return pb.Part(
         deployment=plan.deployment,
@@ -109,21 +135,24 @@ def part_message(
             pb.ModelFiles(name=model.name, files=model.files, load_wave=model.load_wave)
             for model in models
         ],
-        fetch=_fetch(deployment, plan, stage),
+        fetch=_fetch(deployment, plan, stage, peers),
         channel_keys=pb.ChannelKeys(public_key=keys.public_key, secret_key=keys.secret_key),
     )
 
 
-def _fetch(deployment: Deployment, plan: ReplicaPlan, stage: int) -> pb.Fetch:
-    model, index = deployment.model, deployment.index
-    tensors = stage_tensors(
-        index, model.names, tied=model.tie_word_embeddings, layers=plan.stages[stage].layers
-    )
+def _fetch(
+    deployment: Deployment, plan: ReplicaPlan, stage: int, peers: tuple[str, ...]
+) -> pb.Fetch:
+    model, index, where = deployment.model, deployment.index, plan.stages[stage]
+    tensors = stage_tensors(index, model.names, tied=model.tie_word_embeddings, layers=where.layers)
     return pb.Fetch(
         plan_json=plan_fetch(index, tensors, fetch_id=fetch_id(plan, stage)).to_json(),
         endpoint_url=deployment.spec.endpoint_url or "",
         region=deployment.spec.region or "",
         background=plan.background,
+        peers=peers,
+        # Of a GPU's memory the tier takes nothing.
+        reserved_bytes=where.reserved_bytes if where.device == "cpu" else 0,
     )
 
 
@@ -230,6 +259,7 @@ def _node_message(info: NodeInfo) -> pb.NodeInfo:
         channel_port_start=start,
         channel_port_end=end,
         devices=info.devices,
+        peer_address=info.peer_address,
     )
 
 

@@ -8,7 +8,6 @@ from typing import Annotated
 
 from paraserve_backend.errors import InvalidRequest
 
-
 _ADDRESSES = (
     "scheduler",
     "triton",
@@ -30,8 +29,8 @@ class AgentConfig:
     model_repository: Annotated[Path, "Shared with Triton, at the same path for both."]
     run_dir: Annotated[
         Path,
-        "In memory (below /dev/shm): weights and channel keys lie here. The weights that tier_bytes "
-        "allows outlive the agent, for the next one.",
+        "In memory (below /dev/shm): weights and channel keys lie here. What tier_bytes keeps "
+        "outlives the agent, for the next one.",
     ]
     listen: Annotated[str, "Where this agent listens; port 0 takes a free one."] = "127.0.0.1:8500"
     advertise: Annotated[
@@ -65,9 +64,9 @@ class AgentConfig:
     ] = None
     tier_bytes: Annotated[
         int | None,
-        "Memory for weights of replicas that are gone, to start them again without a fetch; 0 keeps "
-        "none. It is a part of memory_bytes and gives way to replicas, so that much is no loss: if "
-        "not set, half of memory_bytes.",
+        "Memory for weights of replicas that are gone, so that the next ones need not fetch them; "
+        "0 keeps none. It is a part of memory_bytes and gives way to replicas at once. If not set, "
+        "half of memory_bytes.",
     ] = None
     peer_listen: Annotated[
         str | None,
@@ -106,8 +105,6 @@ class AgentConfig:
             raise InvalidRequest("run_dir and model_repository must be absolute paths.")
         if not 0 < self.channel_port_start < self.channel_port_end <= 65536:
             raise InvalidRequest("channel_port_start must be below channel_port_end.")
-        if (self.tier_bytes or 0) < 0 or (self.peer_bytes_per_s or 0) < 0:
-            raise InvalidRequest("tier_bytes and peer_bytes_per_s must not be negative.")
         if self.peer_connections < 1:
             raise InvalidRequest("peer_connections must be at least 1; peer_bytes_per_s: 0 is off.")
 

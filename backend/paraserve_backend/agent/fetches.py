@@ -1,24 +1,27 @@
 """The fetches of this node: each runs in a thread, lands in the host-memory tier, can be joined.
 
 Nothing here decides what to fetch. A fetch that ended, well or not, may be started again; what has
-landed is kept until it is released.
+landed is kept until it is released, and as long after that as there is room for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from paraserve_backend.agent.threads import in_thread
 from paraserve_backend.errors import AlreadyExists, NotFound, ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.trace import Span, SpanFile
-from paraserve_backend.weights.fetch import fetch
+from paraserve_backend.weights.fetch import FetchReport, fetch
 from paraserve_backend.weights.landing import FETCHES
 from paraserve_backend.weights.objects import Source
+from paraserve_backend.weights.peers import HttpPeer
 from paraserve_backend.weights.plan import FetchPlan
 from paraserve_backend.weights.source import open_source
 from paraserve_backend.weights.tier import Tier
@@ -36,6 +39,11 @@ class FetchRequest:
     region: str | None
     #: Nobody waits for it: it takes one connection, whatever the node's setting.
     background: bool = False
+    #: host:port of agents that may have some of the bytes. What was true when the fetch was first
+    #: asked for need not be so when it is asked for again.
+    peers: tuple[str, ...] = field(default=(), compare=False)
+    #: Memory that the fetch's replica may use here, its weights included.
+    reserved_bytes: int = field(default=0, compare=False)
 
     @classmethod
     def from_message(cls, message: pb.Fetch) -> FetchRequest:
@@ -45,6 +53,8 @@ class FetchRequest:
             endpoint_url=message.endpoint_url or None,
             region=message.region or None,
             background=message.background,
+            peers=tuple(message.peers),
+            reserved_bytes=message.reserved_bytes,
         )
 
     def open(self) -> Source:
@@ -101,14 +111,32 @@ class Fetching:
             listener(landed_bytes, total_bytes)
 
 
-class Fetches:
-    """The node's fetches by id, over its tier."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchLimits:
+    """What the fetches of a node may use."""
 
-    def __init__(self, tier: Tier, *, threads: int) -> None:
+    #: Connections to the store, each fetch.
+    threads: int
+    #: Of what no fetch needs any more, so much may stay in memory.
+    tier_bytes: int = 0
+    #: Replicas and what stays may together use so much.
+    memory_bytes: int = 0
+    #: Inbound; None: not known.
+    link_bytes_per_s: float | None = None
+
+
+class Fetches:
+    """The node's fetches by id, over its tier. `token` is what its peers know it by."""
+
+    def __init__(self, tier: Tier, limits: FetchLimits, *, token: str | None = None) -> None:
         self._tier = tier
-        self._threads = threads
+        self._limits = limits
+        self._token = token
         self._pool = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="fetch-watch")
         self._running: dict[str, Fetching] = {}
+        #: What the replica of each fetch may use, by fetch id.
+        self._reserved: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     async def start(self, request: FetchRequest, timeout_s: float) -> Fetching:
         """Start a fetch, or join the one that runs; returns when readers can find it.
@@ -153,16 +181,19 @@ class Fetches:
         """Stop and release everything and give the tier back."""
         await self.release_all()
         self._pool.shutdown()
-        self._tier.close()
+        await in_thread(self._tier.close)
 
     async def spans(self, fetch_id: str) -> tuple[Span, ...]:
         """Return what the processes that read a fetch have measured."""
-        path = self._tier.directory / FETCHES / fetch_id / "spans.jsonl"
-        return await in_thread(SpanFile(path).read)
+        return await in_thread(SpanFile(self._spans_path(fetch_id)).read)
 
     async def contents(self) -> tuple[list[pb.TierObject], int]:
         """Return the objects in the tier and the bytes of memory they take."""
         return await in_thread(lambda: (_objects(self._tier), self._tier.used_bytes))
+
+    async def cached_bytes(self) -> int:
+        """Return how much of that gives way to new replicas."""
+        return await in_thread(lambda: self._tier.cached_bytes)
 
     def _spawn(self, request: FetchRequest, timeout_s: float) -> Fetching:
         fetching = Fetching(request)
@@ -178,29 +209,70 @@ class Fetches:
     def _work(self, fetching: Fetching, timeout_s: float) -> int:
         request = fetching.request
         landing = self._tier.begin(request.plan)
+        self._reserve(request)
         fetching.set_begun()
         try:
             source = request.open()
         except ParaServeError as error:
             landing.fail(error)  # readers would wait for ever
             raise
+        started_s = time.time()
         report = fetch(
             request.plan,
             source,
             self._tier,
             timeout_s=timeout_s,
             cancel=fetching.cancelled,
-            threads=1 if request.background else self._threads,
+            threads=1 if request.background else self._limits.threads,
             on_progress=fetching.told,
+            peers=[HttpPeer(address=address, token=self._token) for address in request.peers],
+            link_bytes_per_s=self._limits.link_bytes_per_s,
         )
+        self._note(request.plan.fetch_id, report, started_s)
         return report.fetched_bytes
 
+    def _note(self, fetch_id: str, report: FetchReport, started_s: float) -> None:
+        """Write into the timeline where the bytes came from, unless all came from the store."""
+        origins = {
+            "fetch from tier": report.reused_bytes,
+            "fetch from peers": report.peer_bytes,
+            "fetch from store": report.store_bytes,
+        }
+        if not report.reused_bytes and not report.peer_bytes:
+            return
+        spans = SpanFile(self._spans_path(fetch_id))
+        end_s = started_s + report.total_s
+        for name, size_bytes in origins.items():
+            if size_bytes:
+                spans.append(Span(name=name, start_s=started_s, end_s=end_s, size_bytes=size_bytes))
+
+    def _spans_path(self, fetch_id: str) -> Path:
+        return self._tier.directory / FETCHES / fetch_id / "spans.jsonl"
+
     def _release(self, fetch_id: str) -> bool:
+        # First: what the replica leaves may stay where it was.
+        self._unreserve(fetch_id)
         try:
             self._tier.release(fetch_id)
         except NotFound:
             return False
         return True
+
+    def _reserve(self, request: FetchRequest) -> None:
+        """Make what is only cached give way to a replica."""
+        with self._lock:
+            reserved_bytes = max(request.reserved_bytes, request.plan.total_bytes)
+            self._reserved[request.plan.fetch_id] = reserved_bytes
+            self._tier.limit_cache(self._cache_bytes())
+
+    def _unreserve(self, fetch_id: str) -> None:
+        with self._lock:
+            self._reserved.pop(fetch_id, None)
+            self._tier.limit_cache(self._cache_bytes())
+
+    def _cache_bytes(self) -> int:
+        left_bytes = self._limits.memory_bytes - sum(self._reserved.values())
+        return max(min(self._limits.tier_bytes, left_bytes), 0)
 
     def _ids(self) -> list[str]:
         in_tier = {landing.plan.fetch_id for landing in self._tier.fetches()}

@@ -11,18 +11,19 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 
 from paraserve_backend.agent.config import AgentConfig
-from paraserve_backend.agent.fetches import Fetches
+from paraserve_backend.agent.fetches import Fetches, FetchLimits
 from paraserve_backend.agent.keys import KeyStore
-from paraserve_backend.agent.node import node_info
+from paraserve_backend.agent.node import node_info, usable_bytes
 from paraserve_backend.agent.part import Node
 from paraserve_backend.agent.parts import Parts
+from paraserve_backend.agent.peers import PeerServer, RateLimit
 from paraserve_backend.agent.registration import Registration, SchedulerClient
 from paraserve_backend.agent.repository import ModelRepository
 from paraserve_backend.agent.service import AgentService
@@ -45,6 +46,8 @@ _UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_l
 async def run(config: AgentConfig) -> None:
     """Serve until cancelled; then remove all parts, fetches and keys from the node.
 
+    Weights that may stay cached are left for the next agent.
+
     Raises:
         InvalidRequest: a setting is wrong, the address is taken, or it would be open to everybody.
         AlreadyExists: another agent uses the same run_dir.
@@ -54,8 +57,14 @@ async def run(config: AgentConfig) -> None:
     async with AsyncExitStack() as stack:
         triton = TritonClient(config.triton, key=read_key(config.triton_key_file))
         stack.push_async_callback(triton.close)
-        agent = _Agent.make(config, triton)
+        tier = Tier.open(config.run_dir / "tier", cache_bytes=sys.maxsize)
+        config = _with_memory(config, tier)
+        tier.limit_cache(config.tier_bytes or 0)
+        agent = _Agent.make(config, triton, tier, token)
         stack.push_async_callback(agent.stop)
+        if agent.peers is not None:
+            # Before the tier is given back.
+            stack.callback(agent.peers.stop)
         server, port = _listen(config.listen, token)
         stack.push_async_callback(server.stop, grace=None)
         scheduler = SchedulerClient(config.scheduler, token)
@@ -64,6 +73,9 @@ async def run(config: AgentConfig) -> None:
         add_AgentServicer_to_server(agent.service(), server)
         await server.start()
         info = node_info(config, port, proc=Path("/proc"), dev=Path("/dev"))
+        if agent.peers is not None:
+            agent.peers.start()
+            info.peer_address = config.advertise_peers or _peer_address(info, agent.peers)
         await agent.serve(Registration(scheduler, info, agent.status, agent.changed))
 
 
@@ -76,15 +88,19 @@ class _Agent:
     parts: Parts
     watchdog: Watchdog
     changed: asyncio.Event
+    #: None: other agents read nothing here.
+    peers: PeerServer | None
 
     @classmethod
-    def make(cls, config: AgentConfig, triton: TritonClient) -> _Agent:
+    def make(
+        cls, config: AgentConfig, triton: TritonClient, tier: Tier, token: str | None
+    ) -> _Agent:
         stubs = ProcessTable(config.model_repository)
         changed = asyncio.Event()
         node = Node(
             repository=ModelRepository(config.model_repository),
             unloader=Unloader(triton=triton, stubs=stubs),
-            fetches=Fetches(Tier.open(config.run_dir / "tier"), threads=config.fetch_threads),
+            fetches=Fetches(tier, _fetch_limits(config), token=token),
             keys=KeyStore(config.run_dir / "keys"),
             part_deadline_s=config.part_deadline_s,
             remove_deadline_s=config.remove_deadline_s,
@@ -98,7 +114,14 @@ class _Agent:
             changed=changed,
             interval_s=config.watch_interval_s,
         )
-        return cls(config=config, node=node, parts=parts, watchdog=watchdog, changed=changed)
+        return cls(
+            config=config,
+            node=node,
+            parts=parts,
+            watchdog=watchdog,
+            changed=changed,
+            peers=_peer_server(config, tier, token),
+        )
 
     async def serve(self, registration: Registration) -> None:
         """Run until cancelled; ends with the first of its tasks that fails."""
@@ -123,6 +146,7 @@ class _Agent:
             parts=self.parts.statuses(),
             tier=tier,
             tier_used_bytes=used_bytes,
+            tier_cached_bytes=await self.node.fetches.cached_bytes(),
         )
 
     async def remove_leftovers(self) -> None:
@@ -140,12 +164,52 @@ class _Agent:
     async def stop(self) -> None:
         await self.parts.remove_all()
         await self.node.fetches.close()
-        # Only what is ours: somebody may have set run_dir to a folder that holds more.
-        shutil.rmtree(self.config.run_dir / "tier")
+        if self.config.tier_bytes == 0:
+            # Only what is ours: somebody may have set run_dir to a folder that holds more.
+            shutil.rmtree(self.config.run_dir / "tier")
         self.node.keys.clear()
         with suppress(OSError):
             self.config.run_dir.rmdir()
         logger.info("agent stopped name=%s", self.config.name)
+
+
+def _with_memory(config: AgentConfig, tier: Tier) -> AgentConfig:
+    """Fill in what depends on the machine's memory."""
+    memory_bytes = config.memory_bytes
+    if memory_bytes is None:
+        memory_bytes = usable_bytes(Path("/proc"), tier.used_bytes)
+    tier_bytes = memory_bytes // 2 if config.tier_bytes is None else config.tier_bytes
+    return replace(config, memory_bytes=memory_bytes, tier_bytes=tier_bytes)
+
+
+def _fetch_limits(config: AgentConfig) -> FetchLimits:
+    return FetchLimits(
+        threads=config.fetch_threads,
+        tier_bytes=config.tier_bytes or 0,
+        memory_bytes=config.memory_bytes or 0,
+        link_bytes_per_s=config.nic_bytes_per_s,
+    )
+
+
+def _peer_server(config: AgentConfig, tier: Tier, token: str | None) -> PeerServer | None:
+    if config.peer_rate_bytes_per_s == 0:
+        return None
+    address = config.peer_listen or f"{config.listen.rpartition(':')[0]}:0"
+    require_loopback(address, token)
+    host, _, port = address.rpartition(":")
+    return PeerServer(
+        tier,
+        host=host,
+        port=int(port),
+        token=token,
+        rate=RateLimit(config.peer_rate_bytes_per_s),
+        most_connections=config.peer_connections,
+    )
+
+
+def _peer_address(info: pb.NodeInfo, peers: PeerServer) -> str:
+    """Where others reach `peers`: on the host on which they reach the agent."""
+    return f"{info.agent_address.rpartition(':')[0]}:{peers.port}"
 
 
 def _listen(address: str, token: str | None) -> tuple[grpc.aio.Server, int]:

@@ -24,7 +24,7 @@ def node_info(config: AgentConfig, bound_port: int, *, proc: Path, dev: Path) ->
         name=config.name,
         agent_address=config.advertise or _own_address(config.listen, bound_port),
         triton_grpc_address=config.advertise_triton or config.triton,
-        memory_bytes=config.memory_bytes or int(available_bytes(proc) * _MEMORY_SHARE),
+        memory_bytes=config.memory_bytes or usable_bytes(proc),
         nic_bytes_per_s=config.nic_bytes_per_s,
         run_dir=str(config.run_dir),
         channel_host=config.channel_host,
@@ -32,6 +32,11 @@ def node_info(config: AgentConfig, bound_port: int, *, proc: Path, dev: Path) ->
         channel_port_end=config.channel_port_end,
         devices=config.devices or find_devices(dev),
     )
+
+
+def usable_bytes(proc: Path, tier_bytes: int = 0) -> int:
+    """Return what replicas may use: the tier's `tier_bytes` give way to them."""
+    return int((available_bytes(proc) + tier_bytes) * _MEMORY_SHARE)
 
 
 def available_bytes(proc: Path) -> int:

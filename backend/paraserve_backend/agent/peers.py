@@ -81,7 +81,7 @@ class PeerServer:
     ) -> None:
         """Raises `InvalidRequest` where the address is taken."""
         try:
-            self._server = _Server((host, port), _Handler)
+            self._server = _Server((host.strip("[]"), port), _Handler)
         except OSError as error:
             raise InvalidRequest(
                 f"Cannot listen on {host}:{port} for other agents: {error.strerror}."
@@ -117,12 +117,16 @@ class _Server(ThreadingHTTPServer):
     free: threading.BoundedSemaphore
 
     def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
         super().__init__(address, handler)
         self._open: set[socket.socket] = set()
+        self._closing = False
         self._lock = threading.Lock()
 
     def server_close(self) -> None:
         with self._lock:
+            self._closing = True
             for connection in self._open:
                 _shut(connection)
         super().server_close()  # waits for the threads
@@ -134,6 +138,8 @@ class _Server(ThreadingHTTPServer):
     def noted(self, connection: socket.socket) -> Iterator[None]:
         with self._lock:
             self._open.add(connection)
+            if self._closing:
+                _shut(connection)
         try:
             yield
         finally:
@@ -155,7 +161,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.connection.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, _LOWER_EFFORT)
+        if self.connection.family == socket.AF_INET6:
+            self.connection.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, _LOWER_EFFORT)
+        else:
+            self.connection.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, _LOWER_EFFORT)
 
     def handle(self) -> None:
         with self.server.noted(self.connection):

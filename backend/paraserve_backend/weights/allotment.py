@@ -19,6 +19,8 @@ from paraserve_backend.weights.tier_fetch import TierFetch
 
 #: How often waiting workers look whether other fetches of this node have brought something.
 _RECHECK_S = 0.05
+#: So long the store waits for a peer to say what it has.
+_ANSWER_S = 0.15
 #: So long the peers are left alone; from then on the store helps if they are slow.
 _HELP_AFTER_S = 0.5
 #: Slow is less than this share of the node's link.
@@ -51,6 +53,7 @@ class PeerShare:
     """What one peer can bring of a fetch, as it last said."""
 
     def __init__(self) -> None:
+        self.has_answered = False
         self.is_lost = False
         self.landed: frozenset[int] = frozenset()
         self.coming: frozenset[int] = frozenset()
@@ -130,6 +133,7 @@ class Allotment:
         coming = frozenset(task.number for task in tasks if _covers(holdings, task, later=True))
         with self._changed:
             share.landed, share.coming = landed, coming - landed
+            share.has_answered = True
             self._changed.notify_all()
 
     def lose_peer(self, share: PeerShare) -> None:
@@ -212,11 +216,13 @@ class Allotment:
         self._changed.notify_all()
 
     def _is_for_store(self, task: Task) -> bool:
-        at_peer = any(
-            not share.is_lost and (task.number in share.landed or task.number in share.coming)
-            for share in self._peers
-        )
+        at_peer = any(self._is_expected(task, share) for share in self._peers)
         return not at_peer or self._peers_are_slow()
+
+    def _is_expected(self, task: Task, share: PeerShare) -> bool:
+        if not share.has_answered and not share.is_lost:
+            return self._now() - self._started_s < _ANSWER_S
+        return not share.is_lost and (task.number in share.landed or task.number in share.coming)
 
     def _peers_are_slow(self) -> bool:
         elapsed_s = self._now() - self._started_s

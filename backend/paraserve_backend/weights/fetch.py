@@ -186,7 +186,6 @@ class _Workers:
         work += [partial(self._work_with, *share) for share in shares for _ in range(_PER_PEER)]
         with ThreadPoolExecutor(len(work), thread_name_prefix="fetch") as pool:
             try:
-                self._ask_peers(shares)
                 running = {pool.submit(each) for each in work}
                 while running:
                     done, running = wait(running, timeout=_WATCH_S, return_when=FIRST_EXCEPTION)
@@ -230,6 +229,7 @@ class _Workers:
         connection = self._opened(peer.connect(names))
         buffer = self._buffer()
         try:
+            self._ask(peer, share)
             while not share.is_lost:
                 task = self._allotment.take_for_peer(share)
                 if task is None:
@@ -247,10 +247,6 @@ class _Workers:
                 _log.info("peer given up fetch=%s reason=%s", self.landing.plan.fetch_id, error)
         finally:
             connection.close()
-
-    def _ask_peers(self, shares: Sequence[tuple[Peer, PeerShare]]) -> None:
-        with ThreadPoolExecutor(max(len(shares), 1), thread_name_prefix="fetch-ask") as pool:
-            list(pool.map(lambda share: self._ask(*share), shares))
 
     def _ask(self, peer: Peer, share: PeerShare) -> None:
         try:

@@ -39,6 +39,8 @@ class NodeLayout:
     channel_port_end: int
     memory_bytes: int
     nic_bytes_per_s: float
+    #: Agent setting `tier_bytes`; 0: every cold start fetches everything.
+    tier_bytes: int | None = None
     #: Named network namespace its processes run in; None: that of the supervisor.
     network_namespace: str | None = None
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from paraserve_backend.agent.fetches import Fetches, FetchRequest
+from paraserve_backend.agent.fetches import Fetches, FetchLimits, FetchRequest
 from paraserve_backend.agent.keys import KeyStore
 from paraserve_backend.agent.part import Node
 from paraserve_backend.agent.parts import Parts
@@ -54,7 +54,7 @@ async def fake_node(
     (folder / "models").mkdir()
     processes, now_s, changed = FakeProcesses(), [1000.0], asyncio.Event()
     triton = FakeTriton(folder / "models", processes)
-    fetches = Fetches(Tier.open(folder / "tier"), threads=1)
+    fetches = Fetches(Tier.open(folder / "tier"), FetchLimits(threads=1))
     node = Node(
         repository=ModelRepository(folder / "models"),
         unloader=Unloader(triton=triton, stubs=processes, kill_s=0.2),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paraserve_backend.agent.fetches import Fetches, FetchRequest
+from paraserve_backend.agent.fetches import Fetches, FetchLimits, FetchRequest
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.trace import Span, SpanFile
@@ -20,7 +20,7 @@ from tests.backend.agent.nodes import make_plan, make_request
 
 def play(folder: Path, test: Callable[[Fetches], Awaitable[None]]) -> None:
     async def run() -> None:
-        fetches = Fetches(Tier.open(folder / "tier"), threads=1)
+        fetches = Fetches(Tier.open(folder / "tier"), FetchLimits(threads=1))
         async with asyncio.timeout(10):
             await test(fetches)
         await fetches.close()
@@ -110,7 +110,7 @@ def test_a_fetch_that_nobody_waits_for_takes_one_connection(
             return _CountedSource(FetchRequest.open(self), connections)
 
     async def run() -> None:
-        fetches = Fetches(Tier.open(tmp_path / "tier"), threads=3)
+        fetches = Fetches(Tier.open(tmp_path / "tier"), FetchLimits(threads=3))
         plan = make_plan(tmp_path / "m")
         request = Counted(plan=plan, endpoint_url=None, region=None, background=background)
         async with asyncio.timeout(10):

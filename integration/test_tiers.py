@@ -1,0 +1,79 @@
+"""Weights that are in a node's memory, or in another node's, are not read from the store again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from integration.tiny_cluster import (
+    Cluster,
+    assert_nothing_left,
+    generate,
+    prompts,
+    wait_until,
+)
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.local.layout import BUCKET
+
+MODEL = "llama-sharded"
+
+
+@contextmanager
+def without_store(cluster: Cluster) -> Iterator[None]:
+    """Hide all models from the store."""
+    bucket = cluster.layout.files.buckets / BUCKET
+    hidden = bucket.rename(Path(f"{bucket}-hidden"))
+    try:
+        yield
+    finally:
+        hidden.rename(bucket)
+
+
+def bytes_from(part: pb.ReplicaPart) -> dict[str, int]:
+    return {
+        span.name.removeprefix("fetch from "): span.bytes
+        for span in part.status.spans
+        if span.name.startswith("fetch from ")
+    }
+
+
+def go_to_zero(cluster: Cluster, name: str) -> pb.ReplicaStatus:
+    wait_until(lambda: cluster.replica(name).phase == pb.STOPPED)
+    return cluster.replica(name)
+
+
+def test_a_second_start_reads_its_tier_and_a_start_elsewhere_its_peer(cluster: Cluster) -> None:
+    name, prompt = "warm", prompts(1)[0]
+    expected = cluster.models[MODEL].greedy(prompt, 6)
+    cluster.deploy(name, MODEL, 1, keep_alive_s=0.5)
+    started_s: list[float] = []
+
+    def start() -> pb.ReplicaPart:
+        began_s = time.monotonic()
+        assert generate(cluster, name, prompt, 6) == expected
+        started_s.append(time.monotonic() - began_s)
+        replica = go_to_zero(cluster, name)
+        assert_nothing_left(cluster, replica.replica)
+        (part,) = replica.parts
+        return part
+
+    try:
+        first = start()
+        total_bytes = first.status.total_bytes
+        assert bytes_from(first) == {}  # all of it from the store
+        with without_store(cluster):
+            second = start()
+            assert second.node == first.node
+            assert bytes_from(second) == {"tier": total_bytes}
+            cluster.client.drain(second.node)
+            elsewhere = start()
+            assert elsewhere.node != second.node
+            # The small files come from there, too.
+            assert bytes_from(elsewhere)["peers"] > total_bytes
+            assert bytes_from(elsewhere).keys() == {"peers"}
+    finally:
+        cluster.client.drain(first.node, undo=True)
+        cluster.client.delete(name)
+    print(f"store {started_s[0]:.2f} s, tier {started_s[1]:.2f} s, peer {started_s[2]:.2f} s")
