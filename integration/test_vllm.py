@@ -278,7 +278,7 @@ def test_role_and_engine_die_together(
     script.write_text(DIES)
     done = subprocess.run(
         [sys.executable, str(script), str(model.folder), victim],
-        env={**os.environ, "PYTHONPATH": f"{Path.cwd()}"},
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
         timeout=TIMEOUT_S,
