@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator, Callable, Set
 
 from paraserve_backend.errors import (
     DeadlineExceeded,
@@ -23,6 +23,8 @@ from paraserve_scheduler.gateway.failures import ReplicaLost, error_from_code
 from paraserve_scheduler.gateway.metadata import MODEL_VERSION
 
 _NAMES_IN_ERROR = 20
+#: What a new deployment takes from the scheduler to its gateways.
+_NEWS_TIMEOUT_S = 0.3
 
 
 class Routes:
@@ -67,6 +69,13 @@ class Routes:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    async def _wait_for(self, condition: Callable[[], bool], limit_s: float) -> None:
+        """Return when a table has made it true, or after `limit_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while not condition():
+                    await self._changed.wait()
+
     def _end_leases(self, lost_replicas: Set[str]) -> None:
         now_s = asyncio.get_running_loop().time()
         for replica in lost_replicas & self._leases.keys():
@@ -74,16 +83,17 @@ class Routes:
                 lease.reschedule(now_s)
 
     async def require(self, deployment: str, version: str = "") -> None:
-        """Check that a deployment exists; waits a moment for the very first table.
+        """Check that a deployment exists.
+
+        Waits a moment for the very first table, and for one with a deployment that is unknown: it
+        may have been deployed just now.
 
         Raises:
             NotFound: the scheduler has no such deployment, or it has no such version.
             Unavailable: the scheduler has not been reached yet.
         """
-        if self._table is None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._first_table_timeout_s):
-                    await self._changed.wait()
+        await self._wait_for(lambda: self.is_known, self._first_table_timeout_s)
+        await self._wait_for(lambda: deployment in (self._table or ()), _NEWS_TIMEOUT_S)
         self._route(deployment)
         if version not in ("", MODEL_VERSION):
             raise NotFound(

@@ -179,3 +179,12 @@ def test_only_the_end_of_a_cold_start_is_urgent() -> None:
     demand.urgent.clear()
     demand.first_token("d", "d.1", 6.0)
     assert not demand.urgent.is_set()
+
+
+async def test_a_deployment_is_known_to_whoever_asks_right_after_deploying() -> None:
+    routes = make_routes()
+    routes.apply(table(other=[]))
+    asked = asyncio.create_task(routes.require("d"))
+    await asyncio.sleep(0)  # it has looked
+    routes.apply(table(other=[], d=[]))
+    await asked
