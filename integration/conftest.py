@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,24 @@ from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_la
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four nodes that keep nothing of a replica when it is gone."""
+    with _running(UpOptions(name="main-path", nodes=4, tier_bytes=0), tmp_path_factory) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def caching_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes that keep weights in memory, as they do by default."""
+    with _running(UpOptions(name="caching", nodes=2), tmp_path_factory) as cluster:
+        yield cluster
+
+
+@contextmanager
+def _running(options: UpOptions, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}
-    files = files_of("main-path", environ)
+    files = files_of(options.name, environ)
     layout = make_layout(
-        UpOptions(name="main-path", nodes=4),
+        options,
         files,
         available_bytes=available_bytes(Path("/proc")),
         cores=os.cpu_count() or 1,

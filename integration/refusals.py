@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ class Refusal:
 
 
 _Case = TypeVar("_Case", bound=Refusal)
+_Value = TypeVar("_Value")
 
 
 def each(cases: Sequence[_Case]) -> pytest.MarkDecorator:
@@ -42,10 +44,10 @@ def each(cases: Sequence[_Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.what)
 
 
-def settled(cluster: Cluster, before: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the cluster's snapshot once it is `before` again, or what it is after a while."""
+def settled(read: Callable[[], _Value], before: _Value) -> _Value:
+    """Return what `read` gives once that is `before` again, or what it is after a while."""
     deadline_s = time.monotonic() + _SETTLE_S
-    while (after := snapshot(cluster)) != before and time.monotonic() < deadline_s:
+    while (after := read()) != before and time.monotonic() < deadline_s:
         time.sleep(0.1)
     return after
 
@@ -64,23 +66,25 @@ def snapshot(cluster: Cluster) -> Mapping[str, Any]:
         node.info.name: (node.alive, node.reserved_bytes, node.tier_used_bytes)
         for node in status.nodes
     }
-    return {"deployments": deployments, "memory": memory, "nodes": _contents(cluster)}
+    return {"deployments": deployments, "memory": memory, "nodes": contents(cluster)}
 
 
-def _contents(cluster: Cluster) -> Mapping[str, Any]:
+def contents(cluster: Cluster) -> Mapping[str, Any]:
+    """What every node holds: models that are ready, files of its repository and of its tier."""
     files = cluster.layout.files
-    contents = {}
+    found = {}
     for node in cluster.layout.nodes:
         client = triton.InferenceServerClient(f"{node.host}:{node.triton_grpc_port}")
         models = client.get_model_repository_index().models
         client.close()
-        contents[node.name] = (
+        found[node.name] = (
             sorted(model.name for model in models if model.state == "READY"),
             _files(files.model_repository(node.name)),
             _files(files.run_dir(node.name)),
         )
-    return contents
+    return found
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def _files(root: Path) -> list[str]:
+    # Not rglob(): it trips over folders that go while it looks.
+    return sorted(f"{folder}/{name}" for folder, _, names in os.walk(root) for name in names)

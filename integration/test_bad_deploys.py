@@ -43,7 +43,7 @@ def good(cluster: Cluster) -> Iterator[pb.DeploymentSpec]:
 def _nothing_changes(cluster: Cluster, good: pb.DeploymentSpec) -> Iterator[None]:
     before = snapshot(cluster)
     yield
-    assert settled(cluster, before) == before
+    assert settled(lambda: snapshot(cluster), before) == before
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def deployed(cluster: Cluster) -> Iterator[Cluster]:
 def _nothing_changes(deployed: Cluster) -> Iterator[None]:
     before = snapshot(deployed)
     yield
-    assert settled(deployed, before) == before
+    assert settled(lambda: snapshot(deployed), before) == before
 
 
 def request_of(case: BadRequest, name: str) -> Request:

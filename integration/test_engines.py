@@ -1,4 +1,4 @@
-"""Running requests go on in another engine: two Triton models, two processes, two implementations.
+"""Running requests go on in another engine: two Tritons, two processes, two implementations.
 
 The one is ours, the other is `transformers`. The test follows the requests as a gateway does.
 """
@@ -37,7 +37,10 @@ FRESH = Resume(seed=7, max_tokens=MAX_TOKENS, tokens=())
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    server: TritonServer
+    #: Model "ours", with our engine.
+    ours: TritonServer
+    #: Model "theirs", with the other one.
+    theirs: TritonServer
     model: TinyModel
 
 
@@ -144,14 +147,30 @@ def add_model(
     (folder / "config.pbtxt").write_text(config)
 
 
-def kill(server: TritonServer, model: str) -> None:
-    """Kill a model's process, and remove what it leaves, as the node's agent does."""
+def kill(server: TritonServer) -> None:
+    """Kill a server's one model process, and remove what it leaves, as the node's agent does."""
     processes = ProcessTable(server.model_repository)
-    (stub,) = (stub for stub in processes.find() if stub.model == model)
+    (stub,) = processes.find()
     processes.kill(stub)
     processes.remove_leftovers([stub])
     for folder in SHM.glob(f"paraserve-standalone-{stub.pid}-*"):
         shutil.rmtree(folder)
+
+
+def load(server: TritonServer, model: str) -> None:
+    client = triton.InferenceServerClient(server.grpc_address)
+    client.load_model(model)
+    client.close()
+
+
+def unload(server: TritonServer) -> None:
+    """Unload what still runs, and see that nothing of it remains."""
+    client = triton.InferenceServerClient(server.grpc_address)
+    for stub in ProcessTable(server.model_repository).find():
+        client.unload_model(stub.model)
+        wait_until(lambda: not server.shm_regions())
+        assert not list(SHM.glob(f"paraserve-standalone-{stub.pid}-*"))
+    client.close()
 
 
 @pytest.fixture
@@ -162,29 +181,23 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     key_file.write_bytes(b"\n".join(zmq.curve_keypair()))
     (port,) = free_ports(1)
     inbox = {"hand_over": f"tcp://127.0.0.1:{port}", "key_file": str(key_file)}
-    with TritonServer(tmp_path / "triton") as server:
-        server.add_backend("second", MODEL_PY.format(repository=str(REPOSITORY)))
-        add_model(server, "ours", "paraserve", checkpoint, inbox)
-        add_model(server, "theirs", "second", checkpoint, {"engine": "transformers"})
-        client = triton.InferenceServerClient(server.grpc_address)
-        for name in ("ours", "theirs"):
-            client.load_model(name)
-        yield Pair(server=server, model=model)
-        processes = ProcessTable(server.model_repository).find()
-        for name in ("ours", "theirs"):
-            client.unload_model(name)
-        client.close()
-        wait_until(lambda: not server.shm_regions())
-    for stub in processes:
-        assert not list(SHM.glob(f"paraserve-standalone-{stub.pid}-*"))
+    with TritonServer(tmp_path / "ours") as ours, TritonServer(tmp_path / "theirs") as theirs:
+        add_model(ours, "ours", "paraserve", checkpoint, inbox)
+        load(ours, "ours")
+        theirs.add_backend("second", MODEL_PY.format(repository=str(REPOSITORY)))
+        add_model(theirs, "theirs", "second", checkpoint, {"engine": "transformers"})
+        load(theirs, "theirs")
+        yield Pair(ours=ours, theirs=theirs, model=model)
+        unload(ours)
+        unload(theirs)
 
 
 def test_a_running_request_moves_to_another_engine_and_back(pair: Pair) -> None:
     prompt = prompts(3)[2]
     expected = pair.model.greedy(prompt, MAX_TOKENS)
-    asked = Asked(pair.server, "ours", prompt, FRESH)
+    asked = Asked(pair.ours, "ours", prompt, FRESH)
     got = asked.take(5)
-    hand_over(pair.server, "ours", "theirs")
+    hand_over(pair.ours, "ours", "theirs")
     more, last = asked.rest()
     got += more
     assert last.moved is not None
@@ -192,44 +205,44 @@ def test_a_running_request_moves_to_another_engine_and_back(pair: Pair) -> None:
     assert (target, [token.token_id for token in resume.tokens]) == ("theirs", got)
     assert len(got) < MAX_TOKENS
 
-    asked = Asked(pair.server, "theirs", prompt, resume)
+    asked = Asked(pair.theirs, "theirs", prompt, resume)
     got += asked.take(5)
-    hand_over(pair.server, "theirs", "ours")
+    hand_over(pair.theirs, "theirs", "ours")
     more, last = asked.rest()
     got += more
     assert last.moved is not None
-    hand_over(pair.server, "ours")  # to nobody any more
-    rest, last = Asked(pair.server, "ours", prompt, last.moved[1]).rest()
+    hand_over(pair.ours, "ours")  # to nobody any more
+    rest, last = Asked(pair.ours, "ours", prompt, last.moved[1]).rest()
     assert last.moved is None
     assert got + rest == expected
 
 
 def test_several_requests_move_at_once_and_none_loses_a_token(pair: Pair) -> None:
-    asked = {tuple(prompt): Asked(pair.server, "ours", prompt, FRESH) for prompt in prompts(4)}
+    asked = {tuple(prompt): Asked(pair.ours, "ours", prompt, FRESH) for prompt in prompts(4)}
     got = {prompt: each.take(2) for prompt, each in asked.items()}
-    hand_over(pair.server, "ours", "theirs")
+    hand_over(pair.ours, "ours", "theirs")
     for prompt, each in asked.items():
         more, last = each.rest()
         got[prompt] += more
         assert last.moved is not None
-        rest, _ = Asked(pair.server, "theirs", prompt, last.moved[1]).rest()
+        rest, _ = Asked(pair.theirs, "theirs", prompt, last.moved[1]).rest()
         assert got[prompt] + rest == pair.model.greedy(prompt, MAX_TOKENS)
 
 
 def test_another_engine_goes_on_after_ours_was_killed(pair: Pair) -> None:
     prompt = prompts(2)[1]
-    asked = Asked(pair.server, "ours", prompt, FRESH)
+    asked = Asked(pair.ours, "ours", prompt, FRESH)
     got = asked.take(5)
-    kill(pair.server, "ours")
+    kill(pair.ours)
     # What its client has got is all that is left of the request.
     tokens = tuple(ChosenToken(token_id=each, logprob=0.0, ranking=None) for each in got)
     resume = Resume(seed=7, max_tokens=MAX_TOKENS, tokens=tokens)
-    rest, _ = Asked(pair.server, "theirs", prompt, resume).rest()
+    rest, _ = Asked(pair.theirs, "theirs", prompt, resume).rest()
     assert got + rest == pair.model.greedy(prompt, MAX_TOKENS)
 
 
 def test_a_setting_that_the_engine_lacks_is_refused_by_name(pair: Pair) -> None:
-    asked = Asked(pair.server, "theirs", [5], FRESH, min_tokens=3)
+    asked = Asked(pair.theirs, "theirs", [5], FRESH, min_tokens=3)
     with pytest.raises(triton.InferenceServerException, match="engine transformers can do"):
         asked.next()
     asked.close()

@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from integration.both_protocols import Refused, Request, ask_grpc, both_told, refused
 from integration.bucket import s3_client, upload
-from integration.refusals import settled, snapshot
+from integration.refusals import contents, settled, snapshot
 from integration.strict_store import StrictStore
 from integration.tiny_cluster import Cluster, wait_until
 from paraserve_backend.errors import AccessDenied, InvalidCheckpoint
@@ -44,7 +44,7 @@ def deployed(cluster: Cluster, name: str, **spec: Any) -> Iterator[Failing]:
         yield Failing(cluster, name)
     finally:
         cluster.client.delete(name)
-    assert settled(cluster, before) == before
+    assert settled(lambda: snapshot(cluster), before) == before
 
 
 class Failing:
@@ -52,12 +52,12 @@ class Failing:
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self._cluster = cluster
-        self._at_zero = snapshot(cluster)["nodes"]
+        self._at_zero = contents(cluster)
         self.request = Request(model=name, inputs={"input_ids": ("INT32", [1, 2])})
 
     def refused(self) -> Refused:
         told = refused(self._cluster, self.request)
-        wait_until(lambda: snapshot(self._cluster)["nodes"] == self._at_zero)
+        assert settled(lambda: contents(self._cluster), self._at_zero) == self._at_zero
         return told
 
 

@@ -44,8 +44,10 @@ def go_to_zero(cluster: Cluster, name: str) -> pb.ReplicaStatus:
     return cluster.replica(name)
 
 
-def test_a_second_start_reads_its_tier_and_a_start_elsewhere_its_peer(cluster: Cluster) -> None:
-    name, prompt = "warm", prompts(1)[0]
+def test_a_second_start_reads_its_tier_and_a_start_elsewhere_its_peer(
+    caching_cluster: Cluster,
+) -> None:
+    cluster, name, prompt = caching_cluster, "warm", prompts(1)[0]
     expected = cluster.models[MODEL].greedy(prompt, 6)
     cluster.deploy(name, MODEL, 1, keep_alive_s=0.5)
     started_s: list[float] = []

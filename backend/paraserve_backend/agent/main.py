@@ -35,6 +35,7 @@ from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_AgentServicer_to_server
+from paraserve_backend.weights.landing import OBJECTS
 from paraserve_backend.weights.tier import Tier
 from paraserve_backend.yaml_config import parse_arguments, read_token
 
@@ -164,9 +165,10 @@ class _Agent:
     async def stop(self) -> None:
         await self.parts.remove_all()
         await self.node.fetches.close()
-        if self.config.tier_bytes == 0:
+        tier_dir = self.config.run_dir / "tier"
+        if not any((tier_dir / OBJECTS).iterdir()):  # else the next agent may use what is there
             # Only what is ours: somebody may have set run_dir to a folder that holds more.
-            shutil.rmtree(self.config.run_dir / "tier")
+            shutil.rmtree(tier_dir)
         self.node.keys.clear()
         with suppress(OSError):
             self.config.run_dir.rmdir()

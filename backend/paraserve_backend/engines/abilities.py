@@ -33,6 +33,8 @@ class Abilities:
     settings: frozenset[Setting]
     #: Those of them that mean the same when the first tokens of the answer come with the prompt.
     carried: frozenset[Setting]
+    #: Whether it runs in processes of its own.
+    has_processes: bool = False
     #: Variables to set before anything of the engine is imported.
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -43,6 +45,7 @@ TENSORRT_LLM = Abilities(
     name="tensorrt-llm",
     settings=frozenset(),
     carried=frozenset(),
+    has_processes=True,
     environment={"HF_HUB_OFFLINE": "1"},
 )
 VLLM = Abilities(
@@ -51,9 +54,10 @@ VLLM = Abilities(
     settings=frozenset(Setting) - {Setting.BAD_WORDS},
     # Of presence and frequency it counts the tokens that it has generated itself.
     carried=frozenset({Setting.MIN_TOKENS, Setting.MIN_P, Setting.REPETITION_PENALTY}),
+    has_processes=True,
     environment={
         # Triton's stub has threads, which a forked process would not have.
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     },

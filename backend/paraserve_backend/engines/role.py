@@ -16,6 +16,7 @@ from paraserve_backend.encoding import RequestEncoder
 from paraserve_backend.engine.loop import Gauges, Reply
 from paraserve_backend.engines.abilities import check
 from paraserve_backend.engines.folder import link_model
+from paraserve_backend.engines.guard import ProcessGuard
 from paraserve_backend.engines.host import EngineHost
 from paraserve_backend.engines.interface import Engine, EngineSettings
 from paraserve_backend.engines.jobs import Job, engine_request
@@ -62,6 +63,8 @@ class ExternalRole:
                 end_ids=frozenset(i for i in spec.eos_token_ids if i < spec.vocab_size),
                 max_context=settings.max_context,
             )
+            if made.abilities.has_processes:
+                stack.callback(ProcessGuard().close)
             with fetched.spans.span(f"start {engine}"):
                 kv_blocks = settings.kv_tokens // config.kv.block_size
                 self._host = EngineHost(made, settings, gauges, kv_blocks)

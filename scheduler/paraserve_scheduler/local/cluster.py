@@ -60,6 +60,8 @@ class UpOptions:
     gateway_grpc_port: int | None = None
     gateway_http_port: int | None = None
     s3_port: int | None = None
+    #: Each agent's setting; 0: every cold start fetches everything.
+    tier_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,8 @@ def make_layout(
         gateway_http_port=options.gateway_http_port or ports.one(TRITON_HTTP_PORT),
         s3_port=(options.s3_port or ports.one()) if options.with_s3 else None,
         nodes=tuple(
-            _node(f"node{number}", ports, memory_bytes) for number in range(1, options.nodes + 1)
+            _node(f"node{number}", ports, memory_bytes, options.tier_bytes)
+            for number in range(1, options.nodes + 1)
         ),
         state_dir=files.state_dir,
         compute_threads=max(1, cores // options.nodes),
@@ -264,7 +267,7 @@ def require_running(name: str, environ: Mapping[str, str]) -> RunningCluster:
     return cluster
 
 
-def _node(name: str, ports: PortPicker, memory_bytes: int) -> NodeLayout:
+def _node(name: str, ports: PortPicker, memory_bytes: int, tier_bytes: int | None) -> NodeLayout:
     channel = ports.block(_CHANNEL_PORTS)
     return NodeLayout(
         name=name,
@@ -277,6 +280,7 @@ def _node(name: str, ports: PortPicker, memory_bytes: int) -> NodeLayout:
         channel_port_end=channel + _CHANNEL_PORTS,
         memory_bytes=memory_bytes,
         nic_bytes_per_s=1.25e9,
+        tier_bytes=tier_bytes,
     )
 
 

@@ -1,0 +1,138 @@
+"""A scheduler that is killed and comes back in the middle of a consolidation.
+
+Gateway and scheduler are processes of their own here, as in production.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from integration.bucket import upload
+from integration.test_consolidation import (
+    MAX_TOKENS,
+    MODEL,
+    PROMPTS,
+    deployed,
+    load,
+    replicas,
+    serving,
+    wait_until_gone,
+)
+from integration.tiny_cluster import Cluster, assert_nothing_left, wait_until, write_models
+from integration.triton_server import free_ports
+from paraserve_backend.agent.node import available_bytes
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.client import SchedulerClient
+from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
+from paraserve_scheduler.local.layout import ClusterLayout, read_running
+
+PARASERVE = str(Path(sys.executable).with_name("paraserve"))
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """The cluster's scheduler process, which the test may replace."""
+
+    layout: ClusterLayout
+    pid: int
+    successor: subprocess.Popen[bytes] | None = None
+
+    def restart(self) -> None:
+        command = Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")[:-1]
+        environ = Path(f"/proc/{self.pid}/environ").read_bytes().split(b"\0")[:-1]
+        os.kill(self.pid, signal.SIGKILL)
+        wait_until(lambda: not Path(f"/proc/{self.pid}/fd").exists() or not _holds_files(self.pid))
+        pairs = (entry.partition(b"=") for entry in environ)
+        self.successor = subprocess.Popen(command, env={key: value for key, _, value in pairs})
+
+    def stop(self) -> None:
+        if self.successor is not None:
+            self.successor.kill()
+            self.successor.wait()
+
+
+def _holds_files(pid: int) -> bool:
+    """Whether a killed process is still on its way out: a zombie has no open files."""
+    try:
+        return any(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+
+
+@contextmanager
+def gateway(layout: ClusterLayout) -> Iterator[ClusterLayout]:
+    """Run another gateway of this cluster; returns a layout whose gateway it is."""
+    grpc_port, http_port = free_ports(2)
+    process = subprocess.Popen(
+        [
+            PARASERVE,
+            "gateway",
+            f"--scheduler-address={layout.scheduler_address}",
+            f"--grpc-address=127.0.0.1:{grpc_port}",
+            f"--http-address=127.0.0.1:{http_port}",
+            f"--token-file={layout.files.token}",
+        ]
+    )
+    try:
+        yield replace(layout, gateway_grpc_port=grpc_port, gateway_http_port=http_port)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[tuple[Cluster, Scheduler]]:
+    """A cluster of two nodes behind a gateway that outlives its scheduler."""
+    environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
+    files = files_of("restart", environ)
+    layout = make_layout(
+        UpOptions(name="restart", nodes=2),
+        files,
+        available_bytes=available_bytes(Path("/proc")),
+        cores=os.cpu_count() or 1,
+    )
+    models, folders = write_models(tmp_path / "models")
+    try:
+        up(layout, lambda _news: None)
+        pids = {process.name: process.pid for process in read_running(files.cluster).processes}
+        scheduler = Scheduler(layout, pids["scheduler"])
+        source = upload(layout, folders[MODEL], MODEL, Console(quiet=True))
+        token = files.token.read_text(encoding="utf-8")
+        with gateway(layout) as seen, SchedulerClient(layout.scheduler_address, token) as client:
+            cluster = Cluster(layout=seen, client=client, models=models, sources={MODEL: source})
+            yield cluster, scheduler
+        scheduler.stop()
+    finally:
+        down(files, delete=True)
+
+
+@pytest.mark.parametrize("moment", ["the full instance loads", "it takes over"])
+def test_a_scheduler_that_restarts_meanwhile_finishes_what_was_begun(
+    apart: tuple[Cluster, Scheduler], moment: str
+) -> None:
+    cluster, scheduler = apart
+    expected = [cluster.models[MODEL].greedy(prompt, MAX_TOKENS) for prompt in PROMPTS]
+    with (
+        deployed(cluster, "kept", max_stages=2) as name,
+        load(cluster, name, expected, 4) as running,
+    ):
+        wait_until(lambda: f"{name}.2" in replicas(cluster, name))
+        if moment == "it takes over":
+            wait_until(lambda: replicas(cluster, name)[f"{name}.2"].phase == pb.READY)
+        scheduler.restart()
+        answered = len(running.answers)
+        wait_until(lambda: len(running.answers) > answered + 4)
+        wait_until(lambda: bool(cluster.client.status(name).deployments))
+        wait_until_gone(cluster, name, f"{name}.1")
+        assert [len(replica.parts) for replica in serving(cluster, name)] == [1]
+        assert_nothing_left(cluster, f"{name}.1")
