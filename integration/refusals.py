@@ -54,24 +54,32 @@ def settled(read: Callable[[], _Value], before: _Value) -> _Value:
 
 def snapshot(cluster: Cluster) -> Mapping[str, Any]:
     """What is deployed, and what every node holds: memory, models, files."""
-    status = cluster.client.status()
-    deployments = {
+    memory = {
+        node.info.name: (node.alive, node.reserved_bytes, node.tier_used_bytes)
+        for node in cluster.client.status().nodes
+    }
+    return {"deployments": deployments(cluster), "memory": memory, "nodes": contents(cluster)}
+
+
+def deployments(cluster: Cluster) -> Mapping[str, Any]:
+    """By name, what was asked for and which replicas there are."""
+    return {
         deployment.spec.name: (
             deployment.spec.SerializeToString(deterministic=True),
             [(replica.replica, replica.phase) for replica in deployment.replicas],
         )
-        for deployment in status.deployments
+        for deployment in cluster.client.status().deployments
     }
-    memory = {
-        node.info.name: (node.alive, node.reserved_bytes, node.tier_used_bytes)
-        for node in status.nodes
-    }
-    return {"deployments": deployments, "memory": memory, "nodes": contents(cluster)}
 
 
-def contents(cluster: Cluster) -> Mapping[str, Any]:
-    """What every node holds: models that are ready, files of its repository and of its tier."""
-    files = cluster.layout.files
+def remains(cluster: Cluster, deployment: str) -> list[str]:
+    """What any node still holds of a deployment: models and files."""
+    held = (group for node in contents(cluster).values() for group in node)
+    return [name for group in held for name in group if f"{deployment}." in name]
+
+
+def contents(cluster: Cluster) -> Mapping[str, tuple[list[str], list[str], list[str]]]:
+    """By node: models that are ready, files of its model repository, files of its tier."""
     found = {}
     for node in cluster.layout.nodes:
         client = triton.InferenceServerClient(f"{node.host}:{node.triton_grpc_port}")

@@ -113,7 +113,7 @@ def wait_until_gone(cluster: Cluster, name: str, replica: str) -> pb.ReplicaStat
     return replicas(cluster, name)[replica]
 
 
-@pytest.mark.parametrize(("stages", "clients"), [(2, 16), (3, 1), (4, 1), (4, 16)])
+@pytest.mark.parametrize(("stages", "clients"), [(2, 1), (2, 16), (3, 1), (3, 16), (4, 1), (4, 16)])
 def test_a_pipeline_becomes_one_full_instance_and_no_request_notices(
     cluster: Cluster, expected: list[list[int]], stages: int, clients: int
 ) -> None:

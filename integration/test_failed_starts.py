@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from integration.both_protocols import Refused, Request, ask_grpc, both_told, refused
 from integration.bucket import s3_client, upload
-from integration.refusals import contents, settled, snapshot
+from integration.refusals import deployments, remains, settled
 from integration.strict_store import StrictStore
 from integration.tiny_cluster import Cluster, wait_until
 from paraserve_backend.errors import AccessDenied, InvalidCheckpoint
@@ -37,14 +37,16 @@ def folder(cluster: Cluster, tmp_path: Path) -> Path:
 
 @contextmanager
 def deployed(cluster: Cluster, name: str, **spec: Any) -> Iterator[Failing]:
-    """Deploy, and delete in the end; the cluster is then as it was before."""
-    before = snapshot(cluster)
+    """Deploy, and delete in the end; nothing of it is left then, and all else as it was."""
+    before = deployments(cluster)
     cluster.client.deploy(pb.DeploymentSpec(name=name, **spec))
     try:
         yield Failing(cluster, name)
     finally:
         cluster.client.delete(name)
-    assert settled(lambda: snapshot(cluster), before) == before
+    # A node that did not let go in time is told again.
+    assert settled(lambda: remains(cluster, name), []) == []
+    assert deployments(cluster) == before
 
 
 class Failing:
@@ -52,12 +54,11 @@ class Failing:
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self._cluster = cluster
-        self._at_zero = contents(cluster)
         self.request = Request(model=name, inputs={"input_ids": ("INT32", [1, 2])})
 
     def refused(self) -> Refused:
         told = refused(self._cluster, self.request)
-        assert settled(lambda: contents(self._cluster), self._at_zero) == self._at_zero
+        assert settled(lambda: remains(self._cluster, self.request.model), []) == []
         return told
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,12 +49,9 @@ def test_a_second_start_reads_its_tier_and_a_start_elsewhere_its_peer(
     cluster, name, prompt = caching_cluster, "warm", prompts(1)[0]
     expected = cluster.models[MODEL].greedy(prompt, 6)
     cluster.deploy(name, MODEL, 1, keep_alive_s=0.5)
-    started_s: list[float] = []
 
     def start() -> pb.ReplicaPart:
-        began_s = time.monotonic()
         assert generate(cluster, name, prompt, 6) == expected
-        started_s.append(time.monotonic() - began_s)
         replica = go_to_zero(cluster, name)
         assert_nothing_left(cluster, replica.replica)
         (part,) = replica.parts
@@ -78,4 +74,3 @@ def test_a_second_start_reads_its_tier_and_a_start_elsewhere_its_peer(
     finally:
         cluster.client.drain(first.node, undo=True)
         cluster.client.delete(name)
-    print(f"store {started_s[0]:.2f} s, tier {started_s[1]:.2f} s, peer {started_s[2]:.2f} s")

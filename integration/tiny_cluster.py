@@ -165,8 +165,20 @@ def assert_nothing_left(cluster: Cluster, replica: str) -> None:
         fetches = list((run_dir / "tier" / "fetches").glob(f"{replica}*"))
         assert not fetches
         assert not list((run_dir / "keys").glob(f"{replica}*"))
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [line for line in lines if f"{replica}".encode() in line and b"stub" in line]
+    lines = _stub_lines()
+    assert not [line for line in lines if replica.encode() in line]
+    # Triton gives every stub a region of shared memory and tells it the name.
+    regions = Path("/dev/shm").glob(f"{cluster.layout.files.shm_prefix}node*")
+    assert not [r for r in regions if not any(r.name.encode() in line for line in lines)]
+
+
+def _stub_lines() -> list[bytes]:
+    """The command line of every stub process."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it may end while we look
+            lines.append(path.read_bytes())
+    return [line for line in lines if b"python_backend_stub" in line]
 
 
 def stubs(model: str) -> list[int]:

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 #: Bytes sent at a time: how finely the rate is kept.
-_STEP_BYTES = 256 << 10
+_STEP_BYTES = 1 << 20
 #: "Lower effort" (RFC 8622): routers that know it let everything else go first.
 _LOWER_EFFORT = 0x04
 #: A client that takes nothing, or asks nothing, for so long is let go.
@@ -115,14 +115,17 @@ class _Server(ThreadingHTTPServer):
     token: str | None
     rate: RateLimit
     free: threading.BoundedSemaphore
+    #: Their threads are waited for, so that none reads a tier that is closed.
+    daemon_threads = False
 
     def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(address, handler)
+        # First: where the address is taken, `__init__` ends with `server_close`.
         self._open: set[socket.socket] = set()
         self._closing = False
         self._lock = threading.Lock()
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, handler)
 
     def server_close(self) -> None:
         with self._lock:
@@ -130,9 +133,6 @@ class _Server(ThreadingHTTPServer):
             for connection in self._open:
                 _shut(connection)
         super().server_close()  # waits for the threads
-
-    #: Their threads are waited for, so that none reads a tier that is closed.
-    daemon_threads = False
 
     @contextmanager
     def noted(self, connection: socket.socket) -> Iterator[None]:

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from paraserve_backend.weights.holdings import Claim, Holding
 from paraserve_backend.weights.objects import StoredObject
 from paraserve_backend.weights.spans import Span, merge, within
-from paraserve_backend.weights.tier import Claim, Holding, Tier
+from paraserve_backend.weights.tier import Tier
 from paraserve_backend.weights.tier_fetch import TierFetch
 
 #: How often waiting workers look whether other fetches of this node have brought something.

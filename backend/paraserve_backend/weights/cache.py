@@ -173,10 +173,16 @@ class CacheIndex:
             path.unlink(missing_ok=True)
 
 
-def whole_pages(span: Span) -> int:
+def page_span(span: Span) -> Span:
     """Return the bytes of all pages that `span` touches."""
     start, end = span
-    return -(-end // PAGE_BYTES) * PAGE_BYTES - start // PAGE_BYTES * PAGE_BYTES
+    return (start // PAGE_BYTES * PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES)
+
+
+def whole_pages(span: Span) -> int:
+    """Return the number of bytes of all pages that `span` touches."""
+    start, end = page_span(span)
+    return end - start
 
 
 def _cut(extents: Iterable[Extent], spans: Sequence[Span]) -> Iterator[Extent]:

@@ -19,9 +19,9 @@ from typing import Protocol
 from urllib.parse import parse_qs, urlsplit
 
 from paraserve_backend.errors import SourceUnavailable
+from paraserve_backend.weights.holdings import Holding
 from paraserve_backend.weights.objects import Connection
 from paraserve_backend.weights.ranged_http import HttpConnection, UrlSigner
-from paraserve_backend.weights.tier import Holding
 
 OBJECTS_PATH = "/objects/"
 HOLDINGS_PATH = "/holdings/"

@@ -12,12 +12,11 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound, Unavailable
-from paraserve_backend.weights.cache import CACHE, CacheIndex, whole_pages
+from paraserve_backend.weights.cache import CACHE, CacheIndex, page_span, whole_pages
+from paraserve_backend.weights.holdings import Claim, Holding, TierObject, object_problems
 from paraserve_backend.weights.landing import (
     FETCHES,
     FILES,
@@ -36,36 +35,8 @@ from paraserve_backend.weights.spans import Span, merge, subtract, within
 from paraserve_backend.weights.sparse import first_hole, free_bytes, free_span, used_bytes
 from paraserve_backend.weights.tier_fetch import TierFetch, room_for
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TierObject:
-    """One object version in the tier, and which of its bytes are in place (sorted, disjoint)."""
-
-    source_uri: str
-    stored: StoredObject
-    landed: tuple[Span, ...]
-
-    @property
-    def landed_bytes(self) -> int:
-        return sum(end - start for start, end in self.landed)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holding:
-    """Bytes of one object version that are in place, and those that a running fetch will bring."""
-
-    landed: tuple[Span, ...]
-    coming: tuple[Span, ...]
-
-
-class Claim(Enum):
-    """What came of the wish to bring some bytes."""
-
-    GRANTED = "granted"
-    #: Another fetch of this tier is bringing some of them right now.
-    BUSY = "busy"
-    #: They are in place.
-    LANDED = "landed"
+#: Room for a fetch's own files: its spans, the index of what stays of it.
+_RECORDS_BYTES = 64 << 10
 
 
 class Tier:
@@ -236,7 +207,7 @@ class Tier:
         problems = [f"object file {path.name} belongs to no fetch" for path in strays]
         for found in self.contents():
             path = self._path(found.source_uri, found.stored)
-            problems += _object_problems(path, found, growing=path.name in unfinished)
+            problems += object_problems(path, found, growing=path.name in unfinished)
         return tuple(problems)
 
     def close(self) -> None:
@@ -320,7 +291,8 @@ class Tier:
             path.unlink(missing_ok=True)  # who reads it still can
             return
         kept = merge([*self._cache.spans(name), *self._pinned(name)])
-        for span in subtract(merge(spans), kept):
+        # A page goes only as a whole: with what surrounds the bytes, if nobody needs that.
+        for span in subtract(merge(map(page_span, spans)), kept):
             free_span(path, span)
 
     def _pinned(self, name: str) -> tuple[Span, ...]:
@@ -416,7 +388,10 @@ class Tier:
 
 
 def _missing_bytes(fetch: TierFetch) -> int:
-    return sum(fetch.parts[part].size_bytes for part in fetch.missing_parts())
+    """Return the memory that a fetch will take, with some for what is written about it."""
+    parts = (fetch.parts[part] for part in fetch.missing_parts())
+    part_bytes = sum(whole_pages((part.start, part.end)) for part in parts)
+    return part_bytes + sum(it.size_bytes for it in fetch.missing_files()) + _RECORDS_BYTES
 
 
 def _overlap(one: Span, other: Span) -> bool:
@@ -433,21 +408,3 @@ def _lock_directory(directory: Path) -> int:
             f"another agent uses the tier {directory}: give each agent its own"
         ) from None
     return fd
-
-
-def _object_problems(path: Path, found: TierObject, *, growing: bool) -> list[str]:
-    key = found.stored.key
-    if not path.exists():
-        return [f"the file of {key} is missing"]
-    if path.stat().st_size != found.stored.size_bytes:
-        return [f"the file of {key} has {path.stat().st_size} bytes"]
-    holes = [(span, first_hole(path, span)) for span in found.landed]
-    problems = [
-        f"{key} has no bytes at {hole} in {span}" for span, hole in holes if hole is not None
-    ]
-    known_bytes = sum(map(whole_pages, found.landed))
-    if not growing and used_bytes(path) > known_bytes:
-        problems.append(
-            f"the file of {key} takes {used_bytes(path)} bytes, {known_bytes} are known"
-        )
-    return problems

@@ -13,9 +13,12 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.trace import Span, SpanFile
 from paraserve_backend.weights.landing import FetchStatus
 from paraserve_backend.weights.objects import Connection, Source, StoredObject
+from paraserve_backend.weights.plan import FetchPlan
 from paraserve_backend.weights.tier import Tier
 from paraserve_backend.weights.tier_reader import TierReader
 from tests.backend.agent.nodes import make_plan, make_request
+from tests.backend.checkpoints import make_plan as plan_of
+from tests.backend.checkpoints import write_checkpoint
 
 
 def play(folder: Path, test: Callable[[Fetches], Awaitable[None]]) -> None:
@@ -186,3 +189,57 @@ def test_a_new_agent_finds_what_an_old_one_left_and_can_release_it(tmp_path: Pat
         assert await fetches.contents() == ([], 0)
 
     play(tmp_path, test)
+
+
+def make_caching(folder: Path, *, memory_bytes: int, tier_bytes: int) -> Fetches:
+    tier = Tier.open(folder / "tier", cache_bytes=tier_bytes)
+    limits = FetchLimits(threads=2, tier_bytes=tier_bytes, memory_bytes=memory_bytes)
+    return Fetches(tier, limits)
+
+
+async def use(fetches: Fetches, plan: FetchPlan, reserved_bytes: int = 0) -> int:
+    """Fetch, as for a replica that may use so much, and release; returns what was fetched."""
+    request = replace(make_request(plan), reserved_bytes=reserved_bytes)
+    fetched_bytes = await (await fetches.start(request, 10)).wait()
+    await fetches.release(plan.fetch_id)
+    return fetched_bytes
+
+
+def test_what_stays_in_the_tier_is_told_in_the_timeline_of_the_next_fetch(tmp_path: Path) -> None:
+    async def run() -> None:
+        plan = make_plan(tmp_path / "m")
+        fetches = make_caching(tmp_path, memory_bytes=1 << 30, tier_bytes=1 << 30)
+        assert await use(fetches, plan) == plan.total_bytes
+        again = replace(plan, fetch_id="tiny.2.0")
+        assert await (await fetches.start(make_request(again), 10)).wait() == 0
+        (span,) = await fetches.spans("tiny.2.0")
+        assert (span.name, span.size_bytes) == ("fetch from tier", plan.total_bytes)
+        await fetches.close()
+
+    asyncio.run(run())
+
+
+def test_what_is_only_cached_gives_way_to_a_replica_and_is_no_longer_counted(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        old, new = (
+            plan_of(write_checkpoint(tmp_path / name, width=4096), fetch_id=f"{name}.1.0")
+            for name in ("old", "new")
+        )
+        room_bytes = 2 * old.total_bytes
+        fetches = make_caching(tmp_path, memory_bytes=room_bytes, tier_bytes=room_bytes)
+        await use(fetches, old)
+        assert await fetches.cached_bytes() > old.total_bytes
+        # Its KV cache leaves a quarter of the model's size to what is cached.
+        reserved_bytes = room_bytes - old.total_bytes // 4
+        request = replace(make_request(new), reserved_bytes=reserved_bytes)
+        await (await fetches.start(request, 10)).wait()
+        assert 0 < await fetches.cached_bytes() <= old.total_bytes // 4
+        _, used_bytes = await fetches.contents()
+        assert used_bytes + reserved_bytes - new.total_bytes <= room_bytes + 2 * 4096
+        await fetches.release("new.1.0")
+        assert await use(fetches, replace(new, fetch_id="new.2.0")) == 0
+        await fetches.close()
+
+    asyncio.run(run())

@@ -1,0 +1,49 @@
+"""Who a fetch may read from, as heartbeats tell it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.events import NodeRegistered
+from paraserve_scheduler.fold import fold
+from paraserve_scheduler.plans import Deployment
+from paraserve_scheduler.state import ClusterView
+from paraserve_scheduler.wire import node_info, node_reported, peer_addresses
+from tests.scheduler.builders import NOW_S, make_deployment
+
+
+def heard(deployment: Deployment, landed_bytes: dict[str, int], version: str | None) -> ClusterView:
+    """A view after heartbeats of nodes that hold so much of the deployment's one object."""
+    (stored,) = deployment.index.objects
+    view = ClusterView(started_s=NOW_S)
+    for number, (name, size_bytes) in enumerate(landed_bytes.items()):
+        info = node_info(pb.NodeInfo(name=name, peer_address=f"10.0.0.{number}:1"))
+        view = fold(view, NodeRegistered(info=info, at_s=NOW_S))
+        held = pb.TierObject(
+            key=f"{deployment.index.source_uri}/{stored.key}",
+            version=version or stored.version,
+            landed_bytes=size_bytes,
+        )
+        status = pb.NodeStatus(name=name, triton_live=True, tier=[held])
+        view = fold(view, node_reported(status, NOW_S))
+    return view
+
+
+def test_nodes_that_have_most_come_first_and_the_node_itself_not_at_all() -> None:
+    deployment = make_deployment()
+    view = heard(deployment, {"a": 5, "b": 0, "c": 9, "d": 7, "e": 1, "f": 6}, None)
+    assert peer_addresses(view, deployment, "c") == ("10.0.0.3:1", "10.0.0.5:1", "10.0.0.0:1")
+
+
+def test_another_version_is_nothing() -> None:
+    deployment = make_deployment()
+    view = heard(deployment, {"a": 5}, "another")
+    assert peer_addresses(view, deployment, "b") == ()
+
+
+def test_a_node_that_serves_nobody_is_no_peer() -> None:
+    deployment = make_deployment()
+    view = heard(deployment, {"a": 5}, None)
+    silent = replace(view.nodes["a"], info=replace(view.nodes["a"].info, peer_address=""))
+    assert peer_addresses(replace(view, nodes={"a": silent}), deployment, "b") == ()
