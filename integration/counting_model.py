@@ -38,8 +38,8 @@ class TritonPythonModel:
             parameters.pop("id", None)  # only Triton's own HTTP service makes it a parameter
             self.send(sender, json.dumps(parameters, sort_keys=True), 1, last=True)
         elif prompt.startswith("fail"):
-            code = getattr(pb_utils.TritonError, prompt.split()[1])
-            error = pb_utils.TritonError("The sentence.", code)
+            # As ours do, the model says its code in the text.
+            error = pb_utils.TritonError(f"{prompt.split()[1]}: The sentence.")
             sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
         elif prompt == "hang":
             while not sender.is_cancelled():

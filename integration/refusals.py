@@ -44,12 +44,12 @@ def each(cases: Sequence[_Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.what)
 
 
-def settled(read: Callable[[], _Value], before: _Value) -> _Value:
-    """Return what `read` gives once that is `before` again, or what it is after a while."""
+def settled(read: Callable[[], _Value], wanted: _Value) -> _Value:
+    """Return what `read` gives once that is `wanted`, or what it is after a while."""
     deadline_s = time.monotonic() + _SETTLE_S
-    while (after := read()) != before and time.monotonic() < deadline_s:
+    while (value := read()) != wanted and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    return after
+    return value
 
 
 def snapshot(cluster: Cluster) -> Mapping[str, Any]:
@@ -80,6 +80,7 @@ def remains(cluster: Cluster, deployment: str) -> list[str]:
 
 def contents(cluster: Cluster) -> Mapping[str, tuple[list[str], list[str], list[str]]]:
     """By node: models that are ready, files of its model repository, files of its tier."""
+    files = cluster.layout.files
     found = {}
     for node in cluster.layout.nodes:
         client = triton.InferenceServerClient(f"{node.host}:{node.triton_grpc_port}")

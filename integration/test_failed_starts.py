@@ -45,8 +45,13 @@ def deployed(cluster: Cluster, name: str, **spec: Any) -> Iterator[Failing]:
     finally:
         cluster.client.delete(name)
     # A node that did not let go in time is told again.
-    assert settled(lambda: remains(cluster, name), []) == []
+    assert_nothing_remains(cluster, name)
     assert deployments(cluster) == before
+
+
+def assert_nothing_remains(cluster: Cluster, name: str) -> None:
+    nothing: list[str] = []
+    assert settled(lambda: remains(cluster, name), nothing) == nothing
 
 
 class Failing:
@@ -58,7 +63,7 @@ class Failing:
 
     def refused(self) -> Refused:
         told = refused(self._cluster, self.request)
-        assert settled(lambda: remains(self._cluster, self.request.model), []) == []
+        assert_nothing_remains(self._cluster, self.request.model)
         return told
 
 

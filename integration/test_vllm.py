@@ -114,6 +114,7 @@ def config_of(checkpoint: Path) -> GenerateConfig:
         ),
         kv=KvConfig(num_blocks=64, block_size=16),
         device="cpu",
+        engine="paraserve",
         forward_model=None,
         max_context=256,
         max_sequences=8,

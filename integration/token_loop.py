@@ -165,6 +165,7 @@ def _config(weights: WeightsConfig) -> GenerateConfig:
         weights=weights,
         kv=_KV,
         device="cpu",
+        engine="paraserve",
         forward_model=None,
         max_context=None,
         max_sequences=4,

@@ -72,6 +72,8 @@ class GenerateConfig:
     batches_in_flight: int
     #: `None`: requests stay where they are.
     hand_over: HandOverConfig | None
+    #: "paraserve", or one that `engines.role` knows.
+    engine: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +207,7 @@ def _generate(parameters: _Parameters) -> GenerateConfig:
         max_batch_tokens=parameters.integer("max_batch_tokens", 512),
         batches_in_flight=parameters.integer("batches_in_flight", 1),
         hand_over=_hand_over(parameters),
+        engine=parameters.optional("engine") or "paraserve",
     )
 
 

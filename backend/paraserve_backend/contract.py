@@ -17,6 +17,14 @@ class Role(StrEnum):
     LINK = "link"
 
 
+class EngineName(StrEnum):
+    """What computes in a full instance; the stages of a pipeline are always our own."""
+
+    PARASERVE = "paraserve"
+    VLLM = "vllm"
+    TENSORRT_LLM = "tensorrt-llm"
+
+
 class Dtype(StrEnum):
     """Weight and activation types, spelt as `torch_dtype` in a Hugging Face config.json."""
 

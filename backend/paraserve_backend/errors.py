@@ -18,6 +18,7 @@ Codes follow Triton's own mapping of errors to gRPC and HTTP where Triton has on
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -80,3 +81,17 @@ class DeadlineExceeded(ParaServeError):
 class Cancelled(ParaServeError):
     grpc_code = "CANCELLED"
     http_status = 499
+
+
+_CODED = re.compile(r"([A-Z_]{2,}): (.+)", re.DOTALL)
+
+
+def coded(error: ParaServeError) -> str:
+    """Return the sentence led by its code, for ways on which codes get lost."""
+    return f"{error.grpc_code}: {error}"
+
+
+def read_coded(text: str) -> tuple[str, str] | None:
+    """Reverse `coded`: the code and the sentence; `None` where no code leads the text."""
+    match = _CODED.fullmatch(text)
+    return (match[1], match[2]) if match else None

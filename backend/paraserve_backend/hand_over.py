@@ -19,7 +19,7 @@ class Target:
     """A replica that takes requests over."""
 
     replica: str
-    #: Of its inbox, `tcp://host:port`.
+    #: Of its inbox, `tcp://host:port`; empty where its engine takes no KV blocks.
     address: str
 
 

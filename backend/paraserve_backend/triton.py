@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,13 +38,17 @@ from paraserve_backend.contract import (
 from paraserve_backend.engine.batch import ForwardResult
 from paraserve_backend.engine.batch_codec import decode_result, encode_batch
 from paraserve_backend.engine.batching import ScheduledBatch
-from paraserve_backend.errors import ParaServeError, Unavailable
+from paraserve_backend.errors import ParaServeError, Unavailable, coded
 from paraserve_backend.gauges import GAUGES, RateLimitedGauges
 from paraserve_backend.hand_over import read_targets
 from paraserve_backend.outputs import output_tensors
 from paraserve_backend.request import WantedOutputs, parse_request
 from paraserve_backend.resume import HAND_OVER_TO, RESUME, Resume
 from paraserve_backend.roles.fetched import open_weights
+
+if TYPE_CHECKING:
+    from paraserve_backend.engines.role import ExternalRole
+    from paraserve_backend.roles.generate import GenerateRole
 
 _log = logging.getLogger(__name__)
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -74,7 +78,7 @@ class TritonPythonModel:
         try:
             self._adapter = _adapter(read_config(args["model_config"]))
         except ParaServeError as error:
-            raise pb_utils.TritonModelException(f"{error.grpc_code}: {error}") from error
+            raise pb_utils.TritonModelException(coded(error)) from error
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> Any:
         return self._adapter.execute(requests)
@@ -104,12 +108,7 @@ def _adapter(config: RoleConfig) -> _Adapter:
 
 class _GenerateAdapter:
     def __init__(self, config: GenerateConfig) -> None:
-        from paraserve_backend.roles.generate import GenerateRole
-
-        forward = None
-        if config.forward_model is not None:
-            forward = _EnsembleForward(config.forward_model, config.batches_in_flight)
-        self._role = GenerateRole(config, forward, _triton_gauges(config))
+        self._role = _generate_role(config)
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         for request in requests:
@@ -140,6 +139,20 @@ class _GenerateAdapter:
 
     def close(self) -> None:
         self._role.close()
+
+
+def _generate_role(config: GenerateConfig) -> GenerateRole | ExternalRole:
+    gauges = _triton_gauges(config)
+    if config.engine != "paraserve":
+        from paraserve_backend.engines.role import ExternalRole
+
+        return ExternalRole(config.engine, config, gauges)
+    from paraserve_backend.roles.generate import GenerateRole
+
+    forward = None
+    if config.forward_model is not None:
+        forward = _EnsembleForward(config.forward_model, config.batches_in_flight)
+    return GenerateRole(config, forward, gauges)
 
 
 class _Reply:
@@ -298,4 +311,6 @@ def _failed_pass(error: Exception) -> pb_utils.InferenceResponse:
 
 def _error_response(error: ParaServeError) -> pb_utils.InferenceResponse:
     code = getattr(pb_utils.TritonError, _TRITON_CODES.get(error.grpc_code, "INTERNAL"))
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+    # In the text too: a stream's errors have no code, unless its client asks for them by a header
+    # that makes tritonserver 2.51 crash now and then.
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(coded(error), code))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 
-from paraserve_backend.contract import LayerRange
+from paraserve_backend.contract import EngineName, LayerRange
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.families.spec import ModelSpec
 from paraserve_backend.families.table import model_spec
@@ -52,6 +52,7 @@ def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> 
         max_sequences=message.max_sequences or defaults.max_sequences,
         device=message.device or None,
         consolidate=message.consolidate if message.HasField("consolidate") else True,
+        engine=_engine(message.engine),
     )
 
 
@@ -70,6 +71,13 @@ def read_deployment(spec: DeploymentSpec) -> Deployment:
     _check_tokenizer(spec, index)
     _check_context(spec, model)
     return Deployment(spec=spec, model=model, index=index)
+
+
+def _engine(name: str) -> EngineName:
+    try:
+        return EngineName(name or EngineName.PARASERVE)
+    except ValueError:
+        raise InvalidRequest(f"engine {name!r} is not one of {', '.join(EngineName)}.") from None
 
 
 def _seconds(message: pb.DeploymentSpec, field: str) -> float | None:

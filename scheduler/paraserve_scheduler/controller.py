@@ -188,7 +188,7 @@ class Controller:
     def _hand_over(self, action: HandOver, tasks: asyncio.TaskGroup) -> None:
         replicas, nodes = self._view.replicas, self._view.nodes
         address = nodes[replicas[action.replica].plan.head.node].info.agent_address
-        urls = {target: replicas[target].plan.hand_over.url for target in action.targets}
+        urls = {target: replicas[target].plan.inbox_url for target in action.targets}
         telling = self._tell_hand_over(address, action.replica, urls)
         tasks.create_task(telling, name=f"hand over {action.replica}")
 

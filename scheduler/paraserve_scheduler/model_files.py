@@ -66,7 +66,7 @@ def fetch_id(plan: ReplicaPlan, stage: int) -> str:
 
 
 def _whole_model(plan: ReplicaPlan) -> Meaning:
-    return _generate(plan, {})
+    return _generate(plan, {"engine": plan.engine.value})
 
 
 def _front(plan: ReplicaPlan) -> Meaning:

@@ -178,5 +178,3 @@ def _shortage(
 
 def _places(replicas: Sequence[Replica]) -> tuple[str, ...]:
     return tuple(f"{replica.id} on {replica.plan.head.node}" for replica in replicas)
-
-

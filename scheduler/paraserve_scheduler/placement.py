@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from paraserve_backend.contract import LayerRange
+from paraserve_backend.contract import EngineName, LayerRange
 from paraserve_backend.errors import InsufficientCapacity
 from paraserve_backend.families.tensors import kv_bytes_per_token
 from paraserve_backend.weights.plan import split_layers, stage_tensors
@@ -195,6 +195,7 @@ def _plan(
         forward_timeout_s=config.forward_timeout_s,
         results=_address(option.nodes[0], 1) if is_pipeline else None,
         hand_over=_address(option.nodes[0], 0),
+        engine=EngineName.PARASERVE if is_pipeline else deployment.spec.engine,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from paraserve_backend.contract import LayerRange
+from paraserve_backend.contract import EngineName, LayerRange
 from paraserve_backend.families.spec import ModelSpec
 from paraserve_backend.weights.checkpoint import CheckpointIndex
 
@@ -34,6 +34,8 @@ class DeploymentSpec:
     device: str | None = None
     #: Whether its pipelines become full instances.
     consolidate: bool = True
+    #: Of its full instances.
+    engine: EngineName = EngineName.PARASERVE
 
 
 # Compared and hashed by identity: one exists per deployed checkpoint, and its index is large.
@@ -113,6 +115,13 @@ class ReplicaPlan:
     succeeds: str | None = None
     #: Its weights are fetched at low priority: nobody waits for it.
     background: bool = False
+    #: Always our own where it is a pipeline.
+    engine: EngineName = EngineName.PARASERVE
+
+    @property
+    def inbox_url(self) -> str:
+        """Where KV blocks can be sent to it; empty where its engine takes none."""
+        return self.hand_over.url if self.engine is EngineName.PARASERVE else ""
 
     @property
     def replica(self) -> str:

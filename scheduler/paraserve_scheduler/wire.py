@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from paraserve_backend.contract import EngineName
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.trace import Span
 from paraserve_backend.weights.plan import plan_fetch, stage_tensors
+from paraserve_backend.weights.whole import whole_objects
 from paraserve_scheduler.capacity import is_alive
 from paraserve_scheduler.config import PolicyConfig
 from paraserve_scheduler.events import NodeReported
@@ -144,7 +146,11 @@ def _fetch(
     deployment: Deployment, plan: ReplicaPlan, stage: int, peers: tuple[str, ...]
 ) -> pb.Fetch:
     model, index, where = deployment.model, deployment.index, plan.stages[stage]
-    tensors = stage_tensors(index, model.names, tied=model.tie_word_embeddings, layers=where.layers)
+    if plan.engine is EngineName.PARASERVE:
+        tied = model.tie_word_embeddings
+        tensors = stage_tensors(index, model.names, tied=tied, layers=where.layers)
+    else:
+        tensors = whole_objects(index)
     return pb.Fetch(
         plan_json=plan_fetch(index, tensors, fetch_id=fetch_id(plan, stage)).to_json(),
         endpoint_url=deployment.spec.endpoint_url or "",
@@ -243,6 +249,7 @@ def spec_message(spec: DeploymentSpec) -> pb.DeploymentSpec:
         max_sequences=spec.max_sequences,
         device=spec.device or "",
         consolidate=spec.consolidate,
+        engine=spec.engine,
     )
 
 

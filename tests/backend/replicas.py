@@ -267,6 +267,7 @@ def start_replica(
                 weights=configs[0].weights,
                 kv=kv,
                 device="cpu",
+                engine="paraserve",
                 forward_model=None if stages == 1 else f"{name}.forward",
                 max_context=256,
                 max_sequences=16,

@@ -234,6 +234,7 @@ def test_a_standalone_model_fetches_its_own_weights(model: TinyModel) -> None:
         weights=weights,
         kv=KvConfig(num_blocks=None, block_size=16),
         device="cpu",
+        engine="paraserve",
         forward_model=None,
         max_context=None,
         max_sequences=4,

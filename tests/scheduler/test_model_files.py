@@ -62,6 +62,7 @@ def test_a_replica_of_one_stage_is_one_model_with_all_layers() -> None:
         "replica": "tiny.7",
         "run_dir": "/run/n0",
         "fetch_id": "tiny.7.0",
+        "engine": "paraserve",
         "hand_over": "tcp://10.0.0.0:9000",
         "key_file": "/run/n0/keys/tiny.7/curve.key",
         "device": "cpu",

@@ -22,6 +22,7 @@ from paraserve_backend.errors import (
     NotFound,
     ParaServeError,
     Unavailable,
+    read_coded,
 )
 
 #: For calls that Triton answers at once; loads and unloads may take as long as the model does.
@@ -36,8 +37,6 @@ _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
-#: Makes Triton end a stream with a model's error code instead of a bare sentence.
-_WANT_ERROR_CODES = (("triton_grpc_error", "true"),)
 _BY_CODE: dict[str, type[ParaServeError]] = {
     kind.grpc_code: kind for kind in (InvalidRequest, NotFound, Unavailable, DeadlineExceeded)
 }
@@ -135,17 +134,16 @@ class TritonClient:
         request.parameters["triton_enable_empty_final_response"].bool_param = True
         call = self._stub.ModelStreamInfer(
             _only(request),
-            metadata=(*self._metadata, *_WANT_ERROR_CODES),
+            metadata=self._metadata,
             timeout=_ANSWER_TIMEOUT_S,
         )
         try:
             # To its end: a stream must not be cancelled while its final response is on the way.
             async for message in call:
                 if message.error_message:
-                    raise Unavailable(message.error_message)
+                    raise _refusal(model, message.error_message)
         except grpc.aio.AioRpcError as error:
-            kind = _BY_CODE.get(error.code().name, ParaServeError)
-            raise kind(f"Model {model} refused a command: {error.details()}") from None
+            raise self._error(error) from None
 
     def _error(self, error: grpc.aio.AioRpcError) -> ParaServeError:
         details = error.details() or ""
@@ -158,6 +156,15 @@ class TritonClient:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"Triton at {self._address} did not answer in time.")
         return ParaServeError(f"Triton at {self._address} failed: {details}")
+
+
+def _refusal(model: str, text: str) -> ParaServeError:
+    """The error for what the model, or Triton in its place, answered to a command."""
+    code = read_coded(text)
+    if code is None:
+        return Unavailable(text)
+    kind = _BY_CODE.get(code[0], ParaServeError)
+    return kind(f"Model {model} refused a command: {code[1]}")
 
 
 def read_key(path: Path | None) -> str | None:

@@ -125,6 +125,11 @@ class Departures:
     def is_active(self) -> bool:
         return bool(self._targets)
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether sequences go without their KV blocks: the targets run another engine."""
+        return any(not target.address for target in self._targets)
+
     def aim(self, targets: tuple[Target, ...]) -> None:
         """Set where sequences shall go from now on; those on their way elsewhere stay."""
         for departure in list(self._departures.values()):

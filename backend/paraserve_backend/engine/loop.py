@@ -195,7 +195,12 @@ class GenerateLoop:
         for sequence in list(self._batcher.waiting):
             if self._requests[sequence].is_resumable:
                 self._move(sequence, self._departures.next_target(), ticket=0)
-        self._departures.offer(s for s in self._batcher.running if self._may_leave(s))
+        leaving = [s for s in self._batcher.running if self._may_leave(s)]
+        if not self._departures.is_bare:
+            self._departures.offer(leaving)
+            return
+        for sequence in leaving:
+            self._move(sequence, self._departures.next_target(), ticket=0)
 
     def _may_leave(self, sequence: Sequence) -> bool:
         request = self._requests.get(sequence)

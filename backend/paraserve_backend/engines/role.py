@@ -6,6 +6,7 @@ its own away in the same manner: KV blocks go neither way.
 
 from __future__ import annotations
 
+import locale
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -52,6 +53,8 @@ class ExternalRole:
         self._abilities = made.abilities
         os.environ.update(made.abilities.environment)
         os.environ.update(visible_devices(config.device, os.environ))
+        # Triton's stub leaves the locale at ASCII, and engines read files of theirs in UTF-8.
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
         with ExitStack() as stack:
             fetched = open_weights(config.weights, whole_objects=True)
             stack.callback(fetched.close)

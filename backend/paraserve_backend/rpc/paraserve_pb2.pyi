@@ -830,6 +830,7 @@ class DeploymentSpec(_message.Message):
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     CONSOLIDATE_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     source: _builtins.str
     """s3://bucket/prefix or a folder every node can read"""
@@ -849,6 +850,8 @@ class DeploymentSpec(_message.Message):
     """"cpu" or "cuda"; empty: what the node has"""
     consolidate: _builtins.bool
     """whether its pipelines become full instances; default true"""
+    engine: _builtins.str
+    """of full instances: "paraserve" (also if empty), "vllm" or "tensorrt-llm" """
     def __init__(
         self,
         *,
@@ -864,10 +867,11 @@ class DeploymentSpec(_message.Message):
         max_sequences: _builtins.int = ...,
         device: _builtins.str = ...,
         consolidate: _builtins.bool | None = ...,
+        engine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_consolidate", b"_consolidate", "_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "consolidate", b"consolidate", "keep_alive_s", b"keep_alive_s", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consolidate", b"_consolidate", "_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "consolidate", b"consolidate", "device", b"device", "endpoint_url", b"endpoint_url", "keep_alive_s", b"keep_alive_s", "max_context", b"max_context", "max_sequences", b"max_sequences", "max_stages", b"max_stages", "name", b"name", "region", b"region", "source", b"source", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consolidate", b"_consolidate", "_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "consolidate", b"consolidate", "device", b"device", "endpoint_url", b"endpoint_url", "engine", b"engine", "keep_alive_s", b"keep_alive_s", "max_context", b"max_context", "max_sequences", b"max_sequences", "max_stages", b"max_stages", "name", b"name", "region", b"region", "source", b"source", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__consolidate: _TypeAlias = _typing.Literal["consolidate"]  # noqa: Y015
     _WhichOneofArgType__consolidate: _TypeAlias = _typing.Literal["_consolidate", b"_consolidate"]  # noqa: Y015

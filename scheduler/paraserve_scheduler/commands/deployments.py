@@ -11,6 +11,7 @@ from pathlib import Path
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 
+from paraserve_backend.contract import EngineName
 from paraserve_backend.errors import NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler import timeline
@@ -90,6 +91,12 @@ def _add_deploy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--device", choices=("cpu", "cuda"), default="", help="(default: what the nodes have)"
     )
     parser.add_argument(
+        "--engine",
+        choices=tuple(EngineName),
+        default=EngineName.PARASERVE,
+        help="what computes in full instances (default: paraserve; docs/engines.md)",
+    )
+    parser.add_argument(
         "--no-consolidate",
         dest="consolidate",
         action="store_false",
@@ -113,6 +120,7 @@ def _deploy(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
         max_sequences=arguments.max_sequences,
         device=arguments.device,
         consolidate=arguments.consolidate,
+        engine=arguments.engine,
     )
     with open_client(arguments, environ) as client:
         status = client.deploy(spec)

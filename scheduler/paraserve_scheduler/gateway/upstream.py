@@ -21,6 +21,7 @@ from paraserve_backend.errors import (
     InvalidRequest,
     ParaServeError,
     Unavailable,
+    read_coded,
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.failures import ReplicaLost, clean_message, error_from_code
@@ -38,12 +39,12 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
-#: Makes Triton end the stream with a model's error code instead of a bare sentence.
-_WANT_ERROR_CODES = (("triton_grpc_error", "true"),)
 #: What Triton says, without a code, when a model is not there or its process is dead.
 _NOT_SERVED = re.compile(
     r"unknown model|no available versions|is not ready|is not healthy", re.IGNORECASE
 )
+#: How Triton introduces an exception in a model.
+_MODEL_FAILED = "Failed to process the request(s)"
 _END_TIMEOUT_S = 5.0
 #: gRPC's own words.
 _SERVER_STOPS = "Cancelling all calls"
@@ -136,9 +137,7 @@ class _Stream:
         self._channel = server.channel
         self._model = endpoint.model
         self._deployment = request.model_name
-        self._call = server.stub.ModelStreamInfer(
-            _only(_addressed(request, endpoint.model)), metadata=_WANT_ERROR_CODES
-        )
+        self._call = server.stub.ModelStreamInfer(_only(_addressed(request, endpoint.model)))
         self._messages = aiter(self._call)
         self._is_started = False
         #: Whether the final response has been read.
@@ -153,7 +152,9 @@ class _Stream:
             return None
         message = await self._next_message(timeout_s)
         if message.error_message:
-            raise self._admission_error(message.error_message)
+            # Nothing comes after it: there is nothing to cancel.
+            self.is_finished = True
+            raise self._error(message.error_message)
         response = message.infer_response
         self._is_started = True
         self.is_finished = is_final(response)
@@ -187,23 +188,32 @@ class _Stream:
             "it may be overloaded or dead."
         )
 
-    def _admission_error(self, text: str) -> ParaServeError:
-        """Return the error for a sentence that Triton's own checks sent without a code."""
+    def _error(self, text: str) -> ParaServeError:
+        """Return the error for a sentence in the stream, the model's or Triton's own.
+
+        Codes are not asked for: a header would bring them, but with it a tritonserver 2.51 died
+        twice in 3000 such errors. Our models lead the sentence with the code.
+        """
+        sentence = self._clean(text)
+        code = read_coded(sentence)
+        if code is not None:
+            return error_from_code(*code)
         if _NOT_SERVED.search(text):
-            return self._refusal()
-        return InvalidRequest(self._clean(text))
+            return self._loss()
+        if _MODEL_FAILED in text:
+            return ParaServeError(f"The model of '{self._deployment}' failed: {sentence}")
+        return InvalidRequest(sentence)
 
     def _call_error(self, error: grpc.aio.AioRpcError) -> ParaServeError:
         text = error.details() or ""
-        if self._is_connection_lost(error):
-            if self._is_started:
-                return ReplicaLost(f"The replica of '{self._deployment}' was lost; retry.")
-            return self._refusal()
-        if not self._is_started and _NOT_SERVED.search(text):
-            return self._refusal()
-        if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
-            text = f"The model of '{self._deployment}' failed: {self._clean(text)}"
+        if self._is_connection_lost(error) or _NOT_SERVED.search(text):
+            return self._loss()
         return error_from_code(error.code().name, self._clean(text))
+
+    def _loss(self) -> ParaServeError:
+        if self._is_started:
+            return ReplicaLost(f"The replica of '{self._deployment}' was lost; retry.")
+        return ReplicaRefused(f"The replica of '{self._deployment}' has just gone; retry.")
 
     def _is_connection_lost(self, error: grpc.aio.AioRpcError) -> bool:
         # A model may answer UNAVAILABLE too, but then the connection stands. A server that stops
@@ -212,9 +222,6 @@ class _Stream:
             self._channel.get_state() is not grpc.ChannelConnectivity.READY
             or error.details() == _SERVER_STOPS
         )
-
-    def _refusal(self) -> ReplicaRefused:
-        return ReplicaRefused(f"The replica of '{self._deployment}' has just gone; retry.")
 
     def _clean(self, text: str) -> str:
         return clean_message(text).replace(f"'{self._model}'", f"'{self._deployment}'")

@@ -28,23 +28,17 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Triton(GRPCInferenceServiceServicer):
-    """Answers a request with an empty final response, or ends the stream with a code."""
+    """Answers a request with an empty final response, or with an error."""
 
     def __init__(self) -> None:
         self.requests: list[messages.ModelInferRequest] = []
-        self.wants_codes: list[bool] = []
-        self.code: grpc.StatusCode | None = None
         self.sentence = ""
 
     async def ModelStreamInfer(
         self, requests: AsyncIterator[messages.ModelInferRequest], context: Context
     ) -> AsyncIterator[messages.ModelStreamInferResponse]:
-        metadata = dict(context.invocation_metadata() or ())
-        self.wants_codes.append(metadata.get("triton_grpc_error") == "true")
         async for request in requests:
             self.requests.append(request)
-            if self.code is not None:
-                await context.abort(self.code, self.sentence)
             answer = messages.ModelStreamInferResponse(error_message=self.sentence)
             answer.infer_response.parameters["triton_final_response"].bool_param = True
             yield answer
@@ -75,7 +69,6 @@ def test_a_command_is_a_request_without_inputs() -> None:
     assert (request.model_name, list(request.inputs)) == ("tiny.1", [])
     assert request.parameters["command"].string_param == "do it"
     assert request.parameters["triton_enable_empty_final_response"].bool_param
-    assert triton.wants_codes == [True]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +85,7 @@ def test_a_command_that_fails_raises_what_the_model_answered(
     code: grpc.StatusCode, kind: type[ParaServeError]
 ) -> None:
     triton = _triton()
-    triton.code, triton.sentence = code, "There is no tiny.2."
+    triton.sentence = f"{code.name}: There is no tiny.2."
     with pytest.raises(ParaServeError, match=r"tiny\.1 refused a command: There is no") as caught:
         asyncio.run(_command(triton))
     assert type(caught.value) is kind

@@ -179,6 +179,7 @@ def config(checkpoint: Path) -> GenerateConfig:
         ),
         kv=KvConfig(num_blocks=10, block_size=16),
         device="cpu",
+        engine="paraserve",
         forward_model=None,
         max_context=None,
         max_sequences=4,

@@ -18,6 +18,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Script = Callable[[kserve.ModelInferRequest, Context], AsyncIterator[kserve.ModelInferResponse]]
 
 
+class StreamError(Exception):
+    """What a model answers in place of a response; the stream stays open."""
+
+
 class FakeScheduler(SchedulerServicer):
     """Publishes route tables and keeps the demand reports it gets."""
 
@@ -106,8 +110,11 @@ class FakeTriton(RefusedCalls):
             sentence = f"Request for unknown model: '{request.model_name}' is not found"
             await context.write(kserve.ModelStreamInferResponse(error_message=sentence))
             return
-        async for response in self.script(request, context):
-            await context.write(kserve.ModelStreamInferResponse(infer_response=response))
+        try:
+            async for response in self.script(request, context):
+                await context.write(kserve.ModelStreamInferResponse(infer_response=response))
+        except StreamError as error:
+            await context.write(kserve.ModelStreamInferResponse(error_message=str(error)))
 
     async def ServerLive(
         self, request: kserve.ServerLiveRequest, context: Context
@@ -213,14 +220,14 @@ def hanging(responses: int) -> Script:
     return script
 
 
-def failing(code: grpc.StatusCode, sentence: str, *, after: int = 0) -> Script:
-    """Send some responses, then end the stream with a status."""
+def failing(sentence: str, *, after: int = 0) -> Script:
+    """Send some responses, then an error."""
 
     async def script(
         request: kserve.ModelInferRequest, context: Context
     ) -> AsyncIterator[kserve.ModelInferResponse]:
         for index in range(after):
             yield answer(request, str(index), is_final=False)
-        await context.abort(code, sentence)
+        raise StreamError(sentence)
 
     return script

@@ -197,7 +197,7 @@ async def test_an_error_on_a_stream_names_its_request_and_leaves_the_stream_open
 
 async def test_a_stream_ends_with_the_errors_status_for_clients_that_ask_so() -> None:
     async with serving() as cluster:
-        cluster.triton.script = failing(grpc.StatusCode.INVALID_ARGUMENT, "'top_p' is 3.")
+        cluster.triton.script = failing("INVALID_ARGUMENT: 'top_p' is 3.")
 
         async def only() -> AsyncIterator[kserve.ModelInferRequest]:
             yield make_request()

@@ -11,7 +11,6 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -148,14 +147,14 @@ async def test_an_event_arrives_before_the_next_one_is_made() -> None:
 
 async def test_an_error_before_the_first_event_has_its_http_status() -> None:
     async with serving() as cluster:
-        cluster.triton.script = failing(grpc.StatusCode.UNAVAILABLE, "Too busy.")
+        cluster.triton.script = failing("UNAVAILABLE: Too busy.")
         answered = await post(cluster, f"{_MODEL}/generate_stream", {"text_input": "hi"})
         assert answered == (503, {"error": "Too busy."})
 
 
 async def test_an_error_after_the_first_event_is_the_last_event() -> None:
     async with serving() as cluster:
-        cluster.triton.script = failing(grpc.StatusCode.UNAVAILABLE, "Too busy.", after=2)
+        cluster.triton.script = failing("UNAVAILABLE: Too busy.", after=2)
         url = cluster.url(f"{_MODEL}/generate_stream")
         async with cluster.http.post(url, data='{"text_input":"hi"}') as response:
             assert response.status == 200

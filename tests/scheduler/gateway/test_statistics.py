@@ -148,7 +148,7 @@ async def test_the_wait_for_a_cold_start_is_queue_time() -> None:
 
 async def test_a_request_that_fails_or_is_cancelled_counts_as_failed() -> None:
     async with serving() as cluster:
-        cluster.triton.script = failing(grpc.StatusCode.UNAVAILABLE, "Too busy.")
+        cluster.triton.script = failing("UNAVAILABLE: Too busy.")
         await read_stream(cluster, make_request())
         cluster.triton.script = hanging(1)
         stream = cluster.stub.ModelStreamInfer(_only(make_request()))

@@ -79,7 +79,7 @@ async def test_a_request_that_is_not_streamed_has_a_limit_of_its_own() -> None:
 )
 async def test_a_models_own_error_keeps_its_code_and_sentence(code: grpc.StatusCode) -> None:
     async with serving() as cluster:
-        cluster.triton.script = failing(code, "The model 'tiny.1' says no.")
+        cluster.triton.script = failing(f"{code.name}: The model 'tiny.1' says no.")
         assert await failure(cluster) == (code, "The model 'tiny' says no.")
         assert len(cluster.triton.requests) == 1
 
@@ -90,7 +90,7 @@ async def test_an_internal_error_loses_its_traceback_and_paths() -> None:
         "\n\nAt:\n  /opt/models/tiny.1/1/model.py(53): execute\n"
     )
     async with serving() as cluster:
-        cluster.triton.script = failing(grpc.StatusCode.INTERNAL, text)
+        cluster.triton.script = failing(text)
         code, sentence = await failure(cluster)
         assert code is grpc.StatusCode.INTERNAL
         assert sentence == "The model of 'tiny' failed: ValueError: boom"
@@ -121,7 +121,7 @@ async def test_after_three_replicas_refused_the_client_hears_of_it() -> None:
 async def test_a_dead_process_behind_a_live_server_is_another_replicas_work() -> None:
     async with serving(replicas=2) as cluster:
         dead = "Failed to process the request(s), message: Stub process 'x_0_0' is not healthy."
-        cluster.triton.script = failing(grpc.StatusCode.INTERNAL, dead)
+        cluster.triton.script = failing(dead)
         cluster.tritons[1].script = one_answer
         answered = await cluster.stub.ModelInfer(make_request(stream=False))
         assert text_of(answered) == "whole text"
