@@ -63,17 +63,18 @@ simulate-paper: .venv/ready
 clients: .venv/ready
 	$(BIN)/python -m integration.clients.environments
 
-# vLLM itself, opt-in: 3.5 GB in an environment of its own, as its NumPy does not go with Triton's
-# stub. Three packages it brings are built for CUDA and break what imports them.
+# vLLM itself, opt-in: 3.5 GB in an environment of its own. Of what it brings, three packages are
+# built for CUDA and break what imports them, and Triton's stub does not go with NumPy 2.
 .venv-vllm/ready: integration/vllm-requirements.txt
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/pip install --quiet -r $<
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/pip install --quiet --no-deps -e .
+	.venv-vllm/bin/pip install --quiet --no-deps numpy==1.26.4 -e .
 	touch $@
 
-test-vllm: .venv-vllm/ready
+test-vllm: .venv/ready .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest --noconftest -o filterwarnings= integration/test_vllm.py
+	$(BIN)/pytest integration/test_vllm_in_triton.py
 
 clean:
 	rm -rf .venv .venv-clients .venv-vllm .mypy_cache .ruff_cache .pytest_cache

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,15 +32,19 @@ _SHM = Path("/dev/shm")
 class TritonServer:
     """One tritonserver with an empty model repository below `folder`; a context manager.
 
-    `options` are added to those of production.
+    `options` are added to those of production. Models use the packages beside the interpreter
+    `python`, this one by default.
     """
 
-    def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, options: Sequence[str] = (), python: Path | None = None
+    ) -> None:
         self.model_repository = folder / "models"
         self.log_path = folder / "triton.log"
         self.shm_prefix = f"paraserve-test-{uuid.uuid4().hex[:8]}-"
         self._backends = folder / "backends"
         self._options = tuple(options)
+        self._python = python or Path(sys.executable)
         self._grpc_port, self._http_port, self._metrics_port = free_ports(3)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -56,7 +62,7 @@ class TritonServer:
 
     def start(self, *, timeout_s: float = 30) -> None:
         """Start and wait until it answers; the same ports after a `stop`."""
-        install = find_triton()
+        install = replace(find_triton(), python_path_dir=self._python.parent)
         self.model_repository.mkdir(parents=True, exist_ok=True)
         prepare_backend_directory(self._backends, install)
         options = ServerOptions(
