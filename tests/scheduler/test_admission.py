@@ -46,6 +46,12 @@ def test_durations_must_be_finite_and_positive(field: str, value: float) -> None
         validated_spec(message, DEFAULTS)
 
 
+def test_an_engine_that_we_do_not_know_is_refused() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        validated_spec(pb.DeploymentSpec(name="tiny", engine="vlm"), DEFAULTS)
+    assert str(caught.value) == "engine 'vlm' is not one of paraserve, vllm, tensorrt-llm."
+
+
 def test_a_device_of_no_known_kind_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="device 'tpu' is not one of cpu, cuda"):
         validated_spec(pb.DeploymentSpec(name="tiny", device="tpu"), DEFAULTS)

@@ -9,12 +9,16 @@ from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
 from paraserve_backend.config import GenerateConfig, LinkConfig, StageConfig, read_config
+from paraserve_backend.contract import EngineName
 from paraserve_backend.interface import HAND_OVER_OUTPUTS, INPUTS, OUTPUTS
+from paraserve_backend.weights.plan import FetchPlan
+from paraserve_backend.weights.whole import has_whole_objects
 from paraserve_scheduler.config import PlacementConfig
 from paraserve_scheduler.model_files import TritonModel, stage_models
 from paraserve_scheduler.pbtxt import Meaning, Tensor, render
 from paraserve_scheduler.placement import place
-from paraserve_scheduler.plans import Deployment, ReplicaPlan
+from paraserve_scheduler.plans import ChannelKeys, Deployment, ReplicaPlan
+from paraserve_scheduler.wire import part_message
 from tests.scheduler.builders import make_deployment, make_space
 
 
@@ -249,3 +253,24 @@ def _template_text(name: str) -> str:
 
     folder = resources.files("paraserve_scheduler") / "templates"
     return (folder / f"{name}.pbtxt").read_text(encoding="utf-8")
+
+
+def test_another_engine_computes_in_full_instances_only() -> None:
+    deployment = make_deployment(engine=EngineName.VLLM)
+    pipeline, whole = _plan(deployment, 2), _plan(deployment, 1)
+    assert (pipeline.engine, whole.engine) == (EngineName.PARASERVE, EngineName.VLLM)
+    (model,) = stage_models(whole, deployment.model, 0)
+    role = _as_role_reads_it(model)
+    assert isinstance(role, GenerateConfig)
+    assert role.engine == "vllm"
+    # It takes no KV blocks, so nobody is told where to send them.
+    assert pipeline.inbox_url == pipeline.hand_over.url
+    assert whole.inbox_url == ""
+
+
+def test_another_engine_gets_whole_files() -> None:
+    deployment = make_deployment(engine=EngineName.VLLM)
+    keys = ChannelKeys(public_key="p", secret_key="s")
+    for stages, is_whole in ((1, True), (2, False)):
+        part = part_message(deployment, _plan(deployment, stages), 0, keys)
+        assert has_whole_objects(FetchPlan.from_json(part.fetch.plan_json)) is is_whole
