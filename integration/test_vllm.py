@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -279,12 +280,13 @@ def test_role_and_engine_die_together(
 ) -> None:
     script = tmp_path / "dies.py"
     script.write_text(DIES)
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, str(script), str(model.folder), victim],
         env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
-        # It ends when the last process that has it open does: all of them must.
         stdout=subprocess.PIPE,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == status
+    ) as process:
+        # The output ends when the last process that has it open does: all of them must.
+        process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == status
+    for folder in Path("/dev/shm").glob(f"paraserve-standalone-{process.pid}-*"):
+        shutil.rmtree(folder)

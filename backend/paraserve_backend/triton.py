@@ -85,6 +85,8 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._adapter.close()
+        # Its metrics must go while Triton still takes that: later it is a segmentation fault.
+        del self._adapter
 
 
 def _die_loudly(args: threading.ExceptHookArgs) -> None:

@@ -175,6 +175,7 @@ def route_table(view: ClusterView) -> pb.RouteTable:
 def _route(view: ClusterView, state: DeploymentState) -> pb.Route:
     return pb.Route(
         deployment=state.name,
+        engine=state.deployment.spec.engine,
         endpoints=[
             _endpoint(replica, view.nodes[replica.plan.head.node])
             for replica in view.routed_replicas(state.name)

@@ -653,8 +653,11 @@ class Route(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     FAILURE_NUMBER_FIELD_NUMBER: _builtins.int
     LOST_REPLICAS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     failure_number: _builtins.int
+    engine: _builtins.str
+    """of its full instances"""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Endpoint]:
         """ready replicas; empty while at zero"""
@@ -677,10 +680,11 @@ class Route(_message.Message):
         failure: Global___Failure | None = ...,
         failure_number: _builtins.int = ...,
         lost_replicas: _abc.Iterable[_builtins.str] | None = ...,
+        engine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "endpoints", b"endpoints", "failure", b"failure", "failure_number", b"failure_number", "lost_replicas", b"lost_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "endpoints", b"endpoints", "engine", b"engine", "failure", b"failure", "failure_number", b"failure_number", "lost_replicas", b"lost_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,18 +22,22 @@ _ID = struct.Struct("<i")
 class Journey:
     """Belongs to one request; changes its message."""
 
-    def __init__(self, request: kserve.ModelInferRequest, asked: GenerateRequest) -> None:
+    def __init__(
+        self, request: kserve.ModelInferRequest, asked: GenerateRequest, *, can_move: bool = True
+    ) -> None:
         """Begin before the first replica.
 
         Args:
             request: as it goes upstream, already checked.
             asked: what it asks for; its seed is that of all replicas.
+            can_move: whether another replica can go on in the middle of the answer.
         """
         self._request = request
         self._is_stream = asked.is_stream
         named = [output.name for output in request.outputs]
-        self._can_retell = _can_retell(asked.wanted, named)
-        if named:
+        self._can_move = can_move
+        self._can_retell = can_move and _can_retell(asked.wanted, named)
+        if named and can_move:
             # Triton drops outputs that were not asked for.
             request.outputs.add(name=HAND_OVER_TO)
             request.outputs.add(name=RESUME)
@@ -89,6 +93,8 @@ class Journey:
     def _set(self, encoded: str) -> None:
         self._has_sent = False
         self._sent.clear()
+        if not self._can_move:
+            return
         self._request.parameters[RESUME].string_param = encoded
 
 

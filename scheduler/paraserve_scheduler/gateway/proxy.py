@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.engines.abilities import ABILITIES, can_be_carried, check
 from paraserve_backend.errors import InvalidRequest, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway import batch_dimension
@@ -118,10 +119,14 @@ class Proxy:
         await self._routes.require(request.model_name, request.model_version)
         is_batch_of_one = batch_dimension.take_off(request)
         asked = validate(request, fresh_seed=secrets.randbits(63))
+        abilities = ABILITIES.get(self._routes.engine(request.model_name))
+        if abilities is not None:
+            check(asked, abilities)
+        can_move = abilities is None or can_be_carried(asked, abilities)
         return _Admitted(
             is_stream=asked.is_stream,
             is_batch_of_one=is_batch_of_one,
-            journey=Journey(request, asked),
+            journey=Journey(request, asked, can_move=can_move),
         )
 
     async def _serve(

@@ -69,6 +69,10 @@ class Routes:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def engine(self, deployment: str) -> str:
+        """Return what computes in its full instances; raises as `require` does."""
+        return self._route(deployment).engine
+
     async def _wait_for(self, condition: Callable[[], bool], limit_s: float) -> None:
         """Return when a table has made it true, or after `limit_s`."""
         with contextlib.suppress(TimeoutError):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,9 @@ class Parent:
         """Whoever holds our end of the pipe is alive; it ends when the last of them does."""
         assert self.process.stdout is not None
         assert self.process.stdout.read() == ""
-        assert not any(is_alive(child) for child in self.children)
+        # A process closes its files shortly before it counts as dead.
+        while any(is_alive(child) for child in self.children):
+            time.sleep(0.01)
 
     def close(self) -> None:
         for pid in (self.process.pid, *self.children):

@@ -127,3 +127,27 @@ async def test_a_target_that_vanished_is_replaced_by_any_other_replica() -> None
         hand_over.set()
         assert await asked == [str(number) for number in range(1, LAST + 1)]
         assert cluster.triton.requests[-1].model_name == "tiny.3"
+
+
+async def test_what_the_deployments_engine_cannot_do_is_refused_before_it_wakes() -> None:
+    async with serving(replicas=0) as cluster:
+        await cluster.publish(engine="vllm")
+        request = make_request()
+        words = request.inputs.add(name="bad_words", datatype="BYTES", shape=[1])
+        words.contents.bytes_contents.append(b"no")
+        (entry,) = await read_stream(cluster, request)
+        assert entry.error_message == (
+            "'bad_words' is not something the engine vllm can do; leave it out."
+        )
+
+
+async def test_what_the_engine_cannot_go_on_with_stays_where_it_is() -> None:
+    async with serving() as cluster:
+        await cluster.publish(cluster.endpoint(), engine="vllm")
+        request = make_request()
+        penalty = request.inputs.add(name="presence_penalty", datatype="FP32", shape=[1])
+        penalty.contents.fp32_contents.append(0.5)
+        await read_stream(cluster, request)
+        await read_stream(cluster, make_request())
+        penalised, plain = cluster.triton.requests
+        assert (RESUME in penalised.parameters, RESUME in plain.parameters) == (False, True)

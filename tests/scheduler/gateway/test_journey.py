@@ -109,6 +109,15 @@ def test_a_stream_with_log_probabilities_cannot_go_on_after_a_loss(wanted: Wante
     assert not journey.lose()
 
 
+def test_a_request_that_no_other_engine_can_go_on_with_is_not_moved() -> None:
+    request = kserve.ModelInferRequest()
+    journey = Journey(request, make_asked(), can_move=False)
+    assert RESUME not in request.parameters
+    assert journey.lose()  # nothing was sent yet
+    journey.hear(tokens_response(1))
+    assert not journey.lose()
+
+
 def test_a_client_that_names_its_outputs_is_followed_all_the_same() -> None:
     request = kserve.ModelInferRequest()
     request.outputs.add(name="text_output")
