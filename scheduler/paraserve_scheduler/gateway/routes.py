@@ -23,7 +23,7 @@ from paraserve_scheduler.gateway.failures import ReplicaLost, error_from_code
 from paraserve_scheduler.gateway.metadata import MODEL_VERSION
 
 _NAMES_IN_ERROR = 20
-#: What a new deployment takes from the scheduler to its gateways.
+#: What a new deployment or replica takes from the scheduler to its gateways.
 _NEWS_TIMEOUT_S = 0.3
 
 
@@ -124,6 +124,11 @@ class Routes:
             ReplicaLost: the scheduler says that the replica failed; ends the body at once.
             ParaServeError: why the cold start that this request waited for failed.
         """
+        if preferred is not None:
+            # A replica may name the next one before the scheduler has.
+            await self._wait_for(
+                lambda: self._named(deployment, preferred) is not None, _NEWS_TIMEOUT_S
+            )
         endpoint = self._named(deployment, preferred) or self._pick(deployment, refused)
         if endpoint is None:
             endpoint = await self._hold(deployment, refused)
@@ -162,6 +167,8 @@ class Routes:
         return f"{listed} and {more} more" if more > 0 else listed
 
     def _named(self, deployment: str, replica: str | None) -> pb.Endpoint | None:
+        if replica is None:
+            return None
         endpoints = self._route(deployment).endpoints
         return next((endpoint for endpoint in endpoints if endpoint.replica == replica), None)
 
