@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from paraserve_backend.contract import LayerRange, Role
+from paraserve_backend.contract import EngineName, LayerRange, Role
 from paraserve_backend.errors import InvalidRequest
 
 _LAYERS = re.compile(r"(\d+):(\d+)/(\d+)")
@@ -207,7 +207,7 @@ def _generate(parameters: _Parameters) -> GenerateConfig:
         max_batch_tokens=parameters.integer("max_batch_tokens", 512),
         batches_in_flight=parameters.integer("batches_in_flight", 1),
         hand_over=_hand_over(parameters),
-        engine=parameters.optional("engine") or "paraserve",
+        engine=parameters.optional("engine") or EngineName.PARASERVE,
     )
 
 

@@ -19,6 +19,7 @@ Codes follow Triton's own mapping of errors to gRPC and HTTP where Triton has on
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -95,3 +96,18 @@ def read_coded(text: str) -> tuple[str, str] | None:
     """Reverse `coded`: the code and the sentence; `None` where no code leads the text."""
     match = _CODED.fullmatch(text)
     return (match[1], match[2]) if match else None
+
+
+#: The plainest error of each code: where only the code is known, the rest cannot matter.
+BY_CODE: Mapping[str, type[ParaServeError]] = {
+    kind.grpc_code: kind
+    for kind in (
+        InvalidRequest,
+        NotFound,
+        AlreadyExists,
+        AccessDenied,
+        Unavailable,
+        DeadlineExceeded,
+        Cancelled,
+    )
+}

@@ -34,6 +34,7 @@ from paraserve_backend.contract import (
     FORWARD_HIDDEN,
     FORWARD_RESULT,
     FORWARD_TOKEN_IDS,
+    EngineName,
 )
 from paraserve_backend.engine.batch import ForwardResult
 from paraserve_backend.engine.batch_codec import decode_result, encode_batch
@@ -145,7 +146,7 @@ class _GenerateAdapter:
 
 def _generate_role(config: GenerateConfig) -> GenerateRole | ExternalRole:
     gauges = _triton_gauges(config)
-    if config.engine != "paraserve":
+    if config.engine != EngineName.PARASERVE:
         from paraserve_backend.engines.role import ExternalRole
 
         return ExternalRole(config.engine, config, gauges)

@@ -11,7 +11,6 @@ from paraserve_backend import errors
 _PREAMBLE = re.compile(r"^load failed for model '[^']*': (?:version \d+ is at \w+ state: )?")
 _STATUS = re.compile(r"^(?:Internal|Invalid argument|Unavailable|Not found|Unsupported): ")
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Z]\w*): ")
-_CODE = re.compile(r"^([A-Z_]+): ")
 _DEAD_STUB = re.compile(r"Stub process '[^']*' is not healthy")
 
 _OWN: dict[str, type[errors.ParaServeError]] = {
@@ -19,8 +18,6 @@ _OWN: dict[str, type[errors.ParaServeError]] = {
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, errors.ParaServeError)
 }
-#: One error of each code: the code is all of it that is reported.
-_BY_CODE = {kind.grpc_code: kind for kind in reversed(_OWN.values())}
 
 
 def load_error(model: str, details: str) -> errors.ParaServeError:
@@ -34,9 +31,9 @@ def load_error(model: str, details: str) -> errors.ParaServeError:
         return _OWN[kind](text[exception.end() :])
     if kind == "TritonModelException" and exception:
         text = text[exception.end() :]
-    code = _CODE.match(text)
-    if code and code[1] in _BY_CODE:
-        return _BY_CODE[code[1]](text[code.end() :])
+    coded = errors.read_coded(text)
+    if coded and coded[0] in errors.BY_CODE:
+        return errors.BY_CODE[coded[0]](coded[1])
     return errors.ParaServeError(f"Model {model} failed to load: {text}")
 
 

@@ -17,9 +17,9 @@ from tritonclient.grpc import service_pb2_grpc as service
 
 from paraserve_backend.agent.load_error import load_error
 from paraserve_backend.errors import (
+    BY_CODE,
     DeadlineExceeded,
     InvalidRequest,
-    NotFound,
     ParaServeError,
     Unavailable,
     read_coded,
@@ -36,10 +36,6 @@ _OPTIONS = [
     # Several agents in one process must not share a connection's back-off.
     ("grpc.use_local_subchannel_pool", 1),
 ]
-
-_BY_CODE: dict[str, type[ParaServeError]] = {
-    kind.grpc_code: kind for kind in (InvalidRequest, NotFound, Unavailable, DeadlineExceeded)
-}
 
 
 class ModelState(StrEnum):
@@ -160,11 +156,11 @@ class TritonClient:
 
 def _refusal(model: str, text: str) -> ParaServeError:
     """The error for what the model, or Triton in its place, answered to a command."""
-    code = read_coded(text)
-    if code is None:
+    coded = read_coded(text)
+    if coded is None:
         return Unavailable(text)
-    kind = _BY_CODE.get(code[0], ParaServeError)
-    return kind(f"Model {model} refused a command: {code[1]}")
+    code, sentence = coded
+    return BY_CODE.get(code, ParaServeError)(f"Model {model} refused a command: {sentence}")
 
 
 def read_key(path: Path | None) -> str | None:

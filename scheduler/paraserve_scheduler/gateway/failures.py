@@ -5,17 +5,9 @@ one sentence, no traceback, no path of the machine it came from.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from paraserve_backend.errors import (
-    AccessDenied,
-    AlreadyExists,
-    Cancelled,
-    DeadlineExceeded,
-    InvalidRequest,
-    NotFound,
-    ParaServeError,
-    Unavailable,
-)
+from paraserve_backend.errors import BY_CODE, InvalidRequest, ParaServeError, Unavailable
 
 #: All a client learns of an error of our own; the log has the rest.
 INTERNAL_ERROR = "internal error"
@@ -52,16 +44,11 @@ class UnsupportedCoding(InvalidRequest):
     http_status = 415
 
 
-_BY_CODE: dict[str, type[ParaServeError]] = {
-    "INVALID_ARGUMENT": InvalidRequest,
+_BY_CODE: Mapping[str, type[ParaServeError]] = {
+    **BY_CODE,
+    # What our models and scheduler never say, but gRPC and Triton do.
     "OUT_OF_RANGE": InvalidRequest,
-    "NOT_FOUND": NotFound,
-    "ALREADY_EXISTS": AlreadyExists,
-    "PERMISSION_DENIED": AccessDenied,
-    "UNAVAILABLE": Unavailable,
     "RESOURCE_EXHAUSTED": Unavailable,
-    "DEADLINE_EXCEEDED": DeadlineExceeded,
-    "CANCELLED": Cancelled,
     "UNIMPLEMENTED": Unimplemented,
 }
 

@@ -124,12 +124,15 @@ class Routes:
             ReplicaLost: the scheduler says that the replica failed; ends the body at once.
             ParaServeError: why the cold start that this request waited for failed.
         """
+        endpoint = None
         if preferred is not None:
             # A replica may name the next one before the scheduler has.
             await self._wait_for(
                 lambda: self._named(deployment, preferred) is not None, _NEWS_TIMEOUT_S
             )
-        endpoint = self._named(deployment, preferred) or self._pick(deployment, refused)
+            endpoint = self._named(deployment, preferred)
+        if endpoint is None:
+            endpoint = self._pick(deployment, refused)
         if endpoint is None:
             endpoint = await self._hold(deployment, refused)
         lease, leases = asyncio.timeout(None), self._leases[endpoint.replica]
@@ -166,9 +169,7 @@ class Routes:
         listed = ", ".join(names[:_NAMES_IN_ERROR]) or "none"
         return f"{listed} and {more} more" if more > 0 else listed
 
-    def _named(self, deployment: str, replica: str | None) -> pb.Endpoint | None:
-        if replica is None:
-            return None
+    def _named(self, deployment: str, replica: str) -> pb.Endpoint | None:
         endpoints = self._route(deployment).endpoints
         return next((endpoint for endpoint in endpoints if endpoint.replica == replica), None)
 
