@@ -23,7 +23,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from paraserve_backend.answer import Delta
-from paraserve_backend.config import GenerateConfig, KvConfig, WeightsConfig
+from paraserve_backend.config import GenerateConfig, KvConfig
 from paraserve_backend.engine.batch import ChosenToken, Sampling, Steering
 from paraserve_backend.engine.loop import LoopState
 from paraserve_backend.engines.role import ExternalRole
@@ -32,6 +32,7 @@ from paraserve_backend.errors import Cancelled, InvalidRequest, ParaServeError
 from paraserve_backend.hand_over import Target
 from paraserve_backend.request import GenerateRequest, WantedOutputs
 from paraserve_backend.resume import Resume
+from tests.backend.configs import make_generate_config, weights_from
 from tests.backend.models import VOCAB_SIZE, TinyModel, write_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
@@ -107,21 +108,11 @@ def request(max_tokens: int, **changes: Any) -> GenerateRequest:
 
 
 def config_of(checkpoint: Path) -> GenerateConfig:
-    return GenerateConfig(
-        deployment="d",
-        replica="d.1",
-        weights=WeightsConfig(
-            run_dir=None, fetch_id=None, source=str(checkpoint), endpoint_url=None, region=None
-        ),
+    return make_generate_config(
+        weights_from(checkpoint),
         kv=KvConfig(num_blocks=64, block_size=16),
-        device="cpu",
-        engine="paraserve",
-        forward_model=None,
         max_context=256,
         max_sequences=8,
-        max_batch_tokens=64,
-        batches_in_flight=1,
-        hand_over=None,
     )
 
 

@@ -33,6 +33,7 @@ from paraserve_backend.resume import Resume
 from paraserve_backend.roles.engine import load_engine
 from paraserve_backend.roles.fetched import open_weights
 from paraserve_backend.roles.generate import GenerateRole, LocalForward
+from tests.backend.configs import make_generate_config
 
 SHAPE = LlamaShape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2)
 TOKENS = 60
@@ -159,17 +160,4 @@ class _NoGauges:
 
 
 def _config(weights: WeightsConfig) -> GenerateConfig:
-    return GenerateConfig(
-        deployment="bench",
-        replica="bench.1",
-        weights=weights,
-        kv=_KV,
-        device="cpu",
-        engine="paraserve",
-        forward_model=None,
-        max_context=None,
-        max_sequences=4,
-        max_batch_tokens=512,
-        batches_in_flight=1,
-        hand_over=None,
-    )
+    return make_generate_config(weights, kv=_KV, max_batch_tokens=512)

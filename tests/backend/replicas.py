@@ -25,7 +25,6 @@ from paraserve_backend.answer import Delta
 from paraserve_backend.channel import Buffer
 from paraserve_backend.config import (
     ChannelConfig,
-    GenerateConfig,
     HandOverConfig,
     KvConfig,
     LinkConfig,
@@ -49,6 +48,7 @@ from paraserve_backend.weights.fetch import fetch
 from paraserve_backend.weights.plan import plan_fetch, split_layers, stage_tensors
 from paraserve_backend.weights.source import open_source
 from paraserve_backend.weights.tier import Tier
+from tests.backend.configs import make_generate_config
 from tests.backend.models import VOCAB_SIZE, TinyModel, write_model
 
 KV = KvConfig(num_blocks=256, block_size=4)
@@ -261,13 +261,10 @@ def start_replica(
         if stages > 1:
             forward = start_pipeline(stack, configs)
         role = GenerateRole(
-            GenerateConfig(
-                deployment="d",
+            make_generate_config(
+                configs[0].weights,
                 replica=name,
-                weights=configs[0].weights,
                 kv=kv,
-                device="cpu",
-                engine="paraserve",
                 forward_model=None if stages == 1 else f"{name}.forward",
                 max_context=256,
                 max_sequences=16,

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from paraserve_backend.config import GenerateConfig, KvConfig, WeightsConfig
 from paraserve_backend.engine.batch import Sampling, Steering
 from paraserve_backend.errors import Cancelled, InvalidRequest
 from paraserve_backend.roles.generate import GenerateRole
+from tests.backend.configs import make_generate_config, weights_from
 from tests.backend.models import VOCAB_SIZE, TinyModel
 from tests.backend.replicas import (
     TIMEOUT_S,
@@ -225,23 +225,7 @@ def test_a_prompt_that_cannot_run_is_refused_with_the_reason(
 
 
 def test_a_standalone_model_fetches_its_own_weights(model: TinyModel) -> None:
-    weights = WeightsConfig(
-        run_dir=None, fetch_id=None, source=str(model.folder), endpoint_url=None, region=None
-    )
-    config = GenerateConfig(
-        deployment="standalone",
-        replica="standalone",
-        weights=weights,
-        kv=KvConfig(num_blocks=None, block_size=16),
-        device="cpu",
-        engine="paraserve",
-        forward_model=None,
-        max_context=None,
-        max_sequences=4,
-        max_batch_tokens=64,
-        batches_in_flight=1,
-        hand_over=None,
-    )
+    config = make_generate_config(weights_from(model.folder))
     role = GenerateRole(config, None, Gauges())
     try:
         reply = Reply()

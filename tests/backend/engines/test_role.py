@@ -14,7 +14,7 @@ import pytest
 
 from integration.tiny_cluster import write_words
 from paraserve_backend.answer import Delta
-from paraserve_backend.config import GenerateConfig, KvConfig, WeightsConfig
+from paraserve_backend.config import GenerateConfig, KvConfig
 from paraserve_backend.engine.batch import ChosenToken, Sampling, Steering
 from paraserve_backend.engine.loop import LoopState
 from paraserve_backend.engines.abilities import Abilities, Setting
@@ -29,6 +29,7 @@ from paraserve_backend.errors import Cancelled, InvalidRequest, ParaServeError, 
 from paraserve_backend.hand_over import Target
 from paraserve_backend.request import GenerateRequest, WantedOutputs
 from paraserve_backend.resume import Resume
+from tests.backend.configs import make_generate_config, weights_from
 from tests.backend.models import write_model
 
 TIMEOUT_S = 20
@@ -171,22 +172,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(checkpoint: Path) -> GenerateConfig:
-    return GenerateConfig(
-        deployment="d",
-        replica="d.1",
-        weights=WeightsConfig(
-            run_dir=None, fetch_id=None, source=str(checkpoint), endpoint_url=None, region=None
-        ),
-        kv=KvConfig(num_blocks=10, block_size=16),
-        device="cpu",
-        engine="paraserve",
-        forward_model=None,
-        max_context=None,
-        max_sequences=4,
-        max_batch_tokens=64,
-        batches_in_flight=1,
-        hand_over=None,
-    )
+    kv = KvConfig(num_blocks=10, block_size=16)
+    return make_generate_config(weights_from(checkpoint), kv=kv)
 
 
 @pytest.fixture
