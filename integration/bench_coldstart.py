@@ -8,21 +8,19 @@ exit status is 1 if the target was missed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import signal
 import statistics
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from integration.bucket import progress_bar
+from integration.capped_bench import run_bench
 from integration.checkpoints import LlamaShape, cached, llama_bytes, write_raw_bf16
-from integration.cluster import CappedCluster, capped_cluster, inside_hub, missing_requirement
+from integration.cluster import CappedCluster, capped_cluster, inside_hub
 from integration.scenario import Answer, ask, cold_start, wait_for_zero
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
@@ -55,27 +53,11 @@ class Start:
 
 def main() -> int:
     arguments = _parse()
-    signal.signal(signal.SIGTERM, _interrupt)
-    console = Console(highlight=False)
-    reason = missing_requirement()
-    if reason is not None:
-        console.print(f"Skipped: {reason}.")
-        sys.stdout.write(json.dumps({"bench": "coldstart", "skipped": reason}) + "\n")
-        return 0
-    folder = _cache(os.environ) / "bench-checkpoint"
-    try:
-        result = run(folder, arguments.rounds, arguments.gbit, console)
-    except KeyboardInterrupt:
-        console.print("\ninterrupted; the cluster is gone")
-        return 130
-    except ParaServeError as error:
-        console.print(f"[bold red]The benchmark failed:[/] {error}", soft_wrap=True)
-        return 1
-    finally:
-        if not arguments.keep:
-            shutil.rmtree(folder, ignore_errors=True)
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0 if result["met"] else 1
+    return run_bench(
+        "coldstart",
+        lambda folder, console: run(folder, arguments.rounds, arguments.gbit, console),
+        keep=arguments.keep,
+    )
 
 
 def run(folder: Path, rounds: int, gbit: float, console: Console) -> dict[str, object]:
@@ -131,10 +113,6 @@ def _parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (2 if arguments.smoke else 5)
     return arguments
-
-
-def _cache(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paraserve"
 
 
 def _checkpoint(folder: Path, console: Console) -> Path:
@@ -209,10 +187,6 @@ def _record(replica: pb.ReplicaStatus, answer: Answer) -> Start:
 
 def _name(stages: int) -> str:
     return f"on-{stages}"
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

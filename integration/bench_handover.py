@@ -10,10 +10,7 @@ missed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
-import signal
 import statistics
 import sys
 import time
@@ -27,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from integration.bench_coldstart import put_into_bucket
+from integration.capped_bench import run_bench
 from integration.checkpoints import LlamaShape, cached, llama_bytes, write_raw_bf16
-from integration.cluster import CappedCluster, capped_cluster, inside_hub, missing_requirement
+from integration.cluster import CappedCluster, capped_cluster, inside_hub
 from integration.cutover import TimedAnswer, gap
 from integration.scenario import wait_for_zero
 from paraserve_backend.errors import ParaServeError
@@ -74,27 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench_handover", description=__doc__)
     parser.add_argument("--gbit", type=float, default=1.0, help="per node, Gbit/s (default: 1)")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
-    console = Console(highlight=False)
-    reason = missing_requirement()
-    if reason is not None:
-        console.print(f"Skipped: {reason}.")
-        sys.stdout.write(json.dumps({"bench": "handover", "skipped": reason}) + "\n")
-        return 0
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "paraserve" / "bench-handover"
-    try:
-        result = run(folder, arguments.gbit, console)
-    except KeyboardInterrupt:
-        console.print("\ninterrupted; the cluster is gone")
-        return 130
-    except ParaServeError as error:
-        console.print(f"[bold red]The benchmark failed:[/] {error}", soft_wrap=True)
-        return 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0 if result["met"] else 1
+    return run_bench("handover", lambda folder, console: run(folder, arguments.gbit, console))
 
 
 def run(folder: Path, gbit: float, console: Console) -> dict[str, object]:
@@ -244,10 +222,6 @@ def _table(result: dict[str, object]) -> Table:
     for name, value in result.items():
         table.add_row(name, str(value))
     return table
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from paraserve_backend.errors import Cancelled, InvalidRequest, ParaServeError
 from paraserve_backend.hand_over import Target
 from paraserve_backend.request import GenerateRequest, WantedOutputs
 from paraserve_backend.resume import Resume
-from tests.backend.configs import make_generate_config, weights_from
+from tests.backend.generate_settings import make_generate_config, weights_from
 from tests.backend.models import VOCAB_SIZE, TinyModel, write_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")

@@ -33,7 +33,7 @@ from paraserve_backend.resume import Resume
 from paraserve_backend.roles.engine import load_engine
 from paraserve_backend.roles.fetched import open_weights
 from paraserve_backend.roles.generate import GenerateRole, LocalForward
-from tests.backend.configs import make_generate_config
+from tests.backend.generate_settings import make_generate_config
 
 SHAPE = LlamaShape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2)
 TOKENS = 60

@@ -1,36 +1,26 @@
-"""Settings of role `generate` for tests: one place to name every field."""
+"""What a config.json says, with a default for everything."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from paraserve_backend.config import GenerateConfig, KvConfig, WeightsConfig
-from paraserve_backend.contract import EngineName
-
-
-def weights_from(folder: Path) -> WeightsConfig:
-    """Weights that the model fetches itself."""
-    return WeightsConfig(
-        run_dir=None, fetch_id=None, source=str(folder), endpoint_url=None, region=None
-    )
-
-
-def make_generate_config(weights: WeightsConfig, **changes: Any) -> GenerateConfig:
-    """A full instance that stands alone, but for `changes`."""
-    config = GenerateConfig(
-        deployment="d",
-        replica="d.1",
-        weights=weights,
-        kv=KvConfig(num_blocks=None, block_size=16),
-        device="cpu",
-        engine=EngineName.PARASERVE,
-        forward_model=None,
-        max_context=None,
-        max_sequences=4,
-        max_batch_tokens=64,
-        batches_in_flight=1,
-        hand_over=None,
-    )
-    return replace(config, **changes)
+def make_config(
+    architecture: str = "LlamaForCausalLM", /, **overrides: object
+) -> dict[str, object]:
+    """A config.json as published before transformers 5; `None` removes a field."""
+    config: dict[str, object] = {
+        "architectures": [architecture],
+        "torch_dtype": "bfloat16",
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "ffn_dim": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 4096,
+        "hidden_act": "silu",
+        "eos_token_id": 2,
+    }
+    return {name: value for name, value in (config | overrides).items() if value is not None}

@@ -48,7 +48,7 @@ from paraserve_backend.weights.fetch import fetch
 from paraserve_backend.weights.plan import plan_fetch, split_layers, stage_tensors
 from paraserve_backend.weights.source import open_source
 from paraserve_backend.weights.tier import Tier
-from tests.backend.configs import make_generate_config
+from tests.backend.generate_settings import make_generate_config
 from tests.backend.models import VOCAB_SIZE, TinyModel, write_model
 
 KV = KvConfig(num_blocks=256, block_size=4)

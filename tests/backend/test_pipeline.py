@@ -12,7 +12,7 @@ import torch
 from paraserve_backend.engine.batch import Sampling, Steering
 from paraserve_backend.errors import Cancelled, InvalidRequest
 from paraserve_backend.roles.generate import GenerateRole
-from tests.backend.configs import make_generate_config, weights_from
+from tests.backend.generate_settings import make_generate_config, weights_from
 from tests.backend.models import VOCAB_SIZE, TinyModel
 from tests.backend.replicas import (
     TIMEOUT_S,

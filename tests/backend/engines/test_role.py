@@ -29,7 +29,7 @@ from paraserve_backend.errors import Cancelled, InvalidRequest, ParaServeError, 
 from paraserve_backend.hand_over import Target
 from paraserve_backend.request import GenerateRequest, WantedOutputs
 from paraserve_backend.resume import Resume
-from tests.backend.configs import make_generate_config, weights_from
+from tests.backend.generate_settings import make_generate_config, weights_from
 from tests.backend.models import write_model
 
 TIMEOUT_S = 20
