@@ -61,6 +61,9 @@ class NodeInfo(_message.Message):
     CHANNEL_PORT_END_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     PEER_ADDRESS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    ZONE_FIELD_NUMBER: _builtins.int
+    MAX_SLOTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     agent_address: _builtins.str
     """host:port of service Agent"""
@@ -79,6 +82,12 @@ class NodeInfo(_message.Message):
     channel_port_end: _builtins.int
     peer_address: _builtins.str
     """host:port where other agents read its tier; empty: nowhere"""
+    kind: _builtins.str
+    """of its hardware: nodes of one kind are equally fast"""
+    zone: _builtins.str
+    """rack or zone; empty: not said"""
+    max_slots: _builtins.int
+    """idle sets of runtime slots it keeps at most"""
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"cpu", "cuda:0", ..."""
@@ -97,10 +106,13 @@ class NodeInfo(_message.Message):
         channel_port_end: _builtins.int = ...,
         devices: _abc.Iterable[_builtins.str] | None = ...,
         peer_address: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        zone: _builtins.str = ...,
+        max_slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_address", b"agent_address", "channel_host", b"channel_host", "channel_port_end", b"channel_port_end", "channel_port_start", b"channel_port_start", "devices", b"devices", "memory_bytes", b"memory_bytes", "name", b"name", "nic_bytes_per_s", b"nic_bytes_per_s", "peer_address", b"peer_address", "run_dir", b"run_dir", "triton_grpc_address", b"triton_grpc_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_address", b"agent_address", "channel_host", b"channel_host", "channel_port_end", b"channel_port_end", "channel_port_start", b"channel_port_start", "devices", b"devices", "kind", b"kind", "max_slots", b"max_slots", "memory_bytes", b"memory_bytes", "name", b"name", "nic_bytes_per_s", b"nic_bytes_per_s", "peer_address", b"peer_address", "run_dir", b"run_dir", "triton_grpc_address", b"triton_grpc_address", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -135,11 +147,17 @@ class NodeStatus(_message.Message):
     TIER_FIELD_NUMBER: _builtins.int
     TIER_USED_BYTES_FIELD_NUMBER: _builtins.int
     TIER_CACHED_BYTES_FIELD_NUMBER: _builtins.int
+    IDLE_SLOTS_FIELD_NUMBER: _builtins.int
+    SLOTS_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     triton_live: _builtins.bool
     tier_used_bytes: _builtins.int
     tier_cached_bytes: _builtins.int
     """the part of it that gives way to replicas"""
+    idle_slots: _builtins.int
+    """sets of slots that no part has bound"""
+    slots_bytes: _builtins.int
+    """memory that those hold"""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartStatus]: ...
     @_builtins.property
@@ -153,14 +171,50 @@ class NodeStatus(_message.Message):
         tier: _abc.Iterable[Global___TierObject] | None = ...,
         tier_used_bytes: _builtins.int = ...,
         tier_cached_bytes: _builtins.int = ...,
+        idle_slots: _builtins.int = ...,
+        slots_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "parts", b"parts", "tier", b"tier", "tier_cached_bytes", b"tier_cached_bytes", "tier_used_bytes", b"tier_used_bytes", "triton_live", b"triton_live"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_slots", b"idle_slots", "name", b"name", "parts", b"parts", "slots_bytes", b"slots_bytes", "tier", b"tier", "tier_cached_bytes", b"tier_cached_bytes", "tier_used_bytes", b"tier_used_bytes", "triton_live", b"triton_live"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeStatus: _TypeAlias = NodeStatus  # noqa: Y015
+
+@_typing.final
+class KeepSlotsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDLE_SLOTS_FIELD_NUMBER: _builtins.int
+    idle_slots: _builtins.int
+    def __init__(
+        self,
+        *,
+        idle_slots: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_slots", b"idle_slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepSlotsRequest: _TypeAlias = KeepSlotsRequest  # noqa: Y015
+
+@_typing.final
+class KeepSlotsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepSlotsReply: _TypeAlias = KeepSlotsReply  # noqa: Y015
 
 @_typing.final
 class TierObject(_message.Message):
@@ -170,10 +224,15 @@ class TierObject(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     LANDED_BYTES_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    LANDED_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     version: _builtins.str
     landed_bytes: _builtins.int
     size_bytes: _builtins.int
+    @_builtins.property
+    def landed(self) -> _containers.RepeatedCompositeFieldContainer[Global___ByteRange]:
+        """disjoint and ascending"""
+
     def __init__(
         self,
         *,
@@ -181,14 +240,37 @@ class TierObject(_message.Message):
         version: _builtins.str = ...,
         landed_bytes: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
+        landed: _abc.Iterable[Global___ByteRange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "landed_bytes", b"landed_bytes", "size_bytes", b"size_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "landed", b"landed", "landed_bytes", b"landed_bytes", "size_bytes", b"size_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TierObject: _TypeAlias = TierObject  # noqa: Y015
+
+@_typing.final
+class ByteRange(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    end: _builtins.int
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ByteRange: _TypeAlias = ByteRange  # noqa: Y015
 
 @_typing.final
 class HeartbeatReply(_message.Message):
@@ -445,6 +527,26 @@ Global___Span: _TypeAlias = Span  # noqa: Y015
 class PartStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SlotsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REPLICA_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     PHASE_FIELD_NUMBER: _builtins.int
@@ -452,6 +554,7 @@ class PartStatus(_message.Message):
     FETCHED_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     stage: _builtins.int
     phase: Global___Phase.ValueType
@@ -463,6 +566,10 @@ class PartStatus(_message.Message):
     def failure(self) -> Global___Failure:
         """set when FAILED"""
 
+    @_builtins.property
+    def slots(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """name of a model of the part -> the slot's model that is it"""
+
     def __init__(
         self,
         *,
@@ -473,10 +580,11 @@ class PartStatus(_message.Message):
         fetched_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
         failure: Global___Failure | None = ...,
+        slots: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "fetched_bytes", b"fetched_bytes", "phase", b"phase", "replica", b"replica", "spans", b"spans", "stage", b"stage", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "fetched_bytes", b"fetched_bytes", "phase", b"phase", "replica", b"replica", "slots", b"slots", "spans", b"spans", "stage", b"stage", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -654,10 +762,13 @@ class Route(_message.Message):
     FAILURE_NUMBER_FIELD_NUMBER: _builtins.int
     LOST_REPLICAS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    MAX_WAITING_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     failure_number: _builtins.int
     engine: _builtins.str
     """of its full instances"""
+    max_waiting: _builtins.int
+    """requests that may wait for a replica; one more is refused"""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Endpoint]:
         """ready replicas; empty while at zero"""
@@ -681,10 +792,11 @@ class Route(_message.Message):
         failure_number: _builtins.int = ...,
         lost_replicas: _abc.Iterable[_builtins.str] | None = ...,
         engine: _builtins.str = ...,
+        max_waiting: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "endpoints", b"endpoints", "engine", b"engine", "failure", b"failure", "failure_number", b"failure_number", "lost_replicas", b"lost_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "endpoints", b"endpoints", "engine", b"engine", "failure", b"failure", "failure_number", b"failure_number", "lost_replicas", b"lost_replicas", "max_waiting", b"max_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -835,6 +947,10 @@ class DeploymentSpec(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     CONSOLIDATE_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    MIN_REPLICAS_FIELD_NUMBER: _builtins.int
+    MAX_REPLICAS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    MAX_WAITING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     source: _builtins.str
     """s3://bucket/prefix or a folder every node can read"""
@@ -856,6 +972,14 @@ class DeploymentSpec(_message.Message):
     """whether its pipelines become full instances; default true"""
     engine: _builtins.str
     """of full instances: "paraserve" (also if empty), "vllm" or "tensorrt-llm" """
+    min_replicas: _builtins.int
+    """kept without any request"""
+    max_replicas: _builtins.int
+    """0: default"""
+    priority: _builtins.int
+    """of two deployments that lack memory the higher one gets it"""
+    max_waiting: _builtins.int
+    """requests that may wait for a replica; 0: default"""
     def __init__(
         self,
         *,
@@ -872,10 +996,14 @@ class DeploymentSpec(_message.Message):
         device: _builtins.str = ...,
         consolidate: _builtins.bool | None = ...,
         engine: _builtins.str = ...,
+        min_replicas: _builtins.int = ...,
+        max_replicas: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        max_waiting: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_consolidate", b"_consolidate", "_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "consolidate", b"consolidate", "keep_alive_s", b"keep_alive_s", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consolidate", b"_consolidate", "_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "consolidate", b"consolidate", "device", b"device", "endpoint_url", b"endpoint_url", "engine", b"engine", "keep_alive_s", b"keep_alive_s", "max_context", b"max_context", "max_sequences", b"max_sequences", "max_stages", b"max_stages", "name", b"name", "region", b"region", "source", b"source", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consolidate", b"_consolidate", "_keep_alive_s", b"_keep_alive_s", "_tpot_slo_s", b"_tpot_slo_s", "_ttft_slo_s", b"_ttft_slo_s", "consolidate", b"consolidate", "device", b"device", "endpoint_url", b"endpoint_url", "engine", b"engine", "keep_alive_s", b"keep_alive_s", "max_context", b"max_context", "max_replicas", b"max_replicas", "max_sequences", b"max_sequences", "max_stages", b"max_stages", "max_waiting", b"max_waiting", "min_replicas", b"min_replicas", "name", b"name", "priority", b"priority", "region", b"region", "source", b"source", "tpot_slo_s", b"tpot_slo_s", "ttft_slo_s", b"ttft_slo_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__consolidate: _TypeAlias = _typing.Literal["consolidate"]  # noqa: Y015
     _WhichOneofArgType__consolidate: _TypeAlias = _typing.Literal["_consolidate", b"_consolidate"]  # noqa: Y015
@@ -1004,6 +1132,8 @@ class ReplicaStatus(_message.Message):
     HAND_OVER_END_S_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     phase: Global___Phase.ValueType
     requested_s: _builtins.float
@@ -1024,6 +1154,8 @@ class ReplicaStatus(_message.Message):
     """when it had none left; 0: not yet"""
     in_flight: _builtins.int
     """requests it works on"""
+    reason: _builtins.str
+    """why it was started, and so"""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaPart]: ...
     @_builtins.property
@@ -1033,6 +1165,10 @@ class ReplicaStatus(_message.Message):
     @_builtins.property
     def failure(self) -> Global___Failure:
         """why it is stopping or gone, if it failed"""
+
+    @_builtins.property
+    def prediction(self) -> Global___Prediction:
+        """what was expected then; absent where nothing was"""
 
     def __init__(
         self,
@@ -1051,14 +1187,98 @@ class ReplicaStatus(_message.Message):
         hand_over_end_s: _builtins.float = ...,
         failure: Global___Failure | None = ...,
         in_flight: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        prediction: Global___Prediction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "first_token_s", b"first_token_s", "hand_over_begin_s", b"hand_over_begin_s", "hand_over_end_s", b"hand_over_end_s", "in_flight", b"in_flight", "parts", b"parts", "phase", b"phase", "planned_s", b"planned_s", "ready_s", b"ready_s", "removed_s", b"removed_s", "replica", b"replica", "requested_s", b"requested_s", "succeeds", b"succeeds", "successors", b"successors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "first_token_s", b"first_token_s", "hand_over_begin_s", b"hand_over_begin_s", "hand_over_end_s", b"hand_over_end_s", "in_flight", b"in_flight", "parts", b"parts", "phase", b"phase", "planned_s", b"planned_s", "prediction", b"prediction", "ready_s", b"ready_s", "reason", b"reason", "removed_s", b"removed_s", "replica", b"replica", "requested_s", b"requested_s", "succeeds", b"succeeds", "successors", b"successors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaStatus: _TypeAlias = ReplicaStatus  # noqa: Y015
+
+@_typing.final
+class Prediction(_message.Message):
+    """What a plan was expected to give."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READY_S_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
+    COST_BYTE_S_FIELD_NUMBER: _builtins.int
+    MEETS_TTFT_FIELD_NUMBER: _builtins.int
+    MEETS_TPOT_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    ready_s: _builtins.float
+    """from the plan to all parts ready"""
+    ttft_s: _builtins.float
+    """of the request that has waited longest"""
+    tpot_s: _builtins.float
+    cost_byte_s: _builtins.float
+    """memory · seconds from the plan until it is one instance"""
+    meets_ttft: _builtins.bool
+    meets_tpot: _builtins.bool
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StagePrediction]: ...
+    def __init__(
+        self,
+        *,
+        ready_s: _builtins.float = ...,
+        ttft_s: _builtins.float = ...,
+        tpot_s: _builtins.float = ...,
+        cost_byte_s: _builtins.float = ...,
+        meets_ttft: _builtins.bool = ...,
+        meets_tpot: _builtins.bool = ...,
+        stages: _abc.Iterable[Global___StagePrediction] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_byte_s", b"cost_byte_s", "meets_tpot", b"meets_tpot", "meets_ttft", b"meets_ttft", "ready_s", b"ready_s", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
+
+@_typing.final
+class StagePrediction(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNTIME_S_FIELD_NUMBER: _builtins.int
+    FETCH_S_FIELD_NUMBER: _builtins.int
+    READY_S_FIELD_NUMBER: _builtins.int
+    LOCAL_BYTES_FIELD_NUMBER: _builtins.int
+    PEER_BYTES_FIELD_NUMBER: _builtins.int
+    STORE_BYTES_FIELD_NUMBER: _builtins.int
+    USES_SLOT_FIELD_NUMBER: _builtins.int
+    runtime_s: _builtins.float
+    """its process; less where a slot is bound"""
+    fetch_s: _builtins.float
+    ready_s: _builtins.float
+    local_bytes: _builtins.int
+    """in the node's memory already"""
+    peer_bytes: _builtins.int
+    store_bytes: _builtins.int
+    uses_slot: _builtins.bool
+    def __init__(
+        self,
+        *,
+        runtime_s: _builtins.float = ...,
+        fetch_s: _builtins.float = ...,
+        ready_s: _builtins.float = ...,
+        local_bytes: _builtins.int = ...,
+        peer_bytes: _builtins.int = ...,
+        store_bytes: _builtins.int = ...,
+        uses_slot: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetch_s", b"fetch_s", "local_bytes", b"local_bytes", "peer_bytes", b"peer_bytes", "ready_s", b"ready_s", "runtime_s", b"runtime_s", "store_bytes", b"store_bytes", "uses_slot", b"uses_slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StagePrediction: _TypeAlias = StagePrediction  # noqa: Y015
 
 @_typing.final
 class ReplicaPart(_message.Message):

@@ -55,6 +55,11 @@ class AgentStub:
                 request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverRequest.SerializeToString,
                 response_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverReply.FromString,
                 _registered_method=True)
+        self.KeepSlots = channel.unary_unary(
+                '/paraserve.v1.Agent/KeepSlots',
+                request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.KeepSlotsRequest.SerializeToString,
+                response_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.KeepSlotsReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/paraserve.v1.Agent/Describe',
                 request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.DescribeRequest.SerializeToString,
@@ -97,6 +102,13 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def KeepSlots(self, request, context):
+        """Keeps so many idle runtime slots ready: processes without weights that parts bind.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -125,6 +137,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.HandOver,
                     request_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverRequest.FromString,
                     response_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverReply.SerializeToString,
+            ),
+            'KeepSlots': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepSlots,
+                    request_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.KeepSlotsRequest.FromString,
+                    response_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.KeepSlotsReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -241,6 +258,33 @@ class Agent:
             '/paraserve.v1.Agent/HandOver',
             paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverRequest.SerializeToString,
             paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepSlots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paraserve.v1.Agent/KeepSlots',
+            paraserve__backend_dot_rpc_dot_paraserve__pb2.KeepSlotsRequest.SerializeToString,
+            paraserve__backend_dot_rpc_dot_paraserve__pb2.KeepSlotsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,8 @@ class AgentStub:
     """Has the head of a replica move its running requests to others, shared out among them. Stands
     until the replica is removed or another such command replaces it; without targets it stays.
     """
+    KeepSlots: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.KeepSlotsRequest, _paraserve_pb2.KeepSlotsReply]
+    """Keeps so many idle runtime slots ready: processes without weights that parts bind."""
     Describe: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.DescribeRequest, _paraserve_pb2.NodeStatus]
 
 @_typing.type_check_only
@@ -68,6 +70,8 @@ class AgentAsyncStub(AgentStub):
     """Has the head of a replica move its running requests to others, shared out among them. Stands
     until the replica is removed or another such command replaces it; without targets it stays.
     """
+    KeepSlots: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.KeepSlotsRequest, _paraserve_pb2.KeepSlotsReply]  # type: ignore[assignment]
+    """Keeps so many idle runtime slots ready: processes without weights that parts bind."""
     Describe: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.DescribeRequest, _paraserve_pb2.NodeStatus]  # type: ignore[assignment]
 
 class AgentServicer(metaclass=_abc_1.ABCMeta):
@@ -109,6 +113,14 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         """Has the head of a replica move its running requests to others, shared out among them. Stands
         until the replica is removed or another such command replaces it; without targets it stays.
         """
+
+    @_abc_1.abstractmethod
+    def KeepSlots(
+        self,
+        request: _paraserve_pb2.KeepSlotsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_paraserve_pb2.KeepSlotsReply, _abc.Awaitable[_paraserve_pb2.KeepSlotsReply]]:
+        """Keeps so many idle runtime slots ready: processes without weights that parts bind."""
 
     @_abc_1.abstractmethod
     def Describe(
