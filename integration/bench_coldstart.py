@@ -1,192 +1,210 @@
-"""Time to first token from zero on one node and on four whose networks are capped.
+"""Time to first token from zero: ours beside what a Triton user has today, and beside the limit.
 
-One cluster, one checkpoint, two deployments of it that differ only in their longest pipeline; they
-take turns, and each goes to zero before the other starts. The last line is one JSON object; the
-exit status is 1 if the target was missed.
+    python -m integration.bench_coldstart [--smoke] [--rounds 5] [--only NAME ...] [--list]
+
+Networks of nodes are capped. A round runs every variant once, each testbed on a cluster that is
+fresh, so that nothing is cached; ratios are of medians of one run. The last line is one JSON
+object; the exit status is 1 if a target was missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import os
-import shutil
-import statistics
+import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from integration.bucket import progress_bar
+from integration.bucket import progress_bar, put_into_bucket
 from integration.capped_bench import run_bench
-from integration.checkpoints import LlamaShape, cached, llama_bytes, write_raw_bf16
-from integration.cluster import CappedCluster, capped_cluster, inside_hub
-from integration.scenario import Answer, ask, cold_start, wait_for_zero
-from paraserve_backend.errors import ParaServeError
-from paraserve_backend.rpc import paraserve_pb2 as pb
+from integration.checkpoints import cached, llama_bytes, write_raw_bf16
+from integration.cluster import CappedCluster, capped_cluster
+from integration.coldstart_chart import chart
+from integration.coldstart_summary import Results, Start, summary, table
+from integration.coldstart_targets import TARGETS
+from integration.coldstart_variants import SHAPES, VARIANTS, Plain, Testbed, Variant
+from integration.namespaces import HUB
+from integration.plain_triton import Loader
+from paraserve_backend.errors import InvalidRequest, NotFound, ParaServeError
 from paraserve_scheduler import timeline
-from paraserve_scheduler.client import SchedulerClient
-from paraserve_scheduler.local.layout import BUCKET, ClusterLayout
+from paraserve_scheduler.local.layout import ClusterLayout
 
-#: 3.2 GB in bf16; the shape of a small real model.
-SHAPE = LlamaShape(layers=36, hidden=2048, intermediate=5632, heads=32, kv_heads=4, spread=0.02)
 SHARD_BYTES = 500_000_000
-NODES = 4
-PROMPT = "The time to first token of a model at zero"
-MAX_TOKENS = 4
-TARGETS = {"ratio_1_to_4": 2.5}
-_NODE_MEMORY_BYTES = 4_000_000_000
-_KEEP_ALIVE_S = 1.0
-_ZERO_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """One cold start."""
-
-    stages: int
-    ttft_s: float
-    #: The longest fetch of any node.
-    fetch_s: float
-    token_ids: tuple[int, ...]
+ROUNDS, SMOKE_ROUNDS = 5, 2
+_NODE_MEMORY_BYTES = 4_500_000_000
+SMOKE = ("status-quo-1gb", "ours-4-1gb")
 
 
 def main() -> int:
     arguments = _parse()
+    if arguments.list:
+        for variant in VARIANTS:
+            sys.stdout.write(f"{variant.name:>20}  {variant.testbed.name}: {variant.label}\n")
+        return 0
     return run_bench(
         "coldstart",
-        lambda folder, console: run(folder, arguments.rounds, arguments.gbit, console),
+        lambda folder, console: run(folder, arguments, console),
         keep=arguments.keep,
     )
 
 
-def run(folder: Path, rounds: int, gbit: float, console: Console) -> dict[str, object]:
+def run(folder: Path, arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure and return the last line."""
-    checkpoint = _checkpoint(folder, console)
-    cluster = CappedCluster(
-        nodes=NODES, rate_bits_per_s=gbit * 1e9, node_memory_bytes=_NODE_MEMORY_BYTES
-    )
-    with (
-        capped_cluster(cluster, os.environ) as layout,
-        inside_hub(),
-        SchedulerClient(layout.scheduler_address, layout.files.token.read_text()) as client,
-    ):
-        console.print(f"{NODES} nodes with {gbit:g} Gbit/s each are up.")
-        _deploy(layout, client, checkpoint)
-        starts = [
-            _start(layout, client, stages, console) for _ in range(rounds) for stages in (1, NODES)
-        ]
-    return summary(starts, rounds=rounds, gbit=gbit)
-
-
-def summary(starts: list[Start], *, rounds: int, gbit: float) -> dict[str, object]:
-    """Compare the medians of both kinds of start."""
-    if len({start.token_ids for start in starts}) != 1:
-        raise ParaServeError("One and four stages gave different tokens.")
-    one, four = ([start for start in starts if start.stages == count] for count in (1, NODES))
-    ratio = _median_ttft(one) / _median_ttft(four)
-    return {
-        "bench": "coldstart",
-        "checkpoint_bytes": llama_bytes(SHAPE),
-        "gbit_per_node": gbit,
-        "rounds": rounds,
-        "ttft_1_node_s": [round(start.ttft_s, 2) for start in one],
-        "ttft_4_nodes_s": [round(start.ttft_s, 2) for start in four],
-        "fetch_1_node_s": [round(start.fetch_s, 2) for start in one],
-        "fetch_4_nodes_s": [round(start.fetch_s, 2) for start in four],
-        "ratio_1_to_4": round(ratio, 2),
-        "targets": TARGETS,
-        "met": ratio >= TARGETS["ratio_1_to_4"],
+    variants = chosen(arguments.only or (SMOKE if arguments.smoke else ()))
+    checkpoints = {
+        name: _checkpoint(folder / name, name, console)
+        for name in dict.fromkeys(variant.checkpoint for variant in variants)
     }
+    links: dict[float, float] = {}
+    starts: list[Start] = []
+    with _progress(console) as progress:
+        task = progress.add_task("", total=arguments.rounds * len(variants))
+        for number in range(1, arguments.rounds + 1):
+            for testbed in testbeds(variants):
+                progress.update(task, description=f"round {number}: {testbed.name}")
+                for start in _starts(testbed, variants, checkpoints, links):
+                    _report(start, progress.console, is_first=number == 1)
+                    progress.advance(task)
+                    starts.append(start)
+    results = Results(
+        variants=variants,
+        starts=starts,
+        checkpoint_bytes={name: llama_bytes(SHAPES[name]) for name in checkpoints},
+        link_bytes_per_s=links,
+    )
+    last_line = {"bench": "coldstart", "rounds": arguments.rounds} | summary(results, TARGETS)
+    console.print(table(results))
+    if arguments.figure is not None:
+        arguments.figure.write_text(chart(results), encoding="utf-8")
+    return last_line
 
 
-def _median_ttft(starts: list[Start]) -> float:
-    return statistics.median(start.ttft_s for start in starts)
+def chosen(names: Sequence[str]) -> tuple[Variant, ...]:
+    """Return the variants called so, all if none is; in the order in which they are run.
+
+    Raises:
+        InvalidRequest: there is none of that name.
+        NotFound: one needs a package that is not installed.
+    """
+    known = {variant.name for variant in VARIANTS}
+    for name in names:
+        if name not in known:
+            raise InvalidRequest(f"There is no variant '{name}': --list shows them.")
+    variants = tuple(v for v in VARIANTS if not names or v.name in names)
+    needs_runai = any(v.how == Plain(loader=Loader.RUNAI) for v in variants)
+    if needs_runai and importlib.util.find_spec("runai_model_streamer") is None:
+        raise NotFound("Run:ai's streamer is not installed: run pip install -e '.[bench]'.")
+    return variants
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench_coldstart", description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="two rounds instead of five")
-    parser.add_argument("--rounds", type=int, help="starts of each kind (default: 5)")
-    parser.add_argument("--gbit", type=float, default=1.0, help="per node, Gbit/s (default: 1)")
-    parser.add_argument("--keep", action="store_true", help="keep the checkpoint for the next run")
-    arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or (2 if arguments.smoke else 5)
-    return arguments
+def testbeds(variants: Sequence[Variant]) -> list[Testbed]:
+    found: list[Testbed] = []
+    for variant in variants:
+        if variant.testbed not in found:
+            found.append(variant.testbed)
+    return found
 
 
-def _checkpoint(folder: Path, console: Console) -> Path:
+def _starts(
+    testbed: Testbed,
+    variants: Sequence[Variant],
+    checkpoints: Mapping[str, Path],
+    links: dict[float, float],
+) -> Iterator[Start]:
+    """Start a testbed's variants once; `links` gets the rates that are not in it yet."""
+    here = [variant for variant in variants if variant.testbed == testbed]
+    wanted = CappedCluster(
+        rates_bits_per_s=tuple(rate * 1e9 for rate in testbed.gbit),
+        node_memory_bytes=_NODE_MEMORY_BYTES,
+        agent_settings=testbed.agent_settings,
+        scheduler_settings=testbed.scheduler_settings,
+    )
+    with capped_cluster(wanted, os.environ) as layout:
+        for source, checkpoint in {v.source: v.checkpoint for v in here}.items():
+            put_into_bucket(layout, checkpoints[checkpoint], source)
+        lines = _session(layout, here)
+        for gbit, rate in next(lines).items():
+            links.setdefault(float(gbit), rate)
+        yield from map(Start.from_json, lines)
+
+
+def _session(layout: ClusterLayout, variants: Sequence[Variant]) -> Iterator[dict[str, Any]]:
+    """Yield what the process says that starts the variants, until it has ended.
+
+    Raises:
+        ParaServeError: it failed.
+    """
+    module = (sys.executable, "-m", "integration.coldstart_session")
+    command = ["ip", "netns", "exec", HUB, *module, str(layout.files.cluster)]
+    command += [variant.name for variant in variants]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield from map(json.loads, process.stdout)
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        raise ParaServeError("A start failed: see above.")
+
+
+def _report(start: Start, console: Console, *, is_first: bool) -> None:
+    if is_first and start.replica is not None:
+        console.print(timeline.render(start.replica, width=console.width))
+    console.print(
+        f"{start.variant}: [bold]{start.ttft_s:.2f} s[/], again {start.warm_ttft_s:.3f} s, "
+        f"tokens {start.token_ids}"
+    )
+
+
+def _checkpoint(folder: Path, name: str, console: Console) -> Path:
+    shape = SHAPES[name]
     with progress_bar(console) as progress:
-        task = progress.add_task("write a random bf16 checkpoint", total=llama_bytes(SHAPE))
+        task = progress.add_task(f"write a random {name} checkpoint", total=llama_bytes(shape))
         cached(
             folder,
-            SHAPE,
+            shape,
             lambda target: write_raw_bf16(
                 target,
-                SHAPE,
+                shape,
                 shard_bytes=SHARD_BYTES,
                 on_progress=lambda written: progress.advance(task, written),
             ),
         )
-        progress.update(task, completed=llama_bytes(SHAPE))
+        progress.update(task, completed=llama_bytes(shape))
     return folder
 
 
-def put_into_bucket(layout: ClusterLayout, checkpoint: Path) -> None:
-    """Make the checkpoint `s3://models/bench`, without a second copy where that is possible."""
-    prefix = layout.files.buckets / BUCKET / "bench"
-    prefix.mkdir()
-    for path in checkpoint.iterdir():
-        _link_or_copy(path, prefix / path.name)
-
-
-def _deploy(layout: ClusterLayout, client: SchedulerClient, checkpoint: Path) -> None:
-    """Deploy the checkpoint twice."""
-    put_into_bucket(layout, checkpoint)
-    for stages in (1, NODES):
-        client.deploy(
-            pb.DeploymentSpec(
-                name=_name(stages),
-                source=f"s3://{BUCKET}/bench",
-                max_stages=stages,
-                max_context=512,
-                keep_alive_s=_KEEP_ALIVE_S,
-                consolidate=False,
-            )
-        )
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
-
-
-def _start(layout: ClusterLayout, client: SchedulerClient, stages: int, console: Console) -> Start:
-    name = _name(stages)
-    with console.status(f"cold start on {stages} node(s)"):
-        answer = ask(layout, name, PROMPT, MAX_TOKENS)
-    replica = cold_start(client, name)
-    console.print(timeline.render(replica, width=console.width))
-    console.print(f"TTFT on {len(replica.parts)} node(s): [bold]{answer.ttft_s:.2f} s[/]\n")
-    with console.status("waiting for scale to zero"):
-        wait_for_zero(layout, client, name, timeout_s=_KEEP_ALIVE_S + _ZERO_TIMEOUT_S)
-    return _record(replica, answer)
-
-
-def _record(replica: pb.ReplicaStatus, answer: Answer) -> Start:
-    fetches = [row.duration_s for row in timeline.rows(replica) if row.what == "fetch"]
-    return Start(
-        stages=len(replica.parts),
-        ttft_s=answer.ttft_s,
-        fetch_s=max(fetches, default=0.0),
-        token_ids=answer.token_ids,
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
     )
 
 
-def _name(stages: int) -> str:
-    return f"on-{stages}"
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench_coldstart", description="Time to first token from zero, side by side."
+    )
+    parser.add_argument("--smoke", action="store_true", help="few variants, 1 GB, two rounds")
+    parser.add_argument("--rounds", type=int, help="starts of each variant (default: 5)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants")
+    parser.add_argument("--list", action="store_true", help="name the variants and end")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints for the next run")
+    parser.add_argument("--figure", type=Path, help="write the plot there (SVG)")
+    arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or (SMOKE_ROUNDS if arguments.smoke else ROUNDS)
+    return arguments
 
 
 if __name__ == "__main__":

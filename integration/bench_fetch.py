@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from integration import cluster, static_server
+from integration import cluster, namespaces, static_server
 from integration.fetch_clients import BUCKET, CLIENTS, OBJECT, environment
 from paraserve_backend.errors import ParaServeError
 from paraserve_scheduler.local.cluster import files_of
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def missing_requirement() -> str | None:
-    reason = cluster.missing_requirement() or static_server.missing_requirement()
+    reason = namespaces.missing_requirement() or static_server.missing_requirement()
     if reason is not None:
         return reason
     for module in _MODULES:
@@ -92,16 +92,16 @@ def missing_requirement() -> str | None:
 def capped_store(rate_bits_per_s: float, size_bytes: int) -> Iterator[tuple[ClusterLayout, Store]]:
     """Make the nodes' networks and serve one object in the hub; all is gone after the body."""
     wanted = cluster.CappedCluster(
-        nodes=NODES, rate_bits_per_s=rate_bits_per_s, node_memory_bytes=size_bytes, name="fetch"
+        rates_bits_per_s=(rate_bits_per_s,) * NODES, node_memory_bytes=size_bytes, name="fetch"
     )
     layout = cluster.capped_layout(wanted, files_of(wanted.name, os.environ))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         crc32 = write_object(folder / BUCKET / OBJECT, size_bytes)
-        cluster.sweep_namespaces()  # of a run that was killed
-        stack.callback(cluster.sweep_namespaces)
-        cluster.make_namespaces(wanted)
-        with cluster.inside_hub():
+        namespaces.sweep_namespaces()  # of a run that was killed
+        stack.callback(namespaces.sweep_namespaces)
+        namespaces.make_namespaces(wanted.rates_bits_per_s)
+        with namespaces.inside(namespaces.HUB):
             stack.enter_context(static_server.static_server(folder, folder, layout.host, _PORT))
         endpoint = f"http://{layout.host}:{_PORT}"
         yield layout, Store(endpoint=endpoint, size_bytes=size_bytes, crc32=crc32)

@@ -23,11 +23,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from integration.bench_coldstart import put_into_bucket
+from integration.bucket import put_into_bucket
 from integration.capped_bench import run_bench
 from integration.checkpoints import LlamaShape, cached, llama_bytes, write_raw_bf16
-from integration.cluster import CappedCluster, capped_cluster, inside_hub
+from integration.cluster import CappedCluster, capped_cluster
 from integration.cutover import TimedAnswer, gap
+from integration.namespaces import HUB, inside
 from integration.scenario import wait_for_zero
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
@@ -79,14 +80,14 @@ def run(folder: Path, gbit: float, console: Console) -> dict[str, object]:
     """Measure and return the last line."""
     cached(folder, SHAPE, lambda target: write_raw_bf16(target, SHAPE, shard_bytes=SHARD_BYTES))
     wanted = CappedCluster(
-        nodes=NODES, rate_bits_per_s=gbit * 1e9, node_memory_bytes=_NODE_MEMORY_BYTES
+        rates_bits_per_s=(gbit * 1e9,) * NODES, node_memory_bytes=_NODE_MEMORY_BYTES
     )
     with (
         capped_cluster(wanted, os.environ) as layout,
-        inside_hub(),
+        inside(HUB),
         SchedulerClient(layout.scheduler_address, layout.files.token.read_text()) as client,
     ):
-        put_into_bucket(layout, folder)
+        put_into_bucket(layout, folder, "bench")
         console.print(f"{NODES} nodes with {gbit:g} Gbit/s each are up.")
         bench = _Bench(layout, client, console)
         staying, moving = (bench.long(consolidate=wish) for wish in (False, True))

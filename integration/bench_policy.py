@@ -42,7 +42,10 @@ _KIND = NodeKind(
         slot_bytes=_GB // 2,
     ),
     speeds={"7b": Speed(prefill_s_per_token=0.0003, decode_s=0.03)},
+    disk_bytes_per_s=1.8e9,
 )
+#: Of the deployment in need.
+_SOME = {"d0": ((0, 8), (20, 24))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,11 +82,16 @@ def median_decision_s(nodes: int, deployments: int, decisions: int) -> float:
 
 
 def make_fleet(nodes: int, deployments: int, seed: int) -> Fleet:
-    """A fleet in use: half of its memory reserved, a tenth of its nodes fetching, one in need."""
+    """A fleet in use: half of its memory reserved, a tenth of its nodes fetching, one in need.
+
+    Racks are named, and a seventh of the nodes have a part of what is needed in host memory.
+    """
     generator = random.Random(seed)
     return Fleet(
         nodes=tuple(_node(index, generator) for index in range(nodes)),
         needs=tuple(_need(index, nodes, generator) for index in range(deployments)),
+        store_bytes_per_s=nodes * 1e9,
+        store_fetches=nodes // 10,
     )
 
 
@@ -103,6 +111,9 @@ def _node(index: int, generator: random.Random) -> Node:
             for gpu in range(4)
         ),
         claims=claims if generator.random() < 0.1 else (),
+        cached=_SOME if index % 7 == 0 else {},
+        on_disk=_SOME if index % 11 == 0 else {},
+        zone=f"rack{index % 40}",
     )
 
 

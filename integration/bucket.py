@@ -1,7 +1,8 @@
-"""Puts a checkpoint into the bucket of a local cluster, with a progress bar."""
+"""Puts a checkpoint into the bucket of a local cluster: uploaded, or linked into its folder."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,25 @@ def upload(layout: ClusterLayout, folder: Path, prefix: str, console: Console) -
                 Callback=lambda sent: progress.advance(task, sent),
             )
     return f"s3://{BUCKET}/{prefix}"
+
+
+def put_into_bucket(layout: ClusterLayout, folder: Path, prefix: str) -> str:
+    """Make `folder` a prefix of the bucket, without a second copy where that is possible.
+
+    The S3 server may not see it for a second if it was asked for something there before.
+    """
+    target = layout.files.buckets / BUCKET / prefix
+    target.mkdir()
+    for path in folder.iterdir():
+        _link_or_copy(path, target / path.name)
+    return f"s3://{BUCKET}/{prefix}"
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
 
 
 def s3_client(layout: ClusterLayout) -> Any:

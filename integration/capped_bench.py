@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from integration.cluster import missing_requirement
+from integration.namespaces import missing_requirement
 from paraserve_backend.errors import ParaServeError
 
 

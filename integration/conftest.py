@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,17 @@ def caching_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def slots_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes that may keep one set of runtime slots each."""
+    with _running(UpOptions(name="slots", nodes=2), tmp_path_factory, max_slots=1) as cluster:
+        yield cluster
+
+
 @contextmanager
-def _running(options: UpOptions, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def _running(
+    options: UpOptions, tmp_path_factory: pytest.TempPathFactory, *, max_slots: int = 0
+) -> Iterator[Cluster]:
     environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}
     files = files_of(options.name, environ)
     layout = make_layout(
@@ -39,6 +49,11 @@ def _running(options: UpOptions, tmp_path_factory: pytest.TempPathFactory) -> It
         available_bytes=available_bytes(Path("/proc")),
         cores=os.cpu_count() or 1,
     )
+    nodes = (
+        replace(node, agent_settings={**node.agent_settings, "max_slots": max_slots})
+        for node in layout.nodes
+    )
+    layout = replace(layout, nodes=tuple(nodes))
     models, folders = write_models(tmp_path_factory.mktemp("models"))
     try:
         up(layout, lambda _news: None)

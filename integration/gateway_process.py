@@ -90,7 +90,7 @@ async def gateway_process(
 
 def _routes(endpoints: Mapping[str, pb.Endpoint | None]) -> list[pb.Route]:
     return [
-        pb.Route(deployment=name, endpoints=[endpoint] if endpoint else [])
+        pb.Route(deployment=name, endpoints=[endpoint] if endpoint else [], max_waiting=1000)
         for name, endpoint in endpoints.items()
     ]
 

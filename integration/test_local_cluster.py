@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from integration.cluster import PREFIX as NAMESPACE_PREFIX
-from integration.cluster import CappedCluster, capped_cluster, missing_requirement
+from integration.cluster import NAME as CAPPED
+from integration.cluster import CappedCluster, capped_cluster
+from integration.namespaces import HUB, missing_requirement
+from integration.namespaces import PREFIX as NAMESPACE_PREFIX
 from paraserve_scheduler.local.cluster import down, files_of, find
 from paraserve_scheduler.local.layout import SHM, ClusterFiles
 from paraserve_scheduler.local.ports import is_free
@@ -190,15 +192,31 @@ def test_ctrl_c_in_the_demo_leaves_nothing(home: Home, moment: str) -> None:
 
 @pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
 def test_capped_nodes_have_a_network_each_that_is_gone_afterwards(home: Home) -> None:
-    wanted = CappedCluster(nodes=2, rate_bits_per_s=1e9, node_memory_bytes=10**9, name="one")
+    wanted = CappedCluster(rates_bits_per_s=(1e9, 5e8), node_memory_bytes=10**9, name="one")
     with capped_cluster(wanted, home.environ) as layout:
         assert len(namespaces()) == 3
-        shaped = _output("tc", "-n", f"{NAMESPACE_PREFIX}hub", "qdisc", "show")
+        shaped = _output("tc", "-n", HUB, "qdisc", "show")
         assert shaped.count("tbf") == 2
         assert "rate 1Gbit" in shaped
+        assert "rate 500Mbit" in shaped
         assert len({node.host for node in layout.nodes} | {layout.host}) == 3
     assert namespaces() == []
     home.assert_nothing_is_left("one")
+
+
+@pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
+def test_one_command_brings_capped_nodes_up_and_one_leaves_nothing(home: Home) -> None:
+    starting = home.command("integration.cluster", "up", "--gbit", "1", "--node-gb", "1")
+    said, _ = starting.communicate(timeout=WAIT_S)
+    assert starting.returncode == 0, said
+    assert "1 node(s) are up" in said
+    assert len(namespaces()) == 2
+    assert find(home.files(CAPPED)) is not None
+    ending = home.command("integration.cluster", "down")
+    said, _ = ending.communicate(timeout=WAIT_S)
+    assert ending.returncode == 0, said
+    assert namespaces() == []
+    home.assert_nothing_is_left(CAPPED)
 
 
 def namespaces() -> list[str]:

@@ -31,6 +31,7 @@ from integration.test_consolidation import (
 from integration.tiny_cluster import Cluster, assert_nothing_left, wait_until, write_models
 from integration.triton_server import free_ports
 from paraserve_backend.agent.node import available_bytes
+from paraserve_backend.errors import Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
@@ -59,6 +60,14 @@ class Scheduler:
         if self.successor is not None:
             self.successor.kill()
             self.successor.wait()
+
+
+def _answers(cluster: Cluster, name: str) -> bool:
+    """Whether a scheduler listens again, and knows the deployment."""
+    try:
+        return bool(cluster.client.status(name).deployments)
+    except Unavailable:
+        return False
 
 
 def _holds_files(pid: int) -> bool:
@@ -132,7 +141,7 @@ def test_a_scheduler_that_restarts_meanwhile_finishes_what_was_begun(
         scheduler.restart()
         answered = len(running.answers)
         wait_until(lambda: len(running.answers) > answered + 4)
-        wait_until(lambda: bool(cluster.client.status(name).deployments))
+        wait_until(lambda: _answers(cluster, name))
         wait_until_gone(cluster, name, f"{name}.1")
         assert [len(replica.parts) for replica in serving(cluster, name)] == [1]
         assert_nothing_left(cluster, f"{name}.1")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from paraserve_backend.contract import EngineName, LayerRange, Role
+from paraserve_backend.contract import EngineName, LayerRange, Role, SlotKind
 from paraserve_backend.errors import InvalidRequest
 
 _LAYERS = re.compile(r"(\d+):(\d+)/(\d+)")
@@ -96,6 +96,16 @@ class LinkConfig:
     forward_timeout_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotConfig:
+    """A process without weights that becomes one model after the other."""
+
+    kind: SlotKind
+    device: str
+    #: The agent's; fetches and keys of what is bound here lie below it.
+    run_dir: Path
+
+
 RoleConfig = GenerateConfig | StageConfig | LinkConfig
 
 
@@ -112,14 +122,26 @@ def format_layers(layers: LayerRange) -> str:
     return f"{layers.start}:{layers.end}/{layers.total}"
 
 
-def read_config(model_config: str) -> RoleConfig:
+def read_config(model_config: str) -> RoleConfig | SlotConfig:
     """Turn Triton's `model_config` JSON into the settings of the role it names.
 
     Raises:
         InvalidRequest: a parameter is missing or malformed.
     """
     raw = json.loads(model_config)["parameters"]
-    parameters = _Parameters({key: value["string_value"] for key, value in raw.items()})
+    values = {key: value["string_value"] for key, value in raw.items()}
+    if values.get("role") == Role.SLOT:
+        return _slot(_Parameters(values))
+    return read_parameters(values)
+
+
+def read_parameters(values: Mapping[str, str]) -> RoleConfig:
+    """Turn a config.pbtxt's parameters into the settings of the role they name.
+
+    Raises:
+        InvalidRequest: a parameter is missing or malformed.
+    """
+    parameters = _Parameters(values)
     role = parameters.text("role")
     if role == Role.GENERATE:
         return _generate(parameters)
@@ -229,6 +251,14 @@ def _stage(parameters: _Parameters) -> StageConfig:
         device=parameters.optional("device") or "cpu",
         channel=None if layers.is_first else _channel(parameters),
         key_file=Path(key_file) if key_file else None,
+    )
+
+
+def _slot(parameters: _Parameters) -> SlotConfig:
+    return SlotConfig(
+        kind=SlotKind(parameters.text("kind")),
+        device=parameters.text("device"),
+        run_dir=Path(parameters.text("run_dir")),
     )
 
 

@@ -15,6 +15,24 @@ class Role(StrEnum):
     GENERATE = "generate"
     STAGE = "stage"
     LINK = "link"
+    #: Any of them in turn, or none: a process that waits to be bound.
+    SLOT = "slot"
+
+
+class SlotKind(StrEnum):
+    """What a slot can be bound as; each has imported what its role needs."""
+
+    FRONT = "front"
+    STAGE = "stage"
+    LINK = "link"
+
+
+#: What a slot of each kind becomes.
+SLOT_ROLE = {
+    SlotKind.FRONT: Role.GENERATE,
+    SlotKind.STAGE: Role.STAGE,
+    SlotKind.LINK: Role.LINK,
+}
 
 
 class EngineName(StrEnum):
@@ -85,3 +103,7 @@ FORWARD_BATCH = "batch"  # UINT8[-1]: an encoded `engine.batch.ForwardBatch`
 FORWARD_TOKEN_IDS = "token_ids"  # INT32[-1]: the new tokens of every row, concatenated
 FORWARD_HIDDEN = "hidden"  # UINT8 [tokens, hidden_size * bytes per element]
 FORWARD_RESULT = "result"  # UINT8[-1]: an encoded `engine.batch.ForwardResult`
+
+#: Request parameter that names the replica a request is meant for. A slot serves one replica after
+#: the other, and refuses what was meant for another one.
+REPLICA_PARAMETER = "paraserve_replica"

@@ -7,6 +7,7 @@
     ├── AlreadyExists          the name is taken                         (ALREADY_EXISTS, 409)
     ├── InvalidCheckpoint      the stored bytes are wrong: replace them  (INVALID_ARGUMENT, 400)
     ├── AccessDenied           credentials are missing or refused        (PERMISSION_DENIED, 403)
+    ├── ResourceExhausted      too much at once: retry later             (RESOURCE_EXHAUSTED, 429)
     ├── InsufficientCapacity   no set of nodes can hold it               (UNAVAILABLE, 503)
     ├── Unavailable            retry later or elsewhere                  (UNAVAILABLE, 503)
     │   └── SourceUnavailable  the byte source failed, bounded retries included
@@ -60,6 +61,11 @@ class AccessDenied(ParaServeError):
     http_status = 403
 
 
+class ResourceExhausted(ParaServeError):
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 429
+
+
 class InsufficientCapacity(ParaServeError):
     grpc_code = "UNAVAILABLE"
     http_status = 503
@@ -106,6 +112,7 @@ BY_CODE: Mapping[str, type[ParaServeError]] = {
         NotFound,
         AlreadyExists,
         AccessDenied,
+        ResourceExhausted,
         Unavailable,
         DeadlineExceeded,
         Cancelled,

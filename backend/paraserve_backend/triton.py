@@ -26,6 +26,7 @@ from paraserve_backend.config import (
     GenerateConfig,
     LinkConfig,
     RoleConfig,
+    SlotConfig,
     StageConfig,
     read_config,
 )
@@ -34,18 +35,20 @@ from paraserve_backend.contract import (
     FORWARD_HIDDEN,
     FORWARD_RESULT,
     FORWARD_TOKEN_IDS,
+    REPLICA_PARAMETER,
     EngineName,
 )
 from paraserve_backend.engine.batch import ForwardResult
 from paraserve_backend.engine.batch_codec import decode_result, encode_batch
 from paraserve_backend.engine.batching import ScheduledBatch
-from paraserve_backend.errors import ParaServeError, Unavailable, coded
+from paraserve_backend.errors import NotFound, ParaServeError, Unavailable, coded
 from paraserve_backend.gauges import GAUGES, RateLimitedGauges
 from paraserve_backend.hand_over import read_targets
 from paraserve_backend.outputs import output_tensors
 from paraserve_backend.request import WantedOutputs, parse_request
 from paraserve_backend.resume import HAND_OVER_TO, RESUME, Resume
 from paraserve_backend.roles.fetched import open_weights
+from paraserve_backend.roles.slot import SlotCommand, SlotRole, import_all, read_slot_command
 
 if TYPE_CHECKING:
     from paraserve_backend.engines.role import ExternalRole
@@ -77,7 +80,7 @@ class TritonPythonModel:
         logging.basicConfig(level=logging.INFO, format="paraserve %(levelname)s %(message)s")
         threading.excepthook = _die_loudly
         try:
-            self._adapter = _adapter(read_config(args["model_config"]))
+            self._adapter = _model_adapter(args["model_config"])
         except ParaServeError as error:
             raise pb_utils.TritonModelException(coded(error)) from error
 
@@ -96,6 +99,11 @@ def _die_loudly(args: threading.ExceptHookArgs) -> None:
     exc_info = (args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
     _log.critical("thread %s died", name, exc_info=exc_info)
     os._exit(70)
+
+
+def _model_adapter(model_config: str) -> _Adapter:
+    config = read_config(model_config)
+    return _SlotAdapter(config) if isinstance(config, SlotConfig) else _adapter(config)
 
 
 def _adapter(config: RoleConfig) -> _Adapter:
@@ -127,7 +135,8 @@ class _GenerateAdapter:
 
     def _add(self, request: pb_utils.InferenceRequest, sender: pb_utils.ResponseSender) -> None:
         tensors = {t.name(): t.as_numpy().ravel().tolist() for t in request.inputs()}
-        parameters = json.loads(request.parameters() or "{}")
+        parameters = _parameters(request)
+        parameters.pop(REPLICA_PARAMETER, None)
         command = parameters.get("command")
         if command is not None and not tensors:
             self._role.hand_over(read_targets(command))
@@ -154,8 +163,15 @@ def _generate_role(config: GenerateConfig) -> GenerateRole | ExternalRole:
 
     forward = None
     if config.forward_model is not None:
-        forward = _EnsembleForward(config.forward_model, config.batches_in_flight)
+        forward = _EnsembleForward(
+            config.forward_model, config.batches_in_flight, replica=config.replica
+        )
     return GenerateRole(config, forward, gauges)
+
+
+def _parameters(request: pb_utils.InferenceRequest) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(request.parameters() or "{}")
+    return parsed
 
 
 class _Reply:
@@ -197,8 +213,10 @@ def _fail(sender: pb_utils.ResponseSender, error: ParaServeError) -> None:
 class _EnsembleForward:
     """One forward pass = one BLS call of the ensemble; a call blocks, so each has its thread."""
 
-    def __init__(self, model: str, batches_in_flight: int) -> None:
+    def __init__(self, model: str, batches_in_flight: int, *, replica: str) -> None:
         self._model = model
+        # Ensembles hand parameters on to their steps, which may be slots.
+        self._parameters: dict[str, str | int | bool] = {REPLICA_PARAMETER: replica}
         self._threads = ThreadPoolExecutor(batches_in_flight, thread_name_prefix="forward")
 
     def submit(self, batch: ScheduledBatch) -> Future[ForwardResult]:
@@ -213,6 +231,7 @@ class _EnsembleForward:
                 pb_utils.Tensor(FORWARD_BATCH, encoded),
                 pb_utils.Tensor(FORWARD_TOKEN_IDS, np.array(batch.token_ids, np.int32)),
             ],
+            parameters=self._parameters,
         ).exec()
         if response.has_error():
             raise Unavailable(response.error().message())
@@ -303,6 +322,54 @@ def _answer(sender: pb_utils.ResponseSender) -> Callable[[Buffer | ParaServeErro
 def _bytes_tensor(name: str, data: Buffer) -> pb_utils.Tensor:
     value: npt.NDArray[np.uint8] = np.frombuffer(data, np.uint8)
     return pb_utils.Tensor(name, value)
+
+
+# ---- slots ----
+
+
+class _SlotAdapter:
+    def __init__(self, config: SlotConfig) -> None:
+        import_all(config)
+        self._slot = SlotRole(config, _adapter)
+        # A command takes as long as a load does; requests are refused meanwhile.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="slot-command")
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> Any:
+        answers = [self._answer(request) for request in requests]
+        return answers if any(answers) else None
+
+    def _answer(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse | None:
+        """Return a response, or `None` where it goes to the request's own sender."""
+        parameters = _parameters(request)
+        command = read_slot_command(parameters.get("command"))
+        if command is not None:
+            self._threads.submit(self._obey, command, request.get_response_sender())
+            return None
+        try:
+            with self._slot.use(parameters.get(REPLICA_PARAMETER)) as adapter:
+                responses = adapter.execute([request])
+        except NotFound as error:
+            _fail(request.get_response_sender(), error)
+            return None
+        return responses[0] if responses else None
+
+    def _obey(self, command: SlotCommand, sender: pb_utils.ResponseSender) -> None:
+        response = pb_utils.InferenceResponse([])
+        try:
+            if command.bind is None:
+                self._slot.unbind()
+            else:
+                self._slot.bind(command.bind)
+        except ParaServeError as error:
+            response = _error_response(error)
+        except Exception as error:
+            _log.exception("a slot's command failed")
+            response = _error_response(ParaServeError(f"The model failed to load: {error!r}"))
+        sender.send(response, flags=_FINAL)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self._slot.unbind()
 
 
 def _failed_pass(error: Exception) -> pb_utils.InferenceResponse:

@@ -150,6 +150,8 @@ def _convert(hint: object, value: object, where: str, key: str) -> object:
         )
     if plain is Path and isinstance(value, str | Path):
         return Path(value)
+    if typing.get_origin(plain) is Mapping and isinstance(value, Mapping):
+        return dict(value)  # for whoever it is handed on to, which checks it
     # bool is an int to Python, but not to whoever writes the file.
     if plain in (str, bool) and type(value) is plain:
         return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from paraserve_scheduler.fleet import Prediction
 from paraserve_scheduler.plans import ReplicaPlan
 from paraserve_scheduler.state import Failure
 
@@ -14,6 +15,8 @@ class StartReplica:
     #: When the demand that caused it was seen.
     requested_s: float
     reason: str
+    #: What the plan is expected to give; None where nobody reckoned.
+    prediction: Prediction | None = None
 
     @property
     def subject(self) -> str:
@@ -97,6 +100,19 @@ class HandOver:
         return self.replica
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepSlots:
+    """Have a node keep so many idle sets of runtime slots."""
+
+    node: str
+    idle_slots: int
+    reason: str
+
+    @property
+    def subject(self) -> str:
+        return self.node
+
+
 Action = (
     StartReplica
     | StopReplica
@@ -105,4 +121,5 @@ Action = (
     | FailDeployment
     | DropDeployment
     | HandOver
+    | KeepSlots
 )

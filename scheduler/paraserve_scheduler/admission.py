@@ -46,7 +46,11 @@ def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> 
         region=message.region or None,
         ttft_slo_s=_seconds(message, "ttft_slo_s"),
         tpot_slo_s=_seconds(message, "tpot_slo_s"),
-        keep_alive_s=_seconds(message, "keep_alive_s") or defaults.keep_alive_s,
+        keep_alive_s=_seconds(message, "keep_alive_s"),
+        min_replicas=message.min_replicas,
+        max_replicas=_max_replicas(message, defaults),
+        priority=message.priority,
+        max_waiting=message.max_waiting or defaults.max_waiting,
         max_stages=message.max_stages or None,
         max_context=message.max_context or None,
         max_sequences=message.max_sequences or defaults.max_sequences,
@@ -71,6 +75,17 @@ def read_deployment(spec: DeploymentSpec) -> Deployment:
     _check_tokenizer(spec, index)
     _check_context(spec, model)
     return Deployment(spec=spec, model=model, index=index)
+
+
+def _max_replicas(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> int:
+    if not message.max_replicas:
+        return max(defaults.max_replicas, message.min_replicas)
+    if message.max_replicas < message.min_replicas:
+        raise InvalidRequest(
+            f"max_replicas {message.max_replicas} is less than min_replicas "
+            f"{message.min_replicas}: make it at least as many."
+        )
+    return message.max_replicas
 
 
 def _engine(name: str) -> EngineName:

@@ -25,8 +25,8 @@ _TRIES = 3
 _RETRY_PAUSE_S = 0.5
 #: What a reply may take beyond the agent's own time limit.
 _SLACK_S = 5.0
-#: The replica only takes note of it.
-_HAND_OVER_TIMEOUT_S = 10.0
+#: Who gets the command only takes note of it.
+_COMMAND_TIMEOUT_S = 10.0
 _CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     # A restarted agent gets its address back: look again soon.
@@ -54,6 +54,9 @@ class Agents(Protocol):
 
     async def hand_over(self, address: str, replica: str, targets: Mapping[str, str]) -> None:
         """Have a replica's head move its requests to others, given as replica to URL."""
+
+    async def keep_slots(self, address: str, idle_slots: int) -> None:
+        """Have the node keep so many idle sets of runtime slots; returns at once."""
 
 
 class GrpcAgents:
@@ -99,7 +102,17 @@ class GrpcAgents:
         )
         try:
             await self._stub(address).HandOver(
-                request, metadata=self._metadata, timeout=_HAND_OVER_TIMEOUT_S
+                request, metadata=self._metadata, timeout=_COMMAND_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise AgentCallFailed(_failure(address, error)) from error
+
+    async def keep_slots(self, address: str, idle_slots: int) -> None:
+        try:
+            await self._stub(address).KeepSlots(
+                pb.KeepSlotsRequest(idle_slots=idle_slots),
+                metadata=self._metadata,
+                timeout=_COMMAND_TIMEOUT_S,
             )
         except grpc.aio.AioRpcError as error:
             raise AgentCallFailed(_failure(address, error)) from error

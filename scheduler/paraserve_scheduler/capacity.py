@@ -21,14 +21,35 @@ def node_spaces(
     """What every node that could take a stage of this deployment has to give, by name."""
     return tuple(
         _space(view, node, device)
-        for name, node in sorted(view.nodes.items())
-        if name not in view.cordoned
+        for _, node in sorted(view.nodes.items())
+        if is_usable(view, node, now_s, config)
+        and (device := device_of(node, spec.device)) is not None
+    )
+
+
+def space_on(view: ClusterView, name: str, spec: DeploymentSpec) -> NodeSpace:
+    """The same of the node `name`, which is one of them."""
+    node = view.nodes[name]
+    device = device_of(node, spec.device)
+    assert device is not None, "plans are made of nodes with the device"
+    return _space(view, node, device)
+
+
+def is_usable(view: ClusterView, node: NodeState, now_s: float, config: PolicyConfig) -> bool:
+    """Whether a node may get new replicas."""
+    return (
+        node.info.name not in view.cordoned
         and is_alive(node, now_s, config)
-        and node.triton_live
+        and bool(node.triton_live)
         # What no replica wants still takes memory, nobody knows how much.
         and not view.orphans(node)
-        and (device := _device(node, spec.device)) is not None
     )
+
+
+def free_ports(view: ClusterView, node: NodeState) -> tuple[int, ...]:
+    """Channel ports of a node that no replica uses, lowest first."""
+    used = view.used_ports(node.info.name)
+    return tuple(port for port in range(*node.info.channel_ports) if port not in used)
 
 
 def successor_spaces(
@@ -62,7 +83,7 @@ def _shared(view: ClusterView, replica: Replica, space: NodeSpace) -> NodeSpace:
     return replace(space, free_bytes=space.free_bytes + shared_bytes)
 
 
-def _device(node: NodeState, wanted: str | None) -> str | None:
+def device_of(node: NodeState, wanted: str | None) -> str | None:
     """The node's device of the wanted kind; with no wish, its first GPU before its CPU."""
     kinds = [wanted] if wanted else ["cuda", "cpu"]
     for kind in kinds:
@@ -74,13 +95,12 @@ def _device(node: NodeState, wanted: str | None) -> str | None:
 
 def _space(view: ClusterView, node: NodeState, device: str) -> NodeSpace:
     info = node.info
-    used = view.used_ports(info.name)
     return NodeSpace(
         name=info.name,
         device=device,
         run_dir=info.run_dir,
         channel_host=info.channel_host,
-        free_ports=tuple(port for port in range(*info.channel_ports) if port not in used),
+        free_ports=free_ports(view, node),
         free_bytes=info.memory_bytes - view.reserved_bytes(info.name),
         # Fetches share a node's bandwidth evenly.
         bytes_per_s=info.nic_bytes_per_s / (1 + view.running_fetches(info.name)),

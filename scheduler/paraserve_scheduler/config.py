@@ -21,8 +21,12 @@ class PlacementConfig:
     min_context: int = 256
     max_batch_tokens: int = 512
     forward_timeout_s: float = 30.0
-    #: What a cold start takes besides fetching: process start, loading, first forward pass.
-    cold_start_floor_s: float = 2.0
+    #: Until a cold start has shown it: how long a process takes until it can take in weights, and
+    #: what comes after them until the replica serves.
+    runtime_s: float = 2.0
+    tail_s: float = 0.5
+    #: Most stages of a replica whose user states no number.
+    max_stages: int = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,8 @@ class ConsolidationConfig:
 class PolicyConfig:
     """When replicas start and stop."""
 
+    #: Who decides what starts and stops: a name of baselines/table.py.
+    policy: str = "paraserve"
     #: A node that was silent for so long is lost.
     node_timeout_s: float = 5.0
     #: How long after its own start the scheduler waits for nodes to register again.
@@ -71,8 +77,10 @@ class PolicyConfig:
 class DeploymentDefaults:
     """For what a user does not state when deploying."""
 
-    keep_alive_s: float = 60.0
     max_sequences: int = 16
+    max_replicas: int = 4
+    #: Requests that each gateway holds for a replica of a deployment.
+    max_waiting: int = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from paraserve_scheduler.actions import Action, HandOver, StartReplica, StopRepl
 from paraserve_scheduler.capacity import successor_spaces
 from paraserve_scheduler.config import PolicyConfig
 from paraserve_scheduler.fold import begin
+from paraserve_scheduler.keep_alive import KeepAliveConfig
 from paraserve_scheduler.placement import NodeSpace, place_successor
 from paraserve_scheduler.plans import ReplicaPlan
 from paraserve_scheduler.state import ClusterView, DeploymentState, Phase, Replica
@@ -219,6 +220,8 @@ def _life_left_s(view: ClusterView, replica: Replica, now_s: float) -> float:
     """How long it will probably be there; one that works, as long again as it has served."""
     state = view.deployments[replica.deployment]
     keep_alive_s = state.deployment.spec.keep_alive_s
+    if keep_alive_s is None:
+        keep_alive_s = KeepAliveConfig().unknown_s
     if view.is_idle(state.name):
         return keep_alive_s - _idle_s(view, state, now_s)
     return keep_alive_s + now_s - (replica.ready_s or now_s)
@@ -229,7 +232,7 @@ def _start_s(
 ) -> float:
     """Predicted time until a successor is ready; what the node has is not fetched again."""
     missing = plan.head.weight_bytes - view.host_bytes(replica, space.name)
-    return missing / space.bytes_per_s + config.placement.cold_start_floor_s
+    return missing / space.bytes_per_s + config.placement.runtime_s + config.placement.tail_s
 
 
 def _fitting(

@@ -87,11 +87,16 @@ class LinkForecast:
     """What one more fetch gets of a link over time, as those that run now end one by one.
 
     Its rate is constant between their ends, so both questions are answered piece by piece.
-    `limit` caps it from the source's side, in bytes per second.
+    `limit` caps it from the source's side, `beside` comes past the link; in bytes per second.
     """
 
     def __init__(
-        self, capacity: float, claims: Iterable[Claim] = (), limit: float = float("inf")
+        self,
+        capacity: float,
+        claims: Iterable[Claim] = (),
+        limit: float = float("inf"),
+        *,
+        beside: float = 0.0,
     ) -> None:
         sizes = sorted(claim.remaining_bytes for claim in claims if claim.remaining_bytes > 0)
         #: (seconds, bytes per second)
@@ -99,9 +104,9 @@ class LinkForecast:
         done = 0.0
         for index, size in enumerate(sizes):
             share = capacity / (len(sizes) - index + 1)
-            self._pieces.append(((size - done) / share, min(share, limit)))
+            self._pieces.append(((size - done) / share, min(share, limit) + beside))
             done = size
-        self._last = min(capacity, limit)
+        self._last = min(capacity, limit) + beside
 
     def bytes_in(self, seconds: float, work_s_per_byte: float = 0.0) -> float:
         """Bytes that the new fetch has got and somebody has then worked on after `seconds`.

@@ -17,6 +17,7 @@ from paraserve_scheduler import durable
 from paraserve_scheduler.actions import (
     Action,
     HandOver,
+    KeepSlots,
     RemovePart,
     RemoveReplica,
     StartReplica,
@@ -34,6 +35,7 @@ from paraserve_scheduler.events import (
     PartRemoved,
     PartReported,
     ReplicaRemoved,
+    SlotsRefused,
 )
 from paraserve_scheduler.fold import begin, fold
 from paraserve_scheduler.plans import Deployment, ReplicaPlan
@@ -159,6 +161,8 @@ class Controller:
                 tasks.create_task(removal, name=f"remove {action.subject}")
             case HandOver():
                 self._hand_over(action, tasks)
+            case KeepSlots():
+                tasks.create_task(self._keep_slots(action), name=f"slots on {action.node}")
 
     def _start(self, plan: ReplicaPlan, tasks: asyncio.TaskGroup) -> None:
         deployment = self._view.deployments[plan.deployment].deployment
@@ -200,6 +204,14 @@ class Controller:
             self.tell(HandOverFailed(replica=replica, at_s=self.now_s()))
         else:
             self.tell(HandOverTold(replica=replica, targets=tuple(urls)))
+
+    async def _keep_slots(self, action: KeepSlots) -> None:
+        address = self._view.nodes[action.node].info.agent_address
+        try:
+            await self._agents.keep_slots(address, action.idle_slots)
+        except AgentCallFailed as error:
+            logger.warning("could not have %s keep slots: %s", action.node, error)
+            self.tell(SlotsRefused(node=action.node))
 
     async def _remove_replica(self, name: str) -> None:
         for task in self._applies.pop(name, ()):

@@ -57,6 +57,10 @@ class NodeKind:
     speeds: Mapping[str, Speed] = field(default_factory=dict)
     #: From a stage to the next, per forward pass.
     hop_s: float = 0.001
+    #: Of weights from disk into host memory; 0: nothing is kept on disk.
+    disk_bytes_per_s: float = 0.0
+    #: Replicas share a GPU, and one that reserves a part of it gets that part of its speed.
+    shares_gpus: bool = True
 
 
 # Compared and hashed by identity: one exists per model.
@@ -68,6 +72,8 @@ class ModelShape:
     layer_bytes: tuple[int, ...]
     #: KV cache that one replica reserves over all layers.
     kv_bytes: int
+    #: Of a head that is also the embedding: a last stage that is not the first has it as well.
+    tied_bytes: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -83,7 +89,8 @@ class ModelShape:
         return self.prefix_bytes[-1]
 
     def bytes_of(self, start: int, end: int) -> int:
-        return self.prefix_bytes[end] - self.prefix_bytes[start]
+        copied = self.tied_bytes if start > 0 and end == self.num_layers else 0
+        return self.prefix_bytes[end] - self.prefix_bytes[start] + copied
 
     def reserved_bytes(self, start: int, end: int) -> int:
         """Weights of layers `[start, end)` and their share of the KV cache."""

@@ -23,6 +23,8 @@ class NodeReported:
     parts: tuple[PartState, ...]
     tier_used_bytes: int
     at_s: float
+    idle_slots: int = 0
+    slots_bytes: int = 0
     tier: tuple[TierObject, ...] = ()
 
 
@@ -88,6 +90,13 @@ class HandOverFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SlotsRefused:
+    """A command to keep slots did not reach the node, or was refused."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeCordoned:
     node: str
     #: False: the node is used again.
@@ -105,5 +114,6 @@ Event = (
     | PartRemoved
     | HandOverTold
     | HandOverFailed
+    | SlotsRefused
     | NodeCordoned
 )

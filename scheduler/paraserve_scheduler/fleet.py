@@ -40,8 +40,15 @@ class Node:
     claims: tuple[Claim, ...] = ()
     #: Layers `[start, end)` in host memory, by `Need.weights`; disjoint and ascending.
     cached: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
-    #: How fast a peer may read this node's host memory.
+    #: The same on its disk.
+    on_disk: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    #: How fast peers may read this node's host memory together, and how many fetches do.
     uplink_bytes_per_s: float | None = None
+    uplink_fetches: int = 0
+    #: Rack or zone; empty: not known.
+    zone: str = ""
+    #: Kinds of device that replicas may use there: "cpu", "cuda".
+    devices: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +98,15 @@ class Need:
     prompt_tokens: int = 512
     #: Mean time a request runs; None: not known.
     service_s: float | None = None
+    #: Kind of device its replicas must have; None: any.
+    device: str | None = None
+    #: Whether its head must have room for the whole model.
+    must_grow: bool = True
+    #: How long its user wants an idle replica kept; None: as long as it is worth it.
+    keep_alive_s: float | None = None
+
+    def may_use(self, node: Node) -> bool:
+        return self.device is None or self.device in node.devices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +116,8 @@ class Fleet:
     #: What the object store gives to all nodes together, and to how many fetches; None: enough.
     store_bytes_per_s: float | None = None
     store_fetches: int = 0
+    #: (node, GPU) to bytes of replicas that are being stopped: free before long.
+    leaving_bytes: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +125,10 @@ class Source:
     """Where one part of a stage's bytes comes from; no peer: the object store."""
 
     size_bytes: int
-    #: A node whose host memory has them; the stage's own node if they are there already.
+    #: A node that has them in host memory; the stage's own node if they are there already.
     peer: str | None = None
+    #: They are on the disk of the stage's own node.
+    is_on_disk: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +146,20 @@ class StageChoice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StagePrediction:
+    """What one stage of a plan is expected to take, all from the command on."""
+
+    #: Until its process can take in weights.
+    runtime_s: float
+    fetch_s: float
+    ready_s: float
+    local_bytes: int
+    peer_bytes: int
+    store_bytes: int
+    uses_slot: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """What a plan is expected to give, kept to be compared with what happens."""
 
@@ -137,6 +171,7 @@ class Prediction:
     cost_byte_s: float
     meets_ttft: bool
     meets_tpot: bool
+    stages: tuple[StagePrediction, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from paraserve_scheduler.contention import Claim
-from paraserve_scheduler.fleet import Fleet, Node, StageChoice, Start
+from paraserve_scheduler.fleet import Fleet, Node, Source, StageChoice, Start
 
 
 def with_start(fleet: Fleet, start: Start) -> Fleet:
     """The fleet once `start` has begun: its memory is reserved and its fetches run."""
     by_node = {stage.node: stage for stage in start.stages}
+    read = Counter(
+        source.peer
+        for stage in start.stages
+        for source in stage.sources
+        if _is_fetched(source, stage)
+    )
     nodes = tuple(
         _with_stage(node, by_node[node.name], start) if node.name in by_node else node
         for node in fleet.nodes
     )
-    fetches = sum(_fetched(stage) > 0 for stage in start.stages)
-    return replace(fleet, nodes=nodes, store_fetches=fleet.store_fetches + fetches)
+    nodes = tuple(
+        replace(node, uplink_fetches=node.uplink_fetches + read[node.name])
+        if node.name in read
+        else node
+        for node in nodes
+    )
+    return replace(fleet, nodes=nodes, store_fetches=fleet.store_fetches + read[None])
 
 
 def _with_stage(node: Node, stage: StageChoice, start: Start) -> Node:
@@ -37,7 +49,12 @@ def _with_stage(node: Node, stage: StageChoice, start: Start) -> Node:
 
 
 def _fetched(stage: StageChoice) -> int:
-    return sum(source.size_bytes for source in stage.sources if source.peer != stage.node)
+    return sum(source.size_bytes for source in stage.sources if _is_fetched(source, stage))
+
+
+def _is_fetched(source: Source, stage: StageChoice) -> bool:
+    """Over the network, that is."""
+    return source.peer != stage.node
 
 
 def with_freed(fleet: Fleet, reserved: Mapping[tuple[str, int], int]) -> Fleet:

@@ -6,16 +6,19 @@ real cluster becomes one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
 from paraserve_backend.contract import LayerRange
 from paraserve_backend.families.tensors import kv_bytes_per_token
 from paraserve_backend.weights.plan import stage_tensors
-from paraserve_scheduler.capacity import node_spaces
-from paraserve_scheduler.config import PolicyConfig
+from paraserve_backend.weights.safetensors_header import TensorEntry
+from paraserve_scheduler.calibration import Calibration
+from paraserve_scheduler.capacity import device_of, free_ports, is_usable
+from paraserve_scheduler.config import PlacementConfig, PolicyConfig
 from paraserve_scheduler.contention import Claim
-from paraserve_scheduler.cost import ModelShape, NodeKind
+from paraserve_scheduler.cost import ModelShape, NodeKind, Speed, StartMethod
 from paraserve_scheduler.fleet import (
     Fleet,
     Gpu,
@@ -25,59 +28,135 @@ from paraserve_scheduler.fleet import (
     ReplicaLoad,
     ReplicaPhase,
 )
-from paraserve_scheduler.placement import NodeSpace
+from paraserve_scheduler.placement import LEAST_PORTS, least_kv_blocks
 from paraserve_scheduler.plans import Deployment
-from paraserve_scheduler.state import ClusterView, DeploymentState, Phase, Replica
+from paraserve_scheduler.state import (
+    ClusterView,
+    DeploymentState,
+    NodeState,
+    Phase,
+    Replica,
+    TierObject,
+)
+
+#: Until measured: what a device reads of weights per second for a token, by kind of device, and how
+#: many times more of them it works on per second when it reads a prompt.
+_DECODE_BYTES_PER_S = {"cpu": 10e9, "cuda": 1.5e12}
+_PREFILL_GAIN = {"cpu": 8.0, "cuda": 100.0}
 
 
 def fleet_of(
-    view: ClusterView,
-    now_s: float,
-    config: PolicyConfig,
-    kinds: Mapping[str, NodeKind],
-    *,
-    kv_tokens: int,
+    view: ClusterView, now_s: float, config: PolicyConfig, held_back: Collection[str] = ()
 ) -> Fleet:
-    """Return what policies may know of `view`.
-
-    `kinds` are the measured constants of every node that has registered, by its name; `kv_tokens`
-    the KV cache that a replica reserves.
-    """
-    spaces: dict[str, NodeSpace] = {}
-    for state in view.deployments.values():
-        for space in node_spaces(view, state.deployment.spec, now_s, config):
-            spaces.setdefault(space.name, space)
+    """Return what policies may know of `view`; of deployments `held_back` nothing waits."""
+    replicas = _by_node(view)
+    active = [state for state in view.deployments.values() if _is_active(view, state, held_back)]
+    nodes = [
+        node
+        for _, node in sorted(view.nodes.items())
+        if is_usable(view, node, now_s, config) and len(free_ports(view, node)) >= LEAST_PORTS
+    ]
+    kinds = {node.info.kind: _kind(view, node, active, config.placement) for node in nodes}
+    seen = tuple(
+        _node(view, node, kinds[node.info.kind], replicas[node.info.name], active) for node in nodes
+    )
+    most_bytes = max((gpu.free_bytes for node in seen for gpu in node.gpus), default=0)
     return Fleet(
-        nodes=tuple(_node(view, spaces[name], kinds[name]) for name in sorted(spaces)),
+        nodes=seen,
         needs=tuple(
-            _need(view, state, kv_tokens)
-            for state in view.deployments.values()
-            if not state.deleting and _is_active(view, state.name)
+            _need(view, state, most_bytes, config.placement, held_back) for state in active
         ),
+        leaving_bytes=_leaving_bytes(view),
     )
 
 
-def _is_active(view: ClusterView, deployment: str) -> bool:
-    return view.waiting(deployment) > 0 or bool(view.live_replicas(deployment))
+def _leaving_bytes(view: ClusterView) -> Mapping[tuple[str, int], int]:
+    leaving: Counter[tuple[str, int]] = Counter()
+    for replica in view.live_replicas():
+        if replica.phase is Phase.STOPPING:
+            for stage in replica.plan.stages:
+                leaving[stage.node, 0] += stage.reserved_bytes
+    return leaving
 
 
-def _node(view: ClusterView, space: NodeSpace, kind: NodeKind) -> Node:
-    info = view.nodes[space.name].info
-    gpu = Gpu(index=0, capacity_bytes=info.memory_bytes, free_bytes=max(0, space.free_bytes))
+def _by_node(view: ClusterView) -> Mapping[str, list[Replica]]:
+    found: defaultdict[str, list[Replica]] = defaultdict(list)
+    for replica in view.live_replicas():
+        for stage in replica.plan.stages:
+            found[stage.node].append(replica)
+    return found
+
+
+def _is_active(view: ClusterView, state: DeploymentState, held_back: Collection[str]) -> bool:
+    if state.deleting:
+        return False
+    is_wanted = view.waiting(state.name) > 0 or state.deployment.spec.min_replicas > 0
+    return (is_wanted and state.name not in held_back) or bool(view.live_replicas(state.name))
+
+
+# ---- nodes ----
+
+
+def _kind(
+    view: ClusterView, node: NodeState, active: Sequence[DeploymentState], config: PlacementConfig
+) -> NodeKind:
+    known = view.calibrations.get(node.info.kind, Calibration())
+    return NodeKind(
+        name=node.info.kind,
+        start=StartMethod(
+            runtime_s=_or(known.runtime_s, config.runtime_s),
+            tail_s=_or(known.tail_s, config.tail_s),
+            load_s_per_byte=0.0,
+            slot_runtime_s=_or(known.slot_runtime_s, 0.0) if node.info.max_slots else None,
+            slot_bytes=node.slots_bytes,
+        ),
+        speeds={state.name: _speed(state.deployment, node, known) for state in active},
+        shares_gpus=False,
+    )
+
+
+def _or(measured: float | None, guess: float) -> float:
+    return guess if measured is None else measured
+
+
+def _speed(deployment: Deployment, node: NodeState, known: Calibration) -> Speed:
+    device = (device_of(node, deployment.spec.device) or "cpu").partition(":")[0]
+    size = deployment.index.size_bytes
+    decode_s = size / _DECODE_BYTES_PER_S[device]
+    return Speed(
+        prefill_s_per_token=decode_s / _PREFILL_GAIN[device],
+        decode_s=decode_s * _or(known.decode_ratio, 1.0),
+    )
+
+
+def _node(
+    view: ClusterView,
+    node: NodeState,
+    kind: NodeKind,
+    replicas: Sequence[Replica],
+    active: Sequence[DeploymentState],
+) -> Node:
+    info = node.info
+    free_bytes = max(0, info.memory_bytes - view.reserved_by(replicas, info.name))
+    gpu = Gpu(
+        index=0, capacity_bytes=info.memory_bytes, free_bytes=free_bytes, slots=node.idle_slots
+    )
     return Node(
-        name=space.name,
+        name=info.name,
         kind=kind,
-        nic_bytes_per_s=info.nic_bytes_per_s,
+        nic_bytes_per_s=min(info.nic_bytes_per_s, node.fetch_bytes_per_s or info.nic_bytes_per_s),
         gpus=(gpu,),
-        claims=_claims(view, space.name),
+        claims=_claims(view, info.name, replicas),
+        cached=_cached(node, active),
+        devices=frozenset(device.partition(":")[0] for device in info.devices),
     )
 
 
-def _claims(view: ClusterView, node: str) -> tuple[Claim, ...]:
+def _claims(view: ClusterView, node: str, replicas: Sequence[Replica]) -> tuple[Claim, ...]:
     """What replicas that requests wait for still have to fetch to this node."""
     return tuple(
         Claim(remaining_bytes=remaining, deadline_s=_deadline_s(view, replica))
-        for replica in view.live_replicas()
+        for replica in replicas
         if replica.phase is Phase.STARTING and replica.plan.succeeds is None
         for stage, part in replica.stage_plans
         if stage.node == node
@@ -91,69 +170,165 @@ def _deadline_s(view: ClusterView, replica: Replica) -> float | None:
     return None if slo_s is None else replica.requested_s + slo_s
 
 
-def _need(view: ClusterView, state: DeploymentState, kv_tokens: int) -> Need:
-    spec = state.deployment.spec
-    replicas = [it for it in view.live_replicas(state.name) if it.is_wanted]
-    return Need(
-        name=state.name,
-        weights=spec.source,
-        model=shape_of(state.deployment, kv_tokens),
-        objectives=Objectives(ttft_s=spec.ttft_slo_s, tpot_s=spec.tpot_slo_s),
-        waiting=view.waiting(state.name),
-        oldest_s=state.waiting_since_s,
-        replicas=tuple(_load(view, state, replica) for replica in replicas),
-        max_sequences=spec.max_sequences,
-        max_stages=spec.max_stages or len(view.nodes),
+def _cached(
+    node: NodeState, active: Sequence[DeploymentState]
+) -> dict[str, tuple[tuple[int, int], ...]]:
+    """By checkpoint, the layers that lie in the node's host memory."""
+    if not node.tier:
+        return {}
+    return {
+        state.deployment.spec.source: spans
+        for state in active
+        if (spans := cached_layers(state.deployment, node.tier))
+    }
+
+
+@lru_cache(maxsize=4096)
+def cached_layers(
+    deployment: Deployment, tier: tuple[TierObject, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Layers `[start, end)` all of whose tensors have landed in a tier, as disjoint ranges."""
+    index = deployment.index
+    keys = {f"{index.source_uri}/{it.key}": (it.key, it.version) for it in index.objects}
+    landed = {
+        keys[held.key][0]: held.landed
+        for held in tier
+        if held.key in keys and keys[held.key][1] == held.version
+    }
+    if not landed:
+        return ()
+    return _ranges(
+        [
+            layer
+            for layer, places in enumerate(_layer_places(deployment))
+            if all(
+                any(low <= start and end <= high for low, high in landed.get(key, ()))
+                for key, start, end in places
+            )
+        ]
     )
 
 
-def _load(view: ClusterView, state: DeploymentState, replica: Replica) -> ReplicaLoad:
+@lru_cache(maxsize=1024)
+def _layer_places(deployment: Deployment) -> tuple[tuple[tuple[str, int, int], ...], ...]:
+    """Of every layer the object, start and end of its tensors."""
+    total = deployment.model.num_layers
+    return tuple(
+        tuple(
+            (tensor.object_key, tensor.start, tensor.end)
+            for tensor in _tensors(deployment, LayerRange(start=layer, end=layer + 1, total=total))
+        )
+        for layer in range(total)
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending numbers as half-open ranges."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = (ranges[-1][0], number + 1)
+        else:
+            ranges.append((number, number + 1))
+    return tuple(ranges)
+
+
+# ---- needs ----
+
+
+def _need(
+    view: ClusterView,
+    state: DeploymentState,
+    most_bytes: int,
+    config: PlacementConfig,
+    held_back: Collection[str],
+) -> Need:
+    spec = state.deployment.spec
+    model = shape_of(
+        state.deployment, least_kv_blocks(state.deployment, config) * config.kv_block_size
+    )
+    replicas = [it for it in view.live_replicas(state.name) if it.is_wanted]
+    leading = [it for it in replicas if view.wanted_predecessor(it) is None]
+    loads = [_load(view, state, it, is_only=len(leading) == 1) for it in leading]
+    is_held_back = state.name in held_back
+    return Need(
+        name=state.name,
+        weights=spec.source,
+        model=model,
+        objectives=Objectives(ttft_s=spec.ttft_slo_s, tpot_s=spec.tpot_slo_s),
+        waiting=0 if is_held_back else _waiting(view, state, replicas),
+        oldest_s=state.waiting_since_s,
+        replicas=tuple(loads),
+        arrivals_s=state.history.arrivals_s,
+        max_replicas=spec.max_replicas,
+        min_replicas=0 if is_held_back else spec.min_replicas,
+        priority=spec.priority,
+        max_sequences=spec.max_sequences,
+        max_stages=spec.max_stages or config.max_stages,
+        service_s=state.history.service_s,
+        device=spec.device,
+        # Better a pipeline that stays one than none.
+        must_grow=spec.consolidate and model.full_bytes <= most_bytes,
+        keep_alive_s=spec.keep_alive_s,
+    )
+
+
+def _waiting(view: ClusterView, state: DeploymentState, replicas: Sequence[Replica]) -> int:
+    """Requests that no replica works on: held by gateways, or queued in a replica that is full."""
+    queued = sum(max(0, view.replica_in_flight(it) - it.plan.max_sequences) for it in replicas)
+    return view.waiting(state.name) + queued
+
+
+def _load(
+    view: ClusterView, state: DeploymentState, replica: Replica, *, is_only: bool
+) -> ReplicaLoad:
+    """A replica with the successors that take over from it as one."""
     is_ready = replica.phase is Phase.READY
-    in_flight = view.replica_in_flight(replica)
-    is_growing = any(it.plan.succeeds == replica.id for it in view.live_replicas(state.name))
+    successors = view.successors(replica)
+    in_flight = sum(map(view.replica_in_flight, (replica, *successors)))
+    if is_only:
+        in_flight = sum(demand.in_flight for demand in view.demands(state.name))
+    is_idle = is_ready and not in_flight
+    # A deployment's own time also knows of requests that came and went between two reports.
+    busy_s = state.last_active_s if is_only else replica.last_busy_s or replica.ready_s
+    # Under load a pipeline becomes several instances, which is sooner than a further replica.
+    can_scale_up = is_ready and state.deployment.spec.consolidate
+    instances = max(len(successors), len(replica.plan.stages) if can_scale_up else 1)
     return ReplicaLoad(
         name=replica.id,
         deployment=replica.deployment,
         phase=ReplicaPhase.READY if is_ready else ReplicaPhase.STARTING,
-        capacity=replica.plan.max_sequences,
+        capacity=replica.plan.max_sequences * instances,
         in_flight=in_flight,
         reserved_bytes={(stage.node, 0): stage.reserved_bytes for stage in replica.plan.stages},
-        idle_since_s=state.last_active_s if is_ready and not in_flight else None,
-        is_growing=is_growing,
+        idle_since_s=busy_s if is_idle else None,
+        # One that nobody uses any more need not become anything.
+        is_growing=bool(successors) and not is_idle,
     )
 
 
 @lru_cache(maxsize=1024)
 def shape_of(deployment: Deployment, kv_tokens: int) -> ModelShape:
-    """Bytes of every layer of a checkpoint, the embedding with the first, the head with the last.
-
-    Where head and embedding are one tensor it counts once here, though the last stage of a
-    pipeline fetches it again.
-    """
+    """Bytes of a checkpoint by layer: the embedding is of the first, the head of the last."""
     model, total = deployment.model, deployment.model.num_layers
-    sizes = [_layer_bytes(deployment, layer, total) for layer in range(total)]
+    sizes = [_tensor_bytes(deployment, layer, layer + 1) for layer in range(total)]
+    tied_bytes = sum(sizes) - _tensor_bytes(deployment, 0, total)
     whole = LayerRange(start=0, end=total, total=total)
     return ModelShape(
         name=deployment.name,
-        layer_bytes=tuple(_without_repeats(deployment, sizes, whole)),
+        layer_bytes=(*sizes[:-1], sizes[-1] - tied_bytes),
         kv_bytes=kv_tokens * kv_bytes_per_token(model, whole),
+        tied_bytes=tied_bytes,
     )
 
 
-def _layer_bytes(deployment: Deployment, layer: int, total: int) -> int:
-    return _tensor_bytes(deployment, LayerRange(start=layer, end=layer + 1, total=total))
+def _tensor_bytes(deployment: Deployment, start: int, end: int) -> int:
+    layers = LayerRange(start=start, end=end, total=deployment.model.num_layers)
+    return sum(tensor.size_bytes for tensor in _tensors(deployment, layers))
 
 
-def _tensor_bytes(deployment: Deployment, layers: LayerRange) -> int:
+def _tensors(deployment: Deployment, layers: LayerRange) -> tuple[TensorEntry, ...]:
     model = deployment.model
-    tensors = stage_tensors(
+    return stage_tensors(
         deployment.index, model.names, tied=model.tie_word_embeddings, layers=layers
     )
-    return sum(tensor.size_bytes for tensor in tensors)
-
-
-def _without_repeats(
-    deployment: Deployment, sizes: Sequence[int], whole: LayerRange
-) -> Sequence[int]:
-    repeated = sum(sizes) - _tensor_bytes(deployment, whole)
-    return (*sizes[:-1], sizes[-1] - repeated)

@@ -16,11 +16,13 @@ from paraserve_scheduler.actions import (
     DropDeployment,
     FailDeployment,
     HandOver,
+    KeepSlots,
     RemovePart,
     RemoveReplica,
     StartReplica,
     StopReplica,
 )
+from paraserve_scheduler.demand_history import DemandHistory
 from paraserve_scheduler.events import (
     DeletionRequested,
     DemandReported,
@@ -34,6 +36,13 @@ from paraserve_scheduler.events import (
     PartRemoved,
     PartReported,
     ReplicaRemoved,
+    SlotsRefused,
+)
+from paraserve_scheduler.measurements import (
+    measured_decode,
+    measured_part,
+    measured_ready,
+    measured_tpot,
 )
 from paraserve_scheduler.state import (
     ClusterView,
@@ -76,6 +85,8 @@ def fold(view: ClusterView, event: Event) -> ClusterView:
             return _part_removed(view, event)
         case HandOverTold() | HandOverFailed():
             return _hand_over_answered(view, event)
+        case SlotsRefused():
+            return _change_node(view, event.node, lambda it: replace(it, wanted_slots=None))
         case NodeCordoned():
             others = view.cordoned - {event.node}
             return replace(view, cordoned=others | {event.node} if event.cordoned else others)
@@ -97,6 +108,10 @@ def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:
             return _deployment_failed(view, action)
         case HandOver():
             return _hand_over_begun(view, action, at_s)
+        case KeepSlots():
+            return _change_node(
+                view, action.node, lambda it: replace(it, wanted_slots=action.idle_slots)
+            )
         case DropDeployment():
             return replace(
                 view,
@@ -120,6 +135,8 @@ def _node_reported(view: ClusterView, event: NodeReported) -> ClusterView:
         parts=event.parts,
         tier_used_bytes=event.tier_used_bytes,
         tier=event.tier,
+        idle_slots=event.idle_slots,
+        slots_bytes=event.slots_bytes,
     )
     view = replace(view, nodes=_with(view.nodes, event.node, node))
     reported = {(part.replica, part.stage): part for part in event.parts}
@@ -152,11 +169,16 @@ def _part_reported(view: ClusterView, event: PartReported) -> ClusterView:
 def _take_part(view: ClusterView, replica: Replica, part: PartState, at_s: float) -> ClusterView:
     parts = list(replica.parts)
     parts[part.stage] = _newer(parts[part.stage], part)
+    was_ready = replica.parts[part.stage].phase is Phase.READY
     replica = replace(replica, parts=tuple(parts))
+    if parts[part.stage].phase is Phase.READY and not (was_ready or replica.recovered):
+        view = measured_part(view, replica, part.stage)
     became_ready = replica.phase is Phase.STARTING and all(
         part.phase is Phase.READY for part in parts
     )
     if became_ready:
+        if not replica.recovered:
+            view = measured_ready(view, replica, at_s)
         replica = replace(
             replica, phase=Phase.READY, ready_s=replica.ready_s or at_s, recovered=False
         )
@@ -199,14 +221,34 @@ def _demand_reported(view: ClusterView, event: DemandReported) -> ClusterView:
     demands = {demand.deployment: demand for demand in event.demands}
     gateway = GatewayState(last_report_s=event.at_s, demands=demands)
     view = replace(view, gateways=_with(view.gateways, event.gateway, gateway))
-    deployments = {
-        name: _note_demand(view, state, earlier.get(name), demands.get(name), event.at_s)
-        for name, state in view.deployments.items()
+    elapsed_s = event.at_s - before.last_report_s if before else 0.0
+    changed = {
+        name: _note_demand(
+            view,
+            view.deployments[name],
+            earlier.get(name),
+            demands.get(name),
+            elapsed_s,
+            event.at_s,
+        )
+        # Of others neither what waits nor what runs has changed.
+        for name in earlier.keys() | demands.keys()
+        if name in view.deployments
     }
-    view = replace(view, deployments=deployments)
+    view = replace(view, deployments={**view.deployments, **changed})
+    busy = {
+        name: replace(view.replicas[name], last_busy_s=event.at_s)
+        for demand in event.demands
+        for name, running in demand.replica_in_flight.items()
+        if running and name in view.replicas
+    }
+    if busy:
+        view = replace(view, replicas={**view.replicas, **busy})
     for demand in event.demands:
         for name, time_s in demand.first_token_s.items():
             view = _change_replica(view, name, partial(_with_first_token, time_s=time_s))
+        for name, tpot_s in demand.tpot_s.items():
+            view = measured_tpot(view, name, tpot_s)
     return view
 
 
@@ -215,6 +257,7 @@ def _note_demand(
     state: DeploymentState,
     earlier: Demand | None,
     demand: Demand | None,
+    elapsed_s: float,
     at_s: float,
 ) -> DeploymentState:
     # A request may have come and gone since the last report.
@@ -224,7 +267,29 @@ def _note_demand(
     return replace(
         state,
         last_active_s=at_s if is_active else state.last_active_s,
+        history=_history(state.history, earlier, demand, elapsed_s, at_s),
         waiting_since_s=(state.waiting_since_s or at_s) if view.waiting(state.name) else None,
+    )
+
+
+def _history(
+    history: DemandHistory,
+    earlier: Demand | None,
+    demand: Demand | None,
+    elapsed_s: float,
+    at_s: float,
+) -> DemandHistory:
+    if demand is None:
+        return history
+    known = earlier or Demand(deployment=demand.deployment)
+    arrived = max(0, demand.arrived - known.arrived)
+    there = known.waiting + known.in_flight + arrived
+    return history.after(
+        arrived=arrived,
+        completed=max(0, there - demand.waiting - demand.in_flight),
+        running=known.in_flight,
+        elapsed_s=elapsed_s,
+        at_s=at_s,
     )
 
 
@@ -257,6 +322,8 @@ def _replica_started(view: ClusterView, action: StartReplica, at_s: float) -> Cl
         ),
         requested_s=action.requested_s,
         planned_s=at_s,
+        reason=action.reason,
+        prediction=action.prediction,
     )
     view = _change_deployment(
         view, plan.deployment, lambda it: replace(it, last_number=plan.number)
@@ -266,6 +333,7 @@ def _replica_started(view: ClusterView, action: StartReplica, at_s: float) -> Cl
 
 def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> ClusterView:
     replica = view.replicas[action.replica]
+    view = measured_decode(view, replica)
     if action.failure is not None:
         view = _note_failure(view, replica, action.failure, at_s)
     view = _change_replica(
@@ -389,6 +457,15 @@ def _change_deployment(
     if state is None:
         return view
     return replace(view, deployments=_with(view.deployments, name, change(state)))
+
+
+def _change_node(
+    view: ClusterView, name: str, change: Callable[[NodeState], NodeState]
+) -> ClusterView:
+    node = view.nodes.get(name)
+    if node is None:
+        return view
+    return replace(view, nodes=_with(view.nodes, name, change(node)))
 
 
 def _change_replica(

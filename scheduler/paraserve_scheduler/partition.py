@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
 #: Up to so many stages `cut` looks at every order of the places.
@@ -71,7 +72,31 @@ def cut(
             low = limit
         else:
             best = _scored(places, *found)
+    return _evened(best, num_layers, heads, places)
+
+
+def _evened(
+    best: Cut[PlaceT], num_layers: int, heads: frozenset[int] | None, places: Sequence[PlaceT]
+) -> Cut[PlaceT]:
+    """The cut that is as early and has the fewest layers in its largest stage.
+
+    Where processes start slower than the network brings weights, many cuts are equally early.
+    """
+    limit_s = best.latest_s * (1 + _CLOSE_ENOUGH)
+    low, high = -(-num_layers // len(places)), max(_lengths(best.bounds))
+    orders: _Orders = _every_order if len(places) <= _EXACT_STAGES else _given_order
+    while low < high:
+        middle = (low + high) // 2
+        found = _Reach(places, num_layers, heads, longest=middle).within(limit_s, orders)
+        if found is None:
+            low = middle + 1
+        else:
+            best, high = _scored(places, *found), middle
     return best
+
+
+def _lengths(bounds: Sequence[int]) -> list[int]:
+    return [end - start for start, end in pairwise(bounds)]
 
 
 def _scored(places: Sequence[PlaceT], order: Sequence[int], bounds: Sequence[int]) -> Cut[PlaceT]:
@@ -90,9 +115,15 @@ class _Reach:
     """How far a set of places gets into the model by a time limit."""
 
     def __init__(
-        self, places: Sequence[Place], num_layers: int, heads: frozenset[int] | None
+        self,
+        places: Sequence[Place],
+        num_layers: int,
+        heads: frozenset[int] | None,
+        longest: int | None = None,
     ) -> None:
         self.places = places
+        #: Most layers of a stage.
+        self.longest = num_layers if longest is None else longest
         self.num_layers = num_layers
         self.heads = frozenset(range(len(places))) if heads is None else heads
 
@@ -103,7 +134,8 @@ class _Reach:
     def extend(self, index: int, start: int, stages_after: int, limit_s: float) -> int | None:
         """The furthest end of a stage that begins at `start` there; None: not even one layer."""
         ready_s = self.places[index].ready_s
-        low, high = start + 1, self.num_layers - stages_after
+        low = start + 1
+        high = min(start + self.longest, self.num_layers - stages_after)
         if low > high or ready_s(start, low) > limit_s:
             return None
         while low < high:

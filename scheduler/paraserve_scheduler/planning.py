@@ -6,7 +6,8 @@ predicted to take comes from `cost`, `contention` and `partition`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from paraserve_scheduler.contention import offered_rate
@@ -15,6 +16,7 @@ from paraserve_scheduler.cost import (
     Speed,
     decode_s,
     prefill_s,
+    runtime_s,
 )
 from paraserve_scheduler.fleet import (
     Fleet,
@@ -22,13 +24,14 @@ from paraserve_scheduler.fleet import (
     Growth,
     Need,
     Node,
+    Objectives,
     Prediction,
-    Source,
     StageChoice,
+    StagePrediction,
     Start,
 )
 from paraserve_scheduler.partition import choose_places, cut
-from paraserve_scheduler.spots import Room, Spot, find_spots, find_supply
+from paraserve_scheduler.spots import Spot, find_rooms, find_spots, find_supply
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,10 @@ class PlanningConfig:
     grows_in_background: bool = False
 
 
+#: Without an objective a start in one zone may take so many times as long.
+_ZONE_SLACK = 1.05
+
+
 def plan(
     need: Need, fleet: Fleet, now_s: float, *, replicas: int = 1, config: PlanningConfig
 ) -> Start | None:
@@ -52,16 +59,51 @@ def plan(
     Of the plans that meet both objectives it takes the cheapest; of those that meet one or none,
     the one with the earliest first token among those that meet the TPOT objective, if any does.
     Nodes where one more fetch would make a running one late are used only if nothing else is left.
+    All stages go into one zone where that misses nothing.
     """
-    free = [node for node in fleet.nodes if _offers(node, now_s)]
+    able = [node for node in fleet.nodes if need.may_use(node)]
+    free = [node for node in able if _takes_one_more(node, need, now_s)]
     best = _best(need, fleet, free, now_s, replicas, config)
-    if best is None and len(free) < len(fleet.nodes):
-        best = _best(need, fleet, fleet.nodes, now_s, replicas, config)
+    if best is None and len(free) < len(able):
+        free = able
+        best = _best(need, fleet, free, now_s, replicas, config)
+    zones = _zones(best, free)
+    for zone in zones if len(zones) > 1 else ():
+        inside = [node for node in free if node.zone == zone]
+        near = _best(need, fleet, inside, now_s, replicas, config)
+        if near is not None and best is not None and _is_as_good(near, best, need):
+            return near
     return best
 
 
-def _offers(node: Node, now_s: float) -> bool:
-    return offered_rate(node.nic_bytes_per_s, node.claims, now_s) > 0
+def _takes_one_more(node: Node, need: Need, now_s: float) -> bool:
+    """Whether a start there makes no running fetch late."""
+    if not node.claims or offered_rate(node.nic_bytes_per_s, node.claims, now_s) > 0:
+        return True
+    layers = need.model.num_layers
+    there = (*node.cached.get(need.weights, ()), *node.on_disk.get(need.weights, ()))
+    return layers == len({layer for low, high in there for layer in range(low, high)})
+
+
+def _zones(start: Start | None, nodes: Sequence[Node]) -> list[str]:
+    """The zones of its stages, those of most stages first; none if one is not known."""
+    if start is None or len(start.stages) == 1:
+        return []
+    used = {stage.node for stage in start.stages}
+    counts = Counter(node.zone for node in nodes if node.name in used)
+    return [zone for zone, _ in counts.most_common()] if "" not in counts else []
+
+
+def _is_as_good(near: Start, best: Start, need: Need) -> bool:
+    """Whether the one in a single zone misses nothing that the other does not."""
+    if need.objectives.ttft_s is not None:
+        return _meets(near) or (
+            not _meets(best) and _preference(near, need) <= _preference(best, need)
+        )
+    if near.prediction is None or best.prediction is None:
+        return False
+    is_parallel = len(near.stages) == len(best.stages)
+    return is_parallel and near.prediction.ready_s <= best.prediction.ready_s * _ZONE_SLACK
 
 
 def _best(
@@ -72,8 +114,8 @@ def _best(
     replicas: int,
     config: PlanningConfig,
 ) -> Start | None:
-    rooms = [Room(node=node, free_bytes=max(it.free_bytes for it in node.gpus)) for node in nodes]
-    if not any(room.free_bytes >= need.model.full_bytes for room in rooms):
+    rooms = find_rooms(need, nodes)
+    if need.must_grow and not any(it.free_bytes >= need.model.full_bytes for it in rooms):
         return None
     supply = find_supply(need, fleet)
     best: Start | None = None
@@ -81,11 +123,12 @@ def _best(
         spots = find_spots(need, rooms, stages, supply)
         for full in range(1, min(stages, replicas) + 1):
             for option in _options(need, spots, stages, full, now_s, config):
-                if best is None or _preference(option) < _preference(best):
+                if best is None or _preference(option, need) < _preference(best, need):
                     best = option
         # One more stage holds more memory for as long: what it fetches sooner, the head fetches
         # later to become whole.
-        if best is not None and _meets(best) and len(best.stages) >= min(replicas, stages):
+        is_enough = best is not None and len(best.stages) >= min(replicas, stages)
+        if best is not None and is_enough and _meets(best) and need.objectives.ttft_s is not None:
             break
     return best
 
@@ -95,9 +138,13 @@ def _meets(start: Start) -> bool:
     return prediction is not None and prediction.meets_ttft and prediction.meets_tpot
 
 
-def _preference(start: Start) -> tuple[bool, bool, float, int]:
+def _preference(start: Start, need: Need) -> tuple[bool, bool, float, float]:
     prediction = start.prediction
     assert prediction is not None, "every option is predicted"
+    if need.objectives.ttft_s is None:
+        # Nobody says how soon is soon enough: as parallel as it may be, of those the earliest.
+        is_slow = not prediction.meets_tpot
+        return (is_slow, is_slow, -len(start.stages), prediction.ready_s)
     meets = prediction.meets_ttft and prediction.meets_tpot
     value = prediction.cost_byte_s if meets else prediction.ttft_s
     return (not meets, not prediction.meets_tpot, value, len(start.stages))
@@ -111,11 +158,47 @@ def _options(
     now_s: float,
     config: PlanningConfig,
 ) -> Iterator[Start]:
-    heads = [spot for spot in spots if spot.can_grow]
     if stages == 1:
-        for spot in heads:
+        for spot in _soonest_by_kind(need, spots):
             yield _start(need, (spot,), (0, need.model.num_layers), 1, now_s, config)
         return
+    for group in _by_speed(need, spots, stages, full, config):
+        yield from _pipelines(need, group, stages, full, now_s, config)
+
+
+def _soonest_by_kind(need: Need, spots: Sequence[Spot]) -> Iterable[Spot]:
+    """Of one kind the place that is ready first is the best for the whole model in all respects."""
+    found: dict[str, tuple[float, Spot]] = {}
+    for spot in spots:
+        if spot.can_grow:
+            ready_s, kind = spot.ready_s(0, need.model.num_layers), spot.node.kind.name
+            if ready_s < found.get(kind, (float("inf"), spot))[0]:
+                found[kind] = (ready_s, spot)
+    return [spot for _, spot in found.values()]
+
+
+def _by_speed(
+    need: Need, spots: Sequence[Spot], stages: int, full: int, config: PlanningConfig
+) -> Iterator[Sequence[Spot]]:
+    """First the places of kinds fast enough for the TPOT objective, then all."""
+    limit_s = need.objectives.tpot_s
+    if limit_s is not None:
+        able = [
+            spot for spot in spots if _tpot_s(need.model, [spot], stages, full, config) <= limit_s
+        ]
+        if stages <= len(able) < len(spots):
+            yield able
+    yield spots
+
+
+def _pipelines(
+    need: Need,
+    spots: Sequence[Spot],
+    stages: int,
+    full: int,
+    now_s: float,
+    config: PlanningConfig,
+) -> Iterator[Start]:
     places = choose_places(
         spots,
         need.model.total_bytes,
@@ -141,7 +224,7 @@ def _start(
 ) -> Start:
     growing = _growing(spots, full)
     chosen = [
-        _stage(spot, start, end, spot in growing)
+        _stage(spot, start, end, need.must_grow and spot in growing)
         for spot, start, end in zip(spots, bounds, bounds[1:], strict=False)
     ]
     prediction = _predict(need, spots, chosen, now_s, config)
@@ -167,12 +250,6 @@ def _stage(spot: Spot, start: int, end: int, grows: bool) -> StageChoice:
     model = spot.model
     reserved = model.full_bytes if grows else model.reserved_bytes(start, end)
     gpu = _best_fit(spot.node.gpus, reserved)
-    missing = spot.missing_bytes(start, end)
-    local = model.bytes_of(start, end) - missing
-    sources = (
-        Source(size_bytes=local, peer=spot.node.name),
-        Source(size_bytes=missing, peer=spot.peer),
-    )
     return StageChoice(
         node=spot.node.name,
         gpu=gpu.index,
@@ -181,7 +258,7 @@ def _stage(spot: Spot, start: int, end: int, grows: bool) -> StageChoice:
         reserved_bytes=reserved,
         grows=grows,
         uses_slot=gpu.slots > 0,
-        sources=tuple(source for source in sources if source.size_bytes),
+        sources=tuple(spot.sources(start, end)),
     )
 
 
@@ -198,14 +275,15 @@ def _predict(
     now_s: float,
     config: PlanningConfig,
 ) -> Prediction:
-    count, full = len(stages), sum(stage.grows for stage in stages)
-    ready = max(
-        spot.ready_s(stage.start, stage.end) for spot, stage in zip(spots, stages, strict=True)
-    )
+    parts = tuple(_predict_stage(spot, stage) for spot, stage in zip(spots, stages, strict=True))
+    ready = max(part.ready_s for part in parts)
+    count = len(stages)
+    growing = sum(stage.grows for stage in stages)
     speed, hop = slowest(need.model, spots)
+    full = _full(spots, count, growing)
     first = prefill_s(speed, need.prompt_tokens, stages=count, full=full, hop_s=hop)
     waited = now_s - need.oldest_s if need.oldest_s is not None else 0.0
-    tpot = decode_s(speed, config.tpot_batch, stages=count, full=full, hop_s=hop)
+    tpot = _tpot_s(need.model, spots, count, growing, config)
     ttft = waited + ready + first
     objectives = need.objectives
     return Prediction(
@@ -216,7 +294,35 @@ def _predict(
         meets_ttft=objectives.ttft_s is None
         or waited + (ready + first) / config.ttft_share <= objectives.ttft_s,
         meets_tpot=objectives.tpot_s is None or tpot <= objectives.tpot_s,
+        stages=parts,
     )
+
+
+def _predict_stage(spot: Spot, stage: StageChoice) -> StagePrediction:
+    local = sum(it.size_bytes for it in stage.sources if it.peer == stage.node)
+    store = sum(it.size_bytes for it in stage.sources if it.peer is None)
+    return StagePrediction(
+        runtime_s=runtime_s(spot.node.kind.start, has_slot=stage.uses_slot),
+        fetch_s=spot.fetch_s(stage.start, stage.end),
+        ready_s=spot.ready_s(stage.start, stage.end),
+        local_bytes=local,
+        peer_bytes=sum(it.size_bytes for it in stage.sources) - local - store,
+        store_bytes=store,
+        uses_slot=stage.uses_slot,
+    )
+
+
+def _tpot_s(
+    model: ModelShape, spots: Sequence[Spot], stages: int, growing: int, config: PlanningConfig
+) -> float:
+    speed, hop = slowest(model, spots)
+    full = _full(spots, stages, growing)
+    return decode_s(speed, config.tpot_batch, stages=stages, full=full, hop_s=hop)
+
+
+def _full(spots: Sequence[Spot], stages: int, growing: int) -> int:
+    """Stages with the whole speed of their device."""
+    return growing if any(spot.node.kind.shares_gpus for spot in spots) else stages
 
 
 def slowest(model: ModelShape, spots: Sequence[Spot]) -> tuple[Speed, float]:
@@ -238,10 +344,9 @@ def _cost_byte_s(spots: Sequence[Spot], stages: Sequence[StageChoice], ready_s: 
 
 def _grow_s(spot: Spot, stage: StageChoice) -> float:
     """Seconds until a stage has taken in the layers it lacks."""
-    layers = spot.model.num_layers
-    lacking = spot.missing_bytes(0, stage.start) + spot.missing_bytes(stage.end, layers)
     rest = spot.model.total_bytes - spot.model.bytes_of(stage.start, stage.end)
-    return spot.forecast.seconds_for(lacking) + rest * spot.node.kind.start.load_s_per_byte
+    load_s = rest * spot.node.kind.start.load_s_per_byte
+    return spot.rest_fetch_s(stage.start, stage.end) + load_s
 
 
 def _deadline(need: Need, now_s: float) -> float | None:
@@ -252,9 +357,11 @@ def _deadline(need: Need, now_s: float) -> float | None:
 
 def _reason(need: Need, stages: Sequence[StageChoice], prediction: Prediction) -> str:
     where = ", ".join(f"[{stage.start}, {stage.end}) on {stage.node}" for stage in stages)
-    verdict = (
-        "meets its objectives"
-        if prediction.meets_ttft and prediction.meets_tpot
-        else ("no plan meets its objectives; this is the best")
-    )
-    return f"{need.waiting} wait: {where}; TTFT {prediction.ttft_s:.2f} s predicted, {verdict}"
+    if need.objectives == Objectives():
+        verdict = "it has no objectives"
+    elif prediction.meets_ttft and prediction.meets_tpot:
+        verdict = "the cheapest that meets its objectives"
+    else:
+        verdict = "no plan meets its objectives, this is the best"
+    waiting = "1 waits" if need.waiting == 1 else f"{need.waiting} wait"
+    return f"{waiting}: layers {where}; ready in {prediction.ready_s:.2f} s, {verdict}"

@@ -23,8 +23,15 @@ class DeploymentSpec:
     #: Objectives; `None` where the user stated none.
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
-    #: Idle time after which the last replica goes.
-    keep_alive_s: float
+    #: Idle time after which a replica goes; `None`: when it is no longer worth its memory.
+    keep_alive_s: float | None = None
+    #: Replicas that are kept without any request, and that there may be.
+    min_replicas: int = 0
+    max_replicas: int = 1
+    #: Of two deployments that lack memory the higher one gets it.
+    priority: int = 0
+    #: Requests that each gateway holds for a replica; one more is refused.
+    max_waiting: int = 1000
     #: `None`: as many as there are nodes.
     max_stages: int | None = None
     #: Tokens; `None`: the model's own limit, as far as memory goes.

@@ -1,7 +1,8 @@
 """What to do about the state of the cluster. Pure: a view and a time in, actions out.
 
-A deployment has no replica until requests wait, one while there is demand, and none again when it
-was idle for its keep-alive time. A replica that lost any part is stopped whole. When one gets
+What starts, what is idle for too long and which slots are kept says the policy named in the
+settings, asked with a `fleet`. Here is what no policy may change: a replica that lost any part is
+stopped whole, what can only fail is not started, and nobody waits for ever. When a replica gets
 successors is `consolidation`'s business.
 """
 
@@ -9,22 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from paraserve_backend.contract import LayerRange
 from paraserve_backend.errors import InsufficientCapacity
 from paraserve_scheduler import consolidation
 from paraserve_scheduler.actions import (
     Action,
     DropDeployment,
     FailDeployment,
+    KeepSlots,
     RemovePart,
     RemoveReplica,
     StartReplica,
     StopReplica,
 )
-from paraserve_scheduler.capacity import is_alive, node_spaces, node_trouble
+from paraserve_scheduler.baselines.table import find_policy
+from paraserve_scheduler.capacity import is_alive, node_spaces, node_trouble, space_on
 from paraserve_scheduler.config import PolicyConfig
+from paraserve_scheduler.fleet import Decision, DropSlot, Start, Stop, WarmSlot
+from paraserve_scheduler.fleet_view import fleet_of
 from paraserve_scheduler.fold import begin
-from paraserve_scheduler.placement import place
-from paraserve_scheduler.plans import ReplicaPlan
+from paraserve_scheduler.placement import check_room, lay_out
 from paraserve_scheduler.state import (
     ClusterView,
     DeploymentState,
@@ -78,13 +83,6 @@ def _stop(
     failure = _failure(view, replica, now_s, config)
     if failure is not None:
         return StopReplica(replica=replica.id, reason=failure.message, failure=failure)
-    idle_s = now_s - state.last_active_s
-    keep_alive_s = state.deployment.spec.keep_alive_s
-    # A successor that is still starting was started for requests that have ended.
-    may_end = replica.phase is Phase.READY or view.predecessor(replica) is not None
-    if may_end and view.is_idle(state.name) and idle_s >= keep_alive_s:
-        reason = f"idle for {idle_s:.1f} s, its keep-alive is {keep_alive_s:g} s"
-        return StopReplica(replica=replica.id, reason=reason)
     return None
 
 
@@ -167,35 +165,100 @@ def _drop_deployments(view: ClusterView, now_s: float, config: PolicyConfig) -> 
             yield DropDeployment(deployment=state.name, reason="deleted, and no replica is left")
 
 
-# ---- starting ----
+# ---- what the chosen policy decides ----
 
 
-def _start_replicas(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[Action]:
-    for name in view.deployments:
-        for action in _start(view, view.deployments[name], now_s, config):
+def _follow_policy(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[Action]:
+    failures = tuple(_refuse_starts(view, now_s, config))
+    for failed in failures:
+        yield failed
+        view = begin(view, failed, now_s)
+    for stop in _reclaim(view, now_s, config):
+        yield stop
+        view = begin(view, stop, now_s)
+    fleet = fleet_of(view, now_s, config, held_back={it.deployment for it in failures})
+    for decision in find_policy(config.policy).decide(fleet, now_s):
+        for action in _carry_out(view, decision, now_s, config):
             yield action
-            # The next deployment cannot have the same room.
             view = begin(view, action, now_s)
+    for state in view.deployments.values():
+        if _is_left_waiting(view, state):
+            yield from _without_room(view, state, now_s, config)
+
+
+def _refuse_starts(
+    view: ClusterView, now_s: float, config: PolicyConfig
+) -> Iterator[FailDeployment]:
+    """Fail what waits for a start that would only fail again."""
+    for state in view.deployments.values():
+        if _is_left_waiting(view, state):
+            failure = _too_many_failures(state, now_s, config)
+            if failure is not None:
+                waiting = view.waiting(state.name)
+                reason = f"{waiting} requests wait, but its start failed: {failure.message}"
+                yield FailDeployment(deployment=state.name, failure=failure, reason=reason)
+
+
+def _is_left_waiting(view: ClusterView, state: DeploymentState) -> bool:
+    """Whether requests wait and no replica serves them, or will."""
+    if state.deleting or not view.waiting(state.name):
+        return False
+    return not any(replica.is_wanted for replica in view.live_replicas(state.name))
+
+
+def _carry_out(
+    view: ClusterView, decision: Decision, now_s: float, config: PolicyConfig
+) -> tuple[Action, ...]:
+    match decision:
+        case Start():
+            return _start(view, decision, now_s, config)
+        case Stop():
+            return _stop_with_successors(view, decision)
+        case WarmSlot():
+            return _keep_slots(view, decision.node, 1, decision.reason)
+        case DropSlot():
+            return _keep_slots(view, decision.node, 0, decision.reason)
 
 
 def _start(
-    view: ClusterView, state: DeploymentState, now_s: float, config: PolicyConfig
+    view: ClusterView, start: Start, now_s: float, config: PolicyConfig
 ) -> tuple[Action, ...]:
-    waiting = view.waiting(state.name)
-    served = any(replica.is_wanted for replica in view.live_replicas(state.name))
-    if state.deleting or served or not waiting:
-        return ()
-    failure = _too_many_failures(state, now_s, config)
-    if failure is not None:
-        reason = f"{waiting} requests wait, but its start failed: {failure.message}"
-        return (FailDeployment(deployment=state.name, failure=failure, reason=reason),)
+    state = view.deployments[start.deployment]
+    total = state.deployment.model.num_layers
+    stages = [
+        (
+            LayerRange(start=stage.start, end=stage.end, total=total),
+            space_on(view, stage.node, state.deployment.spec),
+        )
+        for stage in start.stages
+    ]
     try:
-        plan = _plan(view, state, now_s, config)
-    except InsufficientCapacity as shortage:
-        return _without_room(view, state, shortage, now_s, config)
-    reason = f"{waiting} requests wait and no replica is there: {_describe(plan)}"
+        plan = lay_out(state.deployment, state.last_number + 1, stages, config.placement)
+    except InsufficientCapacity:
+        # The policy reckons with its own sizes, which may be too small.
+        return ()
     requested_s = state.waiting_since_s or now_s
-    return (StartReplica(plan=plan, requested_s=requested_s, reason=reason),)
+    return (
+        StartReplica(
+            plan=plan, requested_s=requested_s, reason=start.reason, prediction=start.prediction
+        ),
+    )
+
+
+def _stop_with_successors(view: ClusterView, stop: Stop) -> tuple[StopReplica, ...]:
+    replica = view.replicas[stop.replica]
+    # Those were started for requests that have ended.
+    going = (replica, *view.successors(replica))
+    return tuple(StopReplica(replica=it.id, reason=stop.reason) for it in going)
+
+
+def _keep_slots(view: ClusterView, node: str, wanted: int, reason: str) -> tuple[KeepSlots, ...]:
+    if view.nodes[node].wanted_slots == wanted:
+        return ()
+    return (KeepSlots(node=node, idle_slots=wanted, reason=reason),)
+
+
+# ---- failed starts, and no room ----
 
 
 def _too_many_failures(
@@ -215,39 +278,63 @@ def _too_many_failures(
     return newest.failure if len(recent) >= config.max_failed_starts else None
 
 
-def _plan(
-    view: ClusterView, state: DeploymentState, now_s: float, config: PolicyConfig
-) -> ReplicaPlan:
-    spaces = node_spaces(view, state.deployment.spec, now_s, config)
-    return place(state.deployment, state.last_number + 1, spaces, config.placement)
+def _reclaim(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[StopReplica]:
+    """Stop successors that are still starting where requests that wait lack their room."""
+    for state in view.deployments.values():
+        spare = _starting_successors(view)
+        if not spare or not _is_left_waiting(view, state):
+            continue
+        leaving = _leaving(view)
+        for count in range(len(spare) + 1):
+            if _fits(view.without((*leaving, *spare[:count])), state, now_s, config):
+                for each in spare[:count]:
+                    reason = f"'{state.name}' needs its room, and nobody waits for it"
+                    stop = StopReplica(replica=each.id, reason=reason)
+                    yield stop
+                    view = begin(view, stop, now_s)
+                break
 
 
-def _describe(plan: ReplicaPlan) -> str:
-    return ", ".join(
-        f"layers {stage.layers.start}-{stage.layers.end} on {stage.node}" for stage in plan.stages
-    )
+def _leaving(view: ClusterView) -> tuple[Replica, ...]:
+    return tuple(it for it in view.live_replicas() if it.phase is Phase.STOPPING)
 
 
 def _without_room(
-    view: ClusterView,
-    state: DeploymentState,
-    shortage: InsufficientCapacity,
-    now_s: float,
-    config: PolicyConfig,
-) -> tuple[Action, ...]:
-    """Wait for replicas that are leaving, stop those nobody waits for, or give up."""
-    leaving = tuple(r for r in view.live_replicas() if r.phase is Phase.STOPPING)
-    spare = (*_starting_successors(view), *_longest_idle(view))
-    for count in range(len(spare) + 1):
-        if _fits(view.without((*leaving, *spare[:count])), state, now_s, config):
-            reason = f"'{state.name}' needs its room, and nobody waits for it"
-            return tuple(StopReplica(replica=each.id, reason=reason) for each in spare[:count])
+    view: ClusterView, state: DeploymentState, now_s: float, config: PolicyConfig
+) -> Iterator[Action]:
+    """Wait for replicas that are leaving, or for others to end; give up after a while."""
+    leaving = _leaving(view)
+    if leaving and _fits(view.without(leaving), state, now_s, config):
+        return
     waited_s = now_s - (state.waiting_since_s or now_s)
     if waited_s < config.capacity_grace_s:
-        return ()
-    failure = Failure(grpc_code=shortage.grpc_code, message=str(shortage))
-    reason = f"no room after {waited_s:.1f} s: {shortage}"
-    return (FailDeployment(deployment=state.name, failure=failure, reason=reason),)
+        return
+    failure = Failure(
+        grpc_code=InsufficientCapacity.grpc_code,
+        message=_shortage(view, state, now_s, config)
+        or f"'{state.name}' has room on no set of nodes as policy '{config.policy}' needs it.",
+    )
+    reason = f"no room after {waited_s:.1f} s: {failure.message}"
+    yield FailDeployment(deployment=state.name, failure=failure, reason=reason)
+
+
+def _fits(view: ClusterView, state: DeploymentState, now_s: float, config: PolicyConfig) -> bool:
+    """Whether the policy would start a replica in that cluster."""
+    others = view.deployments.keys() - {state.name}
+    fleet = fleet_of(view, now_s, config, held_back=others)
+    decisions = find_policy(config.policy).decide(fleet, now_s)
+    return any(isinstance(it, Start) and it.deployment == state.name for it in decisions)
+
+
+def _shortage(
+    view: ClusterView, state: DeploymentState, now_s: float, config: PolicyConfig
+) -> str | None:
+    spaces = node_spaces(view, state.deployment.spec, now_s, config)
+    try:
+        check_room(state.deployment, spaces, config.placement)
+    except InsufficientCapacity as shortage:
+        return str(shortage)
+    return None
 
 
 def _starting_successors(view: ClusterView) -> tuple[Replica, ...]:
@@ -256,23 +343,6 @@ def _starting_successors(view: ClusterView) -> tuple[Replica, ...]:
         for replica in view.live_replicas()
         if replica.phase is Phase.STARTING and view.wanted_predecessor(replica) is not None
     )
-
-
-def _longest_idle(view: ClusterView) -> tuple[Replica, ...]:
-    idle = [
-        replica
-        for replica in view.live_replicas()
-        if replica.phase is Phase.READY and view.is_idle(replica.deployment)
-    ]
-    return tuple(sorted(idle, key=lambda r: view.deployments[r.deployment].last_active_s))
-
-
-def _fits(view: ClusterView, state: DeploymentState, now_s: float, config: PolicyConfig) -> bool:
-    try:
-        _plan(view, state, now_s, config)
-    except InsufficientCapacity:
-        return False
-    return True
 
 
 _Rule = Callable[[ClusterView, float, PolicyConfig], Iterator[Action]]
@@ -284,7 +354,7 @@ _RULES: tuple[_Rule, ...] = (
     _remove_replicas,
     _remove_orphans,
     # What requests wait for gets room first.
-    _start_replicas,
+    _follow_policy,
     consolidation.start_successors,
     consolidation.hand_over,
     _drop_deployments,

@@ -16,7 +16,7 @@ from paraserve_scheduler.config import PolicyConfig, SchedulerConfig
 from paraserve_scheduler.controller import Controller
 from paraserve_scheduler.events import DemandReported, NodeCordoned, NodeRegistered
 from paraserve_scheduler.moves import check_drain, drain_progress, migrate, require_node
-from paraserve_scheduler.placement import place
+from paraserve_scheduler.placement import check_room
 from paraserve_scheduler.plans import Deployment, DeploymentSpec
 from paraserve_scheduler.state import ClusterView, DeploymentState, NodeInfo
 from paraserve_scheduler.wire import (
@@ -178,7 +178,7 @@ class SchedulerService(SchedulerServicer):
         nodes = node_spaces(empty, deployment.spec, now_s, policy)
         # While no node is up, nobody can tell.
         if any(is_alive(node, now_s, policy) and node.triton_live for node in view.nodes.values()):
-            place(deployment, 1, nodes, policy.placement)
+            check_room(deployment, nodes, policy.placement)
 
     def _named(self, name: str) -> DeploymentState:
         deployments = self._controller.view.deployments

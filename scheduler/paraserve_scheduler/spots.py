@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import nsmallest
+from itertools import islice
 
 from paraserve_scheduler.contention import LinkForecast
 from paraserve_scheduler.cost import ModelShape, runtime_s, stage_ready_s
-from paraserve_scheduler.fleet import Fleet, Need, Node
+from paraserve_scheduler.fleet import Fleet, Need, Node, Source
+from paraserve_scheduler.inflow import Amounts, Inflow
+from paraserve_scheduler.layout import Layout
 
 _UNLIMITED = float("inf")
 #: Places that are looked at closely; of thousands of nodes only the best can matter.
 _CANDIDATES = 24
+#: Peers that one fetch may read from.
+_MOST_PEERS = 3
 
 
-# Frozen in what it says; the forecast is kept since it is asked many times.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A node whose host memory has some of a model's layers."""
+
+    name: str
+    #: What one more fetch gets from it.
+    bytes_per_s: float
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Supply:
+    """Where what a node lacks can come from: the object store has all of it, peers have some."""
+
+    store_bytes_per_s: float
+    peers: tuple[Peer, ...] = ()
+
+
+# Frozen in what it says; what it is asked for many times is kept.
 @dataclass(frozen=True, kw_only=True)
 class Spot:
     """One node as a place for a stage of one model; a `partition.Place`."""
@@ -24,17 +47,15 @@ class Spot:
     node: Node
     model: ModelShape
     weights: str
-    #: Bytes per second that the source gives at most.
-    source_limit: float
+    supply: Supply
     in_pipeline: bool
     #: A GPU there has room for the whole model.
     can_grow: bool
-    #: The node whose host memory is the source; None: the object store.
-    peer: str | None = None
 
-    @cached_property
+    @property
     def forecast(self) -> LinkForecast:
-        return LinkForecast(self.node.nic_bytes_per_s, self.node.claims, self.source_limit)
+        """What one more fetch to the node gets over the network."""
+        return self._inflow.link
 
     @cached_property
     def room_bytes(self) -> int:
@@ -45,30 +66,69 @@ class Spot:
         return any(gpu.slots for gpu in self.node.gpus)
 
     @cached_property
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        return self.node.cached.get(self.weights, ())
+    def _peers(self) -> tuple[Peer, ...]:
+        return tuple(peer for peer in self.supply.peers if peer.name != self.node.name)
 
     @cached_property
-    def cached_bytes(self) -> int:
-        return sum(self.model.bytes_of(start, end) for start, end in self.spans)
+    def _inflow(self) -> Inflow:
+        return Inflow(
+            self.node.nic_bytes_per_s,
+            self.node.claims,
+            store_rate=self.supply.store_bytes_per_s,
+            peer_rates=[peer.bytes_per_s for peer in self._peers],
+            disk_rate=self.node.kind.disk_bytes_per_s,
+        )
 
-    def missing_bytes(self, start: int, end: int) -> int:
-        size = self.model.bytes_of(start, end)
-        for low, high in self.spans:
-            if low < end and start < high:
-                size -= self.model.bytes_of(max(low, start), min(high, end))
-        return size
+    @cached_property
+    def _layout(self) -> Layout:
+        return Layout(
+            self.model,
+            memory=self.node.cached.get(self.weights, ()),
+            disk=self.node.on_disk.get(self.weights, ()),
+            peers=tuple(peer.spans for peer in self._peers),
+        )
+
+    def fetch_s(self, start: int, end: int) -> float:
+        """Seconds until layers `[start, end)` are in the node's host memory."""
+        return self._inflow.seconds_for(self._layout.amounts(start, end))
+
+    def rest_fetch_s(self, start: int, end: int) -> float:
+        """Seconds until all other layers are, with these there already."""
+        rest = self._whole.less(self._layout.amounts(start, end))
+        return self._inflow.seconds_for(rest)
+
+    def sources(self, start: int, end: int) -> Iterator[Source]:
+        """Where these layers come from, without sources of nothing."""
+        amounts = self._layout.amounts(start, end)
+        local = self.model.bytes_of(start, end) - amounts.total_bytes
+        given = self._inflow.split(amounts, self._inflow.seconds_for(amounts))
+        store = amounts.total_bytes - given.disk_bytes - sum(given.peers_bytes)
+        name = self.node.name
+        found = (
+            Source(size_bytes=local, peer=name),
+            Source(size_bytes=given.disk_bytes, peer=name, is_on_disk=True),
+            *(
+                Source(size_bytes=size, peer=peer.name)
+                for peer, size in zip(self._peers, given.peers_bytes, strict=True)
+            ),
+            Source(size_bytes=store),
+        )
+        return (source for source in found if source.size_bytes > 0)
 
     def ready_s(self, start: int, end: int) -> float:
         if self.model.reserved_bytes(start, end) > self.room_bytes:
             return _UNLIMITED
         return stage_ready_s(
             self.node.kind.start,
-            fetch_s=self.forecast.seconds_for(self.missing_bytes(start, end)),
+            fetch_s=self.fetch_s(start, end),
             size_bytes=self.model.bytes_of(start, end),
             has_slot=self.has_slot,
             in_pipeline=self.in_pipeline,
         )
+
+    @cached_property
+    def _whole(self) -> Amounts:
+        return self._layout.amounts(0, self.model.num_layers)
 
     def bytes_by(self, seconds: float) -> float:
         method = self.node.kind.start
@@ -83,8 +143,9 @@ class Spot:
         # What can be loaded after the process is there, however early it was fetched.
         loaded = (left_s - start_s) / load if load else _UNLIMITED
         fetching_s = left_s if method.is_overlapped else left_s - start_s
-        cached = min(self.cached_bytes, fetching_s / load if load else _UNLIMITED)
-        fetched = self.forecast.bytes_in(fetching_s - cached * load, load)
+        there = self.model.total_bytes - self._whole.total_bytes
+        cached = min(there, fetching_s / load if load else _UNLIMITED)
+        fetched = self._inflow.bytes_in(fetching_s - cached * load, load, self._whole)
         return min(room, loaded, cached + fetched)
 
 
@@ -95,62 +156,60 @@ class Room:
     free_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Supply:
-    """Where what a node lacks comes from: the object store, or a peer that has the whole model."""
-
-    bytes_per_s: float
-    peer: str | None = None
-
-
 def find_supply(need: Need, fleet: Fleet) -> Supply:
-    """The faster of a fair share of the store and the fastest peer."""
-    if fleet.store_bytes_per_s is None:
-        return Supply(bytes_per_s=_UNLIMITED)
-    share = Supply(bytes_per_s=fleet.store_bytes_per_s / (fleet.store_fetches + 1))
-    whole = ((0, need.model.num_layers),)
-    peers = [
-        Supply(bytes_per_s=node.uplink_bytes_per_s or node.nic_bytes_per_s, peer=node.name)
-        for node in fleet.nodes
-        if node.cached.get(need.weights) == whole
-    ]
-    return max([share, *peers], key=lambda supply: supply.bytes_per_s)
+    """A fair share of the store, and the peers that have most of the model."""
+    share = _UNLIMITED
+    if fleet.store_bytes_per_s is not None:
+        share = fleet.store_bytes_per_s / (fleet.store_fetches + 1)
+    holders = [node for node in fleet.nodes if need.weights in node.cached]
+    best = nsmallest(_MOST_PEERS, holders, key=lambda node: (-_held(need, node), -_gives(node)))
+    return Supply(
+        store_bytes_per_s=share,
+        peers=tuple(
+            Peer(name=node.name, bytes_per_s=_gives(node), spans=node.cached[need.weights])
+            for node in best
+        ),
+    )
+
+
+def _held(need: Need, node: Node) -> int:
+    return sum(need.model.bytes_of(start, end) for start, end in node.cached[need.weights])
+
+
+def _gives(node: Node) -> float:
+    return (node.uplink_bytes_per_s or node.nic_bytes_per_s) / (node.uplink_fetches + 1)
+
+
+def find_rooms(need: Need, nodes: Sequence[Node]) -> list[Room]:
+    """What nodes have free; if they are many, first those that get a fetch soonest."""
+    if len(nodes) > _CANDIDATES:
+        nodes = sorted(nodes, key=lambda node: _slowness(need, node))
+    return [Room(node=node, free_bytes=max(it.free_bytes for it in node.gpus)) for node in nodes]
+
+
+def _slowness(need: Need, node: Node) -> tuple[bool, float, bool]:
+    is_there = need.weights in node.cached or need.weights in node.on_disk
+    share = node.nic_bytes_per_s / (len(node.claims) + 1)
+    return (not is_there, -share, not any(gpu.slots for gpu in node.gpus))
 
 
 def find_spots(need: Need, rooms: Sequence[Room], stages: int, supply: Supply) -> list[Spot]:
-    """The best places for a stage; a GPU with next to nothing free is none."""
+    """The best places for a stage; a GPU with next to nothing free is none.
+
+    Of many the first, and as many again with room for the whole model: one must be the head.
+    """
     model = need.model
     least = model.full_bytes if stages == 1 else model.full_bytes // (2 * stages)
-    able = _quickest([room for room in rooms if room.free_bytes >= least], need)
+    able = [room for room in rooms if room.free_bytes >= least]
+    heads = (room for room in able[_CANDIDATES:] if room.free_bytes >= model.full_bytes)
     return [
         Spot(
             node=room.node,
             model=model,
             weights=need.weights,
-            source_limit=supply.bytes_per_s,
-            peer=supply.peer,
+            supply=supply,
             in_pipeline=stages > 1,
-            can_grow=room.free_bytes >= model.full_bytes,
+            can_grow=room.free_bytes >= model.full_bytes or not need.must_grow,
         )
-        for room in able
+        for room in (*able[:_CANDIDATES], *islice(heads, _CANDIDATES))
     ]
-
-
-def _quickest(rooms: list[Room], need: Need) -> list[Room]:
-    """Of many nodes those that are likely to be chosen, by what a fetch gets there at once.
-
-    As many again that have room for the whole model, since one of them must be the head.
-    """
-    if len(rooms) <= _CANDIDATES:
-        return rooms
-
-    def slowness(room: Room) -> tuple[bool, float, bool]:
-        node = room.node
-        share = node.nic_bytes_per_s / (len(node.claims) + 1)
-        return (need.weights not in node.cached, -share, not any(gpu.slots for gpu in node.gpus))
-
-    whole = need.model.full_bytes
-    best = nsmallest(_CANDIDATES, rooms, key=slowness)
-    heads = nsmallest(_CANDIDATES, (it for it in rooms if it.free_bytes >= whole), key=slowness)
-    seen = {room.node.name for room in best}
-    return [*best, *(room for room in heads if room.node.name not in seen)]

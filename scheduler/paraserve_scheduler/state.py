@@ -11,6 +11,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from paraserve_backend.trace import Span
+from paraserve_scheduler.calibration import Calibration
+from paraserve_scheduler.demand_history import DemandHistory
+from paraserve_scheduler.fleet import Prediction
 from paraserve_scheduler.plans import Deployment, ReplicaPlan, StagePlan
 
 
@@ -49,6 +52,12 @@ class NodeInfo:
     devices: tuple[str, ...]
     #: Where other agents read its tier; empty: nowhere.
     peer_address: str = ""
+    #: Of its hardware: nodes of one kind are equally fast.
+    kind: str = ""
+    #: Rack or zone; empty: not said.
+    zone: str = ""
+    #: Idle sets of runtime slots that it keeps at most.
+    max_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +68,8 @@ class TierObject:
     key: str
     version: str
     landed_bytes: int
+    #: The same as ranges `[start, end)` of the object, disjoint and ascending.
+    landed: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +83,8 @@ class PartState:
     fetched_bytes: int = 0
     total_bytes: int = 0
     failure: Failure | None = None
+    #: Model of the part to the slot's Triton model that it is, where it has no process of its own.
+    slots: Mapping[str, str] = field(default_factory=dict)
     #: A heartbeat has listed it, so a later one without it means that the node lost it.
     confirmed: bool = False
 
@@ -86,6 +99,13 @@ class NodeState:
     parts: tuple[PartState, ...] = ()
     tier_used_bytes: int = 0
     tier: tuple[TierObject, ...] = ()
+    #: Sets of slots that no part has bound, and what they hold.
+    idle_slots: int = 0
+    slots_bytes: int = 0
+    #: How many it has been told to keep; None: nothing yet.
+    wanted_slots: int | None = None
+    #: How fast its large fetches really were; None: there was none.
+    fetch_bytes_per_s: float | None = None
 
     def without(self, replicas: Collection[str]) -> NodeState:
         """The node as it will be when it holds no part of these replicas."""
@@ -103,6 +123,13 @@ class Replica:
     #: When the demand that started it was seen.
     requested_s: float
     planned_s: float
+    #: Why it was started, and what was expected of that plan.
+    reason: str = ""
+    prediction: Prediction | None = None
+    #: Time between two tokens as gateways see it; None: not known yet.
+    tpot_s: float | None = None
+    #: When a gateway last reported a request on it.
+    last_busy_s: float | None = None
     ready_s: float | None = None
     first_token_s: float | None = None
     stopping_s: float | None = None
@@ -154,6 +181,8 @@ class Demand:
     replica_in_flight: Mapping[str, int] = field(default_factory=dict)
     #: When a replica's first token reached the gateway.
     first_token_s: Mapping[str, float] = field(default_factory=dict)
+    #: Mean time between two tokens of a replica since the last report.
+    tpot_s: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_idle(self) -> bool:
@@ -180,6 +209,7 @@ class DeploymentState:
     #: The number of its newest replica; numbers are never used twice.
     last_number: int = 0
     last_active_s: float
+    history: DemandHistory = field(default_factory=DemandHistory)
     #: Since when requests have been waiting without a break.
     waiting_since_s: float | None = None
     #: Starts that failed since one last succeeded.
@@ -209,6 +239,8 @@ class ClusterView:
     removing_parts: frozenset[tuple[str, str]] = frozenset()
     #: Nodes, known or not, that get no new replica and shall become empty.
     cordoned: frozenset[str] = frozenset()
+    #: What cold starts have shown, by kind of node.
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
 
     def live_replicas(self, deployment: str | None = None) -> tuple[Replica, ...]:
         """Replicas that still hold something on a node, oldest first."""
@@ -256,7 +288,10 @@ class ClusterView:
 
     def reserved_bytes(self, node: str) -> int:
         """What replicas may use there; weights that a successor shares count once."""
-        replicas = self.replicas_on(node)
+        return self.reserved_by(self.replicas_on(node), node)
+
+    def reserved_by(self, replicas: Collection[Replica], node: str) -> int:
+        """The same, of `replicas`, which are all that have a stage there."""
         reserved = sum(
             stage.reserved_bytes
             for replica in replicas

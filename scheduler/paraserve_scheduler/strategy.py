@@ -61,6 +61,8 @@ def _start_replicas(fleet: Fleet, now_s: float, config: StrategyConfig) -> Itera
         wanted = replicas_to_start(need, now_s, _typical_start_s(need, fleet), config.autoscaling)
         while wanted > 0:
             start = plan(need, fleet, now_s, replicas=wanted, config=config.planning)
+            if start is None and _will_fit(need, fleet, now_s, config):
+                break
             if start is None or (_is_late(start) and not _is_hopeless(need, now_s)):
                 eviction = _make_room(need, fleet, now_s, start, config)
                 if eviction is not None:
@@ -72,6 +74,14 @@ def _start_replicas(fleet: Fleet, now_s: float, config: StrategyConfig) -> Itera
             yield start
             fleet = with_start(fleet, start)
             wanted -= max(1, sum(stage.grows for stage in start.stages))
+
+
+def _will_fit(need: Need, fleet: Fleet, now_s: float, config: StrategyConfig) -> bool:
+    """Whether there is room for a replica once those that are being stopped have gone."""
+    if not fleet.leaving_bytes:
+        return False
+    freed = with_freed(fleet, fleet.leaving_bytes)
+    return plan(need, freed, now_s, config=config.planning) is not None
 
 
 def _evict(eviction: Eviction, need: Need) -> Iterator[Stop]:
@@ -158,6 +168,8 @@ def _stop_idle(fleet: Fleet, now_s: float, config: KeepAliveConfig) -> Iterator[
 def _weights_live_s(
     need: Need, replica: ReplicaLoad, fleet: Fleet, now_s: float, config: KeepAliveConfig
 ) -> float:
+    if need.keep_alive_s is not None:
+        return need.keep_alive_s
     return time_to_live_s(
         rate=rate_of(need.arrivals_s, now_s),
         saved_s=_typical_start_s(need, fleet),

@@ -57,6 +57,7 @@ class FakeNode:
         #: What replicas here were told to hand over to: replica to (target to URL).
         self.hand_overs: dict[str, dict[str, str]] = {}
         self.refuses_hand_overs = False
+        self.wanted_slots: int | None = None
         #: What the next parts fail with instead of becoming ready, one each.
         self.failures: deque[Failure] = deque()
 
@@ -105,6 +106,9 @@ class FakeAgents:
         if node.refuses_hand_overs:
             raise AgentCallFailed(Failure(grpc_code="UNAVAILABLE", message="no time"))
         node.hand_overs[replica] = dict(targets)
+
+    async def keep_slots(self, address: str, idle_slots: int) -> None:
+        self._reach(address).wanted_slots = idle_slots
 
     def _reach(self, address: str) -> FakeNode:
         node = self._nodes[address]

@@ -10,6 +10,7 @@ from paraserve_backend.weights.whole import whole_objects
 from paraserve_scheduler.capacity import is_alive
 from paraserve_scheduler.config import PolicyConfig
 from paraserve_scheduler.events import NodeReported
+from paraserve_scheduler.fleet import Prediction
 from paraserve_scheduler.model_files import fetch_id, generate_model, stage_models
 from paraserve_scheduler.plans import ChannelKeys, Deployment, DeploymentSpec, ReplicaPlan
 from paraserve_scheduler.state import (
@@ -53,6 +54,9 @@ def node_info(message: pb.NodeInfo) -> NodeInfo:
         channel_ports=(message.channel_port_start, message.channel_port_end),
         devices=tuple(message.devices),
         peer_address=message.peer_address,
+        kind=message.kind,
+        zone=message.zone,
+        max_slots=message.max_slots,
     )
 
 
@@ -63,9 +67,16 @@ def node_reported(message: pb.NodeStatus, at_s: float) -> NodeReported:
         parts=tuple(map(part_state, message.parts)),
         tier_used_bytes=message.tier_used_bytes,
         tier=tuple(
-            TierObject(key=found.key, version=found.version, landed_bytes=found.landed_bytes)
+            TierObject(
+                key=found.key,
+                version=found.version,
+                landed_bytes=found.landed_bytes,
+                landed=tuple((part.start, part.end) for part in found.landed),
+            )
             for found in message.tier
         ),
+        idle_slots=message.idle_slots,
+        slots_bytes=message.slots_bytes,
         at_s=at_s,
     )
 
@@ -82,6 +93,7 @@ def part_state(message: pb.PartStatus) -> PartState:
         fetched_bytes=message.fetched_bytes,
         total_bytes=message.total_bytes,
         failure=_failure(message.failure) if message.HasField("failure") else None,
+        slots=dict(message.slots),
     )
 
 
@@ -101,6 +113,7 @@ def demand(message: pb.Demand) -> Demand:
             for entry in message.replicas
             if entry.first_token_s > 0
         },
+        tpot_s={entry.replica: entry.tpot_s for entry in message.replicas if entry.tpot_s > 0},
     )
 
 
@@ -176,6 +189,7 @@ def _route(view: ClusterView, state: DeploymentState) -> pb.Route:
     return pb.Route(
         deployment=state.name,
         engine=state.deployment.spec.engine,
+        max_waiting=state.deployment.spec.max_waiting,
         endpoints=[
             _endpoint(replica, view.nodes[replica.plan.head.node])
             for replica in view.routed_replicas(state.name)
@@ -189,9 +203,10 @@ def _route(view: ClusterView, state: DeploymentState) -> pb.Route:
 
 
 def _endpoint(replica: Replica, head: NodeState) -> pb.Endpoint:
+    model = generate_model(replica.plan)
     return pb.Endpoint(
         replica=replica.id,
-        model=generate_model(replica.plan),
+        model=replica.parts[0].slots.get(model, model),
         triton_grpc_address=head.info.triton_grpc_address,
     )
 
@@ -251,6 +266,10 @@ def spec_message(spec: DeploymentSpec) -> pb.DeploymentSpec:
         device=spec.device or "",
         consolidate=spec.consolidate,
         engine=spec.engine,
+        min_replicas=spec.min_replicas,
+        max_replicas=spec.max_replicas,
+        priority=spec.priority,
+        max_waiting=spec.max_waiting,
     )
 
 
@@ -268,6 +287,9 @@ def _node_message(info: NodeInfo) -> pb.NodeInfo:
         channel_port_end=end,
         devices=info.devices,
         peer_address=info.peer_address,
+        kind=info.kind,
+        zone=info.zone,
+        max_slots=info.max_slots,
     )
 
 
@@ -295,6 +317,34 @@ def _replica_message(view: ClusterView, replica: Replica) -> pb.ReplicaStatus:
         hand_over_end_s=(replica.hand_over_s and replica.stopping_s) or 0,
         failure=_failure_message(replica.failure),
         in_flight=view.replica_in_flight(replica),
+        tpot_s=replica.tpot_s or 0,
+        reason=replica.reason,
+        prediction=_prediction_message(replica.prediction),
+    )
+
+
+def _prediction_message(prediction: Prediction | None) -> pb.Prediction | None:
+    if prediction is None:
+        return None
+    return pb.Prediction(
+        ready_s=prediction.ready_s,
+        ttft_s=prediction.ttft_s,
+        tpot_s=prediction.tpot_s,
+        cost_byte_s=prediction.cost_byte_s,
+        meets_ttft=prediction.meets_ttft,
+        meets_tpot=prediction.meets_tpot,
+        stages=[
+            pb.StagePrediction(
+                runtime_s=stage.runtime_s,
+                fetch_s=stage.fetch_s,
+                ready_s=stage.ready_s,
+                local_bytes=stage.local_bytes,
+                peer_bytes=stage.peer_bytes,
+                store_bytes=stage.store_bytes,
+                uses_slot=stage.uses_slot,
+            )
+            for stage in prediction.stages
+        ],
     )
 
 
@@ -310,4 +360,5 @@ def _part_message(part: PartState) -> pb.PartStatus:
         fetched_bytes=part.fetched_bytes,
         total_bytes=part.total_bytes,
         failure=_failure_message(part.failure),
+        slots=part.slots,
     )

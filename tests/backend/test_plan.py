@@ -126,6 +126,21 @@ def test_parts_hold_every_byte_of_the_tensors_once_and_no_other(
     assert max(part.size_bytes for part in parts) <= part_bytes
 
 
+@given(indexes(), st.integers(1, 300), st.data())
+def test_plans_with_other_layers_have_all_parts_in_common_but_those_at_ends_of_ranges(
+    index: CheckpointIndex, part_bytes: int, data: st.DataObject
+) -> None:
+    total = num_layers(index)
+    start = data.draw(st.integers(0, total - 1))
+    layers = LayerRange(start=start, end=data.draw(st.integers(start + 1, total)), total=total)
+    whole, stage = (
+        split_parts(coalesce(stage_tensors(index, NAMES, tied=False, layers=it)), part_bytes)
+        for it in (LayerRange(start=0, end=total, total=total), layers)
+    )
+    ends = len(coalesce(stage_tensors(index, NAMES, tied=False, layers=layers))) * 2
+    assert len(set(stage) - set(whole)) <= ends
+
+
 def test_neighbours_become_one_range_and_what_is_wanted_first_stays_first() -> None:
     # Stored by name, as checkpoints are: layer 10 lies before layer 2.
     stored = sorted(f"{NAMES.layer_prefix}{layer}.weight" for layer in range(12))

@@ -117,7 +117,7 @@ def test_writing_to_a_view_changes_nothing_for_other_readers(tier: Tier, model: 
 def test_a_reader_raises_what_made_the_fetch_fail(tier: Tier, model: Path) -> None:
     fetch = tier.begin(make_plan(model), part_bytes=PART_BYTES)
     reader = TierReader.open(tier.directory, "fetch-1")
-    land(fetch, model, [0, 1, 2, 3, 4, 5])
+    land(fetch, model, range(7))
     fetch.fail(InvalidCheckpoint("model.safetensors has changed"))
     reader.wait_for(fetch.plan.tensors[0].name, timeout_s=0)
     for name in (fetch.plan.tensors[-1].name, fetch.plan.tensors[-2].name):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ class House:
     folder: Path = Path("/house")
     owners: tuple[str, ...] = ()
     door: Door = Door()
+    garden: Mapping[str, object] = field(default_factory=dict)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -38,7 +39,7 @@ def test_a_file_gives_every_kind_of_setting(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "name: hut\nheight_m: 3\nrooms: 2\nis_open: true\nfolder: /tmp\n"
-        "owners: [ann, bob]\ndoor:\n  port: 81\n",
+        "owners: [ann, bob]\ndoor:\n  port: 81\ngarden: {trees: [2]}\n",
     )
     assert load_config(House, path) == House(
         name="hut",
@@ -48,6 +49,7 @@ def test_a_file_gives_every_kind_of_setting(tmp_path: Path) -> None:
         folder=Path("/tmp"),
         owners=("ann", "bob"),
         door=Door(port=81),
+        garden={"trees": [2]},
     )
 
 

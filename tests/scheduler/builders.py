@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from paraserve_backend.families.tensors import expected_tensors
 from paraserve_backend.weights.checkpoint import CheckpointIndex
 from paraserve_backend.weights.objects import StoredObject
 from paraserve_backend.weights.safetensors_header import TensorEntry
-from paraserve_scheduler.config import PolicyConfig
+from paraserve_scheduler.config import PlacementConfig, PolicyConfig
 from paraserve_scheduler.events import NodeRegistered, NodeReported
 from paraserve_scheduler.fold import fold
-from paraserve_scheduler.placement import NodeSpace
-from paraserve_scheduler.plans import Deployment, DeploymentSpec
+from paraserve_scheduler.placement import NodeSpace, equal_split, lay_out
+from paraserve_scheduler.plans import Deployment, DeploymentSpec, ReplicaPlan
 from paraserve_scheduler.state import (
     ClusterView,
     Demand,
@@ -117,6 +117,15 @@ def make_space(name: str = "n0", **fields: Any) -> NodeSpace:
         "bytes_per_s": 1e9,
     }
     return NodeSpace(**{"name": name, **defaults, **fields})
+
+
+def lay_out_equally(
+    deployment: Deployment, number: int, nodes: Sequence[NodeSpace], config: PlacementConfig
+) -> ReplicaPlan:
+    """A replica of as many equal stages as there are nodes."""
+    shares = equal_split(deployment, len(nodes), config.kv_block_size)
+    stages = [(share.layers, node) for share, node in zip(shares, nodes, strict=True)]
+    return lay_out(deployment, number, stages, config)
 
 
 def make_node_info(name: str = "n0", **fields: Any) -> NodeInfo:

@@ -16,14 +16,30 @@ from paraserve_scheduler.admission import read_deployment, validated_spec
 from paraserve_scheduler.config import DeploymentDefaults
 from tests.scheduler.builders import make_spec, write_model
 
-DEFAULTS = DeploymentDefaults(keep_alive_s=30.0, max_sequences=8)
+DEFAULTS = DeploymentDefaults(max_sequences=8, max_replicas=3, max_waiting=50)
 
 
 def test_what_the_user_leaves_out_is_filled_in() -> None:
     spec = validated_spec(pb.DeploymentSpec(name="tiny", source="/models/tiny"), DEFAULTS)
     assert spec == make_spec(
-        source="/models/tiny", keep_alive_s=30.0, max_sequences=8, consolidate=True
+        source="/models/tiny",
+        keep_alive_s=None,
+        max_sequences=8,
+        max_replicas=3,
+        max_waiting=50,
+        consolidate=True,
     )
+
+
+def test_more_replicas_may_be_kept_than_there_are_by_default() -> None:
+    message = pb.DeploymentSpec(name="tiny", min_replicas=7)
+    assert validated_spec(message, DEFAULTS).max_replicas == 7
+
+
+def test_less_replicas_at_most_than_at_least_are_refused() -> None:
+    message = pb.DeploymentSpec(name="tiny", min_replicas=3, max_replicas=2)
+    with pytest.raises(InvalidRequest, match="max_replicas 2 is less than min_replicas 3"):
+        validated_spec(message, DEFAULTS)
 
 
 @pytest.mark.parametrize("name", ["a", "0", "llama-3-8b", "a" * 63])

@@ -107,12 +107,12 @@ def test_what_may_not_or_need_not_be_consolidated_is_left_alone(spec: dict[str, 
 
 @pytest.mark.parametrize(
     ("keep_alive_s", "in_flight", "starts"),
-    [(3.0, 0, False), (60.0, 0, True), (0.5, 1, True)],
+    [(3.0, 0, False), (60.0, 0, True), (1.0, 1, True)],
 )
 def test_what_goes_to_zero_before_its_successor_is_ready_gets_none(
     keep_alive_s: float, in_flight: int, starts: bool
 ) -> None:
-    # A start takes two seconds, and that is how long each has served or been idle.
+    # A start takes two and a half seconds; each has served or been idle for two.
     history = _serving(in_flight=in_flight, keep_alive_s=keep_alive_s)
     assert bool(_starts(history.decides())) is starts
 

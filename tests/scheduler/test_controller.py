@@ -194,7 +194,7 @@ def test_every_action_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO, logger="paraserve_scheduler"):
         _run(scenario())
     (line,) = [record for record in caplog.records if hasattr(record, "action")]
-    assert line.message.startswith("StartReplica tiny.1: 1 requests wait and no replica is there")
+    assert line.message.startswith("StartReplica tiny.1: 1 waits: layers [0, 2) on n0")
 
 
 def test_a_watcher_sees_every_change_of_what_it_watches_and_nothing_else() -> None:

@@ -4,30 +4,26 @@ import pytest
 
 from paraserve_scheduler.actions import StartReplica
 from paraserve_scheduler.capacity import node_spaces
-from paraserve_scheduler.cost import Speed
 from paraserve_scheduler.events import DemandReported
 from paraserve_scheduler.fleet import Fleet, Node, ReplicaPhase, Start
 from paraserve_scheduler.fleet_view import fleet_of, shape_of
 from paraserve_scheduler.fold import begin, fold
-from paraserve_scheduler.placement import place
 from paraserve_scheduler.state import ClusterView
 from paraserve_scheduler.strategy import decide
 from tests.scheduler.builders import (
     CONFIG,
     NOW_S,
+    lay_out_equally,
     make_demand,
     make_deployment,
     make_node_info,
     make_state,
     make_view,
 )
-from tests.scheduler.fleets import make_kind, make_method
-
-KIND = make_kind(make_method(), speeds={"tiny": Speed(prefill_s_per_token=0.0001, decode_s=0.01)})
 
 
 def _fleet(view: ClusterView) -> Fleet:
-    return fleet_of(view, NOW_S, CONFIG, dict.fromkeys(view.nodes, KIND), kv_tokens=64)
+    return fleet_of(view, NOW_S, CONFIG)
 
 
 def _node(fleet: Fleet, name: str) -> Node:
@@ -67,7 +63,7 @@ def test_a_start_takes_room_and_bandwidth_in_the_next_fleet() -> None:
     view = _waiting_view()
     state = view.deployments["tiny"]
     spaces = node_spaces(view, state.deployment.spec, NOW_S, CONFIG)
-    plan = place(state.deployment, 1, spaces, CONFIG.placement)
+    plan = lay_out_equally(state.deployment, 1, spaces, CONFIG.placement)
     before = _fleet(view)
     view = begin(view, StartReplica(plan=plan, requested_s=NOW_S - 1, reason="test"), NOW_S)
     after = _fleet(view)

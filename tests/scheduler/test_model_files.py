@@ -16,10 +16,9 @@ from paraserve_backend.weights.whole import has_whole_objects
 from paraserve_scheduler.config import PlacementConfig
 from paraserve_scheduler.model_files import TritonModel, stage_models
 from paraserve_scheduler.pbtxt import Meaning, Tensor, render
-from paraserve_scheduler.placement import place
 from paraserve_scheduler.plans import ChannelKeys, Deployment, ReplicaPlan
 from paraserve_scheduler.wire import part_message
-from tests.scheduler.builders import make_deployment, make_space
+from tests.scheduler.builders import lay_out_equally, make_deployment, make_space
 
 
 def _plan(deployment: Deployment, stages: int, **space: object) -> ReplicaPlan:
@@ -29,7 +28,7 @@ def _plan(deployment: Deployment, stages: int, **space: object) -> ReplicaPlan:
         )
         for index in range(stages)
     ]
-    return place(deployment, 7, nodes, PlacementConfig())
+    return lay_out_equally(deployment, 7, nodes, PlacementConfig())
 
 
 def _config(model: TritonModel) -> ModelConfig:

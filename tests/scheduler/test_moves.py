@@ -282,7 +282,7 @@ def test_two_replicas_cannot_count_on_the_same_room() -> None:
         history.demand(name, in_flight=1, replica_in_flight={f"{name}.1": 1})
     history.happens(NodeRegistered(info=nodes[1], at_s=history.now_s))
     history.happens(make_heartbeat("n1", at_s=history.now_s))
-    with pytest.raises(InsufficientCapacity, match=r"'b' needs 0\.3 MB to be whole on node n1"):
+    with pytest.raises(InsufficientCapacity, match=r"'b' needs 0\.3 MB on node n1"):
         _drain(history, "n0")
 
 

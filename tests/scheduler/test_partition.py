@@ -140,3 +140,11 @@ def test_equal_bounds_are_hydraserves() -> None:
     heavy_ends = (layer + 250, *[layer] * 30, layer + 250)
     assert equal_bounds(heavy_ends, 4) == (0, 7, 16, 25, 32)
     assert equal_bounds((1, 1, 1), 1) == (0, 3)
+
+
+def test_of_equally_early_cuts_the_most_even_one_is_taken() -> None:
+    # Processes take longer to start than any layers to come.
+    places = [_Place(1e9, delay_s=10.0) for _ in range(3)]
+    found = cut(places, 12)
+    assert found is not None
+    assert found.bounds == (0, 4, 8, 12)

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paraserve_backend.contract import LayerRange
 from paraserve_backend.errors import InsufficientCapacity
 from paraserve_scheduler.config import PlacementConfig
-from paraserve_scheduler.placement import NodeSpace, equal_split, place, place_successor
+from paraserve_scheduler.placement import (
+    NodeSpace,
+    check_room,
+    equal_split,
+    lay_out,
+    place_successor,
+)
 from paraserve_scheduler.plans import Deployment, ReplicaPlan
-from tests.scheduler.builders import make_deployment, make_space
+from tests.scheduler.builders import lay_out_equally, make_deployment, make_space
 
 CONFIG = PlacementConfig()
 BLOCK = CONFIG.kv_block_size
@@ -21,71 +26,34 @@ def _nodes(count: int) -> list[NodeSpace]:
     return [make_space(f"n{index}") for index in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("num_nodes", "max_stages", "num_layers", "expected"),
-    [
-        (1, None, 4, 1),
-        (3, None, 4, 3),
-        (8, None, 4, 4),  # no more stages than layers
-        (4, 2, 4, 2),  # what the user allows
-        (1, 4, 4, 1),
-    ],
-)
-def test_it_takes_as_many_stages_as_nodes_layers_and_the_user_allow(
-    num_nodes: int, max_stages: int | None, num_layers: int, expected: int
-) -> None:
-    deployment = make_deployment(num_layers=num_layers, max_stages=max_stages)
-    plan = place(deployment, 1, _nodes(num_nodes), CONFIG)
-    assert len(plan.stages) == expected
-
-
-def test_the_fewest_stages_that_meet_the_ttft_objective_are_taken() -> None:
-    deployment = make_deployment(num_layers=4)
-    sizes = [
-        max(share.weight_bytes for share in equal_split(deployment, stages, BLOCK))
-        for stages in (1, 2, 3, 4)
+def test_layers_go_where_they_were_planned_whatever_their_number() -> None:
+    stages = [
+        (LayerRange(start=0, end=1, total=4), make_space("a")),
+        (LayerRange(start=1, end=4, total=4), make_space("b")),
     ]
-    # At this bandwidth a stage takes as many seconds to fetch as it has bytes.
-    nodes = [make_space(f"n{index}", bytes_per_s=1.0) for index in range(4)]
-    for stages, size in enumerate(sizes, start=1):
-        slo_s = size + CONFIG.cold_start_floor_s
-        in_time = replace(deployment, spec=replace(deployment.spec, ttft_slo_s=slo_s))
-        assert len(place(in_time, 1, nodes, CONFIG).stages) == stages
+    plan = lay_out(make_deployment(num_layers=4), 1, stages, CONFIG)
+    assert [(it.node, it.layers.start, it.layers.end) for it in plan.stages] == [
+        ("a", 0, 1),
+        ("b", 1, 4),
+    ]
 
 
-def test_an_objective_that_nothing_meets_gets_the_fastest_start() -> None:
-    deployment = make_deployment(ttft_slo_s=0.001)
-    assert len(place(deployment, 1, _nodes(3), CONFIG).stages) == 3
+def test_a_stage_that_has_no_room_is_not_laid_out() -> None:
+    stages = [
+        (LayerRange(start=0, end=2, total=4), make_space("a")),
+        (LayerRange(start=2, end=4, total=4), make_space("full", free_bytes=1_000)),
+    ]
+    with pytest.raises(InsufficientCapacity, match="on node full"):
+        lay_out(make_deployment(num_layers=4), 1, stages, CONFIG)
 
 
-def test_nodes_with_the_most_free_bandwidth_are_chosen() -> None:
-    nodes = [make_space(f"n{index}", bytes_per_s=1e9 + index) for index in range(4)]
-    plan = place(make_deployment(max_stages=2), 1, nodes, CONFIG)
-    assert {stage.node for stage in plan.stages} == {"n2", "n3"}
-
-
-def test_ties_go_to_free_memory_and_then_to_the_name() -> None:
-    nodes = [make_space("b"), make_space("c", free_bytes=2 << 30), make_space("a")]
-    plan = place(make_deployment(max_stages=2), 1, nodes, CONFIG)
-    assert [stage.node for stage in plan.stages] == ["c", "a"]
-
-
-def test_the_head_is_the_node_with_the_most_free_memory() -> None:
-    nodes = [make_space("fast", bytes_per_s=2e9), make_space("roomy", free_bytes=2 << 30)]
-    plan = place(make_deployment(), 1, nodes, CONFIG)
-    assert [stage.node for stage in plan.stages] == ["roomy", "fast"]
-
-
-def test_a_node_without_room_is_left_out() -> None:
-    nodes = [make_space("full", free_bytes=1_000, bytes_per_s=9e9), make_space("n1")]
-    assert [stage.node for stage in place(make_deployment(), 1, nodes, CONFIG).stages] == ["n1"]
-
-
-def test_a_pipeline_needs_a_port_on_every_node_and_one_stage_needs_none() -> None:
-    nodes = [make_space("n0"), make_space("n1", free_ports=())]
-    plan = place(make_deployment(), 1, nodes, CONFIG)
-    assert [stage.node for stage in plan.stages] == ["n0"]
-    assert plan.results is None
+def test_room_for_any_number_of_equal_stages_is_enough() -> None:
+    deployment = make_deployment(num_layers=4)
+    largest = max(share.needs(16) for share in equal_split(deployment, 3, BLOCK))
+    nodes = [make_space(f"n{index}", free_bytes=largest) for index in range(3)]
+    check_room(deployment, nodes, CONFIG)
+    with pytest.raises(InsufficientCapacity):
+        check_room(deployment, nodes[:2], CONFIG)
 
 
 def test_the_shortage_names_what_is_needed_free_and_missing() -> None:
@@ -95,7 +63,7 @@ def test_the_shortage_names_what_is_needed_free_and_missing() -> None:
     first, second = (share.needs(1) for share in equal_split(deployment, 2, BLOCK))
     missing = max(first, second) - 10_000 + min(first, second)
     with pytest.raises(InsufficientCapacity) as error:
-        place(deployment, 1, nodes, CONFIG)
+        check_room(deployment, nodes, CONFIG)
     assert f"needs {needed / 1e6:.1f} MB in 2 equal stages" in str(error.value)
     assert "the 2 live nodes with most room have 0.0 MB free" in str(error.value)
     assert f"{missing / 1e6:.1f} MB are missing" in str(error.value)
@@ -103,12 +71,12 @@ def test_the_shortage_names_what_is_needed_free_and_missing() -> None:
 
 def test_no_node_at_all_is_said_plainly() -> None:
     with pytest.raises(InsufficientCapacity, match="no live node with device cuda"):
-        place(make_deployment(device="cuda"), 1, [], CONFIG)
+        check_room(make_deployment(device="cuda"), [], CONFIG)
 
 
 def test_kv_cache_covers_all_sequences_and_no_more() -> None:
     deployment = make_deployment(max_context=100, max_sequences=3)
-    plan = place(deployment, 1, _nodes(2), CONFIG)
+    plan = lay_out_equally(deployment, 1, _nodes(2), CONFIG)
     assert plan.kv_blocks == 3 * 7  # 100 tokens are 7 blocks of 16
     assert plan.max_context == 100
 
@@ -117,7 +85,7 @@ def test_kv_cache_leaves_room_for_the_next_deployment() -> None:
     deployment = make_deployment(num_layers=1, max_sequences=1_000_000)
     (share,) = equal_split(deployment, 1, BLOCK)
     free_bytes = share.weight_bytes + 100 * share.kv_block_bytes
-    plan = place(deployment, 1, [make_space(free_bytes=free_bytes)], CONFIG)
+    plan = lay_out_equally(deployment, 1, [make_space(free_bytes=free_bytes)], CONFIG)
     assert plan.kv_blocks == 50
 
 
@@ -125,14 +93,14 @@ def test_one_context_fits_even_where_it_takes_more_than_its_share() -> None:
     deployment = make_deployment(num_layers=1, max_context=512)
     (share,) = equal_split(deployment, 1, BLOCK)
     free_bytes = share.needs(32)  # 512 tokens
-    plan = place(deployment, 1, [make_space(free_bytes=free_bytes)], CONFIG)
+    plan = lay_out_equally(deployment, 1, [make_space(free_bytes=free_bytes)], CONFIG)
     assert plan.kv_blocks == 32
 
 
 def test_without_a_stated_context_memory_decides_how_long_it_is() -> None:
     deployment = make_deployment(num_layers=1)
     (share,) = equal_split(deployment, 1, BLOCK)
-    plan = place(deployment, 1, [make_space(free_bytes=share.needs(16))], CONFIG)
+    plan = lay_out_equally(deployment, 1, [make_space(free_bytes=share.needs(16))], CONFIG)
     assert plan.max_context == 256
 
 
@@ -156,7 +124,7 @@ def _tight_head(deployment: Deployment, kv_blocks: int) -> list[NodeSpace]:
 
 def test_a_successor_is_whole_on_its_node_and_can_take_any_request() -> None:
     deployment = make_deployment()
-    pipeline = place(deployment, 1, _nodes(2), CONFIG)
+    pipeline = lay_out_equally(deployment, 1, _nodes(2), CONFIG)
     plan = place_successor(deployment, 2, pipeline, make_space("n7"), CONFIG)
     (stage,) = plan.stages
     assert (plan.replica, plan.succeeds, stage.node) == ("tiny.2", "tiny.1", "n7")
@@ -166,20 +134,20 @@ def test_a_successor_is_whole_on_its_node_and_can_take_any_request() -> None:
 
 def test_without_room_for_the_longest_request_there_is_no_successor() -> None:
     deployment = make_deployment()
-    pipeline = place(deployment, 1, _nodes(2), CONFIG)
+    pipeline = lay_out_equally(deployment, 1, _nodes(2), CONFIG)
     (whole,) = equal_split(deployment, 1, BLOCK)
     needed = whole.needs(pipeline.max_context // BLOCK)
     place_successor(deployment, 2, pipeline, make_space("n7", free_bytes=needed), CONFIG)
     small = make_space("n7", free_bytes=needed - 20_000)
     with pytest.raises(InsufficientCapacity) as error:
         place_successor(deployment, 2, pipeline, small, CONFIG)
-    assert f"needs {needed / 1e6:.1f} MB to be whole on node n7" in str(error.value)
+    assert f"needs {needed / 1e6:.1f} MB on node n7" in str(error.value)
     assert "0.0 MB are missing" in str(error.value)
 
 
 def test_without_a_port_there_is_no_successor() -> None:
     deployment = make_deployment()
-    pipeline = place(deployment, 1, _nodes(2), CONFIG)
+    pipeline = lay_out_equally(deployment, 1, _nodes(2), CONFIG)
     with pytest.raises(InsufficientCapacity, match="no channel port left"):
         place_successor(deployment, 2, pipeline, make_space("n7", free_ports=()), CONFIG)
 
@@ -190,7 +158,7 @@ def test_a_pipeline_leaves_its_head_room_for_a_successor_with_as_much_kv_cache(
 ) -> None:
     deployment = make_deployment(consolidate=True, max_sequences=1_000, max_context=64)
     nodes = _tight_head(deployment, kv_blocks)
-    pipeline = place(deployment, 1, nodes, CONFIG)
+    pipeline = lay_out_equally(deployment, 1, nodes, CONFIG)
     assert pipeline.head.node == "head"
     # Stage 0's weights are shared with the successor.
     left = nodes[0].free_bytes - pipeline.head.kv_bytes
@@ -202,7 +170,7 @@ def test_a_head_that_could_not_be_whole_keeps_no_room_for_it() -> None:
     deployment = make_deployment(consolidate=True, max_sequences=1_000, max_context=256)
     _, larger = equal_split(deployment, 2, BLOCK)
     nodes = [make_space(f"n{index}", free_bytes=larger.needs(40)) for index in range(2)]
-    assert place(deployment, 1, nodes, CONFIG).kv_blocks == 20
+    assert lay_out_equally(deployment, 1, nodes, CONFIG).kv_blocks == 20
 
 
 @st.composite
@@ -213,7 +181,7 @@ def _spaces(draw: st.DrawFn) -> list[NodeSpace]:
             f"n{index}",
             free_bytes=draw(st.integers(0, 600_000)),
             bytes_per_s=draw(st.sampled_from([1e8, 1e9])),
-            free_ports=draw(st.sampled_from([(), (9000,), (9001, 9005), (9001, 9003, 9004)])),
+            free_ports=draw(st.sampled_from([(9001, 9005), (9001, 9003, 9004)])),
         )
         for index in range(count)
     ]
@@ -224,11 +192,13 @@ def _spaces(draw: st.DrawFn) -> list[NodeSpace]:
 def test_any_plan_holds_every_layer_once_within_memory_and_ports(
     deployment: Deployment, nodes: list[NodeSpace]
 ) -> None:
+    nodes = nodes[: deployment.model.num_layers]
+    shares = equal_split(deployment, len(nodes), BLOCK)
+    fits = all(it.free_bytes >= share.needs(16) for it, share in zip(nodes, shares, strict=True))
     try:
-        plan = place(deployment, 1, nodes, CONFIG)
+        plan = lay_out_equally(deployment, 1, nodes, CONFIG)
     except InsufficientCapacity:
-        (whole,) = equal_split(deployment, 1, BLOCK)
-        assert all(node.free_bytes < whole.needs(16) or not node.free_ports for node in nodes)
+        assert not fits
         return
     _check_layers(plan, deployment.model.num_layers)
     spaces = {node.name: node for node in nodes}

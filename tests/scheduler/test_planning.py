@@ -12,7 +12,7 @@ from paraserve_scheduler.cost import decode_s, prefill_s
 from paraserve_scheduler.fleet import Fleet, Need, Node, Objectives, Prediction, Start
 from paraserve_scheduler.fleet_changes import with_freed, with_start
 from paraserve_scheduler.planning import PlanningConfig, plan
-from paraserve_scheduler.spots import Spot
+from paraserve_scheduler.spots import Spot, Supply
 from tests.scheduler.fleets import (
     GB,
     NOW_S,
@@ -67,7 +67,7 @@ def _spot(node: Node, stages: int) -> Spot:
         node=node,
         model=_TINY,
         weights="chat",
-        source_limit=float("inf"),
+        supply=Supply(store_bytes_per_s=float("inf")),
         in_pipeline=stages > 1,
         can_grow=room >= _TINY.full_bytes,
     )
@@ -151,11 +151,18 @@ def test_no_gpu_is_oversubscribed_and_every_layer_is_placed_once(
         assert fetched == _TINY.bytes_of(stage.start, stage.end)
 
 
-def test_an_idle_fleet_without_objectives_pays_for_one_stage_only() -> None:
-    need = make_need(objectives=Objectives())
+def test_an_idle_fleet_pays_for_one_stage_only_where_that_is_soon_enough() -> None:
+    need = make_need(objectives=Objectives(ttft_s=60.0))
     start = plan(need, make_fleet(), NOW_S, config=CONFIG)
     assert start is not None
     assert len(start.stages) == 1
+
+
+def test_without_an_objective_a_start_is_as_parallel_as_it_may_be() -> None:
+    need = make_need(objectives=Objectives(), max_stages=3)
+    start = plan(need, make_fleet(*(make_node(f"n{i}") for i in range(5))), NOW_S, config=CONFIG)
+    assert start is not None
+    assert len(start.stages) == 3
 
 
 @pytest.mark.parametrize(("ttft_s", "stages"), [(10.0, 1), (6.0, 2), (4.7, 3)])

@@ -53,7 +53,7 @@ def test_waiting_demand_starts_one_replica_on_all_nodes() -> None:
     assert isinstance(start, StartReplica)
     assert start.plan.replica == "tiny.1"
     assert {stage.node for stage in start.plan.stages} == {"n0", "n1"}
-    assert start.reason.startswith("3 requests wait and no replica is there: layers 0-2 on n0")
+    assert start.reason.startswith("3 wait: layers [0, 2) on n0, [2, 4) on n1; ready in 2.5")
 
 
 def test_the_start_remembers_when_the_demand_was_first_seen() -> None:
@@ -359,7 +359,7 @@ def test_the_longest_idle_replica_makes_room_for_another_deployment() -> None:
     history.serves("b")
     history.demand("c", waiting=1)
     (stop,) = history.decides()
-    assert stop == StopReplica(replica=first, reason="'c' needs its room, and nobody waits for it")
+    assert stop == StopReplica(replica=first, reason="idle, and 'c' needs its room")
     assert history.decides() == (), "what leaves is enough"
     history.passes(CONFIG.settle_s)
     assert _kinds(history.decides()) == [RemoveReplica]

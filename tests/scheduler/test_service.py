@@ -64,6 +64,9 @@ class Agent(AgentServicer):
         self.hand_overs.append(request)
         return pb.HandOverReply()
 
+    async def KeepSlots(self, request: pb.KeepSlotsRequest, context: Context) -> pb.KeepSlotsReply:
+        return pb.KeepSlotsReply()
+
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.NodeStatus:
         return pb.NodeStatus()
 
@@ -144,9 +147,9 @@ def test_a_cold_start_from_deploy_to_delete(tmp_path: Path) -> None:
             await _join(scheduler, "n1", two)
             routes = aiter(scheduler.WatchRoutes(pb.WatchRoutesRequest(gateway="g0")))
             assert not (await anext(routes)).routes
-            spec = pb.DeploymentSpec(name="tiny", source=str(folder), ttft_slo_s=0.5)
+            spec = pb.DeploymentSpec(name="tiny", source=str(folder), tpot_slo_s=0.5)
             status = await scheduler.Deploy(spec)
-            assert (status.architecture, status.spec.ttft_slo_s) == ("LlamaForCausalLM", 0.5)
+            assert (status.architecture, status.spec.tpot_slo_s) == ("LlamaForCausalLM", 0.5)
             assert [route.deployment for route in (await anext(routes)).routes] == ["tiny"]
 
             await scheduler.ReportDemand(_demand(waiting=1))

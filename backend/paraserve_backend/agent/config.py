@@ -68,6 +68,12 @@ class AgentConfig:
         "0 keeps none. It is a part of memory_bytes and gives way to replicas at once. If not set, "
         "half of memory_bytes.",
     ] = None
+    disk_dir: Annotated[
+        Path | None,
+        "On a local disk: weights that leave the memory stay here, for the next replicas and "
+        "agents.",
+    ] = None
+    disk_bytes: Annotated[int, "What they may take of it, at most; 0 keeps none there."] = 0
     peer_listen: Annotated[
         str | None,
         "Where other agents read this node's weights, if not on a free port of listen's host.",
@@ -81,6 +87,11 @@ class AgentConfig:
         "nic_bytes_per_s.",
     ] = None
     peer_connections: Annotated[int, "Reads of other agents at once."] = 8
+    max_slots: Annotated[
+        int,
+        "Idle sets of runtime slots (processes that have imported everything) to keep ready on "
+        "each device at most; 0: none. The scheduler says how many there are at a time.",
+    ] = 1
     fetch_threads: Annotated[int, "Connections per fetch."] = 4
     part_deadline_s: Annotated[
         float,
@@ -103,6 +114,8 @@ class AgentConfig:
                 _require_address(key, address)
         if not self.run_dir.is_absolute() or not self.model_repository.is_absolute():
             raise InvalidRequest("run_dir and model_repository must be absolute paths.")
+        if self.disk_bytes > 0 and not (self.disk_dir and self.disk_dir.is_absolute()):
+            raise InvalidRequest("disk_bytes needs disk_dir, an absolute path.")
         if not 0 < self.channel_port_start < self.channel_port_end <= 65536:
             raise InvalidRequest("channel_port_start must be below channel_port_end.")
         if self.peer_connections < 1:

@@ -1,7 +1,8 @@
 """The fetches of this node: each runs in a thread, lands in the host-memory tier, can be joined.
 
 Nothing here decides what to fetch. A fetch that ended, well or not, may be started again; what has
-landed is kept until it is released, and as long after that as there is room for it.
+landed is kept until it is released, and as long after that as there is room for it in memory, or
+on disk.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from paraserve_backend.agent.threads import in_thread
+from paraserve_backend.agent.tier_report import tier_messages
 from paraserve_backend.errors import AlreadyExists, NotFound, ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.trace import Span, SpanFile
+from paraserve_backend.weights.disk import DiskTier
 from paraserve_backend.weights.fetch import FetchReport, fetch
 from paraserve_backend.weights.landing import FETCHES
 from paraserve_backend.weights.objects import Source
@@ -128,8 +131,16 @@ class FetchLimits:
 class Fetches:
     """The node's fetches by id, over its tier. `token` is what its peers know it by."""
 
-    def __init__(self, tier: Tier, limits: FetchLimits, *, token: str | None = None) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        limits: FetchLimits,
+        *,
+        token: str | None = None,
+        disk: DiskTier | None = None,
+    ) -> None:
         self._tier = tier
+        self._disk = disk
         self._limits = limits
         self._token = token
         self._pool = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="fetch-watch")
@@ -187,9 +198,19 @@ class Fetches:
         """Return what the processes that read a fetch have measured."""
         return await in_thread(SpanFile(self._spans_path(fetch_id)).read)
 
+    @property
+    def is_fetching(self) -> bool:
+        return bool(self._running)
+
     async def contents(self) -> tuple[list[pb.TierObject], int]:
-        """Return the objects in the tier and the bytes of memory they take."""
-        return await in_thread(lambda: (_objects(self._tier), self._tier.used_bytes))
+        """Return the objects in the tier and on disk, and the bytes of memory they take."""
+        return await in_thread(
+            lambda: (tier_messages(self._tier, self._disk), self._tier.used_bytes)
+        )
+
+    @property
+    def disk_used_bytes(self) -> int:
+        return self._disk.used_bytes if self._disk else 0
 
     async def cached_bytes(self) -> int:
         """Return how much of that gives way to new replicas."""
@@ -227,6 +248,7 @@ class Fetches:
             on_progress=fetching.told,
             peers=[HttpPeer(address=address, token=self._token) for address in request.peers],
             link_bytes_per_s=self._limits.link_bytes_per_s,
+            disk=self._disk,
         )
         self._note(request.plan.fetch_id, report, started_s)
         return report.fetched_bytes
@@ -235,10 +257,11 @@ class Fetches:
         """Write into the timeline where the bytes came from, unless all came from the store."""
         origins = {
             "fetch from tier": report.reused_bytes,
+            "fetch from disk": report.disk_bytes,
             "fetch from peers": report.peer_bytes,
             "fetch from store": report.store_bytes,
         }
-        if not report.reused_bytes and not report.peer_bytes:
+        if not any(origins[name] for name in origins if name != "fetch from store"):
             return
         spans = SpanFile(self._spans_path(fetch_id))
         end_s = started_s + report.total_s
@@ -252,11 +275,19 @@ class Fetches:
     def _release(self, fetch_id: str) -> bool:
         # First: what the replica leaves may stay where it was.
         self._unreserve(fetch_id)
+        self._use_disk(fetch_id)
         try:
             self._tier.release(fetch_id)
         except NotFound:
             return False
         return True
+
+    def _use_disk(self, fetch_id: str) -> None:
+        """What was in use until now is what the disk should keep longest, too."""
+        for landing in self._tier.fetches() if self._disk else ():
+            if landing.plan.fetch_id == fetch_id:
+                for name, stored in landing.object_names.items():
+                    self._disk.use(name, landing.needed_spans(stored.key))
 
     def _reserve(self, request: FetchRequest) -> None:
         """Make what is only cached give way to a replica."""
@@ -277,18 +308,6 @@ class Fetches:
     def _ids(self) -> list[str]:
         in_tier = {landing.plan.fetch_id for landing in self._tier.fetches()}
         return sorted(in_tier | self._running.keys())
-
-
-def _objects(tier: Tier) -> list[pb.TierObject]:
-    return [
-        pb.TierObject(
-            key=f"{found.source_uri}/{found.stored.key}",
-            version=found.stored.version,
-            landed_bytes=found.landed_bytes,
-            size_bytes=found.stored.size_bytes,
-        )
-        for found in tier.contents()
-    ]
 
 
 def _replica(fetch_id: str) -> str:

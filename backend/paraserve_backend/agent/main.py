@@ -20,13 +20,14 @@ import grpc.aio
 from paraserve_backend.agent.config import AgentConfig
 from paraserve_backend.agent.fetches import Fetches, FetchLimits
 from paraserve_backend.agent.keys import KeyStore
-from paraserve_backend.agent.node import node_info, usable_bytes
-from paraserve_backend.agent.part import Node
+from paraserve_backend.agent.node import devices_of, node_info, usable_bytes
+from paraserve_backend.agent.part_models import Node
 from paraserve_backend.agent.parts import Parts
 from paraserve_backend.agent.peers import PeerServer, RateLimit
 from paraserve_backend.agent.registration import Registration, SchedulerClient
 from paraserve_backend.agent.repository import ModelRepository
 from paraserve_backend.agent.service import AgentService
+from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.agent.stubs import ProcessTable
 from paraserve_backend.agent.triton_client import TritonClient, read_key
 from paraserve_backend.agent.unloading import Unloader
@@ -98,11 +99,21 @@ class _Agent:
     ) -> _Agent:
         stubs = ProcessTable(config.model_repository)
         changed = asyncio.Event()
+        repository = ModelRepository(config.model_repository)
+        unloader = Unloader(triton=triton, stubs=stubs)
+        slots = Slots(
+            repository,
+            unloader,
+            _slot_limits(config),
+            changed=changed.set,
+            now_s=time.monotonic,
+        )
         node = Node(
-            repository=ModelRepository(config.model_repository),
-            unloader=Unloader(triton=triton, stubs=stubs),
+            repository=repository,
+            unloader=unloader,
             fetches=Fetches(tier, _fetch_limits(config), token=token),
             keys=KeyStore(config.run_dir / "keys"),
+            slots=slots,
             part_deadline_s=config.part_deadline_s,
             remove_deadline_s=config.remove_deadline_s,
             now=time.time,
@@ -112,6 +123,7 @@ class _Agent:
             triton=triton,
             stubs=stubs,
             parts=parts,
+            slots=slots,
             changed=changed,
             interval_s=config.watch_interval_s,
         )
@@ -129,12 +141,14 @@ class _Agent:
         logger.info("agent started name=%s", self.config.name)
         async with asyncio.TaskGroup() as group:
             group.create_task(self.watchdog.run())
+            group.create_task(self.node.slots.run())
             group.create_task(registration.run())
 
     def service(self) -> AgentService:
         return AgentService(
             self.parts,
             self.node.fetches,
+            self.node.slots,
             self.status,
             fetch_timeout_s=self.config.part_deadline_s,
         )
@@ -148,6 +162,8 @@ class _Agent:
             tier=tier,
             tier_used_bytes=used_bytes,
             tier_cached_bytes=await self.node.fetches.cached_bytes(),
+            idle_slots=self.node.slots.idle_sets,
+            slots_bytes=await self.node.slots.idle_bytes(),
         )
 
     async def remove_leftovers(self) -> None:
@@ -164,6 +180,7 @@ class _Agent:
 
     async def stop(self) -> None:
         await self.parts.remove_all()
+        await self.node.slots.remove_all()
         await self.node.fetches.close()
         tier_dir = self.config.run_dir / "tier"
         if not any((tier_dir / OBJECTS).iterdir()):  # else the next agent may use what is there
@@ -182,6 +199,14 @@ def _with_memory(config: AgentConfig, tier: Tier) -> AgentConfig:
         memory_bytes = usable_bytes(Path("/proc"), tier.used_bytes)
     tier_bytes = memory_bytes // 2 if config.tier_bytes is None else config.tier_bytes
     return replace(config, memory_bytes=memory_bytes, tier_bytes=tier_bytes)
+
+
+def _slot_limits(config: AgentConfig) -> SlotLimits:
+    return SlotLimits(
+        run_dir=str(config.run_dir),
+        devices=devices_of(config, Path("/dev")),
+        most_idle_sets=config.max_slots,
+    )
 
 
 def _fetch_limits(config: AgentConfig) -> FetchLimits:

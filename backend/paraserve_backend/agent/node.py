@@ -30,7 +30,8 @@ def node_info(config: AgentConfig, bound_port: int, *, proc: Path, dev: Path) ->
         channel_host=config.channel_host,
         channel_port_start=config.channel_port_start,
         channel_port_end=config.channel_port_end,
-        devices=config.devices or find_devices(dev),
+        devices=devices_of(config, dev),
+        max_slots=config.max_slots,
     )
 
 
@@ -45,6 +46,11 @@ def available_bytes(proc: Path) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise InvalidRequest("This kernel does not tell its free memory: set memory_bytes.")
+
+
+def devices_of(config: AgentConfig, dev: Path) -> tuple[str, ...]:
+    """Return what models of this node may compute on."""
+    return config.devices or find_devices(dev)
 
 
 def find_devices(dev: Path) -> tuple[str, ...]:

@@ -8,43 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Iterable, Mapping
 
 from paraserve_backend.agent.failure import failure_of, first_cause
-from paraserve_backend.agent.fetches import Fetches, Fetching, FetchRequest
-from paraserve_backend.agent.keys import KeyStore
+from paraserve_backend.agent.fetches import Fetching, FetchRequest
+from paraserve_backend.agent.part_models import Node, PartModels
 from paraserve_backend.agent.progress import Progress
-from paraserve_backend.agent.repository import ModelRepository
 from paraserve_backend.agent.stubs import Stub
 from paraserve_backend.agent.threads import in_thread
-from paraserve_backend.agent.triton_client import ModelState
-from paraserve_backend.agent.unloading import Unloader
 from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.1
 #: A fetch has the same limit as its part and can say what was missing: let it speak first.
 _TELL_S = 0.5
 #: Triton may still say why a process ended while it loaded, or may never (2.51): wait so long.
 _LOSS_TELL_S = 2.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """What the parts of one node share. Limits are those of commands that name none."""
-
-    repository: ModelRepository
-    unloader: Unloader
-    fetches: Fetches
-    keys: KeyStore
-    part_deadline_s: float
-    remove_deadline_s: float
-    #: Seconds since the Unix epoch.
-    now: Callable[[], float]
 
 
 class PartLife:
@@ -57,7 +37,7 @@ class PartLife:
         self.progress = Progress(part.replica, part.stage, now=node.now, on_phase=on_phase)
         self._part = part
         self._node = node
-        self._models = [model.name for model in part.models]
+        self._models = PartModels(part, node, self.progress)
         self._fetch = FetchRequest.from_message(part.fetch) if part.HasField("fetch") else None
         #: Every process that was ever seen to run one of the models.
         self._seen: frozenset[Stub] = frozenset()
@@ -71,6 +51,11 @@ class PartLife:
     def is_over(self) -> bool:
         """Whether the part has failed and nothing is left to undo."""
         return self.progress.phase == pb.FAILED and self._task is not None and self._task.done()
+
+    @property
+    def slots(self) -> Mapping[str, str]:
+        """The Triton models that some models of the part are instead of one of their own."""
+        return self._models.slots
 
     def start(self) -> None:
         """Begin to fetch and load; `progress` tells the rest."""
@@ -91,8 +76,9 @@ class PartLife:
 
     def observe(self, found: Iterable[Stub], *, triton_live: bool) -> None:
         """Compare with the processes that live now; a part that lost one has failed."""
-        mine = frozenset(stub for stub in found if stub.model in self._models)
+        mine = self._models.stubs(found)
         # By model: a process that forks to run a program is there twice for a moment.
+        self._seen |= self._models.slot_stubs
         dead = sorted({stub.model for stub in self._seen} - {stub.model for stub in mine})
         self._seen |= mine
         if self.progress.phase == pb.READY and dead:
@@ -126,10 +112,11 @@ class PartLife:
             self.progress.move(pb.READY)
 
     async def _bring_up(self, limit_s: float) -> None:
-        async with asyncio.TaskGroup() as group:
-            loss = group.create_task(self._fail_at_loss())
-            await self._fetch_and_load(limit_s)
-            loss.cancel()
+        with self._node.slots.cold_start():
+            async with asyncio.TaskGroup() as group:
+                loss = group.create_task(self._fail_at_loss())
+                await self._fetch_and_load(limit_s)
+                loss.cancel()
         self._seen |= await self._stubs()
         if self._fetch is not None:
             spans = await self._node.fetches.spans(self._fetch.plan.fetch_id)
@@ -141,7 +128,7 @@ class PartLife:
                 # Models look for the fetch when they start, so it must be there before them.
                 fetching = await self._node.fetches.start(self._fetch, limit_s)
                 group.create_task(self._follow(fetching))
-            await self._load()
+            await self._models.load()
 
     async def _fail_at_loss(self) -> None:
         await self._lost.wait()
@@ -152,46 +139,9 @@ class PartLife:
         with self.progress.span("fetch") as span:
             span.bytes = await fetching.wait()
 
-    async def _load(self) -> None:
-        with self.progress.span("write models"):
-            await in_thread(self._write)
-        for wave in self._waves():
-            async with asyncio.TaskGroup() as group:
-                for model in wave:
-                    group.create_task(self._load_model(model))
-
-    def _write(self) -> None:
-        if self._part.HasField("channel_keys"):
-            self._node.keys.write(self._part.replica, self._part.channel_keys)
-        for model in self._part.models:
-            self._node.repository.write(model.name, model.files)
-
-    async def _load_model(self, model: str) -> None:
-        with self.progress.span(f"load {model}"):
-            try:
-                await self._node.unloader.triton.load(model)
-            except DeadlineExceeded:
-                logger.info("load goes on model=%s", model)
-            await self._until_ready(model)
-
-    async def _until_ready(self, model: str) -> None:
-        while (state := await self._state(model)) is ModelState.LOADING:
-            await asyncio.sleep(_POLL_S)
-        if state is not ModelState.READY:
-            raise Unavailable(f"Model {model} is {state or 'absent'} after its load.")
-
-    async def _state(self, model: str) -> ModelState:
-        return (await self._node.unloader.triton.states()).get(model, ModelState.ABSENT)
-
     async def _stubs(self) -> frozenset[Stub]:
         found = await in_thread(self._node.unloader.stubs.find)
-        return frozenset(stub for stub in found if stub.model in self._models)
-
-    def _waves(self) -> list[list[str]]:
-        """Return the models' names, those that load first first."""
-        ordered = sorted(self._part.models, key=lambda model: model.load_wave)
-        waves = groupby(ordered, key=lambda model: model.load_wave)
-        return [[model.name for model in wave] for _, wave in waves]
+        return self._models.stubs(found)
 
     def _fail(self, error: BaseException) -> None:
         if not isinstance(error, ParaServeError):
@@ -217,16 +167,10 @@ class PartLife:
         # The fetch goes first: a model that waits for its bytes then gives up, and can be unloaded.
         if self._fetch is not None:
             await self._node.fetches.stop(self._fetch.plan.fetch_id)
-        await self._node.unloader.unload(self._waves()[::-1], deadline_s, self._seen)
-        await in_thread(self._delete)
+        await self._models.unload(deadline_s, self._seen)
+        await in_thread(lambda: self._models.delete(self._seen))
         if self._fetch is not None:
             await self._node.fetches.release(self._fetch.plan.fetch_id)
-
-    def _delete(self) -> None:
-        self._node.unloader.stubs.remove_leftovers(self._seen)
-        for model in self._models:
-            self._node.repository.remove(model)
-        self._node.keys.remove(self._part.replica)
 
     @property
     def _name(self) -> str:

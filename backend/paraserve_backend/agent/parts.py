@@ -8,7 +8,8 @@ import logging
 from collections.abc import Iterable
 from weakref import WeakValueDictionary
 
-from paraserve_backend.agent.part import Node, PartLife
+from paraserve_backend.agent.part import PartLife
+from paraserve_backend.agent.part_models import Node
 from paraserve_backend.agent.progress import Progress
 from paraserve_backend.agent.repository import check_name
 from paraserve_backend.agent.stubs import Stub
@@ -77,7 +78,9 @@ class Parts:
         ]
         logger.info("hand over replica=%s targets=%d", request.replica, len(targets))
         await self._node.unloader.triton.command(
-            request.replica, json.dumps({"hand_over": targets})
+            life.slots.get(request.replica, request.replica),
+            json.dumps({"hand_over": targets}),
+            replica=request.replica,
         )
 
     async def remove_all(self) -> None:

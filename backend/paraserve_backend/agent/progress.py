@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from paraserve_backend import trace
@@ -51,6 +51,12 @@ class Progress:
             return
         self._status.fetched_bytes = fetched_bytes
         self._status.total_bytes = total_bytes
+        self._tell()
+
+    def use_slots(self, slots: Mapping[str, str]) -> None:
+        """Note which slots' Triton models stand for models of the part."""
+        self._status.slots.clear()
+        self._status.slots.update(slots)
         self._tell()
 
     @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from paraserve_backend.agent.fetches import Fetches, FetchRequest
 from paraserve_backend.agent.parts import Parts
+from paraserve_backend.agent.slots import Slots
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentServicer
 from paraserve_backend.rpc.refusing import Context, errors_to
@@ -16,12 +17,14 @@ class AgentService(AgentServicer):
         self,
         parts: Parts,
         fetches: Fetches,
+        slots: Slots,
         status: Callable[[], Awaitable[pb.NodeStatus]],
         *,
         fetch_timeout_s: float,
     ) -> None:
         self._parts = parts
         self._fetches = fetches
+        self._slots = slots
         self._status = status
         self._fetch_timeout_s = fetch_timeout_s
 
@@ -48,6 +51,10 @@ class AgentService(AgentServicer):
         async with errors_to(context):
             await self._parts.hand_over(request)
         return pb.HandOverReply()
+
+    async def KeepSlots(self, request: pb.KeepSlotsRequest, context: Context) -> pb.KeepSlotsReply:
+        self._slots.keep(request.idle_slots)
+        return pb.KeepSlotsReply()
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.NodeStatus:
         return await self._status()

@@ -34,6 +34,9 @@ class Stubs(Protocol):
     def kill(self, stub: Stub) -> None:
         """Kill a process; one that is gone already is no error."""
 
+    def private_bytes(self, stub: Stub) -> int:
+        """Return the memory that would be free without this process; 0 if it is gone."""
+
     def remove_leftovers(self, stubs: Iterable[Stub]) -> None:
         """Delete the shared memory of processes that are gone."""
 
@@ -59,6 +62,14 @@ class ProcessTable:
             os.kill(stub.pid, signal.SIGKILL)
         except ProcessLookupError:
             return
+
+    def private_bytes(self, stub: Stub) -> int:
+        try:
+            pages = (self._proc / str(stub.pid) / "statm").read_text(encoding="ascii").split()
+        except (FileNotFoundError, ProcessLookupError):
+            return 0
+        _, resident, shared, *_ = map(int, pages)
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
     def remove_leftovers(self, stubs: Iterable[Stub]) -> None:
         for stub in stubs:

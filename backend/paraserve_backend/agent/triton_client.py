@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as service
 
 from paraserve_backend.agent.load_error import load_error
+from paraserve_backend.contract import REPLICA_PARAMETER
 from paraserve_backend.errors import (
     BY_CODE,
     DeadlineExceeded,
@@ -68,8 +69,21 @@ class Triton(Protocol):
     async def states(self) -> dict[str, ModelState]:
         """Return the state of every model in the repository or in memory."""
 
-    async def command(self, model: str, command: str) -> None:
+    async def command(
+        self,
+        model: str,
+        command: str,
+        *,
+        replica: str = "",
+        timeout_s: float | None = _ANSWER_TIMEOUT_S,
+    ) -> None:
         """Send a request without inputs, whose parameter says what to do, and await its end.
+
+        Args:
+            model: Triton's name of it.
+            command: JSON; what the role that the model has understands.
+            replica: what the model must be at that moment, if it is a slot.
+            timeout_s: for the answer; `None`: however long it takes.
 
         Raises:
             ParaServeError: what the model answered instead.
@@ -124,20 +138,28 @@ class TritonClient:
             raise self._error(error) from None
         return {model.name: ModelState(model.state) for model in index.models}
 
-    async def command(self, model: str, command: str) -> None:
+    async def command(
+        self,
+        model: str,
+        command: str,
+        *,
+        replica: str = "",
+        timeout_s: float | None = _ANSWER_TIMEOUT_S,
+    ) -> None:
         request = messages.ModelInferRequest(model_name=model)
         request.parameters["command"].string_param = command
+        request.parameters[REPLICA_PARAMETER].string_param = replica
         request.parameters["triton_enable_empty_final_response"].bool_param = True
         call = self._stub.ModelStreamInfer(
             _only(request),
             metadata=self._metadata,
-            timeout=_ANSWER_TIMEOUT_S,
+            timeout=timeout_s,
         )
         try:
             # To its end: a stream must not be cancelled while its final response is on the way.
             async for message in call:
                 if message.error_message:
-                    raise _refusal(model, message.error_message)
+                    raise _refusal(message.error_message)
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from None
 
@@ -154,13 +176,13 @@ class TritonClient:
         return ParaServeError(f"Triton at {self._address} failed: {details}")
 
 
-def _refusal(model: str, text: str) -> ParaServeError:
+def _refusal(text: str) -> ParaServeError:
     """The error for what the model, or Triton in its place, answered to a command."""
     coded = read_coded(text)
     if coded is None:
         return Unavailable(text)
     code, sentence = coded
-    return BY_CODE.get(code, ParaServeError)(f"Model {model} refused a command: {sentence}")
+    return BY_CODE.get(code, ParaServeError)(sentence)
 
 
 def read_key(path: Path | None) -> str | None:

@@ -1,5 +1,5 @@
 """Looks after the node: is Triton there, do the models' processes live? Restarts nothing itself;
-the scheduler removes and applies again.
+the scheduler removes and applies again, and slots mend themselves.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import logging
 from typing import NoReturn
 
 from paraserve_backend.agent.parts import Parts
+from paraserve_backend.agent.slots import Slots
 from paraserve_backend.agent.stubs import Stubs
 from paraserve_backend.agent.triton_client import Triton
 
@@ -24,12 +25,14 @@ class Watchdog:
         triton: Triton,
         stubs: Stubs,
         parts: Parts,
+        slots: Slots,
         changed: asyncio.Event,
         interval_s: float,
     ) -> None:
         self._triton = triton
         self._stubs = stubs
         self._parts = parts
+        self._slots = slots
         self._changed = changed
         self._interval_s = interval_s
         #: None before the first look.
@@ -52,3 +55,4 @@ class Watchdog:
             self._triton_live = live
             self._changed.set()
         self._parts.observe(found, triton_live=live)
+        self._slots.observe(found)

@@ -169,6 +169,11 @@ def _sampling(top_k: int, seed: int, temperature: float, top_p: float) -> Sampli
     return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
 
+def forget_settings() -> None:
+    """Forget what is remembered of requests."""
+    _sampling.cache_clear()
+
+
 def _steering_ids(steering: Steering) -> Iterator[int]:
     if len(steering.seen_ids) != len(steering.seen_counts):
         raise ValueError(

@@ -149,6 +149,7 @@ class NodeStatus(_message.Message):
     TIER_CACHED_BYTES_FIELD_NUMBER: _builtins.int
     IDLE_SLOTS_FIELD_NUMBER: _builtins.int
     SLOTS_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_USED_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     triton_live: _builtins.bool
     tier_used_bytes: _builtins.int
@@ -158,6 +159,8 @@ class NodeStatus(_message.Message):
     """sets of slots that no part has bound"""
     slots_bytes: _builtins.int
     """memory that those hold"""
+    disk_used_bytes: _builtins.int
+    """of the disk tier"""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartStatus]: ...
     @_builtins.property
@@ -173,10 +176,11 @@ class NodeStatus(_message.Message):
         tier_cached_bytes: _builtins.int = ...,
         idle_slots: _builtins.int = ...,
         slots_bytes: _builtins.int = ...,
+        disk_used_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_slots", b"idle_slots", "name", b"name", "parts", b"parts", "slots_bytes", b"slots_bytes", "tier", b"tier", "tier_cached_bytes", b"tier_cached_bytes", "tier_used_bytes", b"tier_used_bytes", "triton_live", b"triton_live"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_used_bytes", b"disk_used_bytes", "idle_slots", b"idle_slots", "name", b"name", "parts", b"parts", "slots_bytes", b"slots_bytes", "tier", b"tier", "tier_cached_bytes", b"tier_cached_bytes", "tier_used_bytes", b"tier_used_bytes", "triton_live", b"triton_live"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -225,14 +229,17 @@ class TierObject(_message.Message):
     LANDED_BYTES_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     LANDED_FIELD_NUMBER: _builtins.int
+    ON_DISK_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     version: _builtins.str
     landed_bytes: _builtins.int
     size_bytes: _builtins.int
     @_builtins.property
     def landed(self) -> _containers.RepeatedCompositeFieldContainer[Global___ByteRange]:
-        """disjoint and ascending"""
+        """in memory; disjoint and ascending"""
 
+    @_builtins.property
+    def on_disk(self) -> _containers.RepeatedCompositeFieldContainer[Global___ByteRange]: ...
     def __init__(
         self,
         *,
@@ -241,10 +248,11 @@ class TierObject(_message.Message):
         landed_bytes: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         landed: _abc.Iterable[Global___ByteRange] | None = ...,
+        on_disk: _abc.Iterable[Global___ByteRange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "landed", b"landed", "landed_bytes", b"landed_bytes", "size_bytes", b"size_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "landed", b"landed", "landed_bytes", b"landed_bytes", "on_disk", b"on_disk", "size_bytes", b"size_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -894,20 +902,24 @@ class ReplicaDemand(_message.Message):
     REPLICA_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     in_flight: _builtins.int
     first_token_s: _builtins.float
     """when this replica's first token reached the gateway; 0: not yet"""
+    tpot_s: _builtins.float
+    """mean time between two tokens of a stream here; 0: not known"""
     def __init__(
         self,
         *,
         replica: _builtins.str = ...,
         in_flight: _builtins.int = ...,
         first_token_s: _builtins.float = ...,
+        tpot_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_s", b"first_token_s", "in_flight", b"in_flight", "replica", b"replica"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_s", b"first_token_s", "in_flight", b"in_flight", "replica", b"replica", "tpot_s", b"tpot_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1132,6 +1144,7 @@ class ReplicaStatus(_message.Message):
     HAND_OVER_END_S_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     PREDICTION_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
@@ -1154,6 +1167,8 @@ class ReplicaStatus(_message.Message):
     """when it had none left; 0: not yet"""
     in_flight: _builtins.int
     """requests it works on"""
+    tpot_s: _builtins.float
+    """time between two tokens as gateways see it; 0: not known"""
     reason: _builtins.str
     """why it was started, and so"""
     @_builtins.property
@@ -1187,12 +1202,13 @@ class ReplicaStatus(_message.Message):
         hand_over_end_s: _builtins.float = ...,
         failure: Global___Failure | None = ...,
         in_flight: _builtins.int = ...,
+        tpot_s: _builtins.float = ...,
         reason: _builtins.str = ...,
         prediction: Global___Prediction | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "first_token_s", b"first_token_s", "hand_over_begin_s", b"hand_over_begin_s", "hand_over_end_s", b"hand_over_end_s", "in_flight", b"in_flight", "parts", b"parts", "phase", b"phase", "planned_s", b"planned_s", "prediction", b"prediction", "ready_s", b"ready_s", "reason", b"reason", "removed_s", b"removed_s", "replica", b"replica", "requested_s", b"requested_s", "succeeds", b"succeeds", "successors", b"successors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "first_token_s", b"first_token_s", "hand_over_begin_s", b"hand_over_begin_s", "hand_over_end_s", b"hand_over_end_s", "in_flight", b"in_flight", "parts", b"parts", "phase", b"phase", "planned_s", b"planned_s", "prediction", b"prediction", "ready_s", b"ready_s", "reason", b"reason", "removed_s", b"removed_s", "replica", b"replica", "requested_s", b"requested_s", "succeeds", b"succeeds", "successors", b"successors", "tpot_s", b"tpot_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from paraserve_backend.weights.cache import whole_pages
+from paraserve_backend.weights.landing import object_name
 from paraserve_backend.weights.objects import StoredObject
 from paraserve_backend.weights.spans import Span
 from paraserve_backend.weights.sparse import first_hole, used_bytes
@@ -19,6 +20,11 @@ class TierObject:
     source_uri: str
     stored: StoredObject
     landed: tuple[Span, ...]
+
+    @property
+    def name(self) -> str:
+        """The object's file name in any tier."""
+        return object_name(self.source_uri, self.stored)
 
     @property
     def landed_bytes(self) -> int:

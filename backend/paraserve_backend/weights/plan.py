@@ -16,6 +16,7 @@ from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.weights.checkpoint import CheckpointIndex, tensor_from_row, tensor_to_row
 from paraserve_backend.weights.objects import ObjectRange, StoredObject, check_key
 from paraserve_backend.weights.safetensors_header import TensorEntry
+from paraserve_backend.weights.spans import cut
 
 DEFAULT_PART_BYTES = 8 << 20
 _FETCH_ID = re.compile(r"[a-z0-9][a-z0-9.-]{0,199}")
@@ -87,13 +88,14 @@ def coalesce(tensors: Iterable[TensorEntry]) -> tuple[ObjectRange, ...]:
 def split_parts(
     ranges: Iterable[ObjectRange], part_bytes: int = DEFAULT_PART_BYTES
 ) -> tuple[ObjectRange, ...]:
-    """Cut ranges into parts of at most `part_bytes`: what one request fetches."""
+    """Cut ranges into parts of at most `part_bytes`: what one request fetches.
+
+    Parts end at multiples of it in their object, so that plans with other layers share them.
+    """
     return tuple(
-        ObjectRange(
-            object_key=whole.object_key, start=start, end=min(start + part_bytes, whole.end)
-        )
+        ObjectRange(object_key=whole.object_key, start=start, end=end)
         for whole in ranges
-        for start in range(whole.start, whole.end, part_bytes)
+        for start, end in cut((whole.start, whole.end), part_bytes)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 #: Bytes `[start, end)`.
 Span = tuple[int, int]
@@ -18,6 +18,13 @@ def merge(spans: Iterable[Span]) -> tuple[Span, ...]:
         else:
             merged.append((start, end))
     return tuple(merged)
+
+
+def cut(span: Span, step: int) -> Iterator[Span]:
+    """Cut a span at all multiples of `step`, so that spans which overlap have pieces in common."""
+    start, end = span
+    for at in range(start // step * step, end, step):
+        yield (max(start, at), min(end, at + step))
 
 
 def subtract(spans: Sequence[Span], removed: Sequence[Span]) -> tuple[Span, ...]:

@@ -6,7 +6,6 @@ stays, up to a limit, for the next fetch of the same object version; `weights.ca
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound, Unavailable
 from paraserve_backend.weights.cache import CACHE, CacheIndex, page_span, whole_pages
+from paraserve_backend.weights.folders import lock_folder
 from paraserve_backend.weights.holdings import Claim, Holding, TierObject, object_problems
 from paraserve_backend.weights.landing import (
     FETCHES,
@@ -33,6 +33,7 @@ from paraserve_backend.weights.objects import StoredObject
 from paraserve_backend.weights.plan import DEFAULT_PART_BYTES, FetchPlan
 from paraserve_backend.weights.spans import Span, merge, subtract, within
 from paraserve_backend.weights.sparse import first_hole, free_bytes, free_span, used_bytes
+from paraserve_backend.weights.tier_contents import TierContents
 from paraserve_backend.weights.tier_fetch import TierFetch, room_for
 
 #: Room for a fetch's own files: its spans, the index of what stays of it.
@@ -54,6 +55,7 @@ class Tier:
         self._fetches: dict[str, TierFetch] = {}
         self._claims: list[tuple[str, Span]] = []
         self._reads: list[tuple[str, Span]] = []
+        self._contents = TierContents(directory, self._cache, self._fetches, self._reads)
         self._lock = threading.Lock()
 
     @classmethod
@@ -65,11 +67,11 @@ class Tier:
         """
         (directory / OBJECTS).mkdir(parents=True, exist_ok=True)
         (directory / FETCHES).mkdir(exist_ok=True)
-        tier = cls(directory, _lock_directory(directory), cache_bytes)
+        tier = cls(directory, lock_folder(directory), cache_bytes)
         for fetch_dir in sorted((directory / FETCHES).iterdir()):
             tier._load(fetch_dir)
         tier._drop_lost_bytes()
-        for path in tier._strays():
+        for path in tier._contents.strays():
             path.unlink()  # left by a fetch whose creation or release was interrupted
         tier._drop_untrusted_bytes()
         tier._trim()
@@ -132,7 +134,10 @@ class Tier:
         with self._lock:
             if any(other == name and _overlap(span, taken) for other, taken in self._claims):
                 return Claim.BUSY
-            if within(span, self._landed(name, span)) or self._file(name) is not None:
+            if (
+                within(span, self._contents.landed(name, span))
+                or self._contents.file(name) is not None
+            ):
                 return Claim.LANDED
             self._claims.append((name, span))
             return Claim.GRANTED
@@ -149,7 +154,7 @@ class Tier:
     def holdings(self, names: Iterable[str]) -> dict[str, Holding]:
         """Return what there is of the objects with these file names."""
         with self._lock:
-            return {name: self._holding(name) for name in names}
+            return {name: self._contents.holding(name) for name in names}
 
     @contextmanager
     def reading(self, name: str, span: Span) -> Iterator[tuple[Path, StoredObject]]:
@@ -158,7 +163,7 @@ class Tier:
         Raises `NotFound` where any of them is not in place.
         """
         with self._lock:
-            path, found = self._readable(name, span)
+            path, found = self._contents.readable(name, span)
             self._reads.append((name, span))
         try:
             yield path, found
@@ -171,17 +176,11 @@ class Tier:
         with self._lock:
             return tuple(self._fetches.values())
 
-    def contents(self) -> tuple[TierObject, ...]:
-        """Return what is in place, by object."""
+    def contents(self, *, with_files: bool = False) -> tuple[TierObject, ...]:
+        """Return what is in place, by object; with the small files that only fetches have."""
         with self._lock:
-            known = {name: (it.source_uri, it.stored) for name, it in self._cache.objects.items()}
-            for fetch in self._fetches.values():
-                for name, stored in fetch.object_names.items():
-                    known[name] = (fetch.plan.source_uri, stored)
-            return tuple(
-                TierObject(source_uri=uri, stored=stored, landed=self._landed(name))
-                for name, (uri, stored) in known.items()
-            )
+            files = self._contents.files() if with_files else {}
+            return tuple({**files, **self._contents.objects()}.values())
 
     @property
     def used_bytes(self) -> int:
@@ -192,22 +191,23 @@ class Tier:
     def cached_bytes(self) -> int:
         """The part of it that goes when there is need for the room."""
         with self._lock:
-            return self._cache.unpinned_bytes(self._pinned)
+            return self._cache.unpinned_bytes(self._contents.pinned)
 
     def check_integrity(self) -> tuple[str, ...]:
         """Return one sentence for everything that is not as it must be."""
         with self._lock:
-            strays = self._strays()
+            strays = self._contents.strays()
             unfinished = {
                 name
                 for fetch in self._fetches.values()
                 if fetch.status is not FetchStatus.DONE
                 for name in fetch.object_names
             }
+            objects = self._contents.objects()
         problems = [f"object file {path.name} belongs to no fetch" for path in strays]
-        for found in self.contents():
-            path = self._path(found.source_uri, found.stored)
-            problems += object_problems(path, found, growing=path.name in unfinished)
+        for name, found in objects.items():
+            path = self.directory / OBJECTS / name
+            problems += object_problems(path, found, growing=name in unfinished)
         return tuple(problems)
 
     def close(self) -> None:
@@ -242,7 +242,9 @@ class Tier:
         return fetch
 
     def _adopt_landed(self, fetch: TierFetch) -> None:
-        landed = {stored.key: self._landed(name) for name, stored in fetch.object_names.items()}
+        landed = {
+            stored.key: self._contents.landed(name) for name, stored in fetch.object_names.items()
+        }
         for number in fetch.missing_parts():
             part = fetch.parts[number]
             if within((part.start, part.end), landed[part.object_key]):
@@ -251,7 +253,7 @@ class Tier:
 
     def _adopt_files(self, fetch: TierFetch) -> None:
         for stored in fetch.missing_files():
-            path = self._file(fetch.name_of(stored))
+            path = self._contents.file(fetch.name_of(stored))
             if path is not None:
                 fetch.adopt_file(stored.key, path)
 
@@ -271,7 +273,7 @@ class Tier:
     def _trim(self, *, wanted_bytes: int = 0) -> None:
         """Remove what is cached beyond the limit, or in the way of `wanted_bytes` to come."""
         while (excess_bytes := self._excess_bytes(wanted_bytes)) > 0:
-            victims = list(self._cache.victims(excess_bytes, self._pinned))
+            victims = list(self._cache.victims(excess_bytes, self._contents.pinned))
             if not victims:
                 return
             for name, span in victims:
@@ -280,89 +282,23 @@ class Tier:
 
     def _excess_bytes(self, wanted_bytes: int) -> int:
         return max(
-            self._cache.unpinned_bytes(self._pinned) - self._cache_bytes,
+            self._cache.unpinned_bytes(self._contents.pinned) - self._cache_bytes,
             wanted_bytes - free_bytes(self.directory),
         )
 
     def _free(self, name: str, spans: Iterable[Span]) -> None:
         """Free what nobody has a use for."""
         path = self.directory / OBJECTS / name
-        if name not in self._cache.objects and not any(self._having(name)):
+        if name not in self._cache.objects and not any(self._contents.having(name)):
             path.unlink(missing_ok=True)  # who reads it still can
             return
-        kept = merge([*self._cache.spans(name), *self._pinned(name)])
+        kept = merge([*self._cache.spans(name), *self._contents.pinned(name)])
         # A page goes only as a whole: with what surrounds the bytes, if nobody needs that.
         for span in subtract(merge(map(page_span, spans)), kept):
             free_span(path, span)
 
-    def _pinned(self, name: str) -> tuple[Span, ...]:
-        spans = [span for other, span in self._reads if other == name]
-        for fetch in self._having(name):
-            if name in fetch.object_names:
-                spans += fetch.needed_spans(fetch.object_names[name].key)
-            else:
-                spans.append((0, fetch.file_names[name].size_bytes))
-        return merge(spans)
-
-    def _landed(self, name: str, near: Span | None = None) -> tuple[Span, ...]:
-        """Return what is in place of an object; with `near`, at least what touches that."""
-        spans = list(self._cache.spans(name))
-        for fetch in self._having(name):
-            if name in fetch.object_names:
-                key = fetch.object_names[name].key
-                spans += fetch.landed_within(key, near) if near else fetch.landed_spans(key)
-        return merge(spans)
-
-    def _holding(self, name: str) -> Holding:
-        landed = self._landed(name)
-        if (path := self._file(name)) is not None:
-            landed = ((0, path.stat().st_size),)
-        coming: list[Span] = []
-        for fetch in self._having(name):
-            if fetch.status is not FetchStatus.RUNNING:
-                continue
-            if name in fetch.object_names:
-                coming += fetch.needed_spans(fetch.object_names[name].key)
-            else:
-                coming.append((0, fetch.file_names[name].size_bytes))
-        return Holding(landed=landed, coming=subtract(merge(coming), landed))
-
-    def _readable(self, name: str, span: Span) -> tuple[Path, StoredObject]:
-        stored = self._identity(name)
-        path = self._file(name) or self.directory / OBJECTS / name
-        landed = self._landed(name, span)
-        if path.parent.name == FILES:
-            landed = ((0, stored.size_bytes),)
-        if not within(span, landed):
-            raise NotFound(f"bytes {span} of {stored.key} are not on this node")
-        return path, stored
-
-    def _identity(self, name: str) -> StoredObject:
-        """Raises `NotFound` where the tier has nothing by that name."""
-        if name in self._cache.objects:
-            return self._cache.objects[name].stored
-        for fetch in self._having(name):
-            return fetch.object_names.get(name) or fetch.file_names[name]
-        raise NotFound(f"there is no object {name} on this node")
-
-    def _file(self, name: str) -> Path | None:
-        """Return where a small file lies whole, if any fetch has or had it."""
-        cached = self._cache.objects.get(name)
-        if cached is not None and cached.spans == ((0, cached.stored.size_bytes),):
-            return self.directory / OBJECTS / name
-        for fetch in self._having(name):
-            if name in fetch.file_names and fetch.has_file(fetch.file_names[name].key):
-                return fetch.file_path(fetch.file_names[name].key)
-        return None
-
     def _path(self, source_uri: str, stored: StoredObject) -> Path:
         return self.directory / OBJECTS / object_name(source_uri, stored)
-
-    def _strays(self) -> list[Path]:
-        """Return the object files that belong to no fetch and are not cached."""
-        known = {name for fetch in self._fetches.values() for name in fetch.object_names}
-        known |= self._cache.objects.keys()
-        return [path for path in (self.directory / OBJECTS).iterdir() if path.name not in known]
 
     def _drop_lost_bytes(self) -> None:
         """Trust nothing that the index has and the object file has not."""
@@ -379,13 +315,6 @@ class Tier:
         for name, found in self._cache.objects.items():
             self._free(name, [(0, found.stored.size_bytes)])
 
-    def _having(self, name: str) -> Iterable[TierFetch]:
-        return (
-            fetch
-            for fetch in self._fetches.values()
-            if name in fetch.object_names or name in fetch.file_names
-        )
-
 
 def _missing_bytes(fetch: TierFetch) -> int:
     """Return the memory that a fetch will take, with some for what is written about it."""
@@ -396,15 +325,3 @@ def _missing_bytes(fetch: TierFetch) -> int:
 
 def _overlap(one: Span, other: Span) -> bool:
     return one[0] < other[1] and other[0] < one[1]
-
-
-def _lock_directory(directory: Path) -> int:
-    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise AlreadyExists(
-            f"another agent uses the tier {directory}: give each agent its own"
-        ) from None
-    return fd

@@ -32,9 +32,10 @@ def by_arrival(fleet: Fleet, now_s: float) -> list[Need]:
 
 
 def stop_idle(fleet: Fleet, now_s: float) -> Iterator[Stop]:
-    """Remove every instance that has been idle for longer than the fixed time."""
+    """Remove every instance that has been idle for longer than the fixed time, or its user's."""
     for need in fleet.needs:
+        keep_alive_s = KEEP_ALIVE_S if need.keep_alive_s is None else need.keep_alive_s
         for replica in need.replicas:
             since_s = replica.idle_since_s
-            if since_s is not None and not replica.is_growing and now_s - since_s > KEEP_ALIVE_S:
-                yield Stop(replica=replica.name, reason=f"idle for {KEEP_ALIVE_S:g} s")
+            if since_s is not None and not replica.is_growing and now_s - since_s > keep_alive_s:
+                yield Stop(replica=replica.name, reason=f"idle for {keep_alive_s:g} s")

@@ -16,7 +16,7 @@ from paraserve_backend.errors import NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler import timeline
 from paraserve_scheduler.commands.connection import add_connection_flags, open_client
-from paraserve_scheduler.commands.parsing import seconds, whole
+from paraserve_scheduler.commands.parsing import any_whole, seconds, whole
 from paraserve_scheduler.commands.tables import deployments_table, nodes_table
 
 _DEPLOY_EPILOG = """\
@@ -28,10 +28,24 @@ examples:
 _DEPLOY_FLAGS = (
     ("ttft-slo", seconds, "S", "goal for the time to first token, seconds"),
     ("tpot-slo", seconds, "S", "goal for the time per output token, seconds"),
-    ("keep-alive", seconds, "S", "idle seconds before scale to zero (default: 60)"),
+    (
+        "keep-alive",
+        seconds,
+        "S",
+        "idle seconds before a replica goes (default: while it is worth it)",
+    ),
     ("max-stages", whole(1), "N", "longest pipeline (default: as the scheduler sees fit)"),
     ("max-context", whole(1), "N", "tokens of prompt and answer (default: what the model allows)"),
     ("max-sequences", whole(1), "N", "requests a replica works on at once (default: 16)"),
+    ("min-replicas", whole(0), "N", "replicas kept without any request (default: 0)"),
+    ("max-replicas", whole(1), "N", "most replicas at once (default: 4)"),
+    (
+        "max-waiting",
+        whole(1),
+        "N",
+        "requests a gateway holds while no replica is there (default: 1000)",
+    ),
+    ("priority", any_whole, "N", "where memory is short the higher one gets it (default: 0)"),
 )
 
 
@@ -118,6 +132,10 @@ def _deploy(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
         max_stages=arguments.max_stages,
         max_context=arguments.max_context,
         max_sequences=arguments.max_sequences,
+        min_replicas=arguments.min_replicas,
+        max_replicas=arguments.max_replicas,
+        max_waiting=arguments.max_waiting,
+        priority=arguments.priority,
         device=arguments.device,
         consolidate=arguments.consolidate,
         engine=arguments.engine,

@@ -44,3 +44,11 @@ def seconds(text: str) -> float:
 
 def whole(low: int) -> Callable[[str], float]:
     return at_least(low, int)
+
+
+def any_whole(text: str) -> int:
+    """Read a whole number, which may be below zero."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None

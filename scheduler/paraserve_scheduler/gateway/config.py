@@ -35,9 +35,6 @@ class GatewayConfig:
         float,
         "Longest wait for the one response to a request that is not streamed.",
     ] = 600.0
-    max_held_requests: Annotated[
-        int, "Requests that may wait for one deployment; more are refused."
-    ] = 1000
     max_request_bytes: Annotated[
         int, "Largest request over either protocol, as it comes and unpacked."
     ] = 64 * _MIB

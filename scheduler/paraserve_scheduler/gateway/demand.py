@@ -21,6 +21,8 @@ class _DeploymentDemand:
     in_flight: Counter[str] = field(default_factory=Counter)
     #: By replica, seconds since the epoch.
     first_token_s: dict[str, float] = field(default_factory=dict)
+    #: By replica, gaps between tokens of a stream: how many, and how long together.
+    gaps: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
 class Demand:
@@ -63,6 +65,12 @@ class Demand:
             first_token_s[replica] = at_s
             self.urgent.set()
 
+    def decoded(self, deployment: str, replica: str, gaps: int, seconds: float) -> None:
+        """Note how long the gaps between a stream's tokens were together."""
+        known = self._of(deployment).gaps
+        count, total_s = known.get(replica, (0, 0.0))
+        known[replica] = (count + gaps, total_s + seconds)
+
     def num_waiting(self, deployment: str) -> int:
         demand = self._deployments.get(deployment)
         return demand.waiting if demand else 0
@@ -93,6 +101,7 @@ def _forget_replicas(demand: _DeploymentDemand, replicas: Collection[str]) -> No
         if not demand.in_flight[replica]:
             del demand.in_flight[replica]
             demand.first_token_s.pop(replica, None)
+            demand.gaps.pop(replica, None)
 
 
 def _message(deployment: str, demand: _DeploymentDemand) -> pb.Demand:
@@ -107,7 +116,12 @@ def _message(deployment: str, demand: _DeploymentDemand) -> pb.Demand:
                 replica=replica,
                 in_flight=demand.in_flight[replica],
                 first_token_s=demand.first_token_s.get(replica, 0.0),
+                tpot_s=_mean(demand.gaps.get(replica)),
             )
             for replica in replicas
         ],
     )
+
+
+def _mean(gaps: tuple[int, float] | None) -> float:
+    return gaps[1] / gaps[0] if gaps else 0.0

@@ -48,7 +48,6 @@ _BY_CODE: Mapping[str, type[ParaServeError]] = {
     **BY_CODE,
     # What our models and scheduler never say, but gRPC and Triton do.
     "OUT_OF_RANGE": InvalidRequest,
-    "RESOURCE_EXHAUSTED": Unavailable,
     "UNIMPLEMENTED": Unimplemented,
 }
 

@@ -33,6 +33,24 @@ from paraserve_scheduler.gateway.validation import validate
 _MAX_REPLICAS_TRIED = 3
 
 
+class _Pace:
+    """When the responses of a stream came."""
+
+    def __init__(self) -> None:
+        self.gaps = -1
+        self.first_s = self._last_s = 0.0
+
+    def hear(self, at_s: float) -> None:
+        self.gaps += 1
+        if self.gaps == 0:
+            self.first_s = at_s
+        self._last_s = at_s
+
+    @property
+    def decode_s(self) -> float:
+        return self._last_s - self.first_s
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Admitted:
     """What the gateway itself has to know of a request that passed its checks."""
@@ -174,13 +192,18 @@ class Proxy:
         wanted = request.parameters.get(WANT_EMPTY_FINAL)
         wants_empty_final = wanted is not None and wanted.bool_param
         responses = self._upstream.responses(endpoint, request, timeouts)
+        pace = _Pace()
         async with aclosing(responses):
             async for response in responses:
-                self._demand.first_token(request.model_name, endpoint.replica, time.time())
+                pace.hear(time.time())
+                if pace.gaps == 0:
+                    self._demand.first_token(request.model_name, endpoint.replica, pace.first_s)
                 if not journey.hear(response):
                     return False
                 if response.outputs or wants_empty_final or not is_final(response):
                     await send(response)
+        if pace.gaps > 0:
+            self._demand.decoded(request.model_name, endpoint.replica, pace.gaps, pace.decode_s)
         return True
 
     def _timeouts(self, is_stream: bool) -> ResponseTimeouts:

@@ -15,6 +15,7 @@ from paraserve_backend.errors import (
     DeadlineExceeded,
     InvalidRequest,
     NotFound,
+    ResourceExhausted,
     Unavailable,
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
@@ -34,12 +35,10 @@ class Routes:
         self,
         demand: Demand,
         *,
-        max_held_requests: int,
         cold_start_timeout_s: float,
         first_table_timeout_s: float = 5.0,
     ) -> None:
         self._demand = demand
-        self._max_held_requests = max_held_requests
         self._cold_start_timeout_s = cold_start_timeout_s
         self._first_table_timeout_s = first_table_timeout_s
         self._table: dict[str, pb.Route] | None = None
@@ -119,7 +118,7 @@ class Routes:
 
         Raises:
             NotFound: the deployment is unknown, or was deleted meanwhile.
-            Unavailable: too many requests wait already.
+            ResourceExhausted: too many requests wait already.
             DeadlineExceeded: no replica became ready in time.
             ReplicaLost: the scheduler says that the replica failed; ends the body at once.
             ParaServeError: why the cold start that this request waited for failed.
@@ -182,11 +181,12 @@ class Routes:
         )
 
     async def _hold(self, deployment: str, refused: frozenset[str]) -> pb.Endpoint:
-        last_failure_number = self._route(deployment).failure_number
-        if self._demand.num_waiting(deployment) >= self._max_held_requests:
-            raise Unavailable(
-                f"{self._max_held_requests} requests already wait for a replica of "
-                f"'{deployment}'; retry later."
+        route = self._route(deployment)
+        last_failure_number = route.failure_number
+        if self._demand.num_waiting(deployment) >= route.max_waiting:
+            raise ResourceExhausted(
+                f"{route.max_waiting} requests already wait for a replica of '{deployment}'; "
+                "retry later, or deploy it with a higher --max-waiting."
             )
         with self._demand.waiting(deployment):
             try:

@@ -48,7 +48,6 @@ class Gateway:
         self._demand = Demand(name)
         self._routes = Routes(
             self._demand,
-            max_held_requests=config.max_held_requests,
             cold_start_timeout_s=config.cold_start_timeout_s,
         )
         self._upstream = Upstream()

@@ -16,9 +16,11 @@ import grpc.aio
 from tritonclient.grpc import service_pb2 as kserve
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from paraserve_backend.contract import REPLICA_PARAMETER
 from paraserve_backend.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    NotFound,
     ParaServeError,
     Unavailable,
     read_coded,
@@ -137,7 +139,7 @@ class _Stream:
         self._channel = server.channel
         self._model = endpoint.model
         self._deployment = request.model_name
-        self._call = server.stub.ModelStreamInfer(_only(_addressed(request, endpoint.model)))
+        self._call = server.stub.ModelStreamInfer(_only(_addressed(request, endpoint)))
         self._messages = aiter(self._call)
         self._is_started = False
         #: Whether the final response has been read.
@@ -196,6 +198,8 @@ class _Stream:
         """
         sentence = self._clean(text)
         code = read_coded(sentence)
+        if code is not None and code[0] == NotFound.grpc_code:
+            return self._loss()  # a slot that is another replica by now
         if code is not None:
             return error_from_code(*code)
         if _NOT_SERVED.search(text):
@@ -238,11 +242,15 @@ async def _only(
     yield request
 
 
-def _addressed(request: kserve.ModelInferRequest, model: str) -> kserve.ModelInferRequest:
+def _addressed(
+    request: kserve.ModelInferRequest, endpoint: pb.Endpoint
+) -> kserve.ModelInferRequest:
     """Return the client's request as the replica gets it; the end is always to be marked."""
     addressed = kserve.ModelInferRequest()
     addressed.CopyFrom(request)
-    addressed.model_name = model
+    addressed.model_name = endpoint.model
     addressed.model_version = ""
     addressed.parameters[WANT_EMPTY_FINAL].bool_param = True
+    # A slot may serve another replica when the request gets there.
+    addressed.parameters[REPLICA_PARAMETER].string_param = endpoint.replica
     return addressed

@@ -92,6 +92,7 @@ def make_layout(
         raise InvalidRequest(f"A cluster needs at least one node, not {options.nodes}.")
     ports = PortPicker(SystemRandom(), lambda port: is_free(LOOPBACK, port))
     memory_bytes = options.node_memory_bytes or int(available_bytes * _MEMORY_SHARE / options.nodes)
+    settings = {} if options.tier_bytes is None else {"tier_bytes": options.tier_bytes}
     return ClusterLayout(
         name=options.name,
         host=LOOPBACK,
@@ -100,7 +101,7 @@ def make_layout(
         gateway_http_port=options.gateway_http_port or ports.one(TRITON_HTTP_PORT),
         s3_port=(options.s3_port or ports.one()) if options.with_s3 else None,
         nodes=tuple(
-            _node(f"node{number}", ports, memory_bytes, options.tier_bytes)
+            _node(f"node{number}", ports, memory_bytes, settings)
             for number in range(1, options.nodes + 1)
         ),
         state_dir=files.state_dir,
@@ -267,7 +268,9 @@ def require_running(name: str, environ: Mapping[str, str]) -> RunningCluster:
     return cluster
 
 
-def _node(name: str, ports: PortPicker, memory_bytes: int, tier_bytes: int | None) -> NodeLayout:
+def _node(
+    name: str, ports: PortPicker, memory_bytes: int, agent_settings: Mapping[str, object]
+) -> NodeLayout:
     channel = ports.block(_CHANNEL_PORTS)
     return NodeLayout(
         name=name,
@@ -280,7 +283,7 @@ def _node(name: str, ports: PortPicker, memory_bytes: int, tier_bytes: int | Non
         channel_port_end=channel + _CHANNEL_PORTS,
         memory_bytes=memory_bytes,
         nic_bytes_per_s=1.25e9,
-        tier_bytes=tier_bytes,
+        agent_settings=agent_settings,
     )
 
 

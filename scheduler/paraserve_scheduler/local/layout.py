@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from paraserve_backend.errors import InvalidRequest
@@ -39,8 +39,8 @@ class NodeLayout:
     channel_port_end: int
     memory_bytes: int
     nic_bytes_per_s: float
-    #: Agent setting `tier_bytes`; 0: every cold start fetches everything.
-    tier_bytes: int | None = None
+    #: Of its agent, beside those that follow from the layout.
+    agent_settings: Mapping[str, object] = field(default_factory=dict)
     #: Named network namespace its processes run in; None: that of the supervisor.
     network_namespace: str | None = None
 
@@ -59,6 +59,8 @@ class ClusterLayout:
     state_dir: Path
     #: OpenMP threads of each model process; the nodes share this machine's cores.
     compute_threads: int
+    #: Of the scheduler, beside those that follow from the layout.
+    scheduler_settings: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def files(self) -> ClusterFiles:

@@ -184,6 +184,7 @@ def _scheduler_settings(layout: ClusterLayout) -> dict[str, object]:
             "http_address": f"{layout.host}:{layout.gateway_http_port}",
             "token_file": str(files.token),
         },
+        **layout.scheduler_settings,
     }
 
 
@@ -198,11 +199,11 @@ def _agent_settings(layout: ClusterLayout, node: NodeLayout) -> dict[str, object
         "listen": f"{node.host}:{node.agent_port}",
         "memory_bytes": node.memory_bytes,
         "nic_bytes_per_s": node.nic_bytes_per_s,
-        "tier_bytes": node.tier_bytes,
         "channel_host": node.host,
         "channel_port_start": node.channel_port_start,
         "channel_port_end": node.channel_port_end,
         "token_file": str(files.token),
+        **node.agent_settings,
     }
 
 

@@ -45,6 +45,8 @@ class KindFile:
     workers: tuple[WorkerFile, ...]
     speeds: tuple[SpeedFile, ...]
     hop_s: float = 0.001
+    #: Reads of weights.
+    disk_gb_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,10 @@ class NodeFile:
     gpu_gb: float
     #: Host memory for weights.
     memory_gb: float
+    #: Disk for weights that host memory has no room for.
+    disk_gb: float = 0.0
+    #: Rack or zone.
+    zone: str = ""
     count: int = 1
 
 
@@ -118,6 +124,8 @@ class NodeDescription:
     nic_bytes_per_s: float
     gpu_bytes: tuple[int, ...]
     memory_bytes: int
+    disk_bytes: int = 0
+    zone: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +178,7 @@ def _kind(kind: KindFile, worker: str, where: str) -> NodeKind:
         start=_start_method(chosen),
         speeds={speed.model: _speed(speed) for speed in kind.speeds},
         hop_s=kind.hop_s,
+        disk_bytes_per_s=kind.disk_gb_per_s * _GB,
     )
 
 
@@ -218,6 +227,8 @@ def _nodes(entry: NodeFile, kinds: dict[str, NodeKind], where: str) -> Iterator[
             nic_bytes_per_s=entry.nic_gbit * _BYTES_PER_GBIT,
             gpu_bytes=(round(entry.gpu_gb * _GB),) * entry.gpus,
             memory_bytes=round(entry.memory_gb * _GB),
+            disk_bytes=round(entry.disk_gb * _GB),
+            zone=entry.zone,
         )
 
 

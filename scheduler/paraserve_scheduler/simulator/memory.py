@@ -1,10 +1,11 @@
-"""Memory of the simulated nodes: what each GPU holds, and weights kept in host memory."""
+"""Memory of the simulated nodes: what each GPU holds, and weights kept in memory and on disk."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from paraserve_scheduler.cost import ModelShape
 from paraserve_scheduler.fleet import Gpu
 from paraserve_scheduler.simulator.description import NodeDescription
 from paraserve_scheduler.simulator.heap import Heap
@@ -85,18 +86,62 @@ class GpuMemory:
             self.take_slot()
 
 
+class Shelf:
+    """Layers by weights that one tier of a node keeps; what was unused longest goes first."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity_bytes = capacity_bytes
+        self._used_bytes = 0
+        #: The longest unused first; spans and their bytes.
+        self._kept: OrderedDict[str, tuple[Spans, int]] = OrderedDict()
+
+    def records(self) -> dict[str, Spans]:
+        return {weights: spans for weights, (spans, _) in self._kept.items()}
+
+    def spans(self, weights: str) -> Spans:
+        return self._kept.get(weights, ((), 0))[0]
+
+    def keep(self, weights: str, spans: Spans, model: ModelShape) -> list[tuple[str, Spans]]:
+        """Keep these layers too; returns what had to go. Nothing happens if they cannot fit."""
+        both = self.spans(weights)
+        for start, end in spans:
+            both = joined(both, start, end)
+        size = sum(model.bytes_of(start, end) for start, end in both)
+        if size > self._capacity_bytes:
+            return []
+        self._used_bytes += size - self._kept.get(weights, ((), 0))[1]
+        self._kept[weights] = (both, size)
+        self._kept.move_to_end(weights)
+        gone = []
+        while self._used_bytes > self._capacity_bytes:
+            name, (lost, lost_bytes) = self._kept.popitem(last=False)
+            self._used_bytes -= lost_bytes
+            gone.append((name, lost))
+        return gone
+
+    def used(self, weights: str) -> None:
+        if weights in self._kept:
+            self._kept.move_to_end(weights)
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._used_bytes = 0
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class NodeMemory:
     description: NodeDescription
     gpus: list[GpuMemory]
+    #: Weights in host memory and on disk.
+    memory: Shelf
+    disk: Shelf
     is_lost: bool = False
-    #: Layers in host memory by weights, the longest unused first; and their bytes.
-    cached: OrderedDict[str, Spans] = field(default_factory=OrderedDict)
-    cached_bytes: dict[str, int] = field(default_factory=dict)
     #: Counts changes, so that what was made of this node can be made again.
     version: int = 0
     #: Slots on their way, by GPU.
     warming: set[int] = field(default_factory=set)
+    #: Shapes of what was ever kept.
+    _models: dict[str, ModelShape] = field(default_factory=dict)
 
     def records(self) -> tuple[Gpu, ...]:
         return tuple(
@@ -109,28 +154,21 @@ class NodeMemory:
             for index, gpu in enumerate(self.gpus)
         )
 
-    def keep(self, weights: str, start: int, end: int, layer_bytes: tuple[int, ...]) -> None:
-        """Keep these layers in host memory; what was unused longest goes when it is full."""
-        spans = joined(self.cached.get(weights, ()), start, end)
-        size = sum(sum(layer_bytes[low:high]) for low, high in spans)
-        if size > self.description.memory_bytes:
-            return
-        self.cached[weights] = spans
-        self.cached_bytes[weights] = size
-        self.cached.move_to_end(weights)
-        while sum(self.cached_bytes.values()) > self.description.memory_bytes:
-            oldest, _ = self.cached.popitem(last=False)
-            del self.cached_bytes[oldest]
+    def keep(self, weights: str, start: int, end: int, model: ModelShape) -> None:
+        """Keep these layers in host memory; what goes for them is kept on disk."""
+        self._models[weights] = model
+        for name, spans in self.memory.keep(weights, ((start, end),), model):
+            self.disk.keep(name, spans, self._models[name])
         self.version += 1
 
     def used(self, weights: str) -> None:
-        if weights in self.cached:
-            self.cached.move_to_end(weights)
+        self.memory.used(weights)
+        self.disk.used(weights)
 
     def lose(self) -> None:
+        """The node is gone; what is on its disk is there again when it is back."""
         self.is_lost = True
-        self.cached.clear()
-        self.cached_bytes.clear()
+        self.memory.clear()
         self.warming.clear()
         for gpu in self.gpus:
             gpu.drop_all()

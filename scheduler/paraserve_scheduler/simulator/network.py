@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from paraserve_scheduler.contention import Claim, Flow, fair_rates
 from paraserve_scheduler.simulator.heap import Heap
 
+#: Links: of a node and its disk as (what, node), and the object store's.
+INTO, OUT_OF, DISK, STORE = "into", "out of", "disk of", "store"
 #: Less than a byte is left by rounding only.
 _NOTHING = 0.5
 
@@ -71,17 +73,26 @@ class Network:
         claims: dict[str, list[Claim]] = {}
         for it in self._transfers:
             claim = Claim(remaining_bytes=it.remaining_bytes, deadline_s=it.deadline_s)
-            # What runs in the background gives way to a new fetch.
-            if it.flow.rank >= 0:
+            # What runs in the background gives way to a new fetch, and a disk's read is not in it.
+            if it.flow.rank >= 0 and (INTO, it.node) in it.flow.links:
                 claims.setdefault(it.node, []).append(claim)
         return claims
 
     def fetches_from(self, link: Hashable) -> int:
         return sum(link in it.flow.links for it in self._transfers)
 
+    def fetches_by_peer(self) -> dict[str, int]:
+        """How many fetches run out of each node that any run out of."""
+        counts: dict[str, int] = {}
+        for it in self._transfers:
+            for link in it.flow.links:
+                if isinstance(link, tuple) and link[0] == OUT_OF:
+                    counts[link[1]] = counts.get(link[1], 0) + 1
+        return counts
+
     def moved_into(self, nodes: Iterable[str]) -> float:
         """Bytes that have arrived at these nodes over the network."""
-        return sum(self._moved_bytes.get(("into", node), 0.0) for node in nodes)
+        return sum(self._moved_bytes.get((INTO, node), 0.0) for node in nodes)
 
     def _advance(self) -> None:
         passed_s = self._heap.now_s - self._updated_s

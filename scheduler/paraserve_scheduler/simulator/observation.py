@@ -34,7 +34,7 @@ class NodeRecords:
     def __init__(self) -> None:
         self._records: dict[str, tuple[int, Node]] = {}
 
-    def get(self, memory: NodeMemory, claims: tuple[Claim, ...]) -> Node:
+    def get(self, memory: NodeMemory, claims: tuple[Claim, ...], uplink_fetches: int) -> Node:
         name = memory.description.name
         version, record = self._records.get(name, (None, None))
         if record is None or version != memory.version:
@@ -44,10 +44,14 @@ class NodeRecords:
                 kind=it.kind,
                 nic_bytes_per_s=it.nic_bytes_per_s,
                 gpus=memory.records(),
-                cached=dict(memory.cached),
+                cached=memory.memory.records(),
+                on_disk=memory.disk.records(),
+                zone=it.zone,
             )
             self._records[name] = (memory.version, record)
-        return replace(record, claims=claims) if claims else record
+        if not claims and not uplink_fetches:
+            return record
+        return replace(record, claims=claims, uplink_fetches=uplink_fetches)
 
 
 def need_of(served: Served) -> Need:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from paraserve_scheduler.cost import ModelShape, runtime_s
-from paraserve_scheduler.fleet import ReplicaPhase, StageChoice, Start
+from paraserve_scheduler.fleet import ReplicaPhase, Source, StageChoice, Start
 from paraserve_scheduler.simulator.description import DeploymentDescription
 from paraserve_scheduler.simulator.heap import Heap
 from paraserve_scheduler.simulator.memory import NodeMemory
-from paraserve_scheduler.simulator.network import Network, Transfer
+from paraserve_scheduler.simulator.network import DISK, INTO, OUT_OF, STORE, Network, Transfer
 from paraserve_scheduler.simulator.serving import Batch
 from paraserve_scheduler.simulator.trace import Trace
 
@@ -117,7 +117,8 @@ def _begin_stage(
         heap.at(after_s + method.tail_s + size * method.load_s_per_byte + setup_s, loaded)
 
     around.trace.span(*where, f"runtime {replica.name}", began_s, began_s + process_s, 0)
-    fetch = _Fetch(replica, stage.node, [(stage.start, stage.end)], around, arrived)
+    spans = [(stage.start, stage.end)]
+    fetch = _Fetch(replica, stage.node, spans, around, arrived, stage.sources)
     if method.is_overlapped:
         fetch.begin(rank=0, deadline_s=replica.start.deadline_s)
     else:
@@ -125,7 +126,7 @@ def _begin_stage(
 
 
 class _Fetch:
-    """Layers that one stage lacks, from host memory if they are there, else over the network."""
+    """Layers that one stage lacks in host memory, from disk, peers and the store at once."""
 
     def __init__(
         self,
@@ -134,8 +135,11 @@ class _Fetch:
         spans: Sequence[tuple[int, int]],
         around: Surroundings,
         done: Callable[[], None],
+        sources: Sequence[Source] = (),
     ) -> None:
         self._replica = replica
+        self._sources = sources
+        self._running = 0
         self._node = around.nodes[node]
         self._spans = spans
         self._around = around
@@ -144,25 +148,51 @@ class _Fetch:
     def begin(self, rank: int = 0, deadline_s: float | None = None) -> None:
         if self._replica.is_gone:
             return
-        lacking = self._lacking_bytes()
+        shares = self._shares()
         self._node.used(self._replica.deployment.name)
-        if lacking == 0:
+        if not shares:
             self._done()
             return
         self._node.version += 1
-        transfer = self._around.network.begin(
-            lacking,
-            node=self._node.description.name,
-            links=self._links(lacking),
-            done=self._arrived,
-            rank=rank,
-            deadline_s=deadline_s,
-        )
-        self._replica.transfers.append(transfer)
+        self._running = len(shares)
+        for links, size in shares.items():
+            transfer = self._around.network.begin(
+                size,
+                node=self._node.description.name,
+                links=links,
+                done=self._source_done,
+                rank=rank,
+                deadline_s=deadline_s,
+            )
+            self._replica.transfers.append(transfer)
+
+    def _source_done(self) -> None:
+        self._running -= 1
+        if self._running == 0:
+            self._arrived()
+
+    def _shares(self) -> dict[tuple[Hashable, ...], int]:
+        """Bytes to move over which links: as planned, or all from the store if it is not so now."""
+        name = self._node.description.name
+        lacking = self._lacking_bytes()
+        planned = [
+            source
+            for source in self._sources
+            if source.size_bytes and (source.peer != name or source.is_on_disk)
+        ]
+        if sum(source.size_bytes for source in planned) != lacking:
+            return {((INTO, name), STORE): lacking} if lacking else {}
+        return {self._links(source): source.size_bytes for source in planned}
+
+    def _links(self, source: Source) -> tuple[Hashable, ...]:
+        name = self._node.description.name
+        if source.is_on_disk:
+            return ((DISK, name),)
+        return ((INTO, name), STORE if source.peer is None else (OUT_OF, source.peer))
 
     def _lacking_bytes(self) -> int:
         model = self._replica.model
-        cached = self._node.cached.get(self._replica.deployment.name, ())
+        cached = self._node.memory.spans(self._replica.deployment.name)
         size = 0
         for start, end in self._spans:
             size += model.bytes_of(start, end)
@@ -171,26 +201,11 @@ class _Fetch:
                     size -= model.bytes_of(max(low, start), min(high, end))
         return size
 
-    def _links(self, lacking: int) -> tuple[Hashable, ...]:
-        """Out of the store, unless the plan named a peer that still has the bytes."""
-        name = self._node.description.name
-        peers = [
-            source.peer
-            for stage in self._replica.start.stages
-            if stage.node == name
-            for source in stage.sources
-            if source.peer not in (None, name) and source.size_bytes >= lacking
-        ]
-        source: Hashable = ("out of", peers[0]) if peers else "store"
-        return (("into", name), source)
-
     def _arrived(self) -> None:
         self._node.version += 1
         if self._replica.start.keeps_in_memory and not self._node.is_lost:
             for start, end in self._spans:
-                self._node.keep(
-                    self._replica.deployment.name, start, end, self._replica.model.layer_bytes
-                )
+                self._node.keep(self._replica.deployment.name, start, end, self._replica.model)
         self._done()
 
 

@@ -24,8 +24,8 @@ from paraserve_scheduler.fleet import (
 from paraserve_scheduler.simulator import replicas as lives
 from paraserve_scheduler.simulator.description import ClusterDescription
 from paraserve_scheduler.simulator.heap import Heap
-from paraserve_scheduler.simulator.memory import GpuMemory, Meter, NodeMemory
-from paraserve_scheduler.simulator.network import Network
+from paraserve_scheduler.simulator.memory import GpuMemory, Meter, NodeMemory, Shelf
+from paraserve_scheduler.simulator.network import DISK, INTO, OUT_OF, STORE, Network
 from paraserve_scheduler.simulator.observation import NodeRecords, Served, need_of
 from paraserve_scheduler.simulator.replicas import SimReplica
 from paraserve_scheduler.simulator.serving import Batch
@@ -84,6 +84,8 @@ class Simulation:
                     GpuMemory(size, node.kind.start.slot_bytes, self._meter)
                     for size in node.gpu_bytes
                 ],
+                memory=Shelf(node.memory_bytes),
+                disk=Shelf(node.disk_bytes),
             )
             for node in cluster.nodes
         }
@@ -209,16 +211,16 @@ class Simulation:
                 node.version += 1
 
     def _fleet(self) -> Fleet:
-        claims = self.network.claims()
+        claims, uplinks = self.network.claims(), self.network.fetches_by_peer()
         return Fleet(
             nodes=tuple(
-                self._node_records.get(node, tuple(claims.get(name, ())))
+                self._node_records.get(node, tuple(claims.get(name, ())), uplinks.get(name, 0))
                 for name, node in self.nodes.items()
                 if not node.is_lost
             ),
             needs=tuple(need_of(it) for it in self._active.values()),
             store_bytes_per_s=self._cluster.store_bytes_per_s,
-            store_fetches=self.network.fetches_from("store"),
+            store_fetches=self.network.fetches_from(STORE),
         )
 
     # ---- replicas ----
@@ -391,10 +393,11 @@ _LONGEST_TAIL_S = 3600.0
 def _capacities(cluster: ClusterDescription) -> dict[object, float]:
     links: dict[object, float] = {}
     for node in cluster.nodes:
-        links["into", node.name] = node.nic_bytes_per_s
-        links["out of", node.name] = node.nic_bytes_per_s
+        links[INTO, node.name] = node.nic_bytes_per_s
+        links[OUT_OF, node.name] = node.nic_bytes_per_s
+        links[DISK, node.name] = node.kind.disk_bytes_per_s
     if cluster.store_bytes_per_s is not None:
-        links["store"] = cluster.store_bytes_per_s
+        links[STORE] = cluster.store_bytes_per_s
     return links
 
 

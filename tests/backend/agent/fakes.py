@@ -37,6 +37,9 @@ class FakeProcesses:
         if not self.unkillable:
             self.alive.pop(stub.pid, None)
 
+    def private_bytes(self, _stub: Stub) -> int:
+        return 1000
+
     def remove_leftovers(self, stubs: Iterable[Stub]) -> None:
         self.cleaned += [stub.model for stub in stubs]
 
@@ -51,7 +54,7 @@ class FakeTriton:
     def __init__(self, repository: Path, processes: FakeProcesses) -> None:
         self.processes = processes
         self.is_up = True
-        #: Loads of these models wait until their event is set.
+        #: Loads of these models, and commands to them, wait until their event is set.
         self.gates: dict[str, asyncio.Event] = {}
         self.load_errors: dict[str, ParaServeError] = {}
         #: Models whose load answers with this error although it goes on.
@@ -92,9 +95,14 @@ class FakeTriton:
         self._require_up()
         return dict(self._states)
 
-    async def command(self, model: str, command: str) -> None:
+    async def command(
+        self, model: str, command: str, *, replica: str = "", timeout_s: float | None = 5
+    ) -> None:
         self._require_up()
         self.commands.append((model, command))
+        async with asyncio.timeout(timeout_s):
+            if model in self.gates:
+                await self.gates[model].wait()
         if self.command_error is not None:
             raise self.command_error
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from paraserve_backend.agent.fetches import Fetches, FetchLimits, FetchRequest
 from paraserve_backend.agent.keys import KeyStore
-from paraserve_backend.agent.part import Node
+from paraserve_backend.agent.part_models import Node
 from paraserve_backend.agent.parts import Parts
 from paraserve_backend.agent.repository import ModelRepository
+from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.agent.unloading import Unloader
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint import read_index
@@ -29,6 +30,7 @@ class FakeNode:
     triton: FakeTriton
     processes: FakeProcesses
     fetches: Fetches
+    slots: Slots
     parts: Parts
     changed: asyncio.Event
     #: Seconds since the Unix epoch; a test sets it forward.
@@ -36,6 +38,7 @@ class FakeNode:
 
     def observe(self, *, triton_live: bool = True) -> None:
         self.parts.observe(self.processes.find(), triton_live=triton_live)
+        self.slots.observe(self.processes.find())
 
     def models_on_disk(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "models").iterdir())
@@ -55,11 +58,21 @@ async def fake_node(
     processes, now_s, changed = FakeProcesses(), [1000.0], asyncio.Event()
     triton = FakeTriton(folder / "models", processes)
     fetches = Fetches(Tier.open(folder / "tier"), FetchLimits(threads=1))
+    repository = ModelRepository(folder / "models")
+    unloader = Unloader(triton=triton, stubs=processes, kill_s=0.2)
+    slots = Slots(
+        repository,
+        unloader,
+        SlotLimits(run_dir=str(folder), devices=("cpu",), most_idle_sets=2),
+        changed=changed.set,
+        now_s=lambda: now_s[0],
+    )
     node = Node(
-        repository=ModelRepository(folder / "models"),
-        unloader=Unloader(triton=triton, stubs=processes, kill_s=0.2),
+        repository=repository,
+        unloader=unloader,
         fetches=fetches,
         keys=KeyStore(folder / "keys"),
+        slots=slots,
         part_deadline_s=part_deadline_s,
         remove_deadline_s=remove_deadline_s,
         now=lambda: now_s[0],
@@ -70,11 +83,13 @@ async def fake_node(
         triton=triton,
         processes=processes,
         fetches=fetches,
+        slots=slots,
         parts=parts,
         changed=changed,
         now_s=now_s,
     )
     await parts.remove_all()
+    await slots.remove_all()
     await fetches.close()
 
 

@@ -14,6 +14,7 @@ from paraserve_backend.trace import Span, SpanFile
 from paraserve_backend.weights.landing import FetchStatus
 from paraserve_backend.weights.objects import Connection, Source, StoredObject
 from paraserve_backend.weights.plan import FetchPlan
+from paraserve_backend.weights.spans import merge
 from paraserve_backend.weights.tier import Tier
 from paraserve_backend.weights.tier_reader import TierReader
 from tests.backend.agent.nodes import make_plan, make_request
@@ -217,6 +218,21 @@ def test_what_stays_in_the_tier_is_told_in_the_timeline_of_the_next_fetch(tmp_pa
         await fetches.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("layers", [(0, 2), (1, 2), (0, 4)])
+def test_reports_say_which_bytes_of_an_object_are_there_as_few_ranges(
+    tmp_path: Path, layers: tuple[int, int]
+) -> None:
+    async def test(fetches: Fetches) -> None:
+        plan = plan_of(write_checkpoint(tmp_path / "m"), fetch_id="m.1.0", layers=layers)
+        await (await fetches.start(make_request(plan), 10)).wait()
+        ((found,), _) = await fetches.contents()
+        wanted = merge((part.start, part.end) for part in plan.ranges)
+        assert [(span.start, span.end) for span in found.landed] == list(wanted)
+        assert found.landed_bytes == plan.total_bytes
+
+    play(tmp_path, test)
 
 
 def test_what_is_only_cached_gives_way_to_a_replica_and_is_no_longer_counted(

@@ -13,6 +13,7 @@ def make_watchdog(node: FakeNode) -> Watchdog:
         triton=node.triton,
         stubs=node.processes,
         parts=node.parts,
+        slots=node.slots,
         changed=node.changed,
         interval_s=0.01,
     )

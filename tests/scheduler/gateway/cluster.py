@@ -67,11 +67,10 @@ class Cluster:
             triton_grpc_address=address or self.addresses[(number - 1) % 2],
         )
 
-    async def publish(self, *endpoints: pb.Endpoint, **failure: Any) -> None:
+    async def publish(self, *endpoints: pb.Endpoint, **fields: Any) -> None:
         """Make these the ready replicas of the one deployment."""
-        await self.scheduler.publish(
-            pb.Route(deployment=DEPLOYMENT, endpoints=endpoints, **failure)
-        )
+        route = {"max_waiting": 100, **fields}
+        await self.scheduler.publish(pb.Route(deployment=DEPLOYMENT, endpoints=endpoints, **route))
 
     async def failed(self, count: int) -> None:
         """Wait until so many requests have ended otherwise than well, leaving nothing behind."""

@@ -117,12 +117,13 @@ async def test_an_older_failure_does_not_fail_a_new_request() -> None:
 
 
 async def test_requests_beyond_the_limit_of_held_ones_are_refused_at_once() -> None:
-    async with serving(make_config(max_held_requests=1), replicas=0) as cluster:
+    async with serving(replicas=0) as cluster:
+        await cluster.publish(max_waiting=1)
         held = cluster.stub.ModelInfer(make_request(stream=False))
         await cluster.held()
         with pytest.raises(grpc.aio.AioRpcError, match="1 requests already wait") as caught:
             await cluster.stub.ModelInfer(make_request(stream=False))
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         held.cancel()
 
 

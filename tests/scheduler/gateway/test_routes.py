@@ -18,7 +18,6 @@ from paraserve_scheduler.gateway.routes import Routes
 def make_routes(demand: Demand | None = None, *, first_table_timeout_s: float = 20.0) -> Routes:
     return Routes(
         demand or Demand("g"),
-        max_held_requests=100,
         cold_start_timeout_s=20.0,
         first_table_timeout_s=first_table_timeout_s,
     )
@@ -28,7 +27,11 @@ def table(**replicas: list[str]) -> pb.RouteTable:
     """A route table: deployment to its ready replicas."""
     return pb.RouteTable(
         routes=[
-            pb.Route(deployment=name, endpoints=[pb.Endpoint(replica=replica) for replica in ready])
+            pb.Route(
+                deployment=name,
+                endpoints=[pb.Endpoint(replica=replica) for replica in ready],
+                max_waiting=100,
+            )
             for name, ready in replicas.items()
         ]
     )

@@ -30,7 +30,7 @@ async def test_the_cluster_token_goes_with_every_call() -> None:
 
 async def test_a_gateway_finds_its_scheduler_again_and_keeps_its_last_table() -> None:
     scheduler = FakeScheduler()
-    scheduler.table = pb.RouteTable(routes=[pb.Route(deployment=DEPLOYMENT)])
+    scheduler.table = pb.RouteTable(routes=[pb.Route(deployment=DEPLOYMENT, max_waiting=100)])
     async with serving(replicas=0) as cluster, cluster.client() as client:
         assert await client.is_model_ready(DEPLOYMENT)
         address = cluster.scheduler_address

@@ -71,7 +71,6 @@ async def test_a_request_that_is_not_streamed_has_a_limit_of_its_own() -> None:
     "code",
     [
         grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.NOT_FOUND,
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.CANCELLED,
         grpc.StatusCode.UNIMPLEMENTED,
@@ -125,6 +124,17 @@ async def test_a_dead_process_behind_a_live_server_is_another_replicas_work() ->
         cluster.tritons[1].script = one_answer
         answered = await cluster.stub.ModelInfer(make_request(stream=False))
         assert text_of(answered) == "whole text"
+
+
+async def test_a_slot_that_is_another_replica_by_now_is_another_replicas_work() -> None:
+    async with serving() as cluster:
+        await cluster.publish(cluster.endpoint(1), cluster.endpoint(2))
+        cluster.tritons[0].script = failing("NOT_FOUND: Replica tiny.1 is not here.")
+        cluster.tritons[1].script = one_answer
+        assert text_of(await cluster.stub.ModelInfer(make_request(stream=False))) == "whole text"
+        asked = [request for triton in cluster.tritons for request in triton.requests]
+        named = [request.parameters["paraserve_replica"].string_param for request in asked]
+        assert named == ["tiny.1", "tiny.2"]
 
 
 async def test_requests_go_to_the_replica_with_fewest() -> None:

@@ -110,7 +110,7 @@ def test_two_fetches_to_one_node_share_its_card() -> None:
 
 
 def test_a_second_start_takes_weights_from_host_memory() -> None:
-    calm = make_cluster(deployments=[make_deployment(objectives=Objectives())])
+    calm = make_cluster(deployments=[make_deployment(objectives=Objectives(ttft_s=60.0))])
     outcome = simulate([make_request(100.0), make_request(500.0)], calm)
     first, second = (request.ttft_s or 0.0 for request in outcome.requests)
     assert second < first - 3

@@ -1,0 +1,270 @@
+"""The node's runtime slots: processes without weights that parts bind instead of new ones.
+
+Owns which slots there are and loads and removes them in quiet moments. What a slot looks like to
+Triton is in `slot_models`, what it does when it is bound in `roles.slot`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+from itertools import count
+from typing import NoReturn
+
+from paraserve_backend.agent.repository import ModelRepository
+from paraserve_backend.agent.slot_models import SlotPlace, places, slot_files
+from paraserve_backend.agent.stubs import Stub
+from paraserve_backend.agent.threads import in_thread
+from paraserve_backend.agent.unloading import Unloader
+from paraserve_backend.errors import ParaServeError
+
+logger = logging.getLogger(__name__)
+
+#: New slots are loaded so long after a cold start: importing torch takes a core for seconds.
+_QUIET_S = 2.0
+#: How long nothing is loaded after a load has failed.
+_RETRY_S = 10.0
+#: For the end of a process that has nothing to finish, and of one that did not let go.
+_END_S = 5.0
+_LAST_S = 1.0
+_LOOK_S = 0.5
+
+
+class SlotState(Enum):
+    LOADING = auto()
+    IDLE = auto()
+    #: Of a part: being bound, bound, or being unbound.
+    TAKEN = auto()
+    #: Its process is gone or cannot be trusted.
+    BROKEN = auto()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Slot:
+    #: Of its Triton model.
+    name: str
+    place: SlotPlace
+    state: SlotState = SlotState.LOADING
+    #: Whether it would take an unbind.
+    is_bound: bool = False
+    #: Its process, once it has one.
+    stub: Stub | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotLimits:
+    run_dir: str
+    #: A set of slots is a front and a stage on each of these, and a link.
+    devices: Sequence[str]
+    most_idle_sets: int
+
+
+class Slots:
+    """Lives on the event loop. `now_s` is monotonic; `changed` tells of another number of sets."""
+
+    def __init__(
+        self,
+        repository: ModelRepository,
+        unloader: Unloader,
+        limits: SlotLimits,
+        *,
+        changed: Callable[[], None],
+        now_s: Callable[[], float],
+    ) -> None:
+        self._repository = repository
+        self._unloader = unloader
+        self._limits = limits
+        self._places = places(limits.devices)
+        self._changed = changed
+        self._now_s = now_s
+        self._slots: dict[str, Slot] = {}
+        self._numbers = count()
+        self._wanted_sets = 0
+        self._num_cold_starts = 0
+        #: Nothing is loaded before.
+        self._load_from_s = now_s()
+        self._wake = asyncio.Event()
+
+    # ---- for the scheduler ----
+
+    @property
+    def idle_sets(self) -> int:
+        """How many parts of each kind could be bound now."""
+        idle = Counter(slot.place for slot in self._in(SlotState.IDLE))
+        return min(idle[place] for place in self._places)
+
+    def keep(self, idle_sets: int) -> None:
+        """Have so many idle sets, but no more than the node's setting, as soon as it is quiet."""
+        self._wanted_sets = min(idle_sets, self._limits.most_idle_sets)
+        self._wake.set()
+
+    async def idle_bytes(self) -> int:
+        """Return the memory that idle slots hold."""
+        idle = [slot.stub for slot in self._in(SlotState.IDLE) if slot.stub is not None]
+        return sum(await in_thread(lambda: [*map(self._unloader.stubs.private_bytes, idle)]))
+
+    # ---- for parts ----
+
+    @contextmanager
+    def cold_start(self) -> Iterator[None]:
+        """Keep the node quiet for a part that starts."""
+        self._num_cold_starts += 1
+        try:
+            yield
+        finally:
+            self._num_cold_starts -= 1
+            self._wait(_QUIET_S)
+
+    def take(self, place: SlotPlace) -> Slot | None:
+        """Return an idle slot that is the caller's until it is released; `None`: there is none."""
+        slot = next((it for it in self._in(SlotState.IDLE) if it.place == place), None)
+        if slot is not None:
+            slot.state = SlotState.TAKEN
+            self._changed()
+        return slot
+
+    async def bind(self, slot: Slot, replica: str, parameters: Mapping[str, str]) -> None:
+        """Have a slot become a model; returns when that is ready.
+
+        Raises:
+            ParaServeError: why it failed.
+        """
+        command = self._unloader.triton.command(
+            slot.name,
+            json.dumps({"bind": dict(parameters)}),
+            replica=replica,
+            timeout_s=None,
+        )
+        # Triton may never let go of a cancelled request: it goes on, and its part ends the slot.
+        binding = asyncio.ensure_future(command)
+        binding.add_done_callback(_seen)
+        await asyncio.shield(binding)
+        slot.is_bound = True
+
+    async def release(self, slot: Slot, deadline_s: float) -> None:
+        """Take a slot back; returns when nothing of what it was is in memory.
+
+        A slot that could not be bound, or does not let go in time, is ended.
+
+        Raises:
+            DeadlineExceeded: its process survived; try again.
+        """
+        if slot.is_bound and await self._unbind(slot, deadline_s):
+            slot.is_bound = False
+            slot.state = SlotState.IDLE
+            self._changed()
+        else:
+            slot.state = SlotState.BROKEN
+            await self._end(slot, _LAST_S if slot.is_bound else deadline_s)
+        self._wake.set()
+
+    # ---- for the node ----
+
+    def observe(self, found: Iterable[Stub]) -> None:
+        """Compare with the processes that live now."""
+        alive = {stub.model for stub in found}
+        for slot in [*self._in(SlotState.IDLE), *self._in(SlotState.TAKEN)]:
+            if slot.name in alive:
+                continue
+            slot.is_bound = False
+            if slot.state is SlotState.IDLE:
+                logger.warning("slot lost name=%s", slot.name)
+                slot.state = SlotState.BROKEN
+                self._changed()
+                self._wake.set()
+
+    async def run(self) -> NoReturn:
+        """Load and remove slots as they are wanted."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._wake.wait()
+            self._wake.clear()
+            await self.tend()
+
+    async def tend(self) -> None:
+        """End what is broken or too many, and load what is missing if it is quiet."""
+        try:
+            await asyncio.gather(*(self._end(slot, _END_S) for slot in self._surplus()))
+            await asyncio.gather(*map(self._load, self._missing()))
+        except ParaServeError as error:
+            logger.warning("slots failed reason=%s", error)
+            self._wait(_RETRY_S)
+
+    async def remove_all(self) -> None:
+        """End all slots; those of parts must be released before."""
+        self._wanted_sets = 0
+        ended = await asyncio.gather(
+            *(self._end(slot, _END_S) for slot in self._slots.values()), return_exceptions=True
+        )
+        for error in ended:
+            if error is not None:
+                logger.error("a slot could not be ended reason=%s", error)
+
+    def _in(self, state: SlotState) -> list[Slot]:
+        return [slot for slot in self._slots.values() if slot.state is state]
+
+    def _wait(self, pause_s: float) -> None:
+        self._load_from_s = max(self._load_from_s, self._now_s() + pause_s)
+
+    def _surplus(self) -> list[Slot]:
+        surplus = self._in(SlotState.BROKEN)
+        for place in self._places:
+            idle = [slot for slot in self._in(SlotState.IDLE) if slot.place == place]
+            surplus += idle[self._wanted_sets :]
+        return surplus
+
+    def _missing(self) -> list[SlotPlace]:
+        if self._num_cold_starts or self._now_s() < self._load_from_s:
+            return []
+        idle = Counter(slot.place for slot in self._in(SlotState.IDLE))
+        return [place for place in self._places for _ in range(self._wanted_sets - idle[place])]
+
+    async def _load(self, place: SlotPlace) -> None:
+        name = f"slot-{next(self._numbers)}.{place.kind}"
+        slot = self._slots[name] = Slot(name=name, place=place)
+        files = slot_files(name, place, self._limits.run_dir)
+        try:
+            await in_thread(lambda: self._repository.write(name, files))
+            await self._unloader.triton.load(name)
+            slot.stub = await self._stub(name)
+        except (ParaServeError, asyncio.CancelledError):
+            slot.state = SlotState.BROKEN
+            raise
+        logger.info("slot ready name=%s", name)
+        slot.state = SlotState.IDLE
+        self._changed()
+
+    async def _stub(self, name: str) -> Stub | None:
+        found = await in_thread(self._unloader.stubs.find)
+        return next((stub for stub in found if stub.model == name), None)
+
+    async def _unbind(self, slot: Slot, deadline_s: float) -> bool:
+        command = json.dumps({"unbind": True})
+        try:
+            await self._unloader.triton.command(slot.name, command, timeout_s=deadline_s)
+        except (ParaServeError, TimeoutError) as error:
+            logger.warning("unbind failed slot=%s reason=%r", slot.name, error)
+            return False
+        return True
+
+    async def _end(self, slot: Slot, deadline_s: float) -> None:
+        slot.state = SlotState.BROKEN
+        seen = [slot.stub] if slot.stub else []
+        await self._unloader.unload([[slot.name]], deadline_s, seen)
+        self._unloader.stubs.remove_leftovers(seen)
+        await in_thread(lambda: self._repository.remove(slot.name))
+        self._slots.pop(slot.name, None)
+        self._changed()
+
+
+def _seen(binding: asyncio.Future[None]) -> None:
+    """Take note of a result for which nobody may wait any more."""
+    if not binding.cancelled() and (error := binding.exception()) is not None:
+        logger.info("a bind ended reason=%s", error)

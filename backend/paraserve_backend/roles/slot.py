@@ -1,0 +1,160 @@
+"""Role `slot`: a process that has imported everything and waits to become a model.
+
+A bind builds the real role with the code of a fresh load; an unbind leaves nothing of it. Whether
+a process whose bind failed may be used again is not decided here: its agent throws it away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from paraserve_backend.config import (
+    GenerateConfig,
+    LinkConfig,
+    RoleConfig,
+    SlotConfig,
+    StageConfig,
+    read_parameters,
+)
+from paraserve_backend.contract import SLOT_ROLE, EngineName, SlotKind
+from paraserve_backend.engine.batch_codec import forget_settings
+from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotCommand:
+    #: Parameters of the model to become; `None`: become nothing.
+    bind: Mapping[str, str] | None
+
+
+def read_slot_command(command: str | None) -> SlotCommand | None:
+    """Read `{"bind": {parameters}}` or `{"unbind": true}`; `None` where it is neither."""
+    if command is None:
+        return None
+    try:
+        parsed = json.loads(command)
+    except ValueError:
+        return None
+    match parsed:
+        case {"bind": dict(parameters)}:
+            return SlotCommand(bind={str(key): str(value) for key, value in parameters.items()})
+        case {"unbind": True}:
+            return SlotCommand(bind=None)
+        case _:
+            return None
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Bound = TypeVar("Bound", bound=Closable)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Binding(Generic[Bound]):
+    replica: str
+    role: Bound
+
+
+class SlotRole(Generic[Bound]):
+    """One slot; `build` makes what serves a role. May be used by several threads."""
+
+    def __init__(self, config: SlotConfig, build: Callable[[RoleConfig], Bound]) -> None:
+        self._config = config
+        self._build = build
+        self._binding: _Binding[Bound] | None = None
+        #: Held while the slot changes, which may take as long as a load does.
+        self._changing = threading.Lock()
+        #: Held while the role is used: it is not closed meanwhile.
+        self._using = threading.Lock()
+
+    def bind(self, parameters: Mapping[str, str]) -> None:
+        """Become the model whose config.pbtxt has these parameters; returns when it is ready.
+
+        Raises:
+            InvalidRequest: it does not belong into this slot.
+            AlreadyExists: the slot is bound.
+            ParaServeError: why the model could not be loaded.
+        """
+        config = read_parameters(parameters)
+        _check(self._config, config, Path(parameters.get("key_file") or "/"))
+        with self._changing:
+            if self._binding is not None:
+                raise AlreadyExists(f"This slot is {self._binding.replica} already.")
+            self._binding = _Binding(replica=config.replica, role=self._build(config))
+
+    def unbind(self) -> None:
+        """Close the role and forget it; returns when its memory is free. Idle is no error."""
+        with self._changing:
+            with self._using:
+                binding, self._binding = self._binding, None
+            if binding is not None:
+                binding.role.close()
+                del binding
+                _free_memory(self._config)
+
+    @contextmanager
+    def use(self, replica: str | None) -> Iterator[Bound]:
+        """Lend the role to a request that is meant for `replica`.
+
+        Raises:
+            NotFound: the slot is idle, or another replica by now.
+        """
+        with self._using:
+            if self._binding is None or self._binding.replica != replica:
+                raise NotFound(f"Replica {replica or '(none named)'} is not here.")
+            yield self._binding.role
+
+
+def import_all(config: SlotConfig) -> None:
+    """Import what the slot's role needs, and initialise its device."""
+    if config.kind is SlotKind.LINK:
+        import paraserve_backend.roles.link
+
+        return
+    import torch
+
+    import paraserve_backend.roles.generate
+    import paraserve_backend.roles.stage  # noqa: F401
+
+    # Starts the threads of the CPU's kernels, or makes the GPU's context.
+    square = torch.ones(64, 64, device=config.device)
+    torch.matmul(square, square)
+
+
+def _check(slot: SlotConfig, config: RoleConfig, key_file: Path) -> None:
+    """Refuse what the agent of this slot cannot have meant."""
+    role = SLOT_ROLE[slot.kind]
+    expected = {"generate": GenerateConfig, "stage": StageConfig, "link": LinkConfig}[role]
+    if not isinstance(config, expected):
+        raise InvalidRequest(f"This slot takes models of role {role} only.")
+    if not key_file.is_relative_to(slot.run_dir / "keys") or ".." in key_file.parts:
+        raise InvalidRequest("This slot takes models with keys in its own run_dir only.")
+    if isinstance(config, LinkConfig):
+        return
+    if config.weights.source is not None or config.weights.run_dir != slot.run_dir:
+        raise InvalidRequest("This slot takes models with weights in its own run_dir only.")
+    if config.device != slot.device:
+        raise InvalidRequest(f"This slot takes models on {slot.device} only.")
+    if isinstance(config, GenerateConfig) and config.engine != EngineName.PARASERVE:
+        raise InvalidRequest(f"This slot takes models of engine {EngineName.PARASERVE} only.")
+
+
+def _free_memory(config: SlotConfig) -> None:
+    forget_settings()
+    gc.collect()
+    if config.device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+    # What was freed goes back to the kernel, so that it holds nothing of one who was here.
+    ctypes.CDLL(None).malloc_trim(0)

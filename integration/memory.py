@@ -1,0 +1,38 @@
+"""What the model processes of capped nodes have in memory, as the kernel counts it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from integration.namespaces import processes_in
+from paraserve_backend.triton_install import STUB_NAME
+from paraserve_scheduler.local.layout import NodeLayout
+
+_PROC = Path("/proc")
+
+
+def model_processes_peak_bytes(nodes: Sequence[NodeLayout], model: str = "") -> int:
+    """Return the largest resident size that a model process of these nodes has had; 0: none runs.
+
+    Pages shared with other processes count, such as weights in the tier. `model` limits it to the
+    processes of one model.
+    """
+    peaks = [0]
+    for node in nodes:
+        assert node.network_namespace is not None
+        for pid in processes_in(node.network_namespace):
+            with suppress(OSError):  # it has ended meanwhile
+                peaks.append(_peak_bytes(_PROC / str(pid), model))
+    return max(peaks)
+
+
+def _peak_bytes(process: Path, model: str) -> int:
+    command = (process / "cmdline").read_text()
+    if STUB_NAME not in command or (model and f"/{model}/" not in command):
+        return 0
+    for line in (process / "status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return 0
