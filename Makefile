@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test unit check format proto bench-coldstart-smoke bench-hop bench-fetch bench-engine \
+.PHONY: demo test unit check format proto bench-coldstart bench-coldstart-smoke bench-hop bench-fetch bench-engine \
 	bench-gateway bench-handover bench-policy simulate-paper clients test-vllm clean
 
 .venv/ready: pyproject.toml
@@ -31,6 +31,11 @@ format: .venv/ready
 proto: .venv/ready
 	cd backend && PATH=$(CURDIR)/$(BIN):$$PATH ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=. \
 		--grpc_python_out=. --mypy_grpc_out=. paraserve_backend/rpc/paraserve.proto
+
+# As root, with iproute2. The smoke test takes minutes, all of it some forty.
+bench-coldstart: .venv/ready
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m integration.bench_coldstart --figure docs/figures/bench-coldstart.svg
 
 bench-coldstart-smoke: .venv/ready
 	$(BIN)/python -m integration.bench_coldstart --smoke

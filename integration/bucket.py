@@ -73,5 +73,5 @@ def s3_client(layout: ClusterLayout) -> Any:
         aws_access_key_id=key.access_key,
         aws_secret_access_key=key.secret_key,
         # Not through a proxy that the environment may name.
-        config=Config(proxies={}, retries={"mode": "standard"}),
+        config=Config(proxies={}, retries={"mode": "standard"}, signature_version="s3v4"),
     )

@@ -98,7 +98,7 @@ def capped_layout(wanted: CappedCluster, files: ClusterFiles) -> ClusterLayout:
         gateway_http_port=8000,
         s3_port=9000,
         nodes=tuple(
-            _node(number, rate_bits_per_s, wanted)
+            _node(number, rate_bits_per_s, wanted, files)
             for number, rate_bits_per_s in enumerate(wanted.rates_bits_per_s, start=1)
         ),
         state_dir=files.state_dir,
@@ -108,9 +108,13 @@ def capped_layout(wanted: CappedCluster, files: ClusterFiles) -> ClusterLayout:
     )
 
 
-def _node(number: int, rate_bits_per_s: float, wanted: CappedCluster) -> NodeLayout:
+def _node(
+    number: int, rate_bits_per_s: float, wanted: CappedCluster, files: ClusterFiles
+) -> NodeLayout:
+    name = f"node{number}"
+    disk = {"disk_dir": str(files.state_dir / "nodes" / name / "disk")}
     return NodeLayout(
-        name=f"node{number}",
+        name=name,
         host=node_host(number),
         triton_grpc_port=8001,
         triton_http_port=8000,
@@ -120,7 +124,7 @@ def _node(number: int, rate_bits_per_s: float, wanted: CappedCluster) -> NodeLay
         channel_port_end=_CHANNEL_PORTS[1],
         memory_bytes=wanted.node_memory_bytes,
         nic_bytes_per_s=rate_bits_per_s / 8,
-        agent_settings=wanted.agent_settings,
+        agent_settings={**disk, **wanted.agent_settings},
         network_namespace=node_namespace(number),
     )
 

@@ -21,8 +21,10 @@ from urllib.parse import urlsplit
 import grpc
 
 from integration.bucket import s3_client
+from integration.checkpoints import llama_bytes
 from integration.coldstart_summary import Start
 from integration.coldstart_variants import (
+    SHAPES,
     VARIANTS,
     Deployed,
     Plain,
@@ -34,7 +36,7 @@ from integration.memory import model_processes_peak_bytes
 from integration.namespaces import inside
 from integration.plain_triton import PlainTriton
 from integration.scenario import ask, cold_start, wait_for_zero
-from paraserve_backend.errors import DeadlineExceeded
+from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
@@ -44,6 +46,8 @@ from paraserve_scheduler.local.layout import BUCKET, ClusterLayout, NodeLayout, 
 PROMPT = "The time to first token of a model at zero"
 MAX_TOKENS = 4
 _KEEP_ALIVE_S = 1.0
+#: Weights are copied to disk while they are in use: 5 s after a start, 200 MB/s.
+_DISK_KEEP_ALIVE_S = 16.0
 _ZERO_TIMEOUT_S = 60.0
 _SLOTS_TIMEOUT_S = 60.0
 _POLL_S = 0.1
@@ -92,7 +96,7 @@ class Session:
         if isinstance(variant.how, Plain):
             return self._start_plain(variant, variant.how)
         if variant.how.weights is not Weights.STORE and variant.source not in self._readers:
-            self._start_deployed(variant, variant.how, f"{variant.name}-fill")
+            self._fill(variant, variant.how)
         with self._elsewhere(variant, variant.how):
             return self._start_deployed(variant, variant.how, variant.name)
 
@@ -113,14 +117,27 @@ class Session:
             peak_bytes=start.peak_bytes,
         )
 
-    def _start_deployed(self, variant: Variant, how: Deployed, name: str) -> Start:
-        self._deploy(name, variant.source, how.stages)
+    def _fill(self, variant: Variant, how: Deployed) -> None:
+        """Have the weights read once, and wait until they are where the start shall find them."""
+        keep_alive_s = _DISK_KEEP_ALIVE_S if how.weights is Weights.DISK else _KEEP_ALIVE_S
+        self._start_deployed(variant, how, f"{variant.name}-fill", keep_alive_s)
+        if how.weights is Weights.DISK:
+            used_bytes = sum(self._status(node).disk_used_bytes for node in self._layout.nodes)
+            if used_bytes < llama_bytes(SHAPES[variant.checkpoint]):
+                raise DeadlineExceeded(f"Only {used_bytes} bytes of {variant.name} are on disk.")
+
+    def _start_deployed(
+        self, variant: Variant, how: Deployed, name: str, keep_alive_s: float = _KEEP_ALIVE_S
+    ) -> Start:
+        self._deploy(name, variant.source, how, keep_alive_s)
         self._wait_for_slots()
         first, again = (ask(self._layout, name, PROMPT, MAX_TOKENS) for _ in range(2))
         replica = cold_start(self._client, name)
+        if len(replica.parts) != how.stages and len(set(self._testbed.gbit)) == 1:
+            raise ParaServeError(f"{name} has {len(replica.parts)} stages: {replica.reason}.")
         peak_bytes = model_processes_peak_bytes(self._layout.nodes)
         self._readers[variant.source] = [part.node for part in replica.parts]
-        wait_for_zero(self._layout, self._client, name, timeout_s=_KEEP_ALIVE_S + _ZERO_TIMEOUT_S)
+        wait_for_zero(self._layout, self._client, name, timeout_s=keep_alive_s + _ZERO_TIMEOUT_S)
         self._client.delete(name)
         return Start(
             variant=variant.name,
@@ -131,14 +148,15 @@ class Session:
             replica=replica,
         )
 
-    def _deploy(self, name: str, source: str, stages: int) -> None:
+    def _deploy(self, name: str, source: str, how: Deployed, keep_alive_s: float) -> None:
         self._client.deploy(
             pb.DeploymentSpec(
                 name=name,
                 source=f"s3://{BUCKET}/{source}",
-                max_stages=stages,
+                max_stages=how.stages,
+                ttft_slo_s=how.ttft_slo_s,
                 max_context=512,
-                keep_alive_s=_KEEP_ALIVE_S,
+                keep_alive_s=keep_alive_s,
                 consolidate=False,
             )
         )
@@ -158,18 +176,18 @@ class Session:
     def _wait_for_slots(self) -> None:
         deadline_s = time.monotonic() + _SLOTS_TIMEOUT_S
         for node in self._layout.nodes if self._testbed.slots else ():
-            while self._idle_slots(node) < self._testbed.slots:
+            while self._status(node).idle_slots < self._testbed.slots:
                 if time.monotonic() > deadline_s:
                     raise DeadlineExceeded(f"{node.name} has no idle slots.")
                 time.sleep(_POLL_S)
 
-    def _idle_slots(self, node: NodeLayout) -> int:
+    def _status(self, node: NodeLayout) -> pb.NodeStatus:
         token = metadata(self._layout.files.token.read_text())
         with grpc.insecure_channel(f"{node.host}:{node.agent_port}") as channel:
             status: pb.NodeStatus = AgentStub(channel).Describe(
                 pb.DescribeRequest(), metadata=token, timeout=_SLOTS_TIMEOUT_S
             )
-        return status.idle_slots
+        return status
 
     def _measure(self, gbit: float, node: NodeLayout) -> float:
         size_bytes = int(gbit * 1e9 / 8 * _LINK_S)
@@ -184,12 +202,14 @@ class Session:
             connection = http.client.HTTPConnection(url.netloc, timeout=_ZERO_TIMEOUT_S)
             began_s = time.monotonic()
             connection.request("GET", f"{url.path}?{url.query}")
-            response, buffer, left_bytes = connection.getresponse(), bytearray(1 << 20), size_bytes
-            while left_bytes > 0 and (count := response.readinto(buffer)):
-                left_bytes -= count
+            response, buffer, read_bytes = connection.getresponse(), bytearray(1 << 20), 0
+            while read_bytes < size_bytes and (count := response.readinto(buffer)):
+                read_bytes += count
             seconds = time.monotonic() - began_s
             connection.close()
-        return (size_bytes - left_bytes) / seconds
+        if read_bytes < size_bytes:
+            raise Unavailable(f"{node.name} got {read_bytes} bytes of {url.path}.")
+        return read_bytes / seconds
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict, ParseDict
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from integration.coldstart_variants import Deployed, Variant
@@ -130,13 +132,21 @@ def summary(results: Results, targets: Sequence[Target]) -> dict[str, Any]:
 
 
 def table(results: Results) -> Table:
-    drawn = Table(title="Time to first token from zero: medians")
-    for heading in ("cluster", "GB", "how", "weights from"):
+    drawn = Table(
+        title="Time to first token from zero: medians, the physical limit, what is how many times "
+        "the limit, how many times faster than the status quo",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for heading in ("", "GB", "from"):
         drawn.add_column(heading)
-    for heading in ("nodes", "s", "limit", "× limit", "× status quo", "peak MB"):
+    for heading in ("nodes", "s", "limit", "×", "faster", "MB"):
         drawn.add_column(heading, justify="right")
-    for variant in results.variants:
-        drawn.add_row(*_row(results, variant))
+    for testbed, variants in groupby(results.variants, key=lambda it: it.testbed.name):
+        drawn.add_row(f"[bold]{testbed}[/]")
+        for variant in variants:
+            drawn.add_row(*_row(results, variant))
     return drawn
 
 
@@ -145,9 +155,8 @@ def _row(results: Results, variant: Variant) -> tuple[str, ...]:
     speedup = results.speedup(variant)
     peak_bytes = max(start.peak_bytes for start in results.of(variant.name))
     return (
-        variant.testbed.name,
-        variant.checkpoint.removesuffix("gb"),
         variant.label,
+        variant.checkpoint.removesuffix("gb"),
         variant.how.weights if isinstance(variant.how, Deployed) else "store",
         str(variant.nodes),
         f"{ttft_s:.2f}",

@@ -52,4 +52,24 @@ def seconds(name: str, most: float) -> Target:
     )
 
 
-TARGETS: tuple[Target, ...] = (faster("ours-1", "runai", 1.0),)
+TARGETS: tuple[Target, ...] = (
+    *(
+        over_limit(name, 1.15)
+        for name in (
+            "ours-1-slots",
+            "ours-2-slots",
+            "ours-3-slots",
+            "ours-4-slots",
+            "ours-4-slots-1gb",
+            "ours-8-slots",
+        )
+    ),
+    faster("ours-4-slots", "status-quo", 4.8),
+    faster("ours-4-slots-1gb", "status-quo-1gb", 4.8),
+    faster("ours-8-slots", "status-quo-half", 8.0),
+    over_transfer("mixed-slots", 1.2),
+    seconds("memory-1-slots", 0.3),
+    seconds("memory-4-slots", 0.3),
+    faster("ours-1", "runai", 1.0),
+    faster("ours-1-slots", "runai", 1.0),
+)

@@ -36,7 +36,8 @@ class Weights(StrEnum):
     STORE = "store"
     #: Of the nodes that start, where an earlier start has left them.
     MEMORY = "memory"
-    #: Of another node.
+    DISK = "disk"
+    #: Of another node's memory.
     PEER = "peer"
 
 
@@ -48,6 +49,8 @@ class Deployed:
     weights: Weights = Weights.STORE
     #: The variant whose start has left the weights where this one finds them.
     after: str | None = None
+    #: For policies that choose the number of stages by it.
+    ttft_slo_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,97 +91,160 @@ class Variant:
         return tuple(sorted(self.testbed.gbit, reverse=True)[: self.how.stages])
 
 
-_FOUR = (1.0,) * 4
-_FOUR_NODES = Testbed(name="4 × 1 Gbit/s", gbit=_FOUR)
+_FOUR, _EIGHT, _MIXED = (1.0,) * 4, (0.5,) * 8, (1.0, 1.0, 0.5, 0.25)
+_NO_SLOTS: Mapping[str, object] = {"tier_bytes": 0, "max_slots": 0}
 #: One model of 2 GB stays in memory; starts from the store read a copy that nobody has read yet.
-_FOUR_KEEPING = Testbed(
-    name="4 × 1 Gbit/s, memory tier", gbit=_FOUR, agent_settings={"tier_bytes": 2_200_000_000}
+_KEEPING: Mapping[str, object] = {"tier_bytes": 2_200_000_000}
+_STATUS_QUO = "boto3, then transformers"
+#: Seconds within which HydraServe's rule needs four stages of 2 GB at 1 Gbit/s: 3 take 7.3 s.
+_HYDRASERVE_SLO_S = 7.0
+
+_PLAIN_4 = Testbed(name="4 × 1 Gbit/s", gbit=_FOUR, agent_settings=_NO_SLOTS)
+_SLOTS_4 = Testbed(name="4 × 1 Gbit/s, slots", gbit=_FOUR, agent_settings=_KEEPING, slots=1)
+_HYDRASERVE_4 = Testbed(
+    name="4 × 1 Gbit/s, HydraServe's rules",
+    gbit=_FOUR,
+    agent_settings=_NO_SLOTS,
+    scheduler_settings={"policy": {"name": "hydraserve"}},
 )
-_EIGHT_NODES = Testbed(name="8 × 0.5 Gbit/s", gbit=(0.5,) * 8)
-_MIXED_NODES = Testbed(name="1 + 1 + 0.5 + 0.25 Gbit/s", gbit=(1.0, 1.0, 0.5, 0.25))
+_SERVERLESSLLM_4 = Testbed(
+    name="4 × 1 Gbit/s, ServerlessLLM's rules",
+    gbit=_FOUR,
+    agent_settings={**_KEEPING, "max_slots": 0},
+    scheduler_settings={"policy": {"name": "serverlessllm"}},
+)
+_DISK_4 = Testbed(
+    name="4 × 1 Gbit/s, slots, disk tier",
+    gbit=_FOUR,
+    agent_settings={"tier_bytes": 0, "disk_bytes": 2_200_000_000},
+    slots=1,
+)
+_PLAIN_8 = Testbed(name="8 × 0.5 Gbit/s", gbit=_EIGHT, agent_settings=_NO_SLOTS)
+_SLOTS_8 = Testbed(name="8 × 0.5 Gbit/s, slots", gbit=_EIGHT, slots=1)
+_SLOTS_MIXED = Testbed(name="1 + 1 + 0.5 + 0.25 Gbit/s, slots", gbit=_MIXED, slots=1)
+#: The scheduler takes all links for equal: it is told so, and has measured none yet.
+_SLOTS_MIXED_UNKNOWN = Testbed(
+    name="1 + 1 + 0.5 + 0.25 Gbit/s, slots, equal split",
+    gbit=_MIXED,
+    agent_settings={"tier_bytes": 0, "nic_bytes_per_s": 1e8},
+    slots=1,
+)
 
 VARIANTS: tuple[Variant, ...] = (
-    Variant(
-        name="status-quo",
-        label="boto3 download, then transformers",
-        testbed=_FOUR_NODES,
-        how=Plain(loader=Loader.BOTO3),
-    ),
+    Variant(name="status-quo", label=_STATUS_QUO, testbed=_PLAIN_4, how=Plain(loader=Loader.BOTO3)),
     Variant(
         name="status-quo-1gb",
-        label="the same",
-        testbed=_FOUR_NODES,
+        label=_STATUS_QUO,
+        testbed=_PLAIN_4,
         how=Plain(loader=Loader.BOTO3),
         checkpoint="1gb",
     ),
     Variant(
         name="runai",
-        label="Run:ai streamer, then transformers",
-        testbed=_FOUR_NODES,
+        label="Run:ai streamer, transformers",
+        testbed=_PLAIN_4,
         how=Plain(loader=Loader.RUNAI),
     ),
     Variant(
         name="prefetch",
         label="status quo + prefetch",
-        testbed=_FOUR_NODES,
+        testbed=_PLAIN_4,
         how=Plain(loader=Loader.BOTO3_EARLY),
     ),
     Variant(
         name="streamed",
-        label="our backend alone",
-        testbed=_FOUR_NODES,
+        label="our backend alone in a Triton",
+        testbed=_PLAIN_4,
         how=Plain(loader=Loader.STANDALONE),
     ),
     *(
         Variant(
             name=f"ours-{stages}",
-            label="ours, no slots",
-            testbed=_FOUR_NODES,
+            label="ours without slots",
+            testbed=_PLAIN_4,
             how=Deployed(stages=stages),
         )
         for stages in (1, 2, 3, 4)
     ),
     Variant(
         name="ours-4-1gb",
-        label="ours, no slots",
-        testbed=_FOUR_NODES,
+        label="ours without slots",
+        testbed=_PLAIN_4,
         how=Deployed(stages=4),
         checkpoint="1gb",
     ),
     Variant(
-        name="kept-1",
-        label="ours, no slots",
-        testbed=_FOUR_KEEPING,
+        name="hydraserve-4",
+        label="HydraServe's way",
+        testbed=_HYDRASERVE_4,
+        how=Deployed(stages=4, ttft_slo_s=_HYDRASERVE_SLO_S),
+    ),
+    Variant(
+        name="serverlessllm",
+        label="ServerlessLLM's way",
+        testbed=_SERVERLESSLLM_4,
         how=Deployed(stages=1),
     ),
     Variant(
-        name="memory-1",
-        label="from memory, no slots",
-        testbed=_FOUR_KEEPING,
-        how=Deployed(stages=1, weights=Weights.MEMORY, after="kept-1"),
+        name="serverlessllm-memory",
+        label="ServerlessLLM's way",
+        testbed=_SERVERLESSLLM_4,
+        how=Deployed(stages=1, weights=Weights.MEMORY, after="serverlessllm"),
+    ),
+    Variant(name="ours-1-slots", label="ours with slots", testbed=_SLOTS_4, how=Deployed(stages=1)),
+    Variant(
+        name="memory-1-slots",
+        label="ours with slots",
+        testbed=_SLOTS_4,
+        how=Deployed(stages=1, weights=Weights.MEMORY, after="ours-1-slots"),
     ),
     Variant(
-        name="peer-1",
-        label="from a peer, no slots",
-        testbed=_FOUR_KEEPING,
-        how=Deployed(stages=1, weights=Weights.PEER, after="kept-1"),
+        name="peer-1-slots",
+        label="ours with slots",
+        testbed=_SLOTS_4,
+        how=Deployed(stages=1, weights=Weights.PEER, after="ours-1-slots"),
+    ),
+    *(
+        Variant(
+            name=f"ours-{stages}-slots",
+            label="ours with slots",
+            testbed=_SLOTS_4,
+            how=Deployed(stages=stages),
+        )
+        for stages in (2, 3, 4)
     ),
     Variant(
-        name="status-quo-half",
-        label="boto3 download, then transformers",
-        testbed=_EIGHT_NODES,
-        how=Plain(loader=Loader.BOTO3),
+        name="memory-4-slots",
+        label="ours with slots",
+        testbed=_SLOTS_4,
+        how=Deployed(stages=4, weights=Weights.MEMORY, after="ours-4-slots"),
     ),
     Variant(
-        name="ours-8",
-        label="ours, no slots",
-        testbed=_EIGHT_NODES,
-        how=Deployed(stages=8),
+        name="ours-4-slots-1gb",
+        label="ours with slots",
+        testbed=_SLOTS_4,
+        how=Deployed(stages=4),
+        checkpoint="1gb",
     ),
     Variant(
-        name="mixed",
-        label="ours, no slots",
-        testbed=_MIXED_NODES,
+        name="disk-1-slots-1gb",
+        label="ours with slots",
+        testbed=_DISK_4,
+        how=Deployed(stages=1, weights=Weights.DISK),
+        checkpoint="1gb",
+    ),
+    Variant(
+        name="status-quo-half", label=_STATUS_QUO, testbed=_PLAIN_8, how=Plain(loader=Loader.BOTO3)
+    ),
+    Variant(name="ours-8", label="ours without slots", testbed=_PLAIN_8, how=Deployed(stages=8)),
+    Variant(name="ours-8-slots", label="ours with slots", testbed=_SLOTS_8, how=Deployed(stages=8)),
+    Variant(
+        name="mixed-slots", label="ours with slots", testbed=_SLOTS_MIXED, how=Deployed(stages=4)
+    ),
+    Variant(
+        name="mixed-equal-slots",
+        label="the same, equal split",
+        testbed=_SLOTS_MIXED_UNKNOWN,
         how=Deployed(stages=4),
     ),
 )

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zlib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from integration import bench_fetch, bench_gateway, bench_hop
+from integration import bench_coldstart, bench_fetch, bench_gateway, bench_hop
 from integration.bench_fetch import Fetched, Store
 from integration.bench_gateway import Figures, Throughput
 from integration.clients import environments
-from paraserve_backend.errors import ParaServeError
+from integration.coldstart_chart import chart
+from integration.coldstart_summary import Results, Start
+from integration.coldstart_summary import summary as coldstart_summary
+from integration.coldstart_targets import TARGETS
+from integration.coldstart_variants import VARIANTS
+from paraserve_backend.errors import InvalidRequest, ParaServeError
+from paraserve_backend.rpc import paraserve_pb2 as pb
 
 _HOP_FIGURES = {
     "ratio_8kb": 2.5,
@@ -116,3 +124,115 @@ def test_clients_are_shown_to_work_only_if_none_failed_and_none_was_skipped(
     result = environments.summary(f"<testsuites>{suite}</testsuites>", {"curl": "8"})
     assert result["met"] is met
     assert result["passed"] == 9 - failures - skipped
+
+
+def cold(
+    variant: str, ttft_s: float, token_ids: tuple[int, ...] = (1, 2), *, warm_ttft_s: float = 0.1
+) -> Start:
+    return Start(
+        variant=variant,
+        ttft_s=ttft_s,
+        warm_ttft_s=warm_ttft_s,
+        token_ids=token_ids,
+        peak_bytes=10**9,
+    )
+
+
+def results(*starts: Start) -> Results:
+    """Of checkpoints of 2 and 1 GB, and links of 100 MB/s where 1 Gbit/s was asked for."""
+    names = {start.variant for start in starts}
+    return Results(
+        variants=[variant for variant in VARIANTS if variant.name in names],
+        starts=starts,
+        checkpoint_bytes={"2gb": 2 * 10**9, "1gb": 10**9},
+        link_bytes_per_s={1.0: 1e8, 0.5: 5e7, 0.25: 2.5e7},
+    )
+
+
+def coldstart_missed(*starts: Start) -> object:
+    result = coldstart_summary(results(*starts), TARGETS)
+    assert result["met"] is (result["missed"] == [])
+    return result["missed"]
+
+
+def test_the_limit_is_the_transfer_over_all_links_and_one_forward_pass() -> None:
+    of = results(cold("ours-4-slots", 6.0, warm_ttft_s=0.2), cold("mixed-slots", 8.0))
+    four, mixed = of.variants
+    assert of.limit_s(four) == pytest.approx(2e9 / 4e8 + 0.2)
+    assert of.transfer_s(mixed) == pytest.approx(2e9 / 2.75e8)
+
+
+def test_what_is_in_memory_already_has_a_forward_pass_as_its_limit() -> None:
+    of = results(cold("memory-1-slots", 0.2))
+    assert of.limit_s(of.variants[0]) == pytest.approx(0.1)
+
+
+def test_medians_are_compared_and_a_figure_at_its_target_meets_it() -> None:
+    starts = [cold("ours-4-slots", ttft_s) for ttft_s in (99.0, 5.1 * 1.15, 0.1)]
+    quo = [cold("status-quo", 5.1 * 1.15 * 4.8)] * 3
+    assert coldstart_missed(*starts, *quo) == []
+
+
+def test_each_missed_coldstart_target_is_named() -> None:
+    starts = (cold("ours-4-slots", 6.0), cold("status-quo", 28.0), cold("memory-1-slots", 0.31))
+    assert coldstart_missed(*starts) == [
+        "ours-4-slots over its limit",
+        "ours-4-slots faster than status-quo",
+        "memory-1-slots, s",
+    ]
+
+
+def test_a_target_holds_only_where_all_its_variants_were_run() -> None:
+    assert coldstart_missed(cold("ours-1", 1000.0)) == []
+
+
+def test_the_status_quo_to_compare_with_has_the_same_model_and_link() -> None:
+    of = results(
+        cold("status-quo", 20.0),
+        cold("status-quo-1gb", 10.0),
+        cold("status-quo-half", 40.0),
+        cold("ours-4-1gb", 5.0),
+        cold("ours-8", 8.0),
+    )
+    speedups = {variant.name: of.speedup(variant) for variant in of.variants}
+    assert speedups["ours-4-1gb"] == 2.0
+    assert speedups["ours-8"] == 5.0
+
+
+def test_starts_of_ours_that_answer_differently_fail_the_benchmark() -> None:
+    with pytest.raises(ParaServeError, match="different tokens"):
+        coldstart_missed(cold("ours-1", 1.0), cold("ours-4", 1.0, token_ids=(1, 3)))
+
+
+def test_transformers_may_round_another_way() -> None:
+    coldstart_missed(cold("ours-1", 1.0), cold("status-quo", 1.0, token_ids=(1, 3)))
+
+
+def test_a_start_comes_back_from_its_line_as_it_was() -> None:
+    replica = pb.ReplicaStatus(replica="ours.1", requested_s=1.5, parts=[pb.ReplicaPart(node="n")])
+    start = dataclasses.replace(cold("ours-1", 1.0), replica=replica)
+    assert Start.from_json(json.loads(json.dumps(start.to_json()))) == start
+
+
+def test_the_plot_is_well_formed_and_shows_every_variant() -> None:
+    of = results(*(cold(variant.name, 1.0 + place) for place, variant in enumerate(VARIANTS)))
+    drawn = ElementTree.fromstring(chart(of))
+    texts = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    for variant in VARIANTS:
+        assert variant.testbed.name in texts
+        assert any(text and text.startswith(variant.label) for text in texts)
+
+
+def test_a_variant_that_does_not_exist_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="ours-5"):
+        bench_coldstart.chosen(["ours-5"])
+
+
+def test_what_others_left_behind_is_of_a_variant_on_the_same_cluster() -> None:
+    by_name = {variant.name: variant for variant in VARIANTS}
+    assert len(by_name) == len(VARIANTS)
+    for variant in VARIANTS:
+        if variant.source != variant.name:
+            before = by_name[variant.source]
+            assert VARIANTS.index(before) < VARIANTS.index(variant)
+            assert (before.testbed, before.checkpoint) == (variant.testbed, variant.checkpoint)

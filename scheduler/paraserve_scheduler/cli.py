@@ -17,6 +17,7 @@ from paraserve_scheduler.commands import (
     cluster,
     daemons,
     deployments,
+    explain,
     generate,
     machine,
     moves,
@@ -29,6 +30,7 @@ examples:
   paraserve deploy tiny --source s3://models/tiny          a model at zero: nothing is loaded
   paraserve generate tiny "Once upon a time"               starts it, streams its answer
   paraserve timeline tiny                                  where the time of the start went
+  paraserve explain tiny                                   why it started so, and what was predicted
   paraserve down
 
 The commands find the local cluster by themselves; --scheduler and --gateway, or the variables
@@ -46,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"paraserve {version('paraserve')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (cluster, deployments, generate, moves, simulate, machine, daemons):
+    for group in (cluster, deployments, explain, generate, moves, simulate, machine, daemons):
         group.add_commands(commands)
     return parser
 

@@ -48,8 +48,8 @@ class ConsolidationConfig:
 class PolicyConfig:
     """When replicas start and stop."""
 
-    #: Who decides what starts and stops: a name of baselines/table.py.
-    policy: str = "paraserve"
+    #: Who decides what starts and stops: a name that `paraserve simulate --policy` knows.
+    name: str = "paraserve"
     #: A node that was silent for so long is lost.
     node_timeout_s: float = 5.0
     #: How long after its own start the scheduler waits for nodes to register again.

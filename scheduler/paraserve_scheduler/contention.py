@@ -67,20 +67,32 @@ def offered_rate(
 ) -> float:
     """What a new fetch would get on a link; 0 if a running one would then miss its deadline.
 
-    HydraServe's admission test, with two differences: a fetch that is late whatever we do no
-    longer blocks the node until it ends, and one without a deadline never does.
+    HydraServe's admission test, with three differences: shares grow as others end, a fetch that is
+    late whatever we do no longer blocks the node until it ends, and one without a deadline never
+    does.
     """
-    running = [claim for claim in claims if claim.remaining_bytes > 0]
-    share = nic_bytes_per_s / (len(running) + 1)
-    for claim in running:
-        if claim.deadline_s is None:
-            continue
-        left_s = claim.deadline_s - now_s - slack_s
-        alone = nic_bytes_per_s / len(running)
-        was_possible = left_s * alone >= claim.remaining_bytes
-        if was_possible and left_s * share < claim.remaining_bytes:
-            return 0.0
-    return share
+    running = sorted(
+        (claim for claim in claims if claim.remaining_bytes > 0), key=lambda it: it.remaining_bytes
+    )
+    sizes = [claim.remaining_bytes for claim in running]
+    before = _ends_s(nic_bytes_per_s, sizes, others=0)
+    after = _ends_s(nic_bytes_per_s, sizes, others=1)
+    for claim, before_s, after_s in zip(running, before, after, strict=True):
+        if claim.deadline_s is not None:
+            left_s = claim.deadline_s - now_s - slack_s
+            if before_s <= left_s < after_s:
+                return 0.0
+    return nic_bytes_per_s / (len(running) + 1)
+
+
+def _ends_s(capacity: float, sizes: Sequence[float], *, others: int) -> list[float]:
+    """When fetches of ascending `sizes` end that share a link evenly, and with endless `others`."""
+    ends, end_s, done = [], 0.0, 0.0
+    for index, size in enumerate(sizes):
+        end_s += (size - done) * (len(sizes) - index + others) / capacity
+        done = size
+        ends.append(end_s)
+    return ends
 
 
 class LinkForecast:

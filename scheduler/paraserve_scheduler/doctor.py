@@ -40,6 +40,8 @@ class State(StrEnum):
     MISSING = "missing"
     #: Not there, and only needed for some things.
     ABSENT = "absent"
+    #: There, and not as it was written.
+    DAMAGED = "damaged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,9 +56,9 @@ def fleet_of(
         for _, node in sorted(view.nodes.items())
         if is_usable(view, node, now_s, config) and len(free_ports(view, node)) >= LEAST_PORTS
     ]
-    kinds = {node.info.kind: _kind(view, node, active, config.placement) for node in nodes}
+    kinds = {_kind_key(node): _kind(view, node, active, config.placement) for node in nodes}
     seen = tuple(
-        _node(view, node, kinds[node.info.kind], replicas[node.info.name], active) for node in nodes
+        _node(view, node, kinds[_kind_key(node)], replicas[node.info.name], active) for node in nodes
     )
     most_bytes = max((gpu.free_bytes for node in seen for gpu in node.gpus), default=0)
     return Fleet(
@@ -95,6 +95,10 @@ def _is_active(view: ClusterView, state: DeploymentState, held_back: Collection[
 
 
 # ---- nodes ----
+
+
+def _kind_key(node: NodeState) -> tuple[str, bool]:
+    return node.info.kind, node.info.max_slots > 0
 
 
 def _kind(
@@ -292,13 +296,12 @@ def _load(
     # A deployment's own time also knows of requests that came and went between two reports.
     busy_s = state.last_active_s if is_only else replica.last_busy_s or replica.ready_s
     # Under load a pipeline becomes several instances, which is sooner than a further replica.
-    can_scale_up = is_ready and state.deployment.spec.consolidate
-    instances = max(len(successors), len(replica.plan.stages) if can_scale_up else 1)
+    instances = len(replica.plan.stages) if state.deployment.spec.consolidate else 1
     return ReplicaLoad(
         name=replica.id,
         deployment=replica.deployment,
         phase=ReplicaPhase.READY if is_ready else ReplicaPhase.STARTING,
-        capacity=replica.plan.max_sequences * instances,
+        capacity=replica.plan.max_sequences * max(instances, len(successors)),
         in_flight=in_flight,
         reserved_bytes={(stage.node, 0): stage.reserved_bytes for stage in replica.plan.stages},
         idle_since_s=busy_s if is_idle else None,

@@ -172,7 +172,8 @@ def _take_part(view: ClusterView, replica: Replica, part: PartState, at_s: float
     was_ready = replica.parts[part.stage].phase is Phase.READY
     replica = replace(replica, parts=tuple(parts))
     if parts[part.stage].phase is Phase.READY and not (was_ready or replica.recovered):
-        view = measured_part(view, replica, part.stage)
+        known = replace(view, replicas=_with(view.replicas, replica.id, replica))
+        view = measured_part(known, replica, part.stage)
     became_ready = replica.phase is Phase.STARTING and all(
         part.phase is Phase.READY for part in parts
     )

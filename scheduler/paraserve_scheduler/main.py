@@ -16,6 +16,7 @@ from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
 from paraserve_backend.yaml_config import parse_arguments, read_token
 from paraserve_scheduler.agents import GrpcAgents
+from paraserve_scheduler.baselines.table import find_policy
 from paraserve_scheduler.clock import SystemClock
 from paraserve_scheduler.config import SchedulerConfig
 from paraserve_scheduler.controller import Controller
@@ -41,6 +42,7 @@ async def run(config: SchedulerConfig) -> None:
     """
     token = read_token(config.token_file, os.environ)
     require_loopback(config.listen, token)
+    find_policy(config.policy.name)
     server, port = _listen(config.listen, token)
     agents = GrpcAgents(token)
     with contextlib.closing(SqliteStore(config.state_file)) as store:

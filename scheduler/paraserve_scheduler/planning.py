@@ -80,9 +80,8 @@ def _takes_one_more(node: Node, need: Need, now_s: float) -> bool:
     """Whether a start there makes no running fetch late."""
     if not node.claims or offered_rate(node.nic_bytes_per_s, node.claims, now_s) > 0:
         return True
-    layers = need.model.num_layers
-    there = (*node.cached.get(need.weights, ()), *node.on_disk.get(need.weights, ()))
-    return layers == len({layer for low, high in there for layer in range(low, high)})
+    # What is there already is not fetched.
+    return node.cached.get(need.weights) == ((0, need.model.num_layers),)
 
 
 def _zones(start: Start | None, nodes: Sequence[Node]) -> list[str]:
@@ -142,9 +141,11 @@ def _preference(start: Start, need: Need) -> tuple[bool, bool, float, float]:
     prediction = start.prediction
     assert prediction is not None, "every option is predicted"
     if need.objectives.ttft_s is None:
-        # Nobody says how soon is soon enough: as parallel as it may be, of those the earliest.
+        # Nobody says how soon is soon enough: as parallel as it may be, of those what becomes most
+        # instances, and of those the earliest.
         is_slow = not prediction.meets_tpot
-        return (is_slow, is_slow, -len(start.stages), prediction.ready_s)
+        grown = sum(stage.grows for stage in start.stages)
+        return (is_slow, is_slow, -len(start.stages) - grown / 1000, prediction.ready_s)
     meets = prediction.meets_ttft and prediction.meets_tpot
     value = prediction.cost_byte_s if meets else prediction.ttft_s
     return (not meets, not prediction.meets_tpot, value, len(start.stages))

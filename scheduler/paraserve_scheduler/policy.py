@@ -177,7 +177,7 @@ def _follow_policy(view: ClusterView, now_s: float, config: PolicyConfig) -> Ite
         yield stop
         view = begin(view, stop, now_s)
     fleet = fleet_of(view, now_s, config, held_back={it.deployment for it in failures})
-    for decision in find_policy(config.policy).decide(fleet, now_s):
+    for decision in find_policy(config.name).decide(fleet, now_s):
         for action in _carry_out(view, decision, now_s, config):
             yield action
             view = begin(view, action, now_s)
@@ -312,7 +312,7 @@ def _without_room(
     failure = Failure(
         grpc_code=InsufficientCapacity.grpc_code,
         message=_shortage(view, state, now_s, config)
-        or f"'{state.name}' has room on no set of nodes as policy '{config.policy}' needs it.",
+        or f"'{state.name}' has room on no set of nodes as policy '{config.name}' needs it.",
     )
     reason = f"no room after {waited_s:.1f} s: {failure.message}"
     yield FailDeployment(deployment=state.name, failure=failure, reason=reason)
@@ -322,7 +322,7 @@ def _fits(view: ClusterView, state: DeploymentState, now_s: float, config: Polic
     """Whether the policy would start a replica in that cluster."""
     others = view.deployments.keys() - {state.name}
     fleet = fleet_of(view, now_s, config, held_back=others)
-    decisions = find_policy(config.policy).decide(fleet, now_s)
+    decisions = find_policy(config.name).decide(fleet, now_s)
     return any(isinstance(it, Start) and it.deployment == state.name for it in decisions)
 
 

@@ -11,8 +11,8 @@ from itertools import islice
 from paraserve_scheduler.contention import LinkForecast
 from paraserve_scheduler.cost import ModelShape, runtime_s, stage_ready_s
 from paraserve_scheduler.fleet import Fleet, Need, Node, Source
+from paraserve_scheduler.holders import Holders
 from paraserve_scheduler.inflow import Amounts, Inflow
-from paraserve_scheduler.layout import Layout
 
 _UNLIMITED = float("inf")
 #: Places that are looked at closely; of thousands of nodes only the best can matter.
@@ -80,8 +80,8 @@ class Spot:
         )
 
     @cached_property
-    def _layout(self) -> Layout:
-        return Layout(
+    def _holders(self) -> Holders:
+        return Holders(
             self.model,
             memory=self.node.cached.get(self.weights, ()),
             disk=self.node.on_disk.get(self.weights, ()),
@@ -90,16 +90,16 @@ class Spot:
 
     def fetch_s(self, start: int, end: int) -> float:
         """Seconds until layers `[start, end)` are in the node's host memory."""
-        return self._inflow.seconds_for(self._layout.amounts(start, end))
+        return self._inflow.seconds_for(self._holders.amounts(start, end))
 
     def rest_fetch_s(self, start: int, end: int) -> float:
         """Seconds until all other layers are, with these there already."""
-        rest = self._whole.less(self._layout.amounts(start, end))
+        rest = self._whole.less(self._holders.amounts(start, end))
         return self._inflow.seconds_for(rest)
 
     def sources(self, start: int, end: int) -> Iterator[Source]:
         """Where these layers come from, without sources of nothing."""
-        amounts = self._layout.amounts(start, end)
+        amounts = self._holders.amounts(start, end)
         local = self.model.bytes_of(start, end) - amounts.total_bytes
         given = self._inflow.split(amounts, self._inflow.seconds_for(amounts))
         store = amounts.total_bytes - given.disk_bytes - sum(given.peers_bytes)
@@ -128,7 +128,7 @@ class Spot:
 
     @cached_property
     def _whole(self) -> Amounts:
-        return self._layout.amounts(0, self.model.num_layers)
+        return self._holders.amounts(0, self.model.num_layers)
 
     def bytes_by(self, seconds: float) -> float:
         method = self.node.kind.start

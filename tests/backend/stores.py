@@ -109,6 +109,8 @@ class Answer:
     cut_after: int | None = None
     #: The rest waits for `ScriptedStore.release` after this many bytes.
     stall_after: int | None = None
+    #: The body trickles, until `ScriptedStore.release`.
+    bytes_per_s: int | None = None
 
 
 Step = Callable[[Answer], None]
@@ -128,6 +130,13 @@ def cut_after(count: int) -> Step:
 def stall_after(count: int) -> Step:
     def step(answer: Answer) -> None:
         answer.stall_after = count
+
+    return step
+
+
+def throttle(bytes_per_s: int) -> Step:
+    def step(answer: Answer) -> None:
+        answer.bytes_per_s = bytes_per_s
 
     return step
 
@@ -275,6 +284,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._write(body[: answer.stall_after])
             self._wait()
             body = body[answer.stall_after :]
+        if answer.bytes_per_s is not None:
+            body = self._trickle(body, answer.bytes_per_s)
         self._write(body[: answer.cut_after])
         self.close_connection = answer.cut_after is not None
 
@@ -282,6 +293,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
         with self.server.store.lock:
             self.server.store.sent_bytes += len(body)
+
+    def _trickle(self, body: bytes, bytes_per_s: int) -> bytes:
+        """Send at this rate; returns what is left once it is released."""
+        step_bytes = max(bytes_per_s // 20, 1)
+        for at in range(0, len(body), step_bytes):
+            if self.server.store.release.wait(step_bytes / bytes_per_s):
+                return body[at:]
+            self._write(body[at : at + step_bytes])
+        return b""
 
     def _wait(self) -> None:
         self.server.store.waiting.set()

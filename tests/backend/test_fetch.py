@@ -29,12 +29,14 @@ from tests.backend.stores import (
     BUCKET,
     Get,
     ScriptedStore,
+    Step,
     answer_well,
     cut_after,
     rclone_store,
     refuse,
     serve,
     stall_after,
+    throttle,
     with_header,
 )
 
@@ -318,6 +320,25 @@ def test_two_fetches_of_one_object_ask_for_each_byte_once(
     again_bytes = report.fetched_bytes + stage.total_bytes - whole.total_bytes
     assert 0 <= again_bytes < 4 * PART_BYTES
     assert report.reused_bytes == whole.total_bytes - report.fetched_bytes
+
+
+@pytest.mark.parametrize("slowness", [stall_after(100), throttle(40)])
+def test_what_a_connection_brings_far_too_slowly_is_brought_by_another(
+    tier: Tier,
+    model: Path,
+    remote: Source,
+    plan: FetchPlan,
+    store: ScriptedStore,
+    slowness: Step,
+) -> None:
+    # Two small files, and of the parts the second.
+    store.script.extend([answer_well] * 3 + [slowness])
+    report = run(plan, remote, tier, threads=2)
+    assert not store.release.is_set()  # the slow answer has not ended
+    assert_complete(tier, "fetch-1", model)
+    assert report.total_s < 10
+    assert report.store_bytes == wanted_bytes(plan)
+    assert 0 < store.requested_bytes - wanted_bytes(plan) <= PART_BYTES
 
 
 def test_the_first_layers_are_asked_for_first(

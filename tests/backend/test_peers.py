@@ -155,6 +155,58 @@ def test_the_store_helps_where_the_peers_are_slow(holder: Tier, reader: Tier, mo
     assert report.store_bytes + report.peer_bytes == all_bytes(model)
 
 
+def test_a_peer_that_trickles_is_left_for_the_store(
+    holder: Tier, reader: Tier, model: Path
+) -> None:
+    """It is never silent, and the fetch would take minutes."""
+    plan = make_plan(model)
+    reader.begin(plan, part_bytes=PART_BYTES)
+    with served(holder) as peer:
+        report = fetch(
+            plan,
+            open_source(str(model)),
+            reader,
+            timeout_s=30,
+            cancel=threading.Event(),
+            peers=[_TricklingPeer(peer)],
+            link_bytes_per_s=1e12,
+        )
+    assert report.total_s < 5
+    assert report.store_bytes + report.peer_bytes == all_bytes(model)
+    assert report.peer_bytes < 2 * PART_BYTES
+
+
+class _TricklingPeer:
+    """Sends 10 kB/s on each connection."""
+
+    def __init__(self, inner: HttpPeer) -> None:
+        self._inner = inner
+
+    def holdings(self, names: Collection[str]) -> Mapping[str, Holding]:
+        return self._inner.holdings(names)
+
+    def connect(self, names: Mapping[str, str]) -> Connection:
+        return _Trickling(self._inner.connect(names))
+
+
+class _Trickling:
+    def __init__(self, inner: Connection) -> None:
+        self._inner = inner
+        self._aborted = threading.Event()
+
+    def read_into(self, stored: StoredObject, start: int, view: memoryview) -> None:
+        for at in range(0, len(view), 500):
+            self._inner.read_into(stored, start + at, view[at : at + 500])
+            if self._aborted.wait(0.05):
+                raise Cancelled("aborted")
+
+    def abort(self) -> None:
+        self._aborted.set()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
 class _StalledPeer:
     """Has everything and sends nothing before an event, and then breaks."""
 

@@ -26,7 +26,7 @@ from paraserve_scheduler.gateway.config import GatewayConfig
 
 COMMANDS = (
     *("up", "down", "deploy", "generate", "status", "timeline", "delete", "migrate", "drain"),
-    "simulate",
+    *("explain", "simulate"),
     *("agent", "scheduler", "gateway", "install-backend", "doctor"),
 )
 

@@ -8,7 +8,14 @@ from google.protobuf import text_format
 from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
-from paraserve_backend.config import GenerateConfig, LinkConfig, StageConfig, read_config
+from paraserve_backend.config import (
+    GenerateConfig,
+    LinkConfig,
+    RoleConfig,
+    SlotConfig,
+    StageConfig,
+    read_config,
+)
 from paraserve_backend.contract import EngineName
 from paraserve_backend.interface import HAND_OVER_OUTPUTS, INPUTS, OUTPUTS
 from paraserve_backend.weights.plan import FetchPlan
@@ -48,10 +55,12 @@ def _signature(model: TritonModel) -> tuple[list[str], list[str]]:
     return [tensor.name for tensor in config.input], [tensor.name for tensor in config.output]
 
 
-def _as_role_reads_it(model: TritonModel) -> GenerateConfig | StageConfig | LinkConfig:
+def _as_role_reads_it(model: TritonModel) -> RoleConfig:
     """What the backend makes of a rendered config, given to it as Triton gives it."""
     fields = MessageToDict(_config(model), preserving_proto_field_name=True)
-    return read_config(json.dumps(fields))
+    config = read_config(json.dumps(fields))
+    assert not isinstance(config, SlotConfig)
+    return config
 
 
 def test_a_replica_of_one_stage_is_one_model_with_all_layers() -> None:

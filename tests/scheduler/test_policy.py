@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,18 +11,22 @@ from paraserve_scheduler.actions import (
     Action,
     DropDeployment,
     FailDeployment,
+    KeepSlots,
     RemovePart,
     RemoveReplica,
     StartReplica,
     StopReplica,
 )
+from paraserve_scheduler.baselines.table import POLICIES
 from paraserve_scheduler.events import (
     DeletionRequested,
     HandOverFailed,
     NodeCordoned,
     NodeRegistered,
     PartRemoved,
+    SlotsRefused,
 )
+from paraserve_scheduler.keep_alive import KeepAliveConfig
 from paraserve_scheduler.placement import equal_split
 from paraserve_scheduler.state import DeploymentState, Failure, NodeInfo, PartState, Phase
 from tests.scheduler.builders import (
@@ -326,9 +333,9 @@ def test_a_start_that_takes_for_ever_is_given_up() -> None:
 # ---- room ----
 
 
-def _one_context(name: str) -> DeploymentState:
+def _one_context(name: str, **spec: Any) -> DeploymentState:
     """A deployment whose replicas take the least that any can."""
-    return make_state(make_deployment(name, max_context=256, max_sequences=1))
+    return make_state(make_deployment(name, max_context=256, max_sequences=1, **spec))
 
 
 def _small_node(deployments: int) -> list[NodeInfo]:
@@ -377,6 +384,109 @@ def test_a_busy_replica_makes_no_room() -> None:
     history.demand("b", waiting=1)
     history.passes(CONFIG.capacity_grace_s)
     assert _kinds(history.decides()) == [FailDeployment]
+
+
+# ---- several replicas ----
+
+
+def _several(**spec: Any) -> History:
+    nodes = [make_node_info(name) for name in ("n0", "n1", "n2")]
+    states = [make_state(make_deployment(max_stages=1, **spec))]
+    return History(nodes=nodes, deployments=states)
+
+
+def _load(history: History, **running: int) -> None:
+    """So many requests run on each replica."""
+    by_replica = {name.replace("_", "."): count for name, count in running.items()}
+    history.demand(in_flight=sum(running.values()), replica_in_flight=by_replica)
+
+
+def test_requests_that_queue_in_a_full_replica_start_another_one() -> None:
+    history = _several(max_replicas=2, max_sequences=4)
+    history.serves()
+    _load(history, tiny_1=4)
+    assert history.decides() == ()
+    _load(history, tiny_1=5)
+    (start,) = history.decides()
+    assert isinstance(start, StartReplica)
+    assert start.plan.replica == "tiny.2"
+    history.becomes_ready("tiny.2")
+    _load(history, tiny_1=9, tiny_2=9)
+    assert history.decides() == (), "two are all it may have"
+
+
+def test_a_replica_that_is_spare_goes_while_the_other_works_on() -> None:
+    history = _several(max_replicas=2, max_sequences=4, keep_alive_s=10.0)
+    history.serves()
+    _load(history, tiny_1=5)
+    history.decides()
+    history.becomes_ready("tiny.2")
+    _load(history, tiny_1=1, tiny_2=1)
+    _load(history, tiny_1=1)
+    history.passes(9)
+    assert history.decides() == ()
+    history.passes(1)
+    (stop,) = history.decides()
+    assert isinstance(stop, StopReplica)
+    assert stop.replica == "tiny.2"
+
+
+def test_least_replicas_are_kept_without_a_request() -> None:
+    history = _several(min_replicas=1)
+    (start,) = history.decides()
+    assert isinstance(start, StartReplica)
+    history.becomes_ready("tiny.1")
+    history.passes(1_000)
+    assert history.decides() == ()
+
+
+def test_a_user_who_says_nothing_gets_a_replica_kept_while_it_is_worth_it() -> None:
+    history = _several(keep_alive_s=None)
+    history.serves()
+    history.passes(KeepAliveConfig().unknown_s - 1)
+    assert history.decides() == ()
+    history.passes(2)
+    assert _kinds(history.decides()) == [StopReplica]
+
+
+def test_of_two_deployments_that_lack_room_the_one_of_higher_priority_starts() -> None:
+    states = [_one_context("low"), _one_context("high", priority=1)]
+    history = History(nodes=_small_node(1), deployments=states)
+    history.demand("low", waiting=1)
+    history.demand("high", waiting=1)
+    (start,) = history.decides()
+    assert isinstance(start, StartReplica)
+    assert start.plan.deployment == "high"
+
+
+# ---- slots ----
+
+
+def test_a_node_is_told_once_to_keep_a_slot() -> None:
+    history = History(nodes=[make_node_info("n0", max_slots=1), make_node_info("n1")])
+    assert history.decides() == (KeepSlots(node="n0", idle_slots=1, reason="starts are frequent"),)
+    assert history.decides() == ()
+
+
+def test_a_node_that_refused_is_told_again() -> None:
+    history = History(nodes=[make_node_info("n0", max_slots=1)])
+    history.decides()
+    history.happens(SlotsRefused(node="n0"))
+    assert _kinds(history.decides()) == [KeepSlots]
+
+
+# ---- other policies ----
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_every_policy_starts_what_waits_and_stops_what_is_idle(name: str) -> None:
+    # Large enough for what HydraServe reserves whatever the model.
+    nodes = [make_node_info(node, memory_bytes=64 << 30) for node in ("n0", "n1")]
+    history = History(nodes=nodes, config=replace(CONFIG, name=name))
+    history.serves()
+    assert len(history.view.live_replicas()) == 1
+    history.passes(61)
+    assert _kinds(history.decides()) == [StopReplica]
 
 
 # ---- tidying up ----

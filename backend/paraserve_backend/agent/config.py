@@ -92,6 +92,7 @@ class AgentConfig:
         "Idle sets of runtime slots (processes that have imported everything) to keep ready on "
         "each device at most; 0: none. The scheduler says how many there are at a time.",
     ] = 1
+    zone: Annotated[str, "Rack or zone of the node, for placement; empty: not said."] = ""
     fetch_threads: Annotated[int, "Connections per fetch."] = 4
     part_deadline_s: Annotated[
         float,

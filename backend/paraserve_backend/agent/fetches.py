@@ -17,7 +17,7 @@ from pathlib import Path
 
 from paraserve_backend.agent.threads import in_thread
 from paraserve_backend.agent.tier_report import tier_messages
-from paraserve_backend.errors import AlreadyExists, NotFound, ParaServeError
+from paraserve_backend.errors import AlreadyExists, NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.trace import Span, SpanFile
 from paraserve_backend.weights.disk import DiskTier
@@ -26,7 +26,7 @@ from paraserve_backend.weights.landing import FETCHES
 from paraserve_backend.weights.objects import Source
 from paraserve_backend.weights.peers import HttpPeer
 from paraserve_backend.weights.plan import FetchPlan
-from paraserve_backend.weights.source import open_source
+from paraserve_backend.weights.source import LazySource, open_source
 from paraserve_backend.weights.tier import Tier
 
 #: Fetches at once; the rest wait. Each only watches its own threads.
@@ -61,7 +61,10 @@ class FetchRequest:
         )
 
     def open(self) -> Source:
-        return open_source(self.plan.source_uri, endpoint_url=self.endpoint_url, region=self.region)
+        uri = self.plan.source_uri
+        return LazySource(
+            uri, lambda: open_source(uri, endpoint_url=self.endpoint_url, region=self.region)
+        )
 
 
 class Fetching:
@@ -229,18 +232,13 @@ class Fetches:
 
     def _work(self, fetching: Fetching, timeout_s: float) -> int:
         request = fetching.request
-        landing = self._tier.begin(request.plan)
+        self._tier.begin(request.plan)
         self._reserve(request)
         fetching.set_begun()
-        try:
-            source = request.open()
-        except ParaServeError as error:
-            landing.fail(error)  # readers would wait for ever
-            raise
         started_s = time.time()
         report = fetch(
             request.plan,
-            source,
+            request.open(),
             self._tier,
             timeout_s=timeout_s,
             cancel=fetching.cancelled,
@@ -283,8 +281,10 @@ class Fetches:
         return True
 
     def _use_disk(self, fetch_id: str) -> None:
-        """What was in use until now is what the disk should keep longest, too."""
-        for landing in self._tier.fetches() if self._disk else ():
+        """Have the disk, too, keep longest what was in use until now."""
+        if self._disk is None:
+            return
+        for landing in self._tier.fetches():
             if landing.plan.fetch_id == fetch_id:
                 for name, stored in landing.object_names.items():
                     self._disk.use(name, landing.needed_spans(stored.key))

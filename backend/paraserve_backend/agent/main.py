@@ -31,12 +31,16 @@ from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.agent.stubs import ProcessTable
 from paraserve_backend.agent.triton_client import TritonClient, read_key
 from paraserve_backend.agent.unloading import Unloader
+from paraserve_backend.agent.upkeep import Upkeep
 from paraserve_backend.agent.watchdog import Watchdog
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_AgentServicer_to_server
+from paraserve_backend.weights.disk import DiskTier
+from paraserve_backend.weights.disk_upkeep import DiskUpkeep
 from paraserve_backend.weights.landing import OBJECTS
+from paraserve_backend.weights.source import import_s3
 from paraserve_backend.weights.tier import Tier
 from paraserve_backend.yaml_config import parse_arguments, read_token
 
@@ -52,7 +56,7 @@ async def run(config: AgentConfig) -> None:
 
     Raises:
         InvalidRequest: a setting is wrong, the address is taken, or it would be open to everybody.
-        AlreadyExists: another agent uses the same run_dir.
+        AlreadyExists: another agent uses the same run_dir or disk_dir.
     """
     token = read_token(config.token_file, os.environ)
     require_loopback(config.listen, token)
@@ -62,7 +66,10 @@ async def run(config: AgentConfig) -> None:
         tier = Tier.open(config.run_dir / "tier", cache_bytes=sys.maxsize)
         config = _with_memory(config, tier)
         tier.limit_cache(config.tier_bytes or 0)
-        agent = _Agent.make(config, triton, tier, token)
+        disk = _open_disk(config)
+        if disk is not None:
+            stack.callback(disk.close)
+        agent = _Agent.make(config, triton, tier, disk, token)
         stack.push_async_callback(agent.stop)
         if agent.peers is not None:
             # Before the tier is given back.
@@ -92,10 +99,17 @@ class _Agent:
     changed: asyncio.Event
     #: None: other agents read nothing here.
     peers: PeerServer | None
+    #: None: nothing is kept on disk.
+    upkeep: Upkeep | None
 
     @classmethod
     def make(
-        cls, config: AgentConfig, triton: TritonClient, tier: Tier, token: str | None
+        cls,
+        config: AgentConfig,
+        triton: TritonClient,
+        tier: Tier,
+        disk: DiskTier | None,
+        token: str | None,
     ) -> _Agent:
         stubs = ProcessTable(config.model_repository)
         changed = asyncio.Event()
@@ -111,7 +125,7 @@ class _Agent:
         node = Node(
             repository=repository,
             unloader=unloader,
-            fetches=Fetches(tier, _fetch_limits(config), token=token),
+            fetches=Fetches(tier, _fetch_limits(config), token=token, disk=disk),
             keys=KeyStore(config.run_dir / "keys"),
             slots=slots,
             part_deadline_s=config.part_deadline_s,
@@ -134,6 +148,7 @@ class _Agent:
             watchdog=watchdog,
             changed=changed,
             peers=_peer_server(config, tier, token),
+            upkeep=_upkeep(tier, disk, node.fetches),
         )
 
     async def serve(self, registration: Registration) -> None:
@@ -142,7 +157,10 @@ class _Agent:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.watchdog.run())
             group.create_task(self.node.slots.run())
+            group.create_task(asyncio.to_thread(import_s3))
             group.create_task(registration.run())
+            if self.upkeep is not None:
+                group.create_task(self.upkeep.run())
 
     def service(self) -> AgentService:
         return AgentService(
@@ -162,6 +180,7 @@ class _Agent:
             tier=tier,
             tier_used_bytes=used_bytes,
             tier_cached_bytes=await self.node.fetches.cached_bytes(),
+            disk_used_bytes=self.node.fetches.disk_used_bytes,
             idle_slots=self.node.slots.idle_sets,
             slots_bytes=await self.node.slots.idle_bytes(),
         )
@@ -207,6 +226,23 @@ def _slot_limits(config: AgentConfig) -> SlotLimits:
         devices=devices_of(config, Path("/dev")),
         most_idle_sets=config.max_slots,
     )
+
+
+def _open_disk(config: AgentConfig) -> DiskTier | None:
+    if config.disk_dir is None or config.disk_bytes == 0:
+        return None
+    try:
+        return DiskTier.open(config.disk_dir, disk_bytes=config.disk_bytes)
+    except OSError as error:
+        raise InvalidRequest(
+            f"Cannot keep weights in disk_dir {config.disk_dir}: {error.strerror}."
+        ) from None
+
+
+def _upkeep(tier: Tier, disk: DiskTier | None, fetches: Fetches) -> Upkeep | None:
+    if disk is None:
+        return None
+    return Upkeep(DiskUpkeep(tier, disk), lambda: fetches.is_fetching)
 
 
 def _fetch_limits(config: AgentConfig) -> FetchLimits:

@@ -32,7 +32,28 @@ def node_info(config: AgentConfig, bound_port: int, *, proc: Path, dev: Path) ->
         channel_port_end=config.channel_port_end,
         devices=devices_of(config, dev),
         max_slots=config.max_slots,
+        kind=hardware_kind(proc),
+        zone=config.zone,
     )
+
+
+def hardware_kind(proc: Path) -> str:
+    """Return what tells nodes of equal speed from others: the GPU's model, else the processor's."""
+    for path in sorted((proc / "driver" / "nvidia" / "gpus").glob("*/information")):
+        model = _field(path, "Model")
+        if model:
+            return model
+    return _field(proc / "cpuinfo", "model name")
+
+
+def _field(path: Path, name: str) -> str:
+    """The value of the first `name: value` line of a kernel's file; empty where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in pairs if key.strip() == name), "")
 
 
 def usable_bytes(proc: Path, tier_bytes: int = 0) -> int:

@@ -156,8 +156,8 @@ class Allotment:
             now_s = self._now()
             self._brought.append((now_s, task.size_bytes))
             if task.part is not None:
-                taker.bytes_per_s = task.size_bytes / max(now_s - taken.since_s, 1e-6)
-                self._last_bytes_per_s = taker.bytes_per_s
+                taker.brought(task.size_bytes, now_s - taken.since_s)
+                self._last_bytes_per_s = taker.bytes_per_s or _LEAST_BYTES_PER_S
             if self._is_over:
                 self._changed.notify_all()
             return True

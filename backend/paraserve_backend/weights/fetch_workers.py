@@ -63,7 +63,9 @@ class FetchWorkers:
         self._first_part_s: float | None = None
         self._stores: list[StoreReader] = []
         self._readers: list[tuple[Supply, SupplyReader]] = []
-        self._add_readers(origins)
+        # A store takes a tenth of a second to open, which a model that is all here need not pay.
+        if not self.is_complete:
+            self._add_readers(origins)
 
     @property
     def fetched_bytes(self) -> int:
@@ -100,6 +102,8 @@ class FetchWorkers:
 
     def run(self, watch: Callable[[], None]) -> None:
         """Do all tasks; ends early, with every thread gone, where one of them or `watch` raises."""
+        if not self._readers:
+            return
         with ThreadPoolExecutor(len(self._readers), thread_name_prefix="fetch") as pool:
             try:
                 running = {pool.submit(self._work, *each) for each in self._readers}

@@ -6,6 +6,8 @@ An object store is `paraserve_backend.weights.s3`, loaded only when one is opene
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -16,7 +18,7 @@ from paraserve_backend.errors import (
     NotFound,
     SourceUnavailable,
 )
-from paraserve_backend.weights.objects import Source, StoredObject, check_key
+from paraserve_backend.weights.objects import Connection, Source, StoredObject, check_key
 from paraserve_backend.weights.store_errors import changed
 
 
@@ -42,6 +44,11 @@ def open_source(uri: str, *, endpoint_url: str | None = None, region: str | None
     raise _not_a_source(uri)
 
 
+def import_s3() -> None:
+    """Import what reads object stores, before the first of them is wanted."""
+    import paraserve_backend.weights.s3  # noqa: F401
+
+
 def _not_a_source(uri: str) -> InvalidRequest:
     return InvalidRequest(
         f"cannot read models from {uri!r}: use s3://bucket/prefix, file:///folder or /folder"
@@ -54,6 +61,28 @@ def _open_folder(uri: str, folder: Path) -> FolderSource:
     if not folder.is_absolute():
         raise InvalidRequest(f"model folder {uri!r} must be an absolute path: nodes have no cwd")
     return FolderSource(uri, folder)
+
+
+class LazySource:
+    """A source that is opened when it is first used, by whichever thread that is."""
+
+    def __init__(self, uri: str, open_it: Callable[[], Source]) -> None:
+        self.uri = uri
+        self._open = open_it
+        self._lock = threading.Lock()
+        self._opened: Source | None = None
+
+    def list(self) -> tuple[StoredObject, ...]:
+        return self._source().list()
+
+    def connect(self) -> Connection:
+        return self._source().connect()
+
+    def _source(self) -> Source:
+        with self._lock:
+            if self._opened is None:
+                self._opened = self._open()
+            return self._opened
 
 
 class FolderSource:

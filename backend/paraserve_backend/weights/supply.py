@@ -90,5 +90,15 @@ class Taker:
     supply: Supply
     #: Ends the read that runs, if it can be ended. Any thread may call it.
     break_off: Callable[[], None]
-    #: Of the last part it brought.
-    bytes_per_s: float | None = None
+    _recent_bytes: float = 0.0
+    _recent_s: float = 0.0
+
+    def brought(self, size_bytes: int, seconds: float) -> None:
+        """Note how long a part took; each counts twice as much as the one before."""
+        self._recent_bytes = self._recent_bytes / 2 + size_bytes
+        self._recent_s = self._recent_s / 2 + seconds
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """How fast it is; `None` before its first part."""
+        return self._recent_bytes / max(self._recent_s, 1e-6) if self._recent_bytes else None

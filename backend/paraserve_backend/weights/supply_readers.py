@@ -6,6 +6,7 @@ A reader deals with its supply's failures: only those that end the whole fetch a
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from paraserve_backend.weights.allotment import Allotment
 from paraserve_backend.weights.disk import DiskTier
 from paraserve_backend.weights.disk_files import DamagedExtent, aligned_buffer
 from paraserve_backend.weights.holdings import Holding
-from paraserve_backend.weights.objects import BrokenTransfer, Source
+from paraserve_backend.weights.objects import BrokenTransfer, Connection, Source
 from paraserve_backend.weights.peers import Peer
 from paraserve_backend.weights.spans import merge, within
 from paraserve_backend.weights.supply import Supply, Task
@@ -51,13 +52,18 @@ class PartBuffer:
 
 
 class StoreReader:
-    """Reads from the source, with its own connection; raises what stays after bounded retries."""
+    """Reads from the source, with its own connection; raises what stays after bounded retries.
+
+    It connects when it first reads: to open a store takes a tenth of a second.
+    """
 
     def __init__(self, source: Source, retrier: Retrier, buffer: PartBuffer) -> None:
         self._source = source
         self._retrier = retrier
         self._buffer = buffer
-        self._connection = source.connect()
+        self._connection: Connection | None = None
+        self._is_broken_off = False
+        self._lock = threading.Lock()
         self.retries = 0
 
     def refresh(self) -> None:
@@ -68,19 +74,35 @@ class StoreReader:
         try:
             if content:
                 self.retries += self._retrier.read(
-                    self._connection, task.stored, task.start, content
+                    self._connected(), task.stored, task.start, content
                 )
         except Cancelled:
-            self._connection.close()
-            self._connection = self._source.connect()
+            self.close()
+            with self._lock:
+                self._connection, self._is_broken_off = None, False
             return None
         return content
 
     def break_off(self) -> None:
-        self._connection.abort()
+        with self._lock:
+            self._is_broken_off = True
+            connection = self._connection
+        if connection is not None:
+            connection.abort()
 
     def close(self) -> None:
-        self._connection.close()
+        if self._connection is not None:
+            self._connection.close()
+
+    def _connected(self) -> Connection:
+        if self._connection is None:
+            connection = self._source.connect()
+            with self._lock:
+                self._connection = connection
+                is_broken_off = self._is_broken_off
+            if is_broken_off:  # while it was made
+                connection.abort()
+        return self._connection
 
 
 class PeerReader:

@@ -14,9 +14,15 @@ from rich.table import Table
 
 from paraserve_scheduler.doctor import Finding, State, examine
 from paraserve_scheduler.doctor_engines import examine_engine
+from paraserve_scheduler.doctor_tiers import examine_tiers
 from paraserve_scheduler.install_backend import install_backend, start_hint
 
-_STYLES = {State.OK: "green", State.MISSING: "bold red", State.ABSENT: "yellow"}
+_STYLES = {
+    State.OK: "green",
+    State.MISSING: "bold red",
+    State.ABSENT: "yellow",
+    State.DAMAGED: "bold red",
+}
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,7 +30,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "doctor",
         help="check this machine and say what is missing",
         description="Check this machine for a local cluster, line by line. The exit status is 1 if "
-        "something required is missing; what is only absent limits a feature.",
+        "something required is missing or damaged; what is only absent limits a feature.",
     )
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
     engines = parser.add_mutually_exclusive_group()
@@ -35,6 +41,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             action="store_const",
             const=engine,
             help=f"check instead whether the {engine} installed here is one ParaServe can use",
+        )
+    for flag, what in (("--run-dir", "memory"), ("--disk-dir", "disk")):
+        parser.add_argument(
+            flag,
+            type=Path,
+            metavar="DIR",
+            help=f"check instead what an agent keeps of weights in {what}, with this setting",
         )
     parser.set_defaults(run=_doctor)
     parser = commands.add_parser(
@@ -57,13 +70,22 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _doctor(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    findings = examine_engine(arguments.engine) if arguments.engine else examine(environ)
+    findings = _findings(arguments, environ)
     console = Console()
     if arguments.json:
         console.out(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         console.print(_table(findings))
-    return 1 if any(finding.state is State.MISSING for finding in findings) else 0
+    is_bad = any(finding.state in (State.MISSING, State.DAMAGED) for finding in findings)
+    return 1 if is_bad else 0
+
+
+def _findings(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Finding, ...]:
+    if arguments.engine:
+        return examine_engine(arguments.engine)
+    if arguments.run_dir or arguments.disk_dir:
+        return examine_tiers(arguments.run_dir, arguments.disk_dir)
+    return examine(environ)
 
 
 def _table(findings: tuple[Finding, ...]) -> Table:

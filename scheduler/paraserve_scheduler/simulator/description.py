@@ -45,6 +45,8 @@ class KindFile:
     workers: tuple[WorkerFile, ...]
     speeds: tuple[SpeedFile, ...]
     hop_s: float = 0.001
+    #: False: each replica runs at the device's whole speed.
+    shares_gpus: bool = True
     #: Reads of weights.
     disk_gb_per_s: float = 0.0
 
@@ -89,6 +91,8 @@ class DeploymentFile:
     count: int = 1
     max_sequences: int = 8
     max_stages: int = 4
+    consolidate: bool = True
+    keep_alive_s: float | None = None
     prompt_mean: float = 512.0
     prompt_cv: float = 0.5
     prompt_most: int = 1024
@@ -137,6 +141,10 @@ class DeploymentDescription:
     max_sequences: int
     max_stages: int
     tokens: Tokens
+    #: Its pipelines become full instances.
+    consolidate: bool = True
+    #: Of an idle replica; None: as long as it is worth it.
+    keep_alive_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +186,7 @@ def _kind(kind: KindFile, worker: str, where: str) -> NodeKind:
         start=_start_method(chosen),
         speeds={speed.model: _speed(speed) for speed in kind.speeds},
         hop_s=kind.hop_s,
+        shares_gpus=kind.shares_gpus,
         disk_bytes_per_s=kind.disk_gb_per_s * _GB,
     )
 
@@ -245,6 +254,8 @@ def _named(
             objectives=Objectives(ttft_s=entry.ttft_slo_s, tpot_s=entry.tpot_slo_s),
             max_sequences=entry.max_sequences,
             max_stages=entry.max_stages,
+            consolidate=entry.consolidate,
+            keep_alive_s=entry.keep_alive_s,
             tokens=Tokens(
                 prompt=Lengths(mean=entry.prompt_mean, cv=entry.prompt_cv, most=entry.prompt_most),
                 output=Lengths(mean=entry.output_mean, cv=entry.output_cv, most=entry.output_most),

@@ -78,6 +78,10 @@ class Network:
                 claims.setdefault(it.node, []).append(claim)
         return claims
 
+    def remaining_bytes(self, transfer: Transfer) -> float:
+        """What has still to come of a transfer; nothing once it has ended."""
+        return transfer.remaining_bytes if transfer in self._transfers else 0.0
+
     def fetches_from(self, link: Hashable) -> int:
         return sum(link in it.flow.links for it in self._transfers)
 

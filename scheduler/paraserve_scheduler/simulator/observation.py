@@ -69,6 +69,8 @@ def need_of(served: Served) -> Need:
         max_stages=it.max_stages,
         prompt_tokens=round(it.tokens.prompt.mean),
         service_s=served.service_s,
+        must_grow=it.consolidate,
+        keep_alive_s=it.keep_alive_s,
     )
 
 

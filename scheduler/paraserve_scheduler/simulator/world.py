@@ -285,7 +285,7 @@ class Simulation:
             self.heap,
             max(speeds, key=lambda speed: speed.decode_s),
             stages=len(replica.stages),
-            full=replica.full,
+            full=replica.full if any(it.shares_gpus for it in kinds) else len(replica.stages),
             hop_s=max(kind.hop_s for kind in kinds),
             ended=lambda request: self._request_ended(replica, request),
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,12 @@ from paraserve_backend.agent.fetches import Fetches, FetchLimits, FetchRequest
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.trace import Span, SpanFile
+from paraserve_backend.weights.disk import DiskTier
+from paraserve_backend.weights.disk_upkeep import DiskUpkeep
 from paraserve_backend.weights.landing import FetchStatus
 from paraserve_backend.weights.objects import Connection, Source, StoredObject
 from paraserve_backend.weights.plan import FetchPlan
+from paraserve_backend.weights.source import open_source
 from paraserve_backend.weights.spans import merge
 from paraserve_backend.weights.tier import Tier
 from paraserve_backend.weights.tier_reader import TierReader
@@ -83,12 +87,13 @@ def test_a_second_start_of_the_same_fetch_joins_and_of_another_plan_is_refused(
     play(tmp_path, test)
 
 
-class _CountedSource:
-    """A source that counts its connections."""
+class _MeetingSource:
+    """A source whose connections wait in their first read until there are so many of them."""
 
-    def __init__(self, inner: Source, connections: list[Connection]) -> None:
+    def __init__(self, inner: Source, num_connections: int) -> None:
         self._inner = inner
-        self._connections = connections
+        self._barrier = threading.Barrier(num_connections, timeout=10)
+        self.connections: list[Connection] = []
 
     @property
     def uri(self) -> str:
@@ -98,31 +103,32 @@ class _CountedSource:
         return self._inner.list()
 
     def connect(self) -> Connection:
-        self._connections.append(self._inner.connect())
-        return self._connections[-1]
+        connection = self._inner.connect()
+        self.connections.append(connection)
+        self._barrier.wait()
+        return connection
 
 
 @pytest.mark.parametrize(("background", "num_connections"), [(False, 3), (True, 1)])
 def test_a_fetch_that_nobody_waits_for_takes_one_connection(
     background: bool, num_connections: int, tmp_path: Path
 ) -> None:
-    connections: list[Connection] = []
+    plan = plan_of(write_checkpoint(tmp_path / "m", shards=2), fetch_id="m.1.0")
+    source = _MeetingSource(open_source(plan.source_uri), num_connections)
 
-    class Counted(FetchRequest):
+    class Meeting(FetchRequest):
         def open(self) -> Source:
-            # `super()` does not work in a class with slots.
-            return _CountedSource(FetchRequest.open(self), connections)
+            return source
 
     async def run() -> None:
         fetches = Fetches(Tier.open(tmp_path / "tier"), FetchLimits(threads=3))
-        plan = make_plan(tmp_path / "m")
-        request = Counted(plan=plan, endpoint_url=None, region=None, background=background)
+        request = Meeting(plan=plan, endpoint_url=None, region=None, background=background)
         async with asyncio.timeout(10):
             await (await fetches.start(request, 10)).wait()
         await fetches.close()
 
     asyncio.run(run())
-    assert len(connections) == num_connections
+    assert len(source.connections) == num_connections
 
 
 def test_a_request_says_whether_anybody_waits_for_it(tmp_path: Path) -> None:
@@ -233,6 +239,33 @@ def test_reports_say_which_bytes_of_an_object_are_there_as_few_ranges(
         assert found.landed_bytes == plan.total_bytes
 
     play(tmp_path, test)
+
+
+def test_what_comes_from_disk_is_told_in_the_timeline_and_in_reports(tmp_path: Path) -> None:
+    async def run() -> None:
+        plan = make_plan(tmp_path / "m")
+        tier = Tier.open(tmp_path / "tier")
+        disk = DiskTier.open(tmp_path / "disk", disk_bytes=1 << 30)
+        fetches = Fetches(tier, FetchLimits(threads=2), disk=disk)
+        await (await fetches.start(make_request(plan), 10)).wait()
+        upkeep = DiskUpkeep(tier, disk)
+        while upkeep.write_next():
+            pass
+        await fetches.release("tiny.1.0")
+        reported, used_bytes = await fetches.contents()
+        assert used_bytes == 0
+        assert sum(span.end - span.start for it in reported for span in it.on_disk) >= (
+            plan.total_bytes
+        )
+        assert not any(it.landed_bytes or it.landed for it in reported)
+        (tmp_path / "m").rename(tmp_path / "away")
+        await (await fetches.start(make_request(plan), 10)).wait()
+        (span,) = await fetches.spans("tiny.1.0")
+        assert (span.name, span.size_bytes >= plan.total_bytes) == ("fetch from disk", True)
+        await fetches.close()
+        disk.close()
+
+    asyncio.run(run())
 
 
 def test_what_is_only_cached_gives_way_to_a_replica_and_is_no_longer_counted(

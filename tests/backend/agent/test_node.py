@@ -54,6 +54,16 @@ def test_what_is_set_is_told_as_it_is(machine: Path) -> None:
     assert (info.memory_bytes, list(info.devices)) == (5, ["cuda:1"])
 
 
+def test_the_kind_of_hardware_is_the_gpus_model_where_there_is_one(machine: Path) -> None:
+    (machine / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n")
+    info = node_info(make_config(), 4321, proc=machine, dev=machine)
+    assert info.kind == "Some CPU @ 2 GHz"
+    gpu = machine / "driver" / "nvidia" / "gpus" / "0000:01:00.0"
+    gpu.mkdir(parents=True)
+    (gpu / "information").write_text("Model: \t\t NVIDIA H200\nIRQ: 10\n")
+    assert node_info(make_config(), 4321, proc=machine, dev=machine).kind == "NVIDIA H200"
+
+
 def test_listening_everywhere_needs_an_address_for_others(machine: Path) -> None:
     config = replace(make_config(), listen="0.0.0.0:8500")
     with pytest.raises(InvalidRequest, match="set 'advertise'"):
@@ -80,6 +90,7 @@ def test_a_kernel_without_memavailable_is_refused(tmp_path: Path) -> None:
         ("advertise", "host", "'advertise' .* host:port"),
         ("run_dir", "run", "absolute"),
         ("channel_port_end", 18600, "channel_port_start must be below"),
+        ("disk_bytes", 1, "disk_bytes needs disk_dir"),
         ("shedule", "x", "did you mean 'scheduler'"),
     ],
 )

@@ -15,7 +15,7 @@ from paraserve_scheduler.inflow import Amounts
 Spans = Sequence[tuple[int, int]]
 
 
-class Layout:
+class Holders:
     """Bytes by holder, as prefix sums over the layers; made once, asked often."""
 
     def __init__(
