@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test unit check format proto bench-coldstart bench-coldstart-smoke bench-hop bench-fetch bench-engine \
-	bench-gateway bench-handover bench-policy simulate-paper clients test-vllm clean
+	bench-gateway bench-handover bench-policy bench-alignment simulate-paper simulate-mixed clients test-vllm clean
 
 .venv/ready: pyproject.toml
 	PYTHON=$(PYTHON) ./.ci/bootstrap
@@ -61,8 +61,14 @@ bench-handover: .venv/ready
 bench-policy: .venv/ready
 	$(BIN)/python -m integration.bench_policy
 
+bench-alignment: .venv/ready
+	$(BIN)/python -m integration.bench_alignment
+
 simulate-paper: .venv/ready
 	$(BIN)/python -m integration.simulate_paper --seeds 3 --out docs/figures
+
+simulate-mixed: .venv/ready
+	$(BIN)/python -m integration.simulate_mixed --out docs/figures/simulate-mixed.md
 
 # All clients; those that bring many packages get environments of their own.
 clients: .venv/ready

@@ -138,6 +138,8 @@ class _Bench:
                 max_stages=NODES,
                 max_context=1024,
                 max_sequences=max_sequences,
+                # Only what consolidation makes of one pipeline counts here.
+                max_replicas=1,
                 keep_alive_s=_KEEP_ALIVE_S,
                 consolidate=consolidate,
             )

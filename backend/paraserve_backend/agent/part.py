@@ -79,7 +79,8 @@ class PartLife:
         mine = self._models.stubs(found)
         # By model: a process that forks to run a program is there twice for a moment.
         self._seen |= self._models.slot_stubs
-        dead = sorted({stub.model for stub in self._seen} - {stub.model for stub in mine})
+        lost = {stub.model for stub in self._seen} - {stub.model for stub in mine}
+        dead = sorted(map(self._models.name_of, lost))
         self._seen |= mine
         if self.progress.phase == pb.READY and dead:
             cause = f"The process of model {dead[0]} died." if triton_live else "Triton stopped."

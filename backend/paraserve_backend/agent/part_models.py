@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -19,7 +19,7 @@ from paraserve_backend.agent.repository import ModelRepository
 from paraserve_backend.agent.slot_models import slotted_model, with_steps
 from paraserve_backend.agent.slots import Slot, Slots
 from paraserve_backend.agent.stubs import Stub
-from paraserve_backend.agent.threads import in_thread
+from paraserve_backend.agent.threads import finish_all, in_thread
 from paraserve_backend.agent.triton_client import ModelState
 from paraserve_backend.agent.unloading import Unloader
 from paraserve_backend.errors import DeadlineExceeded, Unavailable
@@ -67,6 +67,11 @@ class PartModels:
         """The slots' Triton models that stand for models of the part."""
         return {model: binding.slot.name for model, binding in self._bindings.items()}
 
+    def name_of(self, triton_model: str) -> str:
+        """Return the part's name of a Triton model, which may be a slot's."""
+        names = {slot: model for model, slot in self.slots.items()}
+        return names.get(triton_model, triton_model)
+
     @property
     def slot_stubs(self) -> frozenset[Stub]:
         """Return the processes of those slots, dead or alive."""
@@ -101,7 +106,7 @@ class PartModels:
             DeadlineExceeded: a process survived; try again.
         """
         loaded = self._waves(self._names - self._bindings.keys())[::-1]
-        await _all(
+        await finish_all(
             self._node.unloader.unload(loaded, deadline_s, seen),
             *(self._release(model, deadline_s) for model in list(self._bindings)),
         )
@@ -162,10 +167,3 @@ class PartModels:
         ordered = sorted(chosen, key=lambda model: model.load_wave)
         waves = groupby(ordered, key=lambda model: model.load_wave)
         return [[model.name for model in wave] for _, wave in waves]
-
-
-async def _all(*steps: Awaitable[None]) -> None:
-    """Take all steps to their end, then raise the first error."""
-    for outcome in await asyncio.gather(*steps, return_exceptions=True):
-        if outcome is not None:
-            raise outcome

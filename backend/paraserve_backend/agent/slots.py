@@ -20,7 +20,7 @@ from typing import NoReturn
 from paraserve_backend.agent.repository import ModelRepository
 from paraserve_backend.agent.slot_models import SlotPlace, places, slot_files
 from paraserve_backend.agent.stubs import Stub
-from paraserve_backend.agent.threads import in_thread
+from paraserve_backend.agent.threads import finish_all, in_thread
 from paraserve_backend.agent.unloading import Unloader
 from paraserve_backend.errors import ParaServeError
 
@@ -191,8 +191,8 @@ class Slots:
     async def tend(self) -> None:
         """End what is broken or too many, and load what is missing if it is quiet."""
         try:
-            await asyncio.gather(*(self._end(slot, _END_S) for slot in self._surplus()))
-            await asyncio.gather(*map(self._load, self._missing()))
+            await finish_all(*(self._end(slot, _END_S) for slot in self._surplus()))
+            await finish_all(*map(self._load, self._missing()))
         except ParaServeError as error:
             logger.warning("slots failed reason=%s", error)
             self._wait(_RETRY_S)

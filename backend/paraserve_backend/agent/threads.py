@@ -1,9 +1,9 @@
-"""Blocking work off the event loop that is never left behind."""
+"""Work beside the event loop's own that is never left behind."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -17,3 +17,10 @@ async def in_thread(work: Callable[[], Result]) -> Result:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
+
+
+async def finish_all(*steps: Awaitable[None]) -> None:
+    """Take all steps, at the same time, to their end; then raise what the first of them raised."""
+    for outcome in await asyncio.gather(*steps, return_exceptions=True):
+        if outcome is not None:
+            raise outcome

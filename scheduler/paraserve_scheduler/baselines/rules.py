@@ -20,9 +20,14 @@ def reserved_bytes(model: ModelShape, stages: int) -> int:
 
 
 def instances_lacking(need: Need) -> int:
-    """HydraServe's scale-out: what waits beyond the room of instances that start, in eights."""
+    """HydraServe's scale-out: what waits beyond the room of instances, in eights.
+
+    What it sends to instances that are ready does not wait there; here it may not be sent yet.
+    """
     starting = sum(r.capacity for r in need.replicas if r.phase is ReplicaPhase.STARTING)
-    return max(0, ceil((need.waiting - starting) / need.max_sequences))
+    ready = (r for r in need.replicas if r.phase is ReplicaPhase.READY)
+    places = starting + sum(max(0, r.capacity - r.in_flight) for r in ready)
+    return max(0, ceil((need.waiting - places) / need.max_sequences))
 
 
 def by_arrival(fleet: Fleet, now_s: float) -> list[Need]:

@@ -97,32 +97,73 @@ def _begin_stage(
         return
     heap, began_s = around.heap, around.heap.now_s
     process_s = runtime_s(method, has_slot=has_slot)
-    where = (stage.node, f"GPU {stage.gpu}")
     size = replica.model.bytes_of(stage.start, stage.end)
     setup_s = method.pipeline_setup_s if len(replica.stages) > 1 else 0.0
+    fetching_s = began_s if method.is_overlapped else began_s + process_s
 
     def loaded() -> None:
         if not replica.is_gone:
-            around.trace.span(*where, f"load {replica.name}", after_s, heap.now_s, 0)
+            _trace_stage(replica, stage, around, began_s, began_s + process_s, has_slot=has_slot)
             done()
 
-    after_s = began_s
-
     def arrived() -> None:
-        nonlocal after_s
-        if replica.is_gone:
-            return
-        after_s = max(heap.now_s, began_s + process_s)
-        around.trace.span(*where, f"fetch {replica.name}", began_s, heap.now_s, size)
-        heap.at(after_s + method.tail_s + size * method.load_s_per_byte + setup_s, loaded)
+        if not replica.is_gone:
+            _trace(replica, stage, around, "fetch", fetching_s, size)
+            after_s = max(heap.now_s, began_s + process_s)
+            heap.at(after_s + method.tail_s + size * method.load_s_per_byte + setup_s, loaded)
 
-    around.trace.span(*where, f"runtime {replica.name}", began_s, began_s + process_s, 0)
     spans = [(stage.start, stage.end)]
     fetch = _Fetch(replica, stage.node, spans, around, arrived, stage.sources)
     if method.is_overlapped:
         fetch.begin(rank=0, deadline_s=replica.start.deadline_s)
     else:
         heap.after(process_s, fetch.begin)
+
+
+def _trace_stage(
+    replica: SimReplica,
+    stage: StageChoice,
+    around: Surroundings,
+    began_s: float,
+    running_s: float,
+    *,
+    has_slot: bool,
+) -> None:
+    """Write down a stage that is ready now, whose process was there at `running_s`."""
+    is_pipeline = len(replica.start.stages) > 1
+    model = f"stage{replica.start.stages.index(stage)}" if is_pipeline else "generate"
+    if not has_slot:
+        where = (stage.node, stage.gpu)
+        around.trace.span(*where, "import torch", began_s, running_s, replica=replica.name)
+    _trace(replica, stage, around, "adopt weights", running_s)
+    _trace(replica, stage, around, f"{'bind' if has_slot else 'load'} {model}", began_s)
+    around.trace.instant(
+        f"ready [{stage.start}, {stage.end})",
+        around.heap.now_s,
+        replica=replica.name,
+        node=stage.node,
+        gpu=stage.gpu,
+    )
+
+
+def _trace(
+    replica: SimReplica,
+    stage: StageChoice,
+    around: Surroundings,
+    what: str,
+    start_s: float,
+    size_bytes: int = 0,
+) -> None:
+    """Write down what ends now."""
+    around.trace.span(
+        stage.node,
+        stage.gpu,
+        what,
+        start_s,
+        around.heap.now_s,
+        replica=replica.name,
+        size_bytes=size_bytes,
+    )
 
 
 class _Fetch:
@@ -236,8 +277,7 @@ def _grow_stage(
     began_s = heap.now_s
 
     def arrived() -> None:
-        where = (stage.node, f"GPU {stage.gpu}")
-        around.trace.span(*where, f"grow {replica.name}", began_s, heap.now_s, size)
+        _trace(replica, stage, around, "grow", began_s, size)
         heap.after(0.0 if method.is_instant else size * method.load_s_per_byte, done)
 
     deadline_s = None

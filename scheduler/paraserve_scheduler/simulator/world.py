@@ -235,6 +235,7 @@ class Simulation:
             stages=list(start.stages),
             started_s=self.heap.now_s,
         )
+        self.trace.instant("plan", self.heap.now_s, replica=replica.name)
         lives.begin(replica, self, self._replica_ready)
         for stage in replica.stages:
             self._reserve(stage)
@@ -264,6 +265,7 @@ class Simulation:
         now_s = self.heap.now_s
         replica.phase, replica.ready_s, replica.idle_since_s = ReplicaPhase.READY, now_s, now_s
         replica.batch = self._batch(replica)
+        self.trace.instant("all ready", now_s, replica=replica.name)
         prediction = replica.start.prediction
         self._outcome.cold_starts.append(
             ColdStart(
@@ -273,7 +275,8 @@ class Simulation:
                 actual_s=now_s - replica.started_s,
             )
         )
-        if len(replica.stages) > 1 and any(stage.grows for stage in replica.stages):
+        is_pipeline = len(replica.stages) > 1 and replica.deployment.consolidate
+        if is_pipeline and any(stage.grows for stage in replica.stages):
             lives.grow(replica, self, self._grown)
         self._drain(self._served[replica.deployment.name])
         self._wake_if_somebody_waits()

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler import timeline
 from paraserve_scheduler.baselines.table import POLICIES
 from paraserve_scheduler.fleet import Decision, Fleet, Need, Objectives
 from paraserve_scheduler.simulator.description import FailureFile
@@ -186,16 +189,54 @@ def test_the_summary_counts_a_request_that_was_never_served_as_missed() -> None:
     assert summary.cold_starts == 0
 
 
-def test_a_trace_has_the_schema_of_a_real_timeline() -> None:
-    outcome = simulate([make_request(100.0)], keeps_trace=True)
-    events = outcome.trace.chrome()["traceEvents"]
-    spans = [event for event in events if event["ph"] == "X"]
-    assert {event["name"].split()[0] for event in spans} >= {"runtime", "fetch", "load"}
-    fetched = sum(e["args"].get("bytes", 0) for e in spans if e["name"].startswith("fetch"))
-    assert fetched == 13 * GB
-    assert {event["args"]["name"] for event in events if event["ph"] == "M"} <= {
-        f"n{i}" for i in range(4)
-    }
+def _events(trace: dict[str, Any]) -> dict[str, set[str]]:
+    """Keys of the events of a Chrome trace, by their names."""
+    return {event["name"]: set(event) for event in trace["traceEvents"]}
+
+
+def _real_cold_start() -> pb.ReplicaStatus:
+    """Of two stages, with the spans that roles and agents write."""
+    parts = [
+        pb.ReplicaPart(
+            node=f"n{stage}",
+            layer_start=16 * stage,
+            layer_end=16 * stage + 16,
+            status=pb.PartStatus(
+                phase=pb.READY,
+                spans=[
+                    pb.Span(name=name, start_s=100, end_s=103, bytes=size)
+                    for name, size in [
+                        ("fetch", 5),
+                        (f"load chat.1.stage{stage}", 0),
+                        ("import torch", 0),
+                        ("adopt weights", 0),
+                    ]
+                ],
+            ),
+        )
+        for stage in range(2)
+    ]
+    return pb.ReplicaStatus(
+        replica="chat.1", requested_s=99, planned_s=99, ready_s=103, first_token_s=104, parts=parts
+    )
+
+
+def test_a_trace_has_the_names_and_the_schema_of_a_real_timeline() -> None:
+    tight = make_deployment(max_stages=2, objectives=Objectives(ttft_s=0.1), consolidate=False)
+    nodes = [make_node(f"n{i}", kind=make_kind(make_method(slot_runtime_s=None))) for i in range(2)]
+    cluster = make_cluster(nodes, deployments=[tight])
+    simulated = simulate([make_request(100.0)], cluster, keeps_trace=True).trace.chrome()
+    real = timeline.chrome_trace(_real_cold_start())
+    assert simulated.keys() == real.keys()
+    expected = _events(real)
+    for name in ("plan", "all ready", "ready [0, 16)", "ready [16, 32)"):
+        # Instants of a real trace belong to its only replica.
+        expected[name] |= {"args"}
+    del expected["first token"]
+    assert _events(simulated) == expected
+    spans = [event for event in simulated["traceEvents"] if event["ph"] == "X"]
+    assert sum(e["args"].get("bytes", 0) for e in spans if e["name"] == "fetch") == 13 * GB
+    assert {event["args"]["replica"] for event in spans} == {"chat.1"}
 
 
 @given(st.lists(st.floats(0, 100), min_size=1), st.floats(0, 0.99))
