@@ -66,6 +66,12 @@ SPECS = (
     _seconds("an SLO that is infinite", "tpot_slo_s", float("inf")),
     _seconds("a keep-alive of zero", "keep_alive_s", 0.0),
     BadSpec(
+        what="fewer replicas at most than at least",
+        says="max_replicas 1 is less than min_replicas 2: make it at least as many.",
+        fields={"min_replicas": 2, "max_replicas": 1},
+        words=("bad", "--min-replicas", "2", "--max-replicas", "1"),
+    ),
+    BadSpec(
         what="a kind of device that we do not know",
         says="device 'tpu' is not one of cpu, cuda.",
         fields={"device": "tpu"},

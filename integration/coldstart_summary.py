@@ -16,6 +16,8 @@ from integration.coldstart_variants import Deployed, Variant
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 
+#: How a part's spans are called that say where bytes came from; without any all are the store's.
+_FETCH_FROM = "fetch from "
 #: The steps that make a cold start fast, each on top of those before it.
 ABLATION = {
     "status quo": "status-quo",
@@ -40,6 +42,19 @@ class Start:
     peak_bytes: int
     #: What the scheduler says of it; None where there was no scheduler.
     replica: pb.ReplicaStatus | None = None
+
+    @property
+    def bytes_from(self) -> dict[str, int]:
+        """What came from the nodes' memory ("tier"), disks, peers and the store."""
+        found: dict[str, int] = {}
+        for part in self.replica.parts if self.replica is not None else ():
+            spans = [it for it in part.status.spans if it.name.startswith(_FETCH_FROM)]
+            for span in spans:
+                origin = span.name.removeprefix(_FETCH_FROM)
+                found[origin] = found.get(origin, 0) + span.bytes
+            if not spans:
+                found["store"] = found.get("store", 0) + part.status.total_bytes
+        return found
 
     def to_json(self) -> dict[str, Any]:
         shallow = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -177,6 +192,7 @@ def _figures(results: Results, variant: Variant) -> dict[str, Any]:
         "limit_s": round(results.limit_s(variant), 3),
         "speedup": None if speedup is None else round(speedup, 2),
         "peak_mb": round(max(start.peak_bytes for start in starts) / 1e6),
+        "last_mb_from": {name: round(it / 1e6) for name, it in starts[-1].bytes_from.items()},
     }
 
 

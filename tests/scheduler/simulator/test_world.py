@@ -232,6 +232,7 @@ def test_a_trace_has_the_names_and_the_schema_of_a_real_timeline() -> None:
     for name in ("plan", "all ready", "ready [0, 16)", "ready [16, 32)"):
         # Instants of a real trace belong to its only replica.
         expected[name] |= {"args"}
+    # Requests are not traced.
     del expected["first token"]
     assert _events(simulated) == expected
     spans = [event for event in simulated["traceEvents"] if event["ph"] == "X"]
