@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test unit check format proto bench-coldstart bench-coldstart-smoke bench-hop bench-fetch bench-engine \
-	bench-gateway bench-handover bench-policy bench-alignment simulate-paper simulate-mixed clients test-vllm clean
+.PHONY: demo test unit check format proto bench-coldstart bench-coldstart-smoke bench-hop \
+	bench-fetch bench-tier bench-engine bench-gateway bench-handover bench-policy bench-alignment \
+	simulate-paper simulate-mixed clients test-vllm clean
 
 .venv/ready: pyproject.toml
 	PYTHON=$(PYTHON) ./.ci/bootstrap
@@ -35,7 +36,7 @@ proto: .venv/ready
 # As root, with iproute2. The smoke test takes minutes, all of it some forty.
 bench-coldstart: .venv/ready
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
-	$(BIN)/python -m integration.bench_coldstart --figure docs/figures/bench-coldstart.svg
+	$(BIN)/python -m integration.bench_coldstart --out docs/figures
 
 bench-coldstart-smoke: .venv/ready
 	$(BIN)/python -m integration.bench_coldstart --smoke
@@ -47,6 +48,10 @@ bench-hop: .venv/ready
 bench-fetch: .venv/ready
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python -m integration.bench_fetch
+
+bench-tier: .venv/ready
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m integration.bench_tier
 
 bench-engine: .venv/ready
 	$(BIN)/python -m integration.bench_engine

@@ -27,7 +27,8 @@ from integration.capped_bench import run_bench
 from integration.checkpoints import cached, llama_bytes, write_raw_bf16
 from integration.cluster import CappedCluster, capped_cluster
 from integration.coldstart_chart import chart
-from integration.coldstart_summary import Results, Start, summary, table
+from integration.coldstart_report import markdown, table
+from integration.coldstart_summary import Results, Start, summary
 from integration.coldstart_targets import TARGETS
 from integration.coldstart_variants import SHAPES, VARIANTS, Plain, Testbed, Variant
 from integration.namespaces import HUB
@@ -38,6 +39,7 @@ from paraserve_scheduler.local.layout import ClusterLayout
 
 SHARD_BYTES = 500_000_000
 ROUNDS, SMOKE_ROUNDS = 5, 2
+_REPORT = "bench-coldstart"
 #: As HydraServe reckons a model of 2 GB takes 7 GB; ours takes far less.
 _NODE_MEMORY_BYTES = 8_000_000_000
 SMOKE = ("status-quo-1gb", "ours-4-1gb", "ours-4-slots-1gb")
@@ -82,8 +84,10 @@ def run(folder: Path, arguments: argparse.Namespace, console: Console) -> dict[s
     )
     last_line = {"bench": "coldstart", "rounds": arguments.rounds} | summary(results, TARGETS)
     console.print(table(results))
-    if arguments.figure is not None:
-        arguments.figure.write_text(chart(results), encoding="utf-8")
+    if arguments.out is not None:
+        (arguments.out / f"{_REPORT}.svg").write_text(chart(results), encoding="utf-8")
+        page = markdown(results, last_line)
+        (arguments.out / f"{_REPORT}.md").write_text(page, encoding="utf-8")
     return last_line
 
 
@@ -202,7 +206,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants")
     parser.add_argument("--list", action="store_true", help="name the variants and end")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints for the next run")
-    parser.add_argument("--figure", type=Path, help="write the plot there (SVG)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write tables and plot there")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (SMOKE_ROUNDS if arguments.smoke else ROUNDS)
     return arguments

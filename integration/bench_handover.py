@@ -139,7 +139,7 @@ class _Bench:
                 max_context=1024,
                 max_sequences=max_sequences,
                 # Only what consolidation makes of one pipeline counts here.
-                max_replicas=1,
+                max_replicas=NODES,
                 keep_alive_s=_KEEP_ALIVE_S,
                 consolidate=consolidate,
             )

@@ -42,10 +42,8 @@ _SHAPE = LlamaShape(layers=1, hidden=2048, intermediate=5632, heads=16, kv_heads
 _HOST_MEMORY = Path("/dev/shm")
 #: Of the disk's own limit.
 LEAST_DISK_SHARE = 0.85
-#: A stage's process may take its weights, this share more, and what it has without any.
+#: A stage's process may take its weights, this share more, and what it takes without any.
 MOST_MEMORY_SHARE = 1.15
-#: What torch's first pass takes, whatever the model.
-FLOOR_BYTES = 200_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +163,7 @@ def summary(reads: Mapping[str, Sequence[Read]], size_bytes: int) -> dict[str, o
     }
     rate = {way: each["gb_per_s"] for way, each in figures.items()}
     stage = reads["stage"]
-    floor_bytes = max(each.base_bytes for each in stage) + FLOOR_BYTES
+    floor_bytes = max(each.base_bytes for each in stage)
     least = {
         "disk_tier": round(LEAST_DISK_SHARE * rate["direct"], 3),
         "disk_to_tensors": max(rate[way] for way in _others(rate)),

@@ -43,7 +43,7 @@ def _row(results: Results, variant: Variant, y: float, scale: float) -> Iterator
     ttft_s = results.ttft_s(variant.name)
     seconds = [start.ttft_s for start in results.of(variant.name)]
     colour = _OTHERS if isinstance(variant.how, Plain) else _OURS
-    limit = _LEFT + results.limit_s(variant) * scale
+    limit = _LEFT + (results.limit_s(variant) or 0.0) * scale
     middle = y + _ROW / 2
     yield _text(_LEFT - 6, middle + 4, _label(variant), "end")
     yield (

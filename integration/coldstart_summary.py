@@ -5,19 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import groupby
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict, ParseDict
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
-from integration.coldstart_variants import Deployed, Variant
+from integration.coldstart_variants import Deployed, Variant, Weights
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 
 #: How a part's spans are called that say where bytes came from; without any all are the store's.
 _FETCH_FROM = "fetch from "
+_UNMEASURED = (Weights.DISK, Weights.PEER)
 #: The steps that make a cold start fast, each on top of those before it.
 ABLATION = {
     "status quo": "status-quo",
@@ -92,9 +90,18 @@ class Results:
         bandwidth = sum(self.link_bytes_per_s[gbit] for gbit in variant.fetching_gbit)
         return self.checkpoint_bytes[variant.checkpoint] / bandwidth
 
-    def limit_s(self, variant: Variant) -> float:
-        """What no start can be faster than: the transfer, then one forward pass."""
+    def limit_s(self, variant: Variant) -> float | None:
+        """What no start can be faster than: the transfer, then one forward pass.
+
+        None where the bytes come from disks or peers, whose rates are not measured.
+        """
+        if isinstance(variant.how, Deployed) and variant.how.weights in _UNMEASURED:
+            return None
         return self.transfer_s(variant) + self.forward_s(variant.name)
+
+    def over_limit(self, variant: Variant) -> float | None:
+        limit_s = self.limit_s(variant)
+        return None if limit_s is None else self.ttft_s(variant.name) / limit_s
 
     def speedup(self, variant: Variant) -> float | None:
         """Over the status quo on a node like the variant's first."""
@@ -146,54 +153,21 @@ def summary(results: Results, targets: Sequence[Target]) -> dict[str, Any]:
     }
 
 
-def table(results: Results) -> Table:
-    drawn = Table(
-        title="Time to first token from zero: medians, the physical limit, what is how many times "
-        "the limit, how many times faster than the status quo",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for heading in ("", "GB", "from"):
-        drawn.add_column(heading)
-    for heading in ("nodes", "s", "limit", "×", "faster", "MB"):
-        drawn.add_column(heading, justify="right")
-    for testbed, variants in groupby(results.variants, key=lambda it: it.testbed.name):
-        drawn.add_row(f"[bold]{testbed}[/]")
-        for variant in variants:
-            drawn.add_row(*_row(results, variant))
-    return drawn
-
-
-def _row(results: Results, variant: Variant) -> tuple[str, ...]:
-    ttft_s, limit_s = results.ttft_s(variant.name), results.limit_s(variant)
-    speedup = results.speedup(variant)
-    peak_bytes = max(start.peak_bytes for start in results.of(variant.name))
-    return (
-        variant.label,
-        variant.checkpoint.removesuffix("gb"),
-        variant.how.weights if isinstance(variant.how, Deployed) else "store",
-        str(variant.nodes),
-        f"{ttft_s:.2f}",
-        f"{limit_s:.2f}",
-        f"{ttft_s / limit_s:.2f}",
-        "" if speedup is None else f"{speedup:.1f}",
-        f"{peak_bytes / 1e6:.0f}",
-    )
-
-
 def _figures(results: Results, variant: Variant) -> dict[str, Any]:
     starts = results.of(variant.name)
-    speedup = results.speedup(variant)
     return {
         "ttft_s": [round(start.ttft_s, 2) for start in starts],
         "median_ttft_s": round(results.ttft_s(variant.name), 3),
         "warm_ttft_s": round(results.forward_s(variant.name), 3),
-        "limit_s": round(results.limit_s(variant), 3),
-        "speedup": None if speedup is None else round(speedup, 2),
+        "limit_s": _rounded(results.limit_s(variant), 3),
+        "speedup": _rounded(results.speedup(variant), 2),
         "peak_mb": round(max(start.peak_bytes for start in starts) / 1e6),
         "last_mb_from": {name: round(it / 1e6) for name, it in starts[-1].bytes_from.items()},
     }
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def _is_comparable(status_quo: Variant, variant: Variant) -> bool:

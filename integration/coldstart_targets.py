@@ -16,7 +16,7 @@ def over_limit(name: str, most: float) -> Target:
         variants=(name,),
         bound=most,
         is_least=False,
-        measure=lambda results: results.ttft_s(name) / results.limit_s(variant),
+        measure=lambda results: results.over_limit(variant) or 0.0,
     )
 
 

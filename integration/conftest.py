@@ -14,6 +14,7 @@ from integration.tiny_cluster import MODELS, Cluster, write_models
 from paraserve_backend.agent.node import available_bytes
 from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
+from paraserve_scheduler.local.layout import NodeLayout
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +38,21 @@ def slots_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def disk_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes that keep weights on disk alone."""
+    options = UpOptions(name="disk", nodes=2, tier_bytes=0)
+    with _running(options, tmp_path_factory, disk_dir=tmp_path_factory.mktemp("disk")) as cluster:
+        yield cluster
+
+
 @contextmanager
 def _running(
-    options: UpOptions, tmp_path_factory: pytest.TempPathFactory, *, max_slots: int = 0
+    options: UpOptions,
+    tmp_path_factory: pytest.TempPathFactory,
+    *,
+    max_slots: int = 0,
+    disk_dir: Path | None = None,
 ) -> Iterator[Cluster]:
     environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}
     files = files_of(options.name, environ)
@@ -50,7 +63,9 @@ def _running(
         cores=os.cpu_count() or 1,
     )
     nodes = (
-        replace(node, agent_settings={**node.agent_settings, "max_slots": max_slots})
+        replace(
+            node, agent_settings={**node.agent_settings, **_settings(node, max_slots, disk_dir)}
+        )
         for node in layout.nodes
     )
     layout = replace(layout, nodes=tuple(nodes))
@@ -64,3 +79,9 @@ def _running(
             yield Cluster(layout=layout, client=client, models=models, sources=sources)
     finally:
         down(files, delete=True)
+
+
+def _settings(node: NodeLayout, max_slots: int, disk_dir: Path | None) -> dict[str, object]:
+    if disk_dir is None:
+        return {"max_slots": max_slots}
+    return {"max_slots": max_slots, "disk_dir": str(disk_dir / node.name), "disk_bytes": 1 << 30}

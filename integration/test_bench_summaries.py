@@ -15,6 +15,7 @@ from integration.bench_fetch import Fetched, Store
 from integration.bench_gateway import Figures, Throughput
 from integration.clients import environments
 from integration.coldstart_chart import chart
+from integration.coldstart_report import markdown
 from integration.coldstart_summary import Results, Start
 from integration.coldstart_summary import summary as coldstart_summary
 from integration.coldstart_targets import TARGETS
@@ -231,6 +232,15 @@ def test_the_plot_is_well_formed_and_shows_every_variant() -> None:
     for variant in VARIANTS:
         assert variant.testbed.name in texts
         assert any(text and text.startswith(variant.label) for text in texts)
+
+
+def test_the_page_has_a_row_for_every_variant_and_says_what_was_missed() -> None:
+    of = results(*(cold(variant.name, 9.0) for variant in VARIANTS))
+    page = markdown(of, {"rounds": 1} | coldstart_summary(of, TARGETS))
+    for variant in VARIANTS:
+        assert f"| {variant.testbed.name} | {variant.label} | " in page
+    assert "| memory-1-slots, s | 9.00 | 0.3 | **missed** |" in page
+    assert "| + pipeline | 9.0 |" in page
 
 
 def test_a_variant_that_does_not_exist_is_refused_by_name() -> None:

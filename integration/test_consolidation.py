@@ -81,7 +81,7 @@ def load(cluster: Cluster, name: str, expected: list[list[int]], clients: int) -
 
 @contextlib.contextmanager
 def deployed(
-    cluster: Cluster, name: str, max_stages: int, max_sequences: int = 16
+    cluster: Cluster, name: str, max_stages: int, max_sequences: int = 16, max_replicas: int = 1
 ) -> Iterator[str]:
     cluster.client.deploy(
         pb.DeploymentSpec(
@@ -89,6 +89,7 @@ def deployed(
             source=cluster.sources[MODEL],
             max_stages=max_stages,
             max_sequences=max_sequences,
+            max_replicas=max_replicas,
             max_context=512,
             keep_alive_s=600,
         )
@@ -141,7 +142,7 @@ def test_under_load_several_stage_nodes_become_full_instances(
     cluster: Cluster, expected: list[list[int]]
 ) -> None:
     with (
-        deployed(cluster, "up", max_stages=3, max_sequences=4) as name,
+        deployed(cluster, "up", max_stages=3, max_sequences=4, max_replicas=3) as name,
         load(cluster, name, expected, 12),
     ):
         wait_until(lambda: f"{name}.1" in replicas(cluster, name))

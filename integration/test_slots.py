@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
 import pytest
 
-from integration.tiny_cluster import Cluster, generate, prompts, stubs, wait_until
+from integration.test_agent import Node, scenario
+from integration.tiny_cluster import (
+    Cluster,
+    Stream,
+    assert_nothing_left,
+    generate,
+    prompts,
+    stubs,
+    wait_until,
+)
+from integration.triton_server import TritonServer
+from paraserve_backend.agent.repository import ModelRepository
+from paraserve_backend.agent.slot_models import places, slot_files
+from paraserve_backend.agent.stubs import ProcessTable
+from paraserve_backend.agent.triton_client import TritonClient
+from paraserve_backend.errors import InvalidRequest, NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
@@ -51,7 +71,6 @@ def agents(slots_cluster: Cluster) -> Iterator[Agents]:
     agents = Agents(slots_cluster)
     agents.keep(1)
     yield agents
-    agents.keep(0)
     agents.close()
 
 
@@ -89,3 +108,129 @@ def test_two_deployments_in_turn_run_in_the_same_processes(
     # Each node has its own; the second node's front and link were not needed.
     assert [len(pids) for pids in first.values()] == [2, 2, 2]
     assert first == second
+
+
+def process_of(cluster: Cluster, node: str, slot: str) -> int:
+    found = ProcessTable(cluster.layout.files.model_repository(node)).find()
+    return next(stub.pid for stub in found if stub.model == slot)
+
+
+def test_a_killed_idle_slot_is_replaced(slots_cluster: Cluster, agents: Agents) -> None:
+    before = slots_on(slots_cluster, "node1")
+    victim = next(slot for slot in before if slot.endswith(".stage"))
+    os.kill(process_of(slots_cluster, "node1", victim), signal.SIGKILL)
+    wait_until(lambda: agents.status("node1").idle_slots == 0)
+    agents.wait(lambda status: status.idle_slots == 1)
+    now = slots_on(slots_cluster, "node1")
+    assert before - now == {victim}
+    assert len(now) == 3
+    start(slots_cluster, "after", FIRST)
+    remove(slots_cluster, "after")
+
+
+def slots_on(cluster: Cluster, node: str) -> set[str]:
+    found = ProcessTable(cluster.layout.files.model_repository(node)).find()
+    return {stub.model for stub in found}
+
+
+@pytest.mark.parametrize("victim", ["", ".stage1"])
+def test_requests_of_a_killed_bound_slot_go_on_at_another_replica(
+    slots_cluster: Cluster, agents: Agents, victim: str
+) -> None:
+    name = f"killed{victim.replace('.', '-')}"
+    slots_cluster.deploy(name, FIRST, 2)
+    expected = slots_cluster.models[FIRST].greedy(PROMPT, 120)
+    stream = Stream(slots_cluster, name, PROMPT, 120)
+    begun = stream.next().token_ids
+    replica = slots_cluster.replica(name)
+    part = replica.parts[1 if victim else 0]
+    slot = part.status.slots[f"{replica.replica}{victim}"]
+    os.kill(process_of(slots_cluster, part.node, slot), signal.SIGKILL)
+    assert begun + stream.all_ids() == expected
+    assert slots_cluster.replica(name).replica != replica.replica
+    remove(slots_cluster, name)
+    agents.wait(lambda status: status.idle_slots == 1)
+
+
+def test_without_slots_left_a_model_is_loaded(slots_cluster: Cluster, agents: Agents) -> None:
+    bound = start(slots_cluster, "bound", FIRST, 1)
+    assert slots_of(bound).keys() == {"bound.1"}
+    agents.keep(0)
+    loaded = start(slots_cluster, "loaded", SECOND)
+    assert slots_of(loaded) == {}
+    assert generate(slots_cluster, "bound", PROMPT, 8) == (
+        slots_cluster.models[FIRST].greedy(PROMPT, 8)
+    )
+    for name in ("bound", "loaded"):
+        remove(slots_cluster, name)
+        assert_nothing_left(slots_cluster, f"{name}.1")
+
+
+def test_an_agent_removes_slots_of_an_earlier_one_and_takes_its_own_with_it(
+    tmp_path: Path,
+) -> None:
+    async def leave_slots(server: TritonServer) -> None:
+        client = TritonClient(server.grpc_address)
+        for number, place in enumerate(places(["cpu"])):
+            files = slot_files(f"slot-{number}.{place.kind}", place, str(tmp_path / "run"))
+            ModelRepository(server.model_repository).write(f"slot-{number}.{place.kind}", files)
+            await client.load(f"slot-{number}.{place.kind}")
+        await client.close()
+
+    async def play(node: Node) -> None:
+        assert node.processes() == ()
+        await node.agent.KeepSlots(pb.KeepSlotsRequest(idle_slots=5))
+        status = await node.scheduler.until(lambda status: status.idle_slots > 0)
+        assert status.idle_slots == 1  # the node's setting
+        assert status.slots_bytes > 100_000_000  # torch, twice
+        assert len(node.processes()) == 3
+        await refuses_what_its_agent_did_not_mean(node)
+
+    with TritonServer(tmp_path / "triton") as server:
+        asyncio.run(leave_slots(server))
+        scenario(play, server, tmp_path)
+        assert ProcessTable(server.model_repository).find() == ()
+        assert server.shm_regions() == []
+        assert list(server.model_repository.iterdir()) == []
+
+
+async def refuses_what_its_agent_did_not_mean(node: Node) -> None:
+    slots = {stub.model.partition(".")[2]: stub.model for stub in node.processes()}
+    elsewhere = {
+        "role": "generate",
+        "replica": "d.1",
+        "run_dir": "/dev/shm/elsewhere",
+        "fetch_id": "d.1.0",
+        "key_file": f"{node.config.run_dir}/keys/d.1/curve.key",
+    }
+    with pytest.raises(InvalidRequest, match="weights in its own run_dir"):
+        await node.triton.command(slots["front"], json.dumps({"bind": elsewhere}))
+    for slot in slots.values():
+        with pytest.raises(NotFound, match=r"Replica d\.1 is not here"):
+            await node.triton.command(slot, "{}", replica="d.1")
+        await node.triton.command(slot, json.dumps({"unbind": True}))  # idle is no error
+
+
+def test_a_pipeline_in_slots_hands_its_request_over_to_a_full_instance(
+    slots_cluster: Cluster, agents: Agents
+) -> None:
+    name = "moved"
+    slots_cluster.client.deploy(
+        pb.DeploymentSpec(
+            name=name, source=slots_cluster.sources[FIRST], max_stages=2, max_context=256
+        )
+    )
+    stream = Stream(slots_cluster, name, PROMPT, 160)
+    begun = stream.next().token_ids
+    (pipeline,) = slots_cluster.client.status(name).deployments[0].replicas
+    assert len(slots_of(pipeline)) == 4
+    assert begun + stream.all_ids() == slots_cluster.models[FIRST].greedy(PROMPT, 160)
+    wait_until(lambda: slots_cluster.client.status(name).deployments[0].replicas[0].removed_s > 0)
+    full = slots_cluster.replica(name)
+    assert (full.succeeds, len(full.parts)) == (pipeline.replica, 1)
+    # What answers now is not what was in those processes before.
+    assert generate(slots_cluster, name, PROMPT, 8) == (
+        slots_cluster.models[FIRST].greedy(PROMPT, 8)
+    )
+    remove(slots_cluster, name)
+    agents.wait(lambda status: status.idle_slots == 1)

@@ -1,4 +1,6 @@
-"""Weights that are in a node's memory, or in another node's, are not read from the store again."""
+"""Weights that are in a node's memory, on its disk, or in another node's memory are not read from
+the store again.
+"""
 
 from __future__ import annotations
 
@@ -73,4 +75,45 @@ def test_a_second_start_reads_its_tier_and_a_start_elsewhere_its_peer(
             assert bytes_from(elsewhere).keys() == {"peers"}
     finally:
         cluster.client.drain(first.node, undo=True)
+        cluster.client.delete(name)
+
+
+def extents(cluster: Cluster, node: str) -> list[Path]:
+    (settings,) = (it.agent_settings for it in cluster.layout.nodes if it.name == node)
+    return list(Path(str(settings["disk_dir"])).glob("objects/*/*-*-*"))
+
+
+def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(disk_cluster: Cluster) -> None:
+    cluster, name, prompt = disk_cluster, "stored", prompts(1)[0]
+    expected = cluster.models[MODEL].greedy(prompt, 6)
+    # Bytes come to disk some seconds after the fetch, while they are still in memory.
+    cluster.deploy(name, MODEL, 1, keep_alive_s=15)
+
+    def start() -> pb.ReplicaPart:
+        assert generate(cluster, name, prompt, 6) == expected
+        (part,) = cluster.replica(name).parts
+        return part
+
+    try:
+        first = start()
+        total_bytes = first.status.total_bytes
+
+        def is_on_disk() -> bool:
+            found = extents(cluster, first.node)
+            return sum(path.stat().st_size for path in found) > total_bytes
+
+        wait_until(is_on_disk)
+        go_to_zero(cluster, name)
+        with without_store(cluster):
+            second = start()
+            assert second.node == first.node
+            assert bytes_from(second).keys() == {"disk"}
+            assert bytes_from(second)["disk"] > total_bytes  # the small files, too
+            go_to_zero(cluster, name)
+        for path in extents(cluster, first.node):
+            path.write_bytes(b"x" * path.stat().st_size)
+        third = start()
+        assert third.node == first.node
+        assert bytes_from(third) == {}  # all of it from the store
+    finally:
         cluster.client.delete(name)

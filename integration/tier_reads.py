@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -195,9 +196,8 @@ def safetensors_in_memory(model: Path, node: Path) -> Callable[[], Tensors]:
 
 
 def fastsafetensors(model: Path, node: Path) -> Callable[[], Tensors]:
-    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
-
-    loader = SafeTensorsFileLoader(SingleGroup(), device="cpu", nogds=True)
+    package = import_module("fastsafetensors")
+    loader = package.SafeTensorsFileLoader(package.SingleGroup(), device="cpu", nogds=True)
     loader.add_filenames({0: [str(path) for path in shards(model)]})
 
     def read() -> Tensors:

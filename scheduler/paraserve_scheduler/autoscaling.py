@@ -45,7 +45,7 @@ def replicas_to_start(
     starting = [r for r in need.replicas if r.phase is ReplicaPhase.STARTING]
     places = sum(max(0, r.capacity - r.in_flight) for r in serving)
     places += sum(r.capacity for r in starting)
-    places += _freed_by(need, now_s, ready_in_s)
+    places += _freed_by(need, now_s, ready_in_s, config)
     lacking = need.waiting - places
     missing_minimum = need.min_replicas - len(need.replicas)
     if lacking <= 0:
@@ -58,15 +58,19 @@ def replicas_to_start(
     return max(missing_minimum, min(wanted, room, config.max_starts))
 
 
-def _freed_by(need: Need, now_s: float, ready_in_s: float) -> int:
-    """Places that running requests leave in time for what waits, by their mean duration."""
+def _freed_by(need: Need, now_s: float, ready_in_s: float, config: AutoscalingConfig) -> int:
+    """Places that running requests leave in time for what waits, by their mean duration.
+
+    Less those for what comes meanwhile, or a replica that is always full would seem enough.
+    """
     if need.service_s is None or need.service_s <= 0:
         return 0
     horizon_s = ready_in_s
     if need.objectives.ttft_s is not None and need.oldest_s is not None:
         horizon_s = min(horizon_s, need.oldest_s + need.objectives.ttft_s - now_s)
     running = sum(r.in_flight for r in need.replicas if r.phase is ReplicaPhase.READY)
-    return int(running * max(0.0, horizon_s) / need.service_s)
+    rate = arrival_rate(need.arrivals_s, now_s, config.forecast_window_s)
+    return int(max(0.0, horizon_s) * max(0.0, running / need.service_s - rate))
 
 
 def admits(need: Need, config: AutoscalingConfig = _DEFAULTS) -> bool:

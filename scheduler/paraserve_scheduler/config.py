@@ -25,6 +25,8 @@ class PlacementConfig:
     #: what comes after them until the replica serves.
     runtime_s: float = 2.0
     tail_s: float = 0.5
+    #: What a node reads of weights from its disk.
+    disk_bytes_per_s: float = 1.5e9
     #: Most stages of a replica whose user states no number.
     max_stages: int = 8
 

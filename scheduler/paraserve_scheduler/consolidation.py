@@ -186,12 +186,24 @@ def _load(view: ClusterView, replica: Replica) -> int:
 
 
 def _instances_wanted(view: ClusterView, replica: Replica, config: PolicyConfig) -> int:
-    """One when it is calm, else as many as the requests need, at most one for each stage."""
+    """One when it is calm, else as many as the requests need, at most one for each stage.
+
+    Nor more than the deployment may have replicas.
+    """
     load = _load(view, replica) / replica.plan.max_sequences
     limit = config.consolidation.scale_up_load
     if load <= limit:
         return 1
-    return min(max(2, math.ceil(load)), len(replica.plan.stages))
+    return max(1, min(max(2, math.ceil(load)), len(replica.plan.stages), _may_have(view, replica)))
+
+
+def _may_have(view: ClusterView, replica: Replica) -> int:
+    """Instances that a replica may become beside the others that serve or start."""
+    others = sum(
+        it.is_wanted and it.id != replica.id and it.plan.succeeds != replica.id
+        for it in view.live_replicas(replica.deployment)
+    )
+    return view.deployments[replica.deployment].deployment.spec.max_replicas - others
 
 
 def _worthwhile(

@@ -15,7 +15,7 @@ from paraserve_backend.families.tensors import kv_bytes_per_token
 from paraserve_backend.weights.plan import stage_tensors
 from paraserve_backend.weights.safetensors_header import TensorEntry
 from paraserve_scheduler.calibration import Calibration
-from paraserve_scheduler.capacity import device_of, free_ports, is_usable
+from paraserve_scheduler.capacity import device_of, is_usable
 from paraserve_scheduler.config import PlacementConfig, PolicyConfig
 from paraserve_scheduler.contention import Claim
 from paraserve_scheduler.cost import ModelShape, NodeKind, Speed, StartMethod
@@ -54,11 +54,13 @@ def fleet_of(
     nodes = [
         node
         for _, node in sorted(view.nodes.items())
-        if is_usable(view, node, now_s, config) and len(free_ports(view, node)) >= LEAST_PORTS
+        if is_usable(view, node, now_s, config) and _has_ports(node, replicas[node.info.name])
     ]
-    kinds = {_kind_key(node): _kind(view, node, active, config.placement) for node in nodes}
+    of_kind = {_kind_key(node): node for node in nodes}
+    kinds = {key: _kind(view, node, active, config.placement) for key, node in of_kind.items()}
     seen = tuple(
-        _node(view, node, kinds[_kind_key(node)], replicas[node.info.name], active) for node in nodes
+        _node(view, node, kinds[_kind_key(node)], replicas[node.info.name], active)
+        for node in nodes
     )
     most_bytes = max((gpu.free_bytes for node in seen for gpu in node.gpus), default=0)
     return Fleet(
@@ -77,6 +79,12 @@ def _leaving_bytes(view: ClusterView) -> Mapping[tuple[str, int], int]:
             for stage in replica.plan.stages:
                 leaving[stage.node, 0] += stage.reserved_bytes
     return leaving
+
+
+def _has_ports(node: NodeState, replicas: Sequence[Replica]) -> bool:
+    start, end = node.info.channel_ports
+    used = sum(len(replica.plan.ports_on(node.info.name)) for replica in replicas)
+    return end - start - used >= LEAST_PORTS
 
 
 def _by_node(view: ClusterView) -> Mapping[str, list[Replica]]:
@@ -115,6 +123,7 @@ def _kind(
             slot_bytes=node.slots_bytes,
         ),
         speeds={state.name: _speed(state.deployment, node, known) for state in active},
+        disk_bytes_per_s=config.disk_bytes_per_s,
         shares_gpus=False,
     )
 
@@ -151,7 +160,9 @@ def _node(
         nic_bytes_per_s=min(info.nic_bytes_per_s, node.fetch_bytes_per_s or info.nic_bytes_per_s),
         gpus=(gpu,),
         claims=_claims(view, info.name, replicas),
-        cached=_cached(node, active),
+        cached=_held(node, active, on_disk=False),
+        on_disk=_held(node, active, on_disk=True),
+        zone=info.zone,
         devices=frozenset(device.partition(":")[0] for device in info.devices),
     )
 
@@ -174,32 +185,32 @@ def _deadline_s(view: ClusterView, replica: Replica) -> float | None:
     return None if slo_s is None else replica.requested_s + slo_s
 
 
-def _cached(
-    node: NodeState, active: Sequence[DeploymentState]
+def _held(
+    node: NodeState, active: Sequence[DeploymentState], *, on_disk: bool
 ) -> dict[str, tuple[tuple[int, int], ...]]:
-    """By checkpoint, the layers that lie in the node's host memory."""
+    """By checkpoint, the layers that lie in the node's host memory, or on its disk."""
     if not node.tier:
         return {}
     return {
         state.deployment.spec.source: spans
         for state in active
-        if (spans := cached_layers(state.deployment, node.tier))
+        if (spans := held_layers(state.deployment, node.tier, on_disk=on_disk))
     }
 
 
 @lru_cache(maxsize=4096)
-def cached_layers(
-    deployment: Deployment, tier: tuple[TierObject, ...]
+def held_layers(
+    deployment: Deployment, tier: tuple[TierObject, ...], *, on_disk: bool
 ) -> tuple[tuple[int, int], ...]:
-    """Layers `[start, end)` all of whose tensors have landed in a tier, as disjoint ranges."""
+    """Layers `[start, end)` all of whose tensors are in a tier, as disjoint ranges."""
     index = deployment.index
     keys = {f"{index.source_uri}/{it.key}": (it.key, it.version) for it in index.objects}
     landed = {
-        keys[held.key][0]: held.landed
+        keys[held.key][0]: held.on_disk if on_disk else held.landed
         for held in tier
         if held.key in keys and keys[held.key][1] == held.version
     }
-    if not landed:
+    if not any(landed.values()):
         return ()
     return _ranges(
         [
@@ -264,7 +275,8 @@ def _need(
         oldest_s=state.waiting_since_s,
         replicas=tuple(loads),
         arrivals_s=state.history.arrivals_s,
-        max_replicas=spec.max_replicas,
+        # What a pipeline may become counts.
+        max_replicas=spec.max_replicas - sum(_instances(state, it) - 1 for it in leading),
         min_replicas=0 if is_held_back else spec.min_replicas,
         priority=spec.priority,
         max_sequences=spec.max_sequences,
@@ -295,19 +307,23 @@ def _load(
     is_idle = is_ready and not in_flight
     # A deployment's own time also knows of requests that came and went between two reports.
     busy_s = state.last_active_s if is_only else replica.last_busy_s or replica.ready_s
-    # Under load a pipeline becomes several instances, which is sooner than a further replica.
-    instances = len(replica.plan.stages) if state.deployment.spec.consolidate else 1
     return ReplicaLoad(
         name=replica.id,
         deployment=replica.deployment,
         phase=ReplicaPhase.READY if is_ready else ReplicaPhase.STARTING,
-        capacity=replica.plan.max_sequences * max(instances, len(successors)),
+        capacity=replica.plan.max_sequences * max(_instances(state, replica), len(successors)),
         in_flight=in_flight,
         reserved_bytes={(stage.node, 0): stage.reserved_bytes for stage in replica.plan.stages},
         idle_since_s=busy_s if is_idle else None,
         # One that nobody uses any more need not become anything.
         is_growing=bool(successors) and not is_idle,
     )
+
+
+def _instances(state: DeploymentState, replica: Replica) -> int:
+    """What it may become under load, which is sooner than a further replica."""
+    spec = state.deployment.spec
+    return min(len(replica.plan.stages), spec.max_replicas) if spec.consolidate else 1
 
 
 @lru_cache(maxsize=1024)

@@ -49,6 +49,8 @@ class PlanningConfig:
 
 #: Without an objective a start in one zone may take so many times as long.
 _ZONE_SLACK = 1.05
+#: Where every plan misses the objective, one may take so many times as long as the earliest.
+_LATE_SLACK = 1.1
 
 
 def plan(
@@ -117,19 +119,18 @@ def _best(
     if need.must_grow and not any(it.free_bytes >= need.model.full_bytes for it in rooms):
         return None
     supply = find_supply(need, fleet)
-    best: Start | None = None
+    options: list[Start] = []
     for stages in range(1, min(need.max_stages, len(nodes), need.model.num_layers) + 1):
         spots = find_spots(need, rooms, stages, supply)
         for full in range(1, min(stages, replicas) + 1):
-            for option in _options(need, spots, stages, full, now_s, config):
-                if best is None or _preference(option, need) < _preference(best, need):
-                    best = option
+            options += _options(need, spots, stages, full, now_s, config)
         # One more stage holds more memory for as long: what it fetches sooner, the head fetches
         # later to become whole.
+        best = _choose(options, need)
         is_enough = best is not None and len(best.stages) >= min(replicas, stages)
         if best is not None and is_enough and _meets(best) and need.objectives.ttft_s is not None:
             break
-    return best
+    return _choose(options, need)
 
 
 def _meets(start: Start) -> bool:
@@ -137,9 +138,28 @@ def _meets(start: Start) -> bool:
     return prediction is not None and prediction.meets_ttft and prediction.meets_tpot
 
 
+def _choose(options: Sequence[Start], need: Need) -> Start | None:
+    """The best of them; of those that are late anyway, the cheapest that is hardly any later."""
+    best = min(options, key=lambda it: _preference(it, need), default=None)
+    if best is None or _meets(best) or need.objectives.ttft_s is None:
+        return best
+    limit_s = _predicted(best).ready_s * _LATE_SLACK
+    is_slow = not _predicted(best).meets_tpot
+    able = [
+        it
+        for it in options
+        if _predicted(it).ready_s <= limit_s and (is_slow or _predicted(it).meets_tpot)
+    ]
+    return min(able, key=lambda it: _predicted(it).cost_byte_s)
+
+
+def _predicted(start: Start) -> Prediction:
+    assert start.prediction is not None, "every option is predicted"
+    return start.prediction
+
+
 def _preference(start: Start, need: Need) -> tuple[bool, bool, float, float]:
-    prediction = start.prediction
-    assert prediction is not None, "every option is predicted"
+    prediction = _predicted(start)
     if need.objectives.ttft_s is None:
         # Nobody says how soon is soon enough: as parallel as it may be, of those what becomes most
         # instances, and of those the earliest.
@@ -292,11 +312,17 @@ def _predict(
         ttft_s=ttft,
         tpot_s=tpot,
         cost_byte_s=_cost_byte_s(spots, stages, ready),
-        meets_ttft=objectives.ttft_s is None
-        or waited + (ready + first) / config.ttft_share <= objectives.ttft_s,
+        meets_ttft=_is_in_time(waited, (ready + first) / config.ttft_share, objectives.ttft_s),
         meets_tpot=objectives.tpot_s is None or tpot <= objectives.tpot_s,
         stages=parts,
     )
+
+
+def _is_in_time(waited_s: float, start_s: float, ttft_slo_s: float | None) -> bool:
+    """Whether a start is soon enough for who waits, or if that is late already, who comes now."""
+    if ttft_slo_s is None:
+        return True
+    return (waited_s if waited_s < ttft_slo_s else 0.0) + start_s <= ttft_slo_s
 
 
 def _predict_stage(spot: Spot, stage: StageChoice) -> StagePrediction:

@@ -280,11 +280,12 @@ def _too_many_failures(
 
 def _reclaim(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[StopReplica]:
     """Stop successors that are still starting where requests that wait lack their room."""
+    if not _starting_successors(view):
+        return
     for state in view.deployments.values():
-        spare = _starting_successors(view)
-        if not spare or not _is_left_waiting(view, state):
+        if not _is_left_waiting(view, state):
             continue
-        leaving = _leaving(view)
+        spare, leaving = _starting_successors(view), _leaving(view)
         for count in range(len(spare) + 1):
             if _fits(view.without((*leaving, *spare[:count])), state, now_s, config):
                 for each in spare[:count]:

@@ -70,6 +70,8 @@ class TierObject:
     landed_bytes: int
     #: The same as ranges `[start, end)` of the object, disjoint and ascending.
     landed: tuple[tuple[int, int], ...] = ()
+    #: Ranges that are on its disk, whether in the tier or not.
+    on_disk: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

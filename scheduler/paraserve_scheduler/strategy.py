@@ -7,7 +7,7 @@ before the others; room is made by evicting idle replicas.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from paraserve_scheduler.autoscaling import AutoscalingConfig, replicas_to_start
 from paraserve_scheduler.cost import StartMethod, stage_ready_s
@@ -57,7 +57,8 @@ def decide(fleet: Fleet, now_s: float, config: StrategyConfig = _DEFAULTS) -> tu
 
 
 def _start_replicas(fleet: Fleet, now_s: float, config: StrategyConfig) -> Iterator[Decision]:
-    for need in sorted(_waiting(fleet), key=lambda it: _urgency(it, now_s)):
+    needs = [_not_late_yet(need, now_s) for need in _waiting(fleet)]
+    for need in sorted(needs, key=lambda it: _urgency(it, now_s)):
         wanted = replicas_to_start(need, now_s, _typical_start_s(need, fleet), config.autoscaling)
         while wanted > 0:
             start = plan(need, fleet, now_s, replicas=wanted, config=config.planning)
@@ -92,6 +93,20 @@ def _evict(eviction: Eviction, need: Need) -> Iterator[Stop]:
 
 def _waiting(fleet: Fleet) -> list[Need]:
     return [need for need in fleet.needs if need.waiting or len(need.replicas) < need.min_replicas]
+
+
+def _not_late_yet(need: Need, now_s: float) -> Need:
+    """As if the oldest that waits were the first that can still meet its objective, if one can.
+
+    Those that wait are the last that came.
+    """
+    limit_s = need.objectives.ttft_s
+    if limit_s is None or not need.waiting:
+        return need
+    last = need.arrivals_s[-need.waiting :]
+    return replace(
+        need, oldest_s=min((it for it in last if it + limit_s > now_s), default=need.oldest_s)
+    )
 
 
 def _urgency(need: Need, now_s: float) -> tuple[int, bool, float]:

@@ -72,6 +72,7 @@ def node_reported(message: pb.NodeStatus, at_s: float) -> NodeReported:
                 version=found.version,
                 landed_bytes=found.landed_bytes,
                 landed=tuple((part.start, part.end) for part in found.landed),
+                on_disk=tuple((part.start, part.end) for part in found.on_disk),
             )
             for found in message.tier
         ),

@@ -20,7 +20,7 @@ from paraserve_backend.weights.fetch import FetchReport, fetch
 from paraserve_backend.weights.landing import FetchStatus
 from paraserve_backend.weights.objects import Connection, ObjectRange, Source
 from paraserve_backend.weights.plan import FetchPlan
-from paraserve_backend.weights.source import open_source
+from paraserve_backend.weights.source import LazySource, open_source
 from paraserve_backend.weights.tier import Tier
 from paraserve_backend.weights.tier_reader import TierReader
 from paraserve_backend.weights.transfer import RetryPolicy
@@ -119,6 +119,16 @@ def test_a_finished_fetch_is_not_repeated(tier: Tier, model: Path) -> None:
     again = run(plan, open_source(str(model)), tier)
     assert (again.fetched_bytes, again.reused_bytes) == (0, plan.total_bytes)
     assert again.first_part_s is None
+
+
+def test_a_fetch_that_finds_everything_opens_no_source(model: Path, tier: Tier) -> None:
+    def open_it() -> Source:
+        raise AssertionError("nobody needs it")
+
+    plan = make_plan(model)
+    first = run(plan, open_source(str(model)), tier)
+    again = run(plan, LazySource(str(model), open_it), tier)
+    assert again.reused_bytes == first.fetched_bytes == plan.total_bytes
 
 
 class BrokenSource:

@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from paraserve_backend.answer import Answer
-from paraserve_backend.config import GenerateConfig, RoleConfig, SlotConfig
+from paraserve_backend.config import (
+    GenerateConfig,
+    RoleConfig,
+    SlotConfig,
+    StageConfig,
+    format_layers,
+)
 from paraserve_backend.contract import SlotKind
 from paraserve_backend.engine import batch_codec
 from paraserve_backend.engine.batch import ForwardBatch, Sampling
@@ -21,16 +27,26 @@ from paraserve_backend.engine.kv_cache import KvCache
 from paraserve_backend.engine.loop import GenerateLoop, Request
 from paraserve_backend.engine.sequence import Sequence
 from paraserve_backend.request import GenerateRequest
+from paraserve_backend.roles.fetched import open_weights
 from paraserve_backend.roles.generate import GenerateRole
 from paraserve_backend.roles.slot import SlotRole
+from paraserve_backend.roles.stage import StageRole
 from tests.backend.models import TinyModel
-from tests.backend.replicas import Gauges, Reply, fetch_stages, make_model, make_request, prompts
+from tests.backend.replicas import (
+    Gauges,
+    Reply,
+    fetch_stages,
+    free_ports,
+    make_model,
+    make_request,
+    prompts,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Whoever holds one of these knows something of a replica or its requests.
 TELLING = (
-    *(GenerateRole, GenerateLoop, GenerateConfig, KvCache, torch.Tensor),
+    *(StageRole, GenerateRole, GenerateLoop, GenerateConfig, KvCache, torch.Tensor),
     *(Answer, ForwardBatch, GenerateRequest, Request, Sequence),
 )
 
@@ -127,3 +143,36 @@ def test_a_request_draws_the_same_after_another_replica_as_in_a_fresh_process(
     slot.unbind()
     # Nothing drew from the process's own generator: it is as it was.
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_of_a_stage_in_the_channel_outlives_its_unbind(model: TinyModel) -> None:
+    def build(config: RoleConfig) -> StageRole:
+        assert isinstance(config, StageConfig)
+        return StageRole(config, open_weights(config.weights))
+
+    run_dir = model.folder / "run"
+    run_dir.mkdir()
+    _, config = fetch_stages(model, run_dir, 2, "d.1")
+    assert config.key_file is not None
+    key_file = run_dir / "keys" / "d.1" / "curve.key"
+    key_file.parent.mkdir(parents=True)
+    config.key_file.rename(key_file)
+    parameters = {
+        "role": "stage",
+        "layers": format_layers(config.layers),
+        "replica": "d.1",
+        "run_dir": str(run_dir),
+        "fetch_id": "d.1.1",
+        "kv_blocks": "64",
+        "key_file": str(key_file),
+    }
+    slot = SlotRole(SlotConfig(kind=SlotKind.STAGE, device="cpu", run_dir=run_dir), build)
+    before, threads = telling_objects(), threading.active_count()
+    # The next one gets the same port: it must be free.
+    for port in 2 * free_ports(1):
+        address = f"tcp://127.0.0.1:{port}"
+        slot.bind(parameters | {"listen": address, "next": address})
+        assert telling_objects() - before
+        slot.unbind()
+        assert telling_objects() - before == set()
+        assert threading.active_count() == threads

@@ -26,9 +26,11 @@ BLOCK = CONFIG.placement.kv_block_size
 def _history(*nodes: str | NodeInfo, **spec: Any) -> History:
     """A cluster with a deployment that is consolidated, on two nodes if none are named."""
     infos = [node if isinstance(node, NodeInfo) else make_node_info(node) for node in nodes]
-    deployment = make_deployment(**{"consolidate": True, **spec})
+    infos = infos or [make_node_info("n0"), make_node_info("n1")]
+    # As many instances as its pipeline may become.
+    deployment = make_deployment(**{"consolidate": True, "max_replicas": len(infos), **spec})
     return History(
-        nodes=infos or [make_node_info("n0"), make_node_info("n1")],
+        nodes=infos,
         deployments=[make_state(deployment)],
     )
 
@@ -334,7 +336,7 @@ def test_a_ready_successor_that_is_lost_gives_the_requests_back() -> None:
 
 
 def test_a_lost_node_of_a_successor_leaves_the_pipeline_serving() -> None:
-    history = _serving("n0", "n1", "n2", in_flight=9, max_stages=2)
+    history = _serving("n0", "n1", "n2", in_flight=9, max_stages=2, max_replicas=2)
     history.decides()
     for replica in history.view.successors(history.view.replicas["tiny.1"]):
         history.becomes_ready(replica.id)

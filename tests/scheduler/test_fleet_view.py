@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from paraserve_scheduler.actions import StartReplica
@@ -8,7 +10,7 @@ from paraserve_scheduler.events import DemandReported
 from paraserve_scheduler.fleet import Fleet, Node, ReplicaPhase, Start
 from paraserve_scheduler.fleet_view import fleet_of, shape_of
 from paraserve_scheduler.fold import begin, fold
-from paraserve_scheduler.state import ClusterView
+from paraserve_scheduler.state import ClusterView, TierObject
 from paraserve_scheduler.strategy import decide
 from tests.scheduler.builders import (
     CONFIG,
@@ -16,6 +18,7 @@ from tests.scheduler.builders import (
     lay_out_equally,
     make_demand,
     make_deployment,
+    make_heartbeat,
     make_node_info,
     make_state,
     make_view,
@@ -77,6 +80,32 @@ def test_a_start_takes_room_and_bandwidth_in_the_next_fleet() -> None:
     (replica,) = need.replicas
     assert (replica.name, replica.phase) == ("tiny.1", ReplicaPhase.STARTING)
     assert not [it for it in decide(after, NOW_S) if isinstance(it, Start)]
+
+
+def test_a_node_has_the_layers_whose_tensors_are_all_in_its_memory_or_on_its_disk() -> None:
+    view = _waiting_view()
+    deployment = view.deployments["tiny"].deployment
+    places = {name: (it.start, it.end) for name, it in deployment.index.tensors.items()}
+    first = [place for name, place in places.items() if ".layers.0." in name or "embed" in name]
+    third = [place for name, place in places.items() if ".layers.2." in name]
+    held = TierObject(
+        key="s3://models/tiny/model.safetensors",
+        version="v1",
+        landed_bytes=1,
+        landed=tuple(sorted(first)),
+        # All but the last bytes of the third layer.
+        on_disk=(*sorted(first), *sorted(third)[:-1]),
+    )
+    other = replace(held, version="v2", landed=((0, 10**9),))
+    report = replace(make_heartbeat("n0"), tier=(held, other))
+    node = _node(_fleet(fold(view, report)), "n0")
+    assert node.cached == {"s3://models/tiny": ((0, 1),)}
+    assert node.on_disk == {"s3://models/tiny": ((0, 1),)}
+
+
+def test_zones_are_known() -> None:
+    view = make_view(nodes=[make_node_info("n0", zone="a")], deployments=[make_state()])
+    assert [node.zone for node in _fleet(view).nodes] == ["a"]
 
 
 def test_a_lost_node_is_not_in_the_fleet() -> None:

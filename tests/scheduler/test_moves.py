@@ -110,7 +110,7 @@ def test_a_move_replaces_a_successor_that_is_still_starting() -> None:
 
 
 def _two_replicas() -> History:
-    history = _history(stages=2, consolidate=True)
+    history = _history(stages=2, consolidate=True, max_replicas=2)
     history.demand(in_flight=9, replica_in_flight={"tiny.1": 9})
     history.passes(CONFIG.consolidation.after_s)
     for start in history.decides():

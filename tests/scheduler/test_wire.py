@@ -1,16 +1,23 @@
-"""Who a fetch may read from, as heartbeats tell it."""
+"""Who a fetch may read from, and where requests go, as nodes tell it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_scheduler.events import NodeRegistered
+from paraserve_scheduler.events import NodeRegistered, PartReported
 from paraserve_scheduler.fold import fold
 from paraserve_scheduler.plans import Deployment
 from paraserve_scheduler.state import ClusterView
-from paraserve_scheduler.wire import node_info, node_reported, peer_addresses
+from paraserve_scheduler.wire import (
+    node_info,
+    node_reported,
+    part_state,
+    peer_addresses,
+    route_table,
+)
 from tests.scheduler.builders import NOW_S, make_deployment
+from tests.scheduler.histories import History
 
 
 def heard(deployment: Deployment, landed_bytes: dict[str, int], version: str | None) -> ClusterView:
@@ -47,3 +54,13 @@ def test_a_node_that_serves_nobody_is_no_peer() -> None:
     view = heard(deployment, {"a": 5}, None)
     silent = replace(view.nodes["a"], info=replace(view.nodes["a"].info, peer_address=""))
     assert peer_addresses(replace(view, nodes={"a": silent}), deployment, "b") == ()
+
+
+def test_requests_for_a_replica_in_a_slot_go_to_the_slots_model() -> None:
+    history = History()
+    replica = history.serves()
+    bound = pb.PartStatus(replica=replica, phase=pb.READY, slots={replica: "slot-3.front"})
+    history.happens(PartReported(part=part_state(bound), at_s=NOW_S))
+    (route,) = route_table(history.view).routes
+    (endpoint,) = route.endpoints
+    assert (endpoint.replica, endpoint.model) == (replica, "slot-3.front")

@@ -34,6 +34,8 @@ _RETRY_S = 10.0
 _END_S = 5.0
 _LAST_S = 1.0
 _LOOK_S = 0.5
+#: The first look that misses a process may be older than it.
+_MISSED = 2
 
 
 class SlotState(Enum):
@@ -55,6 +57,8 @@ class Slot:
     is_bound: bool = False
     #: Its process, once it has one.
     stub: Stub | None = None
+    #: In how many looks in a row it was not there.
+    num_missed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +159,8 @@ class Slots:
         Raises:
             DeadlineExceeded: its process survived; try again.
         """
-        if slot.is_bound and await self._unbind(slot, deadline_s):
+        is_alive = slot.is_bound and await self._stub(slot.name) is not None
+        if is_alive and await self._unbind(slot, deadline_s):
             slot.is_bound = False
             slot.state = SlotState.IDLE
             self._changed()
@@ -169,11 +174,9 @@ class Slots:
     def observe(self, found: Iterable[Stub]) -> None:
         """Compare with the processes that live now."""
         alive = {stub.model for stub in found}
-        for slot in [*self._in(SlotState.IDLE), *self._in(SlotState.TAKEN)]:
-            if slot.name in alive:
-                continue
-            slot.is_bound = False
-            if slot.state is SlotState.IDLE:
+        for slot in self._in(SlotState.IDLE):
+            slot.num_missed = 0 if slot.name in alive else slot.num_missed + 1
+            if slot.num_missed == _MISSED:
                 logger.warning("slot lost name=%s", slot.name)
                 slot.state = SlotState.BROKEN
                 self._changed()

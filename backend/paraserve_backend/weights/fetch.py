@@ -65,7 +65,8 @@ def fetch(
 
     What `disk` has is read from it, else what `peers` have from them, and the rest from `source`;
     where that is far below `link_bytes_per_s` all are asked for all. A disk or a peer that fails
-    costs nothing but time. `threads` is the number of connections to the source.
+    costs nothing but time. `threads` is the number of connections to the source, and at most so
+    many read the disk at once.
     `on_progress` gets the landed and the total bytes, in the calling thread. Safe to call again
     after a failure: what has landed is kept. Only one call per plan at a time. Raises `Cancelled`
     soon after `cancel` is set, `DeadlineExceeded` after `timeout_s`, and what `Tier.begin` and

@@ -28,8 +28,8 @@ from paraserve_backend.weights.transfer import Retrier, RetryPolicy
 
 #: Connections to each peer.
 _PER_PEER = 2
-#: While one thread's bytes are checked and copied, another's are read: the disk is never idle.
-_FROM_DISK = 2
+#: While one thread's bytes are checked and copied, the others' are read: the disk is never idle.
+_FROM_DISK = 3
 #: How soon a cancel or the time limit is noticed.
 _WATCH_S = 0.02
 
@@ -39,7 +39,7 @@ class Origins:
     """Where the bytes of a fetch may come from."""
 
     source: Source
-    #: Connections to it.
+    #: Connections to it, and at most so many reads of the disk at once.
     threads: int
     retry: RetryPolicy
     peers: Sequence[Peer]
@@ -118,7 +118,7 @@ class FetchWorkers:
     def _add_readers(self, origins: Origins) -> None:
         if origins.disk is not None:
             supply = self._allotment.add_supply(Rank.DISK)
-            for _ in range(_FROM_DISK):
+            for _ in range(min(_FROM_DISK, origins.threads)):
                 self._readers.append((supply, DiskReader(origins.disk, supply, self._allotment)))
         for peer in origins.peers:
             self._add_peer(peer)

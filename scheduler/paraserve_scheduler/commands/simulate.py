@@ -161,6 +161,8 @@ def _figures(summary: Summary) -> str:
         f"{summary.cold_starts} cold starts of {summary.stages:.2f} stages on average, "
         f"{summary.moved_gb:.0f} GB fetched",
         f"{summary.gpu_gb_s_per_request:.0f} GPU-GB·s per request",
+        f"{summary.all.refused} requests refused, {summary.all.unfinished} not finished, "
+        f"{summary.lost_replicas} replicas lost with a node",
     ]
     if summary.prediction_error is not None:
         lines.append(

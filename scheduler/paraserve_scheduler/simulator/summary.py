@@ -18,6 +18,9 @@ class Attainment:
     """Of the requests of one application, or of all. Unfinished ones have missed."""
 
     requests: int
+    #: Those that were not let in, and those let in that never ended.
+    refused: int
+    unfinished: int
     #: Parts of 1.
     ttft_met: float
     tpot_met: float
@@ -36,6 +39,8 @@ class Summary:
     gpu_gb_s_per_request: float
     moved_gb: float
     cold_starts: int
+    #: Replicas that ended with a node.
+    lost_replicas: int
     #: Mean number of stages of a cold start.
     stages: float
     #: Median of |predicted - actual| / actual; None where the policy predicts nothing.
@@ -60,6 +65,7 @@ def summarize(outcome: Outcome, deployments: Sequence[DeploymentDescription]) ->
         gpu_gb_s_per_request=outcome.gpu_byte_s / _GB / max(1, len(outcome.requests)),
         moved_gb=outcome.moved_bytes / _GB,
         cold_starts=len(starts),
+        lost_replicas=outcome.lost_replicas,
         stages=sum(it.stages for it in starts) / max(1, len(starts)),
         prediction_error=percentile(errors, 0.5) if errors else None,
         duration_s=outcome.ended_s,
@@ -74,6 +80,8 @@ def _attainment(
     tpots = [request.tpot_s for request in requests if request.tpot_s is not None]
     return Attainment(
         requests=len(requests),
+        refused=sum(request.was_refused for request in requests),
+        unfinished=sum(it.end_s is None and not it.was_refused for it in requests),
         ttft_met=sum(_meets_ttft(it, described[it.deployment]) for it in requests) / count,
         tpot_met=sum(_meets_tpot(it, described[it.deployment]) for it in requests) / count,
         cold=sum(request.was_cold for request in requests) / count,

@@ -56,6 +56,8 @@ class Outcome:
     gpu_byte_s: float = 0.0
     #: Over the network, into nodes.
     moved_bytes: float = 0.0
+    #: Replicas that ended with a node.
+    lost_replicas: int = 0
     decisions: int = 0
     ended_s: float = 0.0
     trace: Trace = field(default_factory=Trace)
@@ -376,6 +378,7 @@ class Simulation:
         for served in list(self._active.values()):
             for replica in list(served.replicas):
                 if any(stage.node == name for stage in replica.stages):
+                    self._outcome.lost_replicas += 1
                     running = replica.batch.requests() if replica.batch else []
                     self._remove(served, replica, leaves_slots=False)
                     served.queue.extendleft(reversed(running))

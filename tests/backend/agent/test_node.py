@@ -37,6 +37,7 @@ def test_what_is_not_set_is_what_the_machine_has(machine: Path) -> None:
     assert info.triton_grpc_address == "127.0.0.1:8001"
     assert info.memory_bytes == int(1000 * 1024 * 0.8)
     assert list(info.devices) == ["cpu"]
+    assert info.max_slots == 1
 
 
 def test_what_is_set_is_told_as_it_is(machine: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,13 @@ def test_kill_spares_a_process_that_only_has_the_number(
         table.kill(found)
         assert other.wait() == -9
         table.kill(found)
+
+
+def test_memory_that_is_a_processes_own_is_what_it_shares_with_nobody(
+    table: ProcessTable, tmp_path: Path
+) -> None:
+    stub = Stub(pid=7, model="slot-0.front", shm_region=None)
+    assert table.private_bytes(stub) == 0  # it is gone
+    add_process(tmp_path, 7, *stub_arguments("/models/slot-0.front/1/model.py"))
+    (tmp_path / "proc" / "7" / "statm").write_text("9000 500 120 1 0 300 0")
+    assert table.private_bytes(stub) == (500 - 120) * os.sysconf("SC_PAGE_SIZE")

@@ -145,6 +145,7 @@ def test_requests_of_a_lost_node_begin_again_elsewhere() -> None:
     outcome = simulate([request], make_cluster(failures=failures))
     assert request.end_s is not None
     assert len(outcome.cold_starts) == 2
+    assert outcome.lost_replicas == 1
     (calm,) = simulate([make_request(90.0, output_tokens=400)]).requests
     assert request.end_s > (calm.end_s or 0.0)
 
@@ -186,6 +187,7 @@ def test_the_summary_counts_a_request_that_was_never_served_as_missed() -> None:
     outcome = simulate([make_request(0.0)], make_cluster([huge]))
     summary = summarize(outcome, make_cluster().deployments)
     assert (summary.all.ttft_met, summary.all.tpot_met) == (0.0, 0.0)
+    assert (summary.all.unfinished, summary.all.refused) == (1, 0)
     assert summary.cold_starts == 0
 
 
