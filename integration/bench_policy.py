@@ -10,7 +10,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from paraserve_scheduler.contention import Claim
@@ -29,6 +29,8 @@ from paraserve_scheduler.strategy import decide
 _GB = 10**9
 _NOW_S = 1_000.0
 _TARGET_S = 0.010
+#: With so much of the objective gone every number of stages is tried, and what could be evicted.
+_LATE_S = 5.0
 _MODEL = uniform_model(
     "7b", size_bytes=13 * _GB, num_layers=32, ends_bytes=_GB // 4, kv_bytes=5 * _GB
 )
@@ -52,36 +54,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_policy", description=__doc__)
     parser.add_argument("--decisions", type=int, default=30, help="timed for each size")
     arguments = parser.parse_args(argv)
-    seconds: dict[int, float] = {}
-    sys.stdout.write(f"{'NODES':>6} {'DEPLOYMENTS':>12} {'MEDIAN MS':>10}\n")
+    seconds: dict[str, dict[int, float]] = {"in time": {}, "late": {}}
+    sys.stdout.write(f"{'NODES':>6} {'DEPLOYMENTS':>12} {'IN TIME, MS':>12} {'LATE, MS':>10}\n")
     for nodes in (10, 100, 1_000, 10_000):
-        seconds[nodes] = median_decision_s(nodes, nodes, arguments.decisions)
-        sys.stdout.write(f"{nodes:>6} {nodes:>12} {seconds[nodes] * 1e3:>10.2f}\n")
+        for case, waited_s in (("in time", 0.0), ("late", _LATE_S)):
+            seconds[case][nodes] = median_decision_s(nodes, nodes, arguments.decisions, waited_s)
+        in_time, late = (seconds[case][nodes] * 1e3 for case in seconds)
+        sys.stdout.write(f"{nodes:>6} {nodes:>12} {in_time:>12.2f} {late:>10.2f}\n")
     result = {
         "bench": "policy",
-        "median_ms": {str(nodes): round(it * 1e3, 3) for nodes, it in seconds.items()},
+        "median_ms": _ms(seconds["in time"]),
+        "median_ms_late": _ms(seconds["late"]),
         "target_ms_at_1000": _TARGET_S * 1e3,
-        "met": seconds[1_000] <= _TARGET_S,
+        "met": seconds["in time"][1_000] <= _TARGET_S,
     }
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 
-def median_decision_s(nodes: int, deployments: int, decisions: int) -> float:
+def _ms(seconds: Mapping[int, float]) -> dict[str, float]:
+    return {str(nodes): round(it * 1e3, 3) for nodes, it in seconds.items()}
+
+
+def median_decision_s(nodes: int, deployments: int, decisions: int, waited_s: float = 0.0) -> float:
     """Median seconds of a decision that starts one replica; every one sees another fleet.
 
     Of the processor's time: a decision waits for nothing, and other processes may be running.
     """
     took = []
     for seed in range(decisions):
-        fleet = make_fleet(nodes, deployments, seed)
+        fleet = make_fleet(nodes, deployments, seed, waited_s)
         begun = time.process_time()
         decide(fleet, _NOW_S)
         took.append(time.process_time() - begun)
     return median(took)
 
 
-def make_fleet(nodes: int, deployments: int, seed: int) -> Fleet:
+def make_fleet(nodes: int, deployments: int, seed: int, waited_s: float = 0.0) -> Fleet:
     """A fleet in use: half of its memory reserved, a tenth of its nodes fetching, one in need.
 
     Racks are named, and a seventh of the nodes have a part of what is needed in host memory.
@@ -89,7 +98,7 @@ def make_fleet(nodes: int, deployments: int, seed: int) -> Fleet:
     generator = random.Random(seed)
     return Fleet(
         nodes=tuple(_node(index, generator) for index in range(nodes)),
-        needs=tuple(_need(index, nodes, generator) for index in range(deployments)),
+        needs=tuple(_need(index, nodes, generator, waited_s) for index in range(deployments)),
         store_bytes_per_s=nodes * 1e9,
         store_fetches=nodes // 10,
     )
@@ -117,7 +126,7 @@ def _node(index: int, generator: random.Random) -> Node:
     )
 
 
-def _need(index: int, nodes: int, generator: random.Random) -> Need:
+def _need(index: int, nodes: int, generator: random.Random, waited_s: float) -> Need:
     name, node = f"d{index}", f"n{generator.randrange(nodes)}"
     replica = ReplicaLoad(
         name=f"{name}.1",
@@ -134,9 +143,9 @@ def _need(index: int, nodes: int, generator: random.Random) -> Need:
         model=_MODEL,
         objectives=Objectives(ttft_s=7.5, tpot_s=0.2),
         waiting=1 if index == 0 else 0,
-        oldest_s=_NOW_S if index == 0 else None,
+        oldest_s=_NOW_S - waited_s if index == 0 else None,
         replicas=() if index == 0 else (replica,),
-        arrivals_s=tuple(_NOW_S - age for age in (300.0, 200.0, 100.0, 50.0, 20.0, 5.0)),
+        arrivals_s=tuple(_NOW_S - age for age in (300.0, 200.0, 100.0, 50.0, 20.0, waited_s)),
     )
 
 

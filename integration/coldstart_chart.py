@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
 from integration.coldstart_summary import Results
-from integration.coldstart_variants import Plain, Variant
+from integration.coldstart_variants import Variant
 
 _WIDTH, _LEFT, _RIGHT = 760, 330, 60
 _ROW, _HEADING, _TOP, _BOTTOM = 18, 24, 40, 30
@@ -42,8 +42,8 @@ def chart(results: Results) -> str:
 def _row(results: Results, variant: Variant, y: float, scale: float) -> Iterator[str]:
     ttft_s = results.ttft_s(variant.name)
     seconds = [start.ttft_s for start in results.of(variant.name)]
-    colour = _OTHERS if isinstance(variant.how, Plain) else _OURS
-    limit = _LEFT + (results.limit_s(variant) or 0.0) * scale
+    colour = _OURS if variant.is_ours else _OTHERS
+    limit_s = results.limit_s(variant)
     middle = y + _ROW / 2
     yield _text(_LEFT - 6, middle + 4, _label(variant), "end")
     yield (
@@ -51,14 +51,17 @@ def _row(results: Results, variant: Variant, y: float, scale: float) -> Iterator
         f'fill="{colour}"/>'
     )
     yield _line(_LEFT + min(seconds) * scale, middle, _LEFT + max(seconds) * scale, middle, "#222")
-    yield _line(limit, y + 1, limit, y + _ROW - 1, _LIMIT)
-    end = max(_LEFT + max(seconds) * scale, limit)
+    if limit_s is not None:
+        limit = _LEFT + limit_s * scale
+        yield _line(limit, y + 1, limit, y + _ROW - 1, _LIMIT)
+    end = _LEFT + max(*seconds, limit_s or 0.0) * scale
     yield _text(end + 5, middle + 4, f"{ttft_s:.2f}", "start")
 
 
 def _label(variant: Variant) -> str:
     nodes = "1 node" if variant.nodes == 1 else f"{variant.nodes} nodes"
-    return f"{variant.label}, {nodes}, {variant.checkpoint.removesuffix('gb')} GB"
+    size = variant.checkpoint.removesuffix("gb")
+    return f"{variant.label}, {nodes}, {size} GB from {variant.weights}"
 
 
 def _grid(longest_s: float, scale: float, bottom: float) -> Iterator[str]:

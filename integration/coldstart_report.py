@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from integration.coldstart_summary import Results
-from integration.coldstart_variants import Deployed, Variant
+from integration.coldstart_variants import Variant
 
 _TEXT_HEADINGS = ("", "GB", "from")
 _FIGURE_HEADINGS = ("nodes", "s", "limit", "×", "faster", "MB")
@@ -84,7 +84,7 @@ def _row(results: Results, variant: Variant) -> tuple[str, ...]:
     return (
         variant.label,
         variant.checkpoint.removesuffix("gb"),
-        variant.how.weights if isinstance(variant.how, Deployed) else "store",
+        variant.weights,
         str(variant.nodes),
         f"{results.ttft_s(variant.name):.2f}",
         _known(results.limit_s(variant), 2),

@@ -95,7 +95,7 @@ class Results:
 
         None where the bytes come from disks or peers, whose rates are not measured.
         """
-        if isinstance(variant.how, Deployed) and variant.how.weights in _UNMEASURED:
+        if variant.weights in _UNMEASURED:
             return None
         return self.transfer_s(variant) + self.forward_s(variant.name)
 

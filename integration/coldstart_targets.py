@@ -16,7 +16,9 @@ def over_limit(name: str, most: float) -> Target:
         variants=(name,),
         bound=most,
         is_least=False,
-        measure=lambda results: results.over_limit(variant) or 0.0,
+        measure=lambda results: (
+            results.ttft_s(name) / (results.transfer_s(variant) + results.forward_s(name))
+        ),
     )
 
 

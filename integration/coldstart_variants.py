@@ -73,6 +73,15 @@ class Variant:
         return isinstance(self.how, Plain) and self.how.loader is Loader.BOTO3
 
     @property
+    def is_ours(self) -> bool:
+        """What another system does is not, even where it runs on our code."""
+        return isinstance(self.how, Deployed) and not self.testbed.scheduler_settings
+
+    @property
+    def weights(self) -> Weights:
+        return self.how.weights if isinstance(self.how, Deployed) else Weights.STORE
+
+    @property
     def nodes(self) -> int:
         return self.how.stages if isinstance(self.how, Deployed) else 1
 
@@ -86,7 +95,7 @@ class Variant:
         """The links that its bytes come over, if they come from the store; fastest nodes first."""
         if isinstance(self.how, Plain):
             return self.testbed.gbit[:1]
-        if self.how.weights is not Weights.STORE:
+        if self.weights is not Weights.STORE:
             return ()
         return tuple(sorted(self.testbed.gbit, reverse=True)[: self.how.stages])
 

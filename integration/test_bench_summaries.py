@@ -168,6 +168,11 @@ def test_what_is_in_memory_already_has_a_forward_pass_as_its_limit() -> None:
     assert of.limit_s(of.variants[0]) == pytest.approx(0.1)
 
 
+def test_what_a_disk_or_a_peer_gives_has_no_known_limit() -> None:
+    of = results(cold("disk-1-slots-1gb", 1.0), cold("peer-1-slots-1gb", 9.0))
+    assert [of.limit_s(variant) for variant in of.variants] == [None, None]
+
+
 def test_medians_are_compared_and_a_figure_at_its_target_meets_it() -> None:
     starts = [cold("ours-4-slots", ttft_s) for ttft_s in (99.0, 5.1 * 1.15, 0.1)]
     quo = [cold("status-quo", 5.1 * 1.15 * 4.8)] * 3

@@ -116,6 +116,8 @@ def process_of(cluster: Cluster, node: str, slot: str) -> int:
 
 
 def test_a_killed_idle_slot_is_replaced(slots_cluster: Cluster, agents: Agents) -> None:
+    # Also those that came while another part had theirs are gone.
+    wait_until(lambda: len(slots_on(slots_cluster, "node1")) == 3)
     before = slots_on(slots_cluster, "node1")
     victim = next(slot for slot in before if slot.endswith(".stage"))
     os.kill(process_of(slots_cluster, "node1", victim), signal.SIGKILL)

@@ -42,7 +42,9 @@ from paraserve_scheduler.state import (
 #: Until measured: what a device reads of weights per second for a token, by kind of device, and how
 #: many times more of them it works on per second when it reads a prompt.
 _DECODE_BYTES_PER_S = {"cpu": 10e9, "cuda": 1.5e12}
-_PREFILL_GAIN = {"cpu": 8.0, "cuda": 100.0}
+_PREFILL_GAIN = {"cpu": 50.0, "cuda": 300.0}
+#: Nobody tells how long prompts are; what first tokens really took is measured for this many.
+_PROMPT_TOKENS = 256
 
 
 def fleet_of(
@@ -122,7 +124,7 @@ def _kind(
             slot_runtime_s=_or(known.slot_runtime_s, 0.0) if node.info.max_slots else None,
             slot_bytes=node.slots_bytes,
         ),
-        speeds={state.name: _speed(state.deployment, node, known) for state in active},
+        speeds={state.name: _speed(state, node, known) for state in active},
         disk_bytes_per_s=config.disk_bytes_per_s,
         shares_gpus=False,
     )
@@ -132,12 +134,13 @@ def _or(measured: float | None, guess: float) -> float:
     return guess if measured is None else measured
 
 
-def _speed(deployment: Deployment, node: NodeState, known: Calibration) -> Speed:
+def _speed(state: DeploymentState, node: NodeState, known: Calibration) -> Speed:
+    deployment = state.deployment
     device = (device_of(node, deployment.spec.device) or "cpu").partition(":")[0]
-    size = deployment.index.size_bytes
-    decode_s = size / _DECODE_BYTES_PER_S[device]
+    decode_s = deployment.index.size_bytes / _DECODE_BYTES_PER_S[device]
+    first_pass_s = _or(state.first_pass_s, _PROMPT_TOKENS * decode_s / _PREFILL_GAIN[device])
     return Speed(
-        prefill_s_per_token=decode_s / _PREFILL_GAIN[device],
+        prefill_s_per_token=first_pass_s / _PROMPT_TOKENS,
         decode_s=decode_s * _or(known.decode_ratio, 1.0),
     )
 
@@ -281,6 +284,7 @@ def _need(
         priority=spec.priority,
         max_sequences=spec.max_sequences,
         max_stages=spec.max_stages or config.max_stages,
+        prompt_tokens=_PROMPT_TOKENS,
         service_s=state.history.service_s,
         device=spec.device,
         # Better a pipeline that stays one than none.

@@ -40,6 +40,7 @@ from paraserve_scheduler.events import (
 )
 from paraserve_scheduler.measurements import (
     measured_decode,
+    measured_first_token,
     measured_part,
     measured_ready,
     measured_tpot,
@@ -247,7 +248,7 @@ def _demand_reported(view: ClusterView, event: DemandReported) -> ClusterView:
         view = replace(view, replicas={**view.replicas, **busy})
     for demand in event.demands:
         for name, time_s in demand.first_token_s.items():
-            view = _change_replica(view, name, partial(_with_first_token, time_s=time_s))
+            view = measured_first_token(view, name, time_s)
         for name, tpot_s in demand.tpot_s.items():
             view = measured_tpot(view, name, tpot_s)
     return view
@@ -292,10 +293,6 @@ def _history(
         elapsed_s=elapsed_s,
         at_s=at_s,
     )
-
-
-def _with_first_token(replica: Replica, *, time_s: float) -> Replica:
-    return replace(replica, first_token_s=replica.first_token_s or time_s)
 
 
 # ---- deployments and replicas ----

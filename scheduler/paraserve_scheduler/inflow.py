@@ -2,8 +2,8 @@
 
 What disk and peers have, the store has too: it helps where they are slow. So of `m` bytes, `d` on
 disk and `p` with peers, `min(d, disk · t) + min(link(t), store · t + sum min(p, peer · t))` are
-there after `t` seconds. Each such sum of minima is a minimum over straight or known lines, whose
-inverses are known as well.
+there after `t` seconds. Each such sum of minima is a minimum over straight lines and what the link
+gives, whose inverses are known.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Inflow:
         #: What one more fetch gets over the network.
         self.link = LinkForecast(link_rate, claims, limit)
         self._link_and_disk = LinkForecast(link_rate, claims, limit, beside=disk_rate)
+        self._link_rate = link_rate
         self._store_rate = store_rate
         self._peer_rates = tuple(peer_rates)
         self._disk_rate = disk_rate
@@ -59,9 +60,13 @@ class Inflow:
     def seconds_for(self, amounts: Amounts) -> float:
         """Seconds until all of `amounts` has come."""
         size = amounts.total_bytes
-        if not self._has_choice(amounts):
-            return self.link.seconds_for(size)
-        return max(line.seconds_for(size - given) for given, line in self._limits(amounts))
+        seconds = self.link.seconds_for(size)
+        if self._has_disk(amounts):
+            without = self.link.seconds_for(size - amounts.disk_bytes)
+            seconds = max(without, self._link_and_disk.seconds_for(size))
+        for given, rate in self._lines(amounts):
+            seconds = max(seconds, (size - given) / rate)
+        return seconds
 
     def bytes_in(self, seconds: float, work_s_per_byte: float, amounts: Amounts) -> float:
         """The most bytes that have come and been worked on after `seconds`, with `amounts` to get.
@@ -70,16 +75,16 @@ class Inflow:
         """
         if seconds <= 0:
             return 0.0
-        if not self._has_choice(amounts):
-            return self.link.bytes_in(seconds, work_s_per_byte)
-        most = seconds / work_s_per_byte if work_s_per_byte else _UNLIMITED
-        return min(
-            most,
-            *(
-                given + line.bytes_in(seconds - given * work_s_per_byte, work_s_per_byte)
-                for given, line in self._limits(amounts)
-            ),
-        )
+        work = work_s_per_byte
+        most = self.link.bytes_in(seconds, work)
+        if self._has_disk(amounts):
+            disk = min(amounts.disk_bytes, seconds / work if work else _UNLIMITED)
+            beside = disk + self.link.bytes_in(seconds - disk * work, work)
+            most = min(beside, self._link_and_disk.bytes_in(seconds, work))
+        for given, rate in self._lines(amounts):
+            line = given + max(0.0, seconds - given * work) / (1 / rate + work)
+            most = min(most, line, seconds / work if work else _UNLIMITED)
+        return most
 
     def split(self, amounts: Amounts, seconds: float) -> Amounts:
         """Who gives how much of `amounts` if all give what they can in `seconds`."""
@@ -92,26 +97,23 @@ class Inflow:
             ),
         )
 
-    def _has_choice(self, amounts: Amounts) -> bool:
-        is_limited = self._store_rate < _UNLIMITED and bool(self._peer_rates)
-        return is_limited or (self._disk_rate > 0 and amounts.disk_bytes > 0)
+    def _has_disk(self, amounts: Amounts) -> bool:
+        return self._disk_rate > 0 and amounts.disk_bytes > 0
 
-    def _limits(self, amounts: Amounts) -> Iterator[tuple[float, LinkForecast]]:
-        """Lines, each with bytes given at once, none of which what has come ever exceeds."""
-        disk, has_disk = amounts.disk_bytes, self._disk_rate > 0 and amounts.disk_bytes > 0
-        yield (disk if has_disk else 0.0), self.link
-        if has_disk:
-            yield 0.0, self._link_and_disk
-        for given, rate in self._sources_run_dry(amounts):
-            yield given + (disk if has_disk else 0.0), LinkForecast(rate)
-            if has_disk:
-                yield given, LinkForecast(rate + self._disk_rate)
-
-    def _sources_run_dry(self, amounts: Amounts) -> Iterator[tuple[float, float]]:
-        """What peers have given and what the rest gives once the first, the second... is empty."""
-        if self._store_rate == _UNLIMITED:
+    def _lines(self, amounts: Amounts) -> Iterator[tuple[float, float]]:
+        """Straight lines, as bytes at once and a rate, that what has come never exceeds."""
+        # Where the store alone fills the link, nothing but the link and the disk limits.
+        if not self._peer_rates or self._store_rate >= self._link_rate:
             return
-        given, rate = 0.0, self._store_rate + sum(self._peer_rates)
+        disk, has_disk = amounts.disk_bytes, self._has_disk(amounts)
+        for given, rate in self._sources_run_dry(amounts):
+            yield given + (disk if has_disk else 0), rate
+            if has_disk:
+                yield given, rate + self._disk_rate
+
+    def _sources_run_dry(self, amounts: Amounts) -> Iterator[tuple[int, float]]:
+        """What peers have given and what the rest gives once the first, the second... is empty."""
+        given, rate = 0, self._store_rate + sum(self._peer_rates)
         peers = zip(amounts.peers_bytes, self._peer_rates, strict=True)
         for size, peer_rate in sorted(peers, key=lambda peer: peer[0] / peer[1]):
             given, rate = given + size, rate - peer_rate

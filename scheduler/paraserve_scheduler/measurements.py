@@ -45,6 +45,22 @@ def measured_ready(view: ClusterView, replica: Replica, at_s: float) -> ClusterV
     return view
 
 
+def measured_first_token(view: ClusterView, name: str, time_s: float) -> ClusterView:
+    """The view after a gateway has told when a replica's first token came."""
+    replica = view.replicas.get(name)
+    if replica is None or replica.first_token_s is not None:
+        return view
+    changed = replace(replica, first_token_s=time_s)
+    view = replace(view, replicas={**view.replicas, name: changed})
+    if replica.ready_s is None or replica.plan.succeeds is not None:
+        return view
+    # Clocks of two machines may differ a little.
+    took_s = max(0.0, time_s - replica.ready_s)
+    state = view.deployments[replica.deployment]
+    state = replace(state, first_pass_s=blend(state.first_pass_s, took_s))
+    return replace(view, deployments={**view.deployments, state.name: state})
+
+
 def measured_tpot(view: ClusterView, name: str, tpot_s: float) -> ClusterView:
     """The view after a gateway has told how fast a replica's tokens come."""
     replica = view.replicas.get(name)

@@ -18,6 +18,8 @@ _EXACT_STAGES = 4
 _BISECTIONS = 40
 #: A search ends when at most this part of the time found could still be saved.
 _CLOSE_ENOUGH = 1e-3
+#: A cut into whole layers is mostly ready within so many times the time of divisible ones.
+_FIRST_TRY = 1.1
 #: A cold start that takes longer is none.
 _LONGEST_S = 1e5
 
@@ -45,9 +47,15 @@ class Cut(Generic[PlaceT]):
 
 
 def cut(
-    places: Sequence[PlaceT], num_layers: int, *, heads: frozenset[int] | None = None
+    places: Sequence[PlaceT],
+    num_layers: int,
+    *,
+    heads: frozenset[int] | None = None,
+    not_before_s: float = 0.0,
 ) -> Cut[PlaceT] | None:
     """Share `num_layers` out over all of `places`, at least one layer each.
+
+    No cut is ready before `not_before_s`, as `divisible_s` says; to know that makes it quicker.
 
     `heads` are the indexes of places that may have the first layers; None: any. With up to four
     places no other order and no other cut is earlier by more than a thousandth; with more the order
@@ -58,11 +66,11 @@ def cut(
         return None
     orders: _Orders = _every_order if count <= _EXACT_STAGES else _given_order
     reach = _Reach(places, num_layers, heads)
-    found = reach.within(_LONGEST_S, orders)
+    found = reach.within(not_before_s * _FIRST_TRY, orders) or reach.within(_LONGEST_S, orders)
     if found is None:
         return None
     best = _scored(places, *found)
-    low = 0.0
+    low = not_before_s
     for _ in range(_BISECTIONS):
         if best.latest_s - low <= best.latest_s * _CLOSE_ENOUGH:
             break
@@ -214,6 +222,25 @@ def choose_places(
         else:
             high, chosen = middle, found
     return tuple(places[index] for index in chosen)
+
+
+def divisible_s(places: Sequence[Place], total_bytes: float) -> float:
+    """When these places together have `total_bytes`, were layers divisible; to a thousandth.
+
+    Never later than that; infinity if they never have.
+    """
+    low, high = 0.0, 1.0
+    while sum(place.bytes_by(high) for place in places) < total_bytes:
+        low, high = high, high * 2
+        if high > _LONGEST_S:
+            return float("inf")
+    while high - low > high * _CLOSE_ENOUGH:
+        middle = (low + high) / 2
+        if sum(place.bytes_by(middle) for place in places) < total_bytes:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def _enough_by(

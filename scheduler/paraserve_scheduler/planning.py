@@ -30,7 +30,7 @@ from paraserve_scheduler.fleet import (
     StagePrediction,
     Start,
 )
-from paraserve_scheduler.partition import choose_places, cut
+from paraserve_scheduler.partition import choose_places, cut, divisible_s
 from paraserve_scheduler.spots import Spot, find_rooms, find_spots, find_supply
 
 
@@ -87,8 +87,11 @@ def _takes_one_more(node: Node, need: Need, now_s: float) -> bool:
 
 
 def _zones(start: Start | None, nodes: Sequence[Node]) -> list[str]:
-    """The zones of its stages, those of most stages first; none if one is not known."""
-    if start is None or len(start.stages) == 1:
+    """The zones of its stages, those of most stages first; none if one is not known.
+
+    Nor if it misses an objective: then nothing must make it any later.
+    """
+    if start is None or len(start.stages) == 1 or not _meets(start):
         return []
     used = {stage.node for stage in start.stages}
     counts = Counter(node.zone for node in nodes if node.name in used)
@@ -97,14 +100,10 @@ def _zones(start: Start | None, nodes: Sequence[Node]) -> list[str]:
 
 def _is_as_good(near: Start, best: Start, need: Need) -> bool:
     """Whether the one in a single zone misses nothing that the other does not."""
-    if need.objectives.ttft_s is not None:
-        return _meets(near) or (
-            not _meets(best) and _preference(near, need) <= _preference(best, need)
-        )
-    if near.prediction is None or best.prediction is None:
-        return False
+    if not _meets(near) or need.objectives.ttft_s is not None:
+        return _meets(near)
     is_parallel = len(near.stages) == len(best.stages)
-    return is_parallel and near.prediction.ready_s <= best.prediction.ready_s * _ZONE_SLACK
+    return is_parallel and _predicted(near).ready_s <= _predicted(best).ready_s * _ZONE_SLACK
 
 
 def _best(
@@ -230,7 +229,8 @@ def _pipelines(
     if places is None:
         return
     able = frozenset(i for i, spot in enumerate(places) if spot.can_grow)
-    found = cut(places, need.model.num_layers, heads=able)
+    bound_s = divisible_s(places, need.model.total_bytes)
+    found = cut(places, need.model.num_layers, heads=able, not_before_s=bound_s)
     if found is not None and found.latest_s < float("inf"):
         yield _start(need, found.places, found.bounds, full, now_s, config)
 

@@ -115,7 +115,18 @@ class Spot:
         )
         return (source for source in found if source.size_bytes > 0)
 
+    @cached_property
+    def _known_ready_s(self) -> dict[tuple[int, int], float]:
+        return {}
+
     def ready_s(self, start: int, end: int) -> float:
+        # Searches ask the same again and again.
+        known = self._known_ready_s.get((start, end))
+        if known is None:
+            known = self._known_ready_s[start, end] = self._find_ready_s(start, end)
+        return known
+
+    def _find_ready_s(self, start: int, end: int) -> float:
         if self.model.reserved_bytes(start, end) > self.room_bytes:
             return _UNLIMITED
         return stage_ready_s(

@@ -212,6 +212,8 @@ class DeploymentState:
     last_number: int = 0
     last_active_s: float
     history: DemandHistory = field(default_factory=DemandHistory)
+    #: From a replica that is ready to its first token; None: not measured yet.
+    first_pass_s: float | None = None
     #: Since when requests have been waiting without a break.
     waiting_since_s: float | None = None
     #: Starts that failed since one last succeeded.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from paraserve_backend.errors import AlreadyExists
 from paraserve_backend.weights.disk import DiskTier
-from paraserve_backend.weights.disk_files import EXTENT_BYTES, DiskExtent
+from paraserve_backend.weights.disk_files import EXTENT_BYTES, DiskExtent, checksum
 from paraserve_backend.weights.disk_upkeep import DiskUpkeep
 from paraserve_backend.weights.fetch import FetchReport, fetch
 from paraserve_backend.weights.objects import Connection, StoredObject
@@ -380,11 +383,31 @@ def test_a_full_disk_is_warned_of_once_and_then_left_alone_for_a_while(tmp_path:
 
 
 def test_a_name_that_is_no_extent_is_not_taken_for_one() -> None:
-    extent = DiskExtent(start=5, end=9, crc32=0xABC)
+    extent = DiskExtent(start=5, end=9, checksum=0xABC)
     assert DiskExtent.parse(extent.file_name) == extent
     too_large = replace(extent, end=6 + EXTENT_BYTES)
     for name in ("5-9", "9-5-00000abc", "5-9-00000ABC", "-5-9-00000abc", too_large.file_name):
         assert DiskExtent.parse(name) is None
+
+
+@given(size_bytes=st.integers(1, 3 * 4096 + 100), seed=st.integers(0, 99), data=st.data())
+def test_a_checksum_sees_changed_bytes_and_pages_that_changed_places(
+    size_bytes: int, seed: int, data: st.DataObject
+) -> None:
+    content = bytearray(random.Random(seed).randbytes(size_bytes))
+    before = checksum(memoryview(content))
+    assert checksum(memoryview(bytes(content))) == before
+    start = data.draw(st.integers(0, size_bytes - 1))
+    end = data.draw(st.integers(start + 1, size_bytes))
+    zeroed = bytearray(content)
+    zeroed[start:end] = bytes(end - start)
+    assert (checksum(memoryview(zeroed)) == before) == (zeroed == content)
+    flipped = bytearray(content)
+    flipped[start] ^= 1 << data.draw(st.integers(0, 7))
+    assert checksum(memoryview(flipped)) != before
+    if size_bytes >= 2 * 4096:
+        swapped = content[4096:8192] + content[:4096] + content[8192:]
+        assert checksum(memoryview(swapped)) != before
 
 
 def test_reading_what_another_thread_has_dropped_is_damage_and_no_error(

@@ -102,3 +102,18 @@ def test_a_time_per_token_that_was_twice_the_predicted_doubles_the_next_predicti
     second = history.view.replicas["tiny.2"].prediction
     assert second is not None
     assert second.tpot_s == pytest.approx(2 * predicted.tpot_s)
+
+
+def test_the_first_token_of_a_start_is_what_the_next_one_is_expected_to_take() -> None:
+    history = _started()
+    ready_s = history.view.replicas["tiny.1"].ready_s
+    assert ready_s is not None
+    demand = replace(make_demand(), first_token_s={"tiny.1": ready_s + 0.7})
+    history.happens(DemandReported(gateway="g0", demands=(demand,), at_s=history.now_s))
+    history.passes(60)
+    history.decides()
+    history.demand(waiting=1)
+    history.decides()
+    second = history.view.replicas["tiny.2"].prediction
+    assert second is not None
+    assert second.ttft_s - second.ready_s == pytest.approx(0.7)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraserve_scheduler.partition import choose_places, cut, equal_bounds
+from paraserve_scheduler.partition import choose_places, cut, divisible_s, equal_bounds
 
 LAYER = 10
 
@@ -53,7 +53,8 @@ def test_no_other_cut_or_order_is_earlier(
     places: list[_Place], layers: int, data: st.DataObject
 ) -> None:
     heads = data.draw(st.sets(st.integers(0, len(places) - 1), min_size=1))
-    found = cut(places, layers, heads=frozenset(heads))
+    bound_s = data.draw(st.sampled_from([0.0, divisible_s(places, layers * LAYER)]))
+    found = cut(places, layers, heads=frozenset(heads), not_before_s=min(bound_s, 1e5))
     best = _brute_force(places, layers, heads)
     if found is None:
         assert best == inf

@@ -61,6 +61,22 @@ def test_where_no_plan_meets_the_objective_the_best_says_so() -> None:
     assert "no plan meets its objectives" in start.reason
 
 
+def test_of_plans_that_are_all_late_the_cheapest_is_taken_that_is_hardly_later() -> None:
+    need = make_need(objectives=Objectives(ttft_s=0.1))
+    start = plan(need, make_fleet(), NOW_S, config=CONFIG)
+    assert start is not None
+    # 5.65 s with two stages, 5.32 with four; 8.8 with one.
+    assert len(start.stages) == 2
+
+
+def test_for_who_is_late_already_a_start_is_soon_enough_that_is_for_who_comes_now() -> None:
+    need = make_need(objectives=Objectives(ttft_s=10.0), oldest_s=NOW_S - 100)
+    start = plan(need, make_fleet(), NOW_S, config=CONFIG)
+    assert start is not None
+    assert len(start.stages) == 1
+    assert _prediction(start).ttft_s > 100
+
+
 def test_mixed_bandwidths_add_up() -> None:
     """Cold TTFT at most 1.1 times M over the sum of bandwidths, plus the runtime's floor."""
     method = make_method(runtime_s=0.5, tail_s=0.5, load_s_per_byte=0.0)

@@ -179,6 +179,15 @@ def test_who_has_missed_anyway_lets_those_who_can_make_it_go_first() -> None:
     assert [start.deployment for start in _starts(decide(fleet, NOW_S))] == ["fresh"]
 
 
+def test_who_has_newer_requests_in_time_goes_before_who_has_only_late_ones() -> None:
+    late = make_need("late", oldest_s=NOW_S - 200, arrivals_s=(NOW_S - 200,))
+    some = make_need(
+        "some", waiting=2, oldest_s=NOW_S - 100, arrivals_s=(NOW_S - 300, NOW_S - 100, NOW_S - 1)
+    )
+    fleet = make_fleet(make_node("n0", gpus=(make_gpu(free_gb=20),)), needs=(late, some))
+    assert [start.deployment for start in _starts(decide(fleet, NOW_S))] == ["some"]
+
+
 def test_slots_are_kept_where_they_exist_and_starts_are_frequent() -> None:
     kind = make_kind(make_method(slot_runtime_s=0.3, slot_bytes=GB // 2))
     often = make_need(waiting=0, oldest_s=None, arrivals_s=(NOW_S - 2, NOW_S - 1))
@@ -228,6 +237,13 @@ def test_waiting_is_chosen_when_places_get_free_sooner_than_a_start_would_end() 
     need = make_need(waiting=2, replicas=(busy,), service_s=10.0)
     assert replicas_to_start(need, NOW_S, 5.0, SCALING) == 0
     assert replicas_to_start(need, NOW_S, 1.0, SCALING) == 1
+
+
+def test_places_that_new_requests_take_are_not_counted_on() -> None:
+    busy = make_load(in_flight=8, idle_since_s=None)
+    steady = tuple(NOW_S - i for i in range(20, -1, -1))
+    need = make_need(waiting=2, replicas=(busy,), service_s=10.0, arrivals_s=steady)
+    assert replicas_to_start(need, NOW_S, 5.0, SCALING) == 1
 
 
 def test_a_burst_that_goes_on_gets_more_than_what_waits_now() -> None:

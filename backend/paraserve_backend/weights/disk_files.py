@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from paraserve_backend.weights.plan import DEFAULT_PART_BYTES
 from paraserve_backend.weights.spans import Span
 
@@ -32,11 +34,11 @@ class DamagedExtent(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskExtent:
-    """Bytes `[start, end)` of an object, at most `EXTENT_BYTES`, and their CRC-32."""
+    """Bytes `[start, end)` of an object, at most `EXTENT_BYTES`, and their checksum."""
 
     start: int
     end: int
-    crc32: int
+    checksum: int
 
     @property
     def span(self) -> Span:
@@ -53,7 +55,7 @@ class DiskExtent:
 
     @property
     def file_name(self) -> str:
-        return f"{self.start}-{self.end}-{self.crc32:08x}"
+        return f"{self.start}-{self.end}-{self.checksum:08x}"
 
     @classmethod
     def parse(cls, file_name: str) -> DiskExtent | None:
@@ -61,12 +63,27 @@ class DiskExtent:
         found = _NAME.fullmatch(file_name)
         if found is None or not 0 < int(found[2]) - int(found[1]) <= EXTENT_BYTES:
             return None
-        return cls(start=int(found[1]), end=int(found[2]), crc32=int(found[3], 16))
+        return cls(start=int(found[1]), end=int(found[2]), checksum=int(found[3], 16))
 
 
 def aligned_buffer() -> memoryview:
     """Return memory for one extent in which direct I/O works."""
     return memoryview(mmap.mmap(-1, EXTENT_BYTES))
+
+
+def checksum(content: memoryview) -> int:
+    """Return the CRC-32 of the sums of all blocks' words, in rows and in columns, and of the rest.
+
+    It sees any damage but such as cancels out in both, and takes a third of the processor time of
+    the CRC-32 of all bytes, which would be half of what a read from disk takes.
+    """
+    whole_bytes = len(content) // BLOCK_BYTES * BLOCK_BYTES
+    found = zlib.crc32(content[whole_bytes:])
+    if whole_bytes:
+        words = np.frombuffer(content[:whole_bytes], "<u8").reshape(-1, BLOCK_BYTES // 8)
+        for sums in (np.add.reduce(words, axis=1), np.add.reduce(words, axis=0)):
+            found = zlib.crc32(sums.tobytes(), found)
+    return found
 
 
 def read_extent(path: Path, extent: DiskExtent, buffer: memoryview) -> memoryview:
@@ -82,7 +99,7 @@ def read_extent(path: Path, extent: DiskExtent, buffer: memoryview) -> memoryvie
     content = buffer[: extent.size_bytes]
     if count != extent.size_bytes:
         raise DamagedExtent(f"has {count} bytes instead of {extent.size_bytes}")
-    if zlib.crc32(content) != extent.crc32:
+    if checksum(content) != extent.checksum:
         raise DamagedExtent("has other bytes than were written")
     return content
 
@@ -92,8 +109,7 @@ def write_extent(folder: Path, start: int, size_bytes: int, buffer: memoryview) 
 
     The file is there whole or not at all. Raises `OSError`.
     """
-    crc32 = zlib.crc32(buffer[:size_bytes])
-    extent = DiskExtent(start=start, end=start + size_bytes, crc32=crc32)
+    extent = DiskExtent(start=start, end=start + size_bytes, checksum=checksum(buffer[:size_bytes]))
     unfinished = folder / f".{extent.file_name}"
     try:
         with _opened(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:

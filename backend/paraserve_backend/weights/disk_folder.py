@@ -1,7 +1,7 @@
 """How a disk tier lies in its folder; all of it can be read without opening the tier.
 
-objects/<name>/object.json             which object version the extents are of
-objects/<name>/<start>-<end>-<crc32>   one extent each; used last when it was modified last
+objects/<name>/object.json                which object version the extents are of
+objects/<name>/<start>-<end>-<checksum>   one extent each; used last when it was modified last
 lock
 """
 
