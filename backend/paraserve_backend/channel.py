@@ -23,6 +23,9 @@ _HEADER = struct.Struct("<HBxIQ")
 _MAGIC = 0x5053
 _POLL_MS = 200
 _HEARTBEAT_MS = 1000
+#: First and longest pause before connecting again. The members of a ring bind in any order, and a
+#: first token would wait for ZeroMQ's own 100 ms.
+_RECONNECT_MS = (5, 50)
 _SEND_TIMEOUT_S = 10.0
 _QUEUED_FRAMES = 64
 #: ZeroMQ encrypts, sends and decrypts part by part: with several the three overlap.
@@ -163,6 +166,7 @@ def _socket(
     socket.linger = 0
     socket.heartbeat_ivl = _HEARTBEAT_MS
     socket.heartbeat_timeout = 3 * _HEARTBEAT_MS
+    socket.reconnect_ivl, socket.reconnect_ivl_max = _RECONNECT_MS
     return socket
 
 

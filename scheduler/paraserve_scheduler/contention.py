@@ -62,9 +62,7 @@ def _fill(flows: dict[int, Flow], left: dict[Hashable, float], rates: list[float
                     left[link] -= share
 
 
-def offered_rate(
-    nic_bytes_per_s: float, claims: Iterable[Claim], now_s: float, *, slack_s: float = 0.0
-) -> float:
+def offered_rate(nic_bytes_per_s: float, claims: Iterable[Claim], now_s: float) -> float:
     """What a new fetch would get on a link; 0 if a running one would then miss its deadline.
 
     HydraServe's admission test, with three differences: shares grow as others end, a fetch that is
@@ -79,7 +77,7 @@ def offered_rate(
     after = _ends_s(nic_bytes_per_s, sizes, others=1)
     for claim, before_s, after_s in zip(running, before, after, strict=True):
         if claim.deadline_s is not None:
-            left_s = claim.deadline_s - now_s - slack_s
+            left_s = claim.deadline_s - now_s
             if before_s <= left_s < after_s:
                 return 0.0
     return nic_bytes_per_s / (len(running) + 1)

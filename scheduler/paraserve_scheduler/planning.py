@@ -11,13 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from paraserve_scheduler.contention import offered_rate
-from paraserve_scheduler.cost import (
-    ModelShape,
-    Speed,
-    decode_s,
-    prefill_s,
-    runtime_s,
-)
 from paraserve_scheduler.fleet import (
     Fleet,
     Gpu,
@@ -27,10 +20,10 @@ from paraserve_scheduler.fleet import (
     Objectives,
     Prediction,
     StageChoice,
-    StagePrediction,
     Start,
 )
 from paraserve_scheduler.partition import choose_places, cut, divisible_s
+from paraserve_scheduler.prediction import predict, tpot_s
 from paraserve_scheduler.spots import Spot, find_rooms, find_spots, find_supply
 
 
@@ -204,7 +197,9 @@ def _by_speed(
     limit_s = need.objectives.tpot_s
     if limit_s is not None:
         able = [
-            spot for spot in spots if _tpot_s(need.model, [spot], stages, full, config) <= limit_s
+            spot
+            for spot in spots
+            if tpot_s(need.model, [spot], stages, full, config.tpot_batch) <= limit_s
         ]
         if stages <= len(able) < len(spots):
             yield able
@@ -248,7 +243,14 @@ def _start(
         _stage(spot, start, end, need.must_grow and spot in growing)
         for spot, start, end in zip(spots, bounds, bounds[1:], strict=False)
     ]
-    prediction = _predict(need, spots, chosen, now_s, config)
+    prediction = predict(
+        need,
+        spots,
+        chosen,
+        now_s,
+        ttft_share=config.ttft_share,
+        tpot_batch=config.tpot_batch,
+    )
     return Start(
         deployment=need.name,
         stages=tuple(chosen),
@@ -287,93 +289,6 @@ def _best_fit(gpus: Sequence[Gpu], size_bytes: int) -> Gpu:
     """Of the GPUs with room, one with a slot if there is one, then the one with least room."""
     fitting = [gpu for gpu in gpus if gpu.free_bytes >= size_bytes]
     return min(fitting, key=lambda gpu: (gpu.slots == 0, gpu.free_bytes, gpu.index))
-
-
-def _predict(
-    need: Need,
-    spots: Sequence[Spot],
-    stages: Sequence[StageChoice],
-    now_s: float,
-    config: PlanningConfig,
-) -> Prediction:
-    parts = tuple(_predict_stage(spot, stage) for spot, stage in zip(spots, stages, strict=True))
-    ready = max(part.ready_s for part in parts)
-    count = len(stages)
-    growing = sum(stage.grows for stage in stages)
-    speed, hop = slowest(need.model, spots)
-    full = _full(spots, count, growing)
-    first = prefill_s(speed, need.prompt_tokens, stages=count, full=full, hop_s=hop)
-    waited = now_s - need.oldest_s if need.oldest_s is not None else 0.0
-    tpot = _tpot_s(need.model, spots, count, growing, config)
-    ttft = waited + ready + first
-    objectives = need.objectives
-    return Prediction(
-        ready_s=ready,
-        ttft_s=ttft,
-        tpot_s=tpot,
-        cost_byte_s=_cost_byte_s(spots, stages, ready),
-        meets_ttft=_is_in_time(waited, (ready + first) / config.ttft_share, objectives.ttft_s),
-        meets_tpot=objectives.tpot_s is None or tpot <= objectives.tpot_s,
-        stages=parts,
-    )
-
-
-def _is_in_time(waited_s: float, start_s: float, ttft_slo_s: float | None) -> bool:
-    """Whether a start is soon enough for who waits, or if that is late already, who comes now."""
-    if ttft_slo_s is None:
-        return True
-    return (waited_s if waited_s < ttft_slo_s else 0.0) + start_s <= ttft_slo_s
-
-
-def _predict_stage(spot: Spot, stage: StageChoice) -> StagePrediction:
-    local = sum(it.size_bytes for it in stage.sources if it.peer == stage.node)
-    store = sum(it.size_bytes for it in stage.sources if it.peer is None)
-    return StagePrediction(
-        runtime_s=runtime_s(spot.node.kind.start, has_slot=stage.uses_slot),
-        fetch_s=spot.fetch_s(stage.start, stage.end),
-        ready_s=spot.ready_s(stage.start, stage.end),
-        local_bytes=local,
-        peer_bytes=sum(it.size_bytes for it in stage.sources) - local - store,
-        store_bytes=store,
-        uses_slot=stage.uses_slot,
-    )
-
-
-def _tpot_s(
-    model: ModelShape, spots: Sequence[Spot], stages: int, growing: int, config: PlanningConfig
-) -> float:
-    speed, hop = slowest(model, spots)
-    full = _full(spots, stages, growing)
-    return decode_s(speed, config.tpot_batch, stages=stages, full=full, hop_s=hop)
-
-
-def _full(spots: Sequence[Spot], stages: int, growing: int) -> int:
-    """Stages with the whole speed of their device."""
-    return growing if any(spot.node.kind.shares_gpus for spot in spots) else stages
-
-
-def slowest(model: ModelShape, spots: Sequence[Spot]) -> tuple[Speed, float]:
-    """The speed a pipeline over these places has: that of its slowest."""
-    kinds = [spot.node.kind for spot in spots]
-    speed = max((kind.speeds[model.name] for kind in kinds), key=lambda it: it.decode_s)
-    return speed, max(kind.hop_s for kind in kinds)
-
-
-def _cost_byte_s(spots: Sequence[Spot], stages: Sequence[StageChoice], ready_s: float) -> float:
-    """GPU memory · time from the command until every growing stage is a full instance."""
-    grown_s = max(
-        (_grow_s(spot, stage) for spot, stage in zip(spots, stages, strict=True) if stage.grows),
-        default=0.0,
-    )
-    reserved = sum(stage.reserved_bytes for stage in stages)
-    return reserved * (ready_s + grown_s)
-
-
-def _grow_s(spot: Spot, stage: StageChoice) -> float:
-    """Seconds until a stage has taken in the layers it lacks."""
-    rest = spot.model.total_bytes - spot.model.bytes_of(stage.start, stage.end)
-    load_s = rest * spot.node.kind.start.load_s_per_byte
-    return spot.rest_fetch_s(stage.start, stage.end) + load_s
 
 
 def _deadline(need: Need, now_s: float) -> float | None:

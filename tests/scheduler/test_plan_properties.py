@@ -14,7 +14,8 @@ from paraserve_scheduler.contention import Claim, offered_rate
 from paraserve_scheduler.cost import Speed, decode_s, prefill_s
 from paraserve_scheduler.fleet import Fleet, Need, Node, Objectives, Prediction, Start, Strategy
 from paraserve_scheduler.fleet_changes import with_start
-from paraserve_scheduler.planning import PlanningConfig, plan, slowest
+from paraserve_scheduler.planning import PlanningConfig, plan
+from paraserve_scheduler.prediction import slowest
 from paraserve_scheduler.spots import Spot, Supply, find_supply
 from paraserve_scheduler.strategy import decide
 from tests.scheduler.fleets import (

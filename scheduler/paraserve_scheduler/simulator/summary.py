@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from paraserve_scheduler.simulator.description import DeploymentDescription
+from paraserve_scheduler.simulator.outcome import Outcome
 from paraserve_scheduler.simulator.workload import Request
-from paraserve_scheduler.simulator.world import Outcome
 
 _GB = 1e9
 

@@ -7,7 +7,7 @@ what to start, stop and keep comes from the policy, which is told what a schedul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from paraserve_scheduler.fleet import (
     Admission,
@@ -27,6 +27,7 @@ from paraserve_scheduler.simulator.heap import Heap
 from paraserve_scheduler.simulator.memory import GpuMemory, Meter, NodeMemory, Shelf
 from paraserve_scheduler.simulator.network import DISK, INTO, OUT_OF, STORE, Network
 from paraserve_scheduler.simulator.observation import NodeRecords, Served, need_of
+from paraserve_scheduler.simulator.outcome import ColdStart, Outcome
 from paraserve_scheduler.simulator.replicas import SimReplica
 from paraserve_scheduler.simulator.serving import Batch
 from paraserve_scheduler.simulator.trace import Trace
@@ -37,30 +38,6 @@ TICK_S = 0.5
 #: Between two decisions, as the real loop's turn takes; also what keeps decisions apart that
 #: would change nothing.
 _TURN_S = 0.01
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ColdStart:
-    """One start as it was predicted and as it went."""
-
-    replica: str
-    stages: int
-    predicted_s: float | None
-    actual_s: float
-
-
-@dataclass(slots=True, kw_only=True)
-class Outcome:
-    requests: Sequence[Request]
-    cold_starts: list[ColdStart] = field(default_factory=list)
-    gpu_byte_s: float = 0.0
-    #: Over the network, into nodes.
-    moved_bytes: float = 0.0
-    #: Replicas that ended with a node.
-    lost_replicas: int = 0
-    decisions: int = 0
-    ended_s: float = 0.0
-    trace: Trace = field(default_factory=Trace)
 
 
 class Simulation:

@@ -12,8 +12,9 @@ from paraserve_scheduler.simulator.description import (
     DeploymentDescription,
     NodeDescription,
 )
+from paraserve_scheduler.simulator.outcome import Outcome
 from paraserve_scheduler.simulator.workload import Lengths, Request, Tokens
-from paraserve_scheduler.simulator.world import Outcome, Simulation
+from paraserve_scheduler.simulator.world import Simulation
 from tests.scheduler.fleets import GB, make_kind, make_method, make_model
 
 TOKENS = Tokens(prompt=Lengths(mean=100, cv=0, most=100), output=Lengths(mean=50, cv=0, most=50))

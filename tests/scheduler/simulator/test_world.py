@@ -13,9 +13,10 @@ from paraserve_scheduler import timeline
 from paraserve_scheduler.baselines.table import POLICIES
 from paraserve_scheduler.fleet import Decision, Fleet, Need, Objectives
 from paraserve_scheduler.simulator.description import FailureFile
+from paraserve_scheduler.simulator.outcome import Outcome
 from paraserve_scheduler.simulator.summary import percentile, summarize
 from paraserve_scheduler.simulator.workload import Request
-from paraserve_scheduler.simulator.world import Outcome, Simulation
+from paraserve_scheduler.simulator.world import Simulation
 from tests.scheduler.fleets import GB, make_kind, make_method
 from tests.scheduler.simulator.clusters import (
     make_cluster,
