@@ -33,7 +33,7 @@ class Start:
 
     variant: str
     ttft_s: float
-    #: The same request again, while the model is there.
+    #: The same request again, while the model is there; the quickest of a few.
     warm_ttft_s: float
     token_ids: tuple[int, ...]
     #: Of the largest model process, with what it shares.

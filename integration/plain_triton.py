@@ -40,6 +40,8 @@ _HTTP_PORT, _GRPC_PORT, _METRICS_PORT = 7000, 7001, 7002
 _START_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 300.0
 _POLL_S = 0.02
+#: Requests to the loaded model; the quickest counts, since it is a limit that they tell.
+WARM_REQUESTS = 2
 
 
 class Loader(StrEnum):
@@ -55,7 +57,7 @@ class Loader(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainStart:
     ttft_s: float
-    #: The same request to the loaded model.
+    #: The same request to the loaded model, the quickest.
     warm_ttft_s: float
     token_ids: tuple[int, ...]
     #: Of the largest model process.
@@ -106,9 +108,9 @@ class PlainTriton:
             client.load_model(name)
             self._ask(client, loader, name, prompt, 1)
             ttft_s = time.monotonic() - began_s
-            began_s = time.monotonic()
-            self._ask(client, loader, name, prompt, 1)
-            warm_ttft_s = time.monotonic() - began_s
+            warm_ttft_s = min(
+                self._timed_s(client, loader, name, prompt) for _ in range(WARM_REQUESTS)
+            )
             token_ids = self._ask(client, loader, name, prompt, max_tokens)
             peak_bytes = model_processes_peak_bytes([self._node])
             client.unload_model(name)
@@ -157,6 +159,13 @@ class PlainTriton:
             shutil.copyfile(_MODEL_PY, version / "model.py")
             config = _config(loader, source, SHM / f"{self._layout.files.shm_prefix}plain")
         (self._models / name / "config.pbtxt").write_text(config, encoding="utf-8")
+
+    def _timed_s(
+        self, client: triton.InferenceServerClient, loader: Loader, name: str, prompt: str
+    ) -> float:
+        began_s = time.monotonic()
+        self._ask(client, loader, name, prompt, 1)
+        return time.monotonic() - began_s
 
     def _ask(
         self,

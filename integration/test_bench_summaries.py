@@ -20,6 +20,7 @@ from integration.coldstart_summary import Results, Start
 from integration.coldstart_summary import summary as coldstart_summary
 from integration.coldstart_targets import TARGETS
 from integration.coldstart_variants import VARIANTS
+from integration.rest import busy_share
 from paraserve_backend.errors import InvalidRequest, ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 
@@ -261,3 +262,9 @@ def test_what_others_left_behind_is_of_a_variant_on_the_same_cluster() -> None:
             before = by_name[variant.source]
             assert VARIANTS.index(before) < VARIANTS.index(variant)
             assert (before.testbed, before.checkpoint) == (variant.testbed, variant.checkpoint)
+
+
+def test_time_spent_waiting_for_disks_is_not_busy() -> None:
+    before = "cpu  10 0 10 100 0 0 0 0 0 0\ncpu0 1 2 3\n"
+    now = "cpu  20 0 20 140 40 0 0 0 0 0\ncpu0 1 2 3\n"
+    assert busy_share(before, now) == pytest.approx(0.2)

@@ -18,6 +18,7 @@ _LEAST_BYTES = 50_000_000
 _TAKES_IN = "adopt weights"
 _FETCH = "fetch"
 _FROM_SLOT = "bind "
+_FROM_ELSEWHERE = "fetch from "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +30,13 @@ class StageTimes:
     ready_s: float | None
     used_slot: bool
     fetched_bytes: int
+    #: None of them came from a peer, a disk or host memory.
+    is_from_store: bool = True
 
     @property
     def bytes_per_s(self) -> float | None:
-        """How fast its fetch was, where that says something."""
-        if not self.fetch_s or self.fetched_bytes < _LEAST_BYTES:
+        """How fast its fetch was, where that says something about the node's network."""
+        if not self.fetch_s or self.fetched_bytes < _LEAST_BYTES or not self.is_from_store:
             return None
         return self.fetched_bytes / self.fetch_s
 
@@ -50,6 +53,7 @@ def stage_times(spans: Iterable[Span], fetched_bytes: int) -> StageTimes:
         ready_s=max((span.end_s - begin_s for span in ended), default=None),
         used_slot=any(span.name.startswith(_FROM_SLOT) for span in ended),
         fetched_bytes=fetched_bytes,
+        is_from_store=not any(span.name.startswith(_FROM_ELSEWHERE) for span in ended),
     )
 
 

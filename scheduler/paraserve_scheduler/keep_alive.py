@@ -52,9 +52,23 @@ def time_to_live_s(
     """
     if rate is None:
         return config.unknown_s
-    quantile_s = -log(1 - config.quantile) / rate if rate > 0 else inf
-    break_even_s = saved_s * config.wait_price_byte_s / held_bytes if held_bytes > 0 else inf
-    return min(max(min(quantile_s, break_even_s), config.least_s), config.most_s)
+    live_s = min(_next_use_s(rate, config), _break_even_s(saved_s, held_bytes, config))
+    return min(max(live_s, config.least_s), config.most_s)
+
+
+def _next_use_s(rate: float, config: KeepAliveConfig) -> float:
+    return -log(1 - config.quantile) / rate if rate > 0 else inf
+
+
+def _break_even_s(saved_s: float, held_bytes: float, config: KeepAliveConfig) -> float:
+    return saved_s * config.wait_price_byte_s / held_bytes if held_bytes > 0 else inf
+
+
+def is_used_in_time(
+    *, rate: float, saved_s: float, held_bytes: float, config: KeepAliveConfig
+) -> bool:
+    """Whether a layer's next use is likely before its memory has cost what a start would."""
+    return _next_use_s(rate, config) <= _break_even_s(saved_s, held_bytes, config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

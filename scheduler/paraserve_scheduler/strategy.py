@@ -28,6 +28,7 @@ from paraserve_scheduler.keep_alive import (
     KeepAliveConfig,
     evictions,
     is_idle,
+    is_used_in_time,
     rate_of,
     time_to_live_s,
     union_rate,
@@ -212,8 +213,7 @@ def _keep_slots(fleet: Fleet, now_s: float, config: KeepAliveConfig) -> Iterator
 
 def _is_worth_a_slot(method: StartMethod, rate: float, config: KeepAliveConfig) -> bool:
     saved_s = method.runtime_s - (method.slot_runtime_s or 0.0)
-    live_s = time_to_live_s(rate=rate, saved_s=saved_s, held_bytes=method.slot_bytes, config=config)
-    return live_s > config.least_s
+    return is_used_in_time(rate=rate, saved_s=saved_s, held_bytes=method.slot_bytes, config=config)
 
 
 def _slots_of(node: Node, is_worth_it: bool) -> Iterator[Decision]:

@@ -35,6 +35,12 @@ def test_a_small_fetch_says_nothing_about_bandwidth() -> None:
     assert stage_times(_spans(fetch_s=2, process_s=1, ready_s=3), _MB).bytes_per_s is None
 
 
+def test_a_fetch_that_had_help_says_nothing_about_the_network() -> None:
+    helped = Span(name="fetch from peers", start_s=100.0, end_s=101.0, size_bytes=_MB)
+    spans = [*_spans(fetch_s=2, process_s=1, ready_s=3), helped]
+    assert stage_times(spans, 100 * _MB).bytes_per_s is None
+
+
 def test_of_nothing_nothing_is_known() -> None:
     times = stage_times([], 0)
     assert (times.runtime_s, times.fetch_s, times.ready_s) == (None, None, None)

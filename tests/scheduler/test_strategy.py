@@ -204,6 +204,14 @@ def test_slots_are_kept_where_they_exist_and_starts_are_frequent() -> None:
     assert [type(it) for it in dropped] == [DropSlot]
 
 
+def test_the_more_often_starts_come_the_more_a_slot_is_worth() -> None:
+    kind = make_kind(make_method(slot_runtime_s=0.3, slot_bytes=GB // 2))
+    node = make_node("n0", kind=kind, gpus=(make_gpu(slots=1),))
+    every_tenth = tuple(NOW_S - 0.1 * count for count in range(6, 0, -1))
+    need = make_need(waiting=0, oldest_s=None, arrivals_s=every_tenth)
+    assert not decide(make_fleet(node, needs=(need,)), NOW_S)
+
+
 # ---- autoscaling ----
 
 

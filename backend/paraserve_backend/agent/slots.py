@@ -43,7 +43,7 @@ class SlotState(Enum):
     IDLE = auto()
     #: Of a part: being bound, bound, or being unbound.
     TAKEN = auto()
-    #: Its process is gone or cannot be trusted.
+    #: Nobody's any more: it is to be ended.
     BROKEN = auto()
 
 
@@ -165,7 +165,7 @@ class Slots:
             slot.state = SlotState.IDLE
             self._changed()
         else:
-            slot.state = SlotState.BROKEN
+            # It stays taken: nobody else may end it at the same time.
             await self._end(slot, _LAST_S if slot.is_bound else deadline_s)
         self._wake.set()
 
@@ -196,8 +196,9 @@ class Slots:
         try:
             await finish_all(*(self._end(slot, _END_S) for slot in self._surplus()))
             await finish_all(*map(self._load, self._missing()))
-        except ParaServeError as error:
-            logger.warning("slots failed reason=%s", error)
+        except Exception as error:  # the monitor of slots: without them parts are served, too
+            is_bug = not isinstance(error, ParaServeError)
+            logger.warning("slots failed reason=%s", error, exc_info=is_bug)
             self._wait(_RETRY_S)
 
     async def remove_all(self) -> None:
@@ -221,6 +222,8 @@ class Slots:
         for place in self._places:
             idle = [slot for slot in self._in(SlotState.IDLE) if slot.place == place]
             surplus += idle[self._wanted_sets :]
+        for slot in surplus:
+            slot.state = SlotState.BROKEN
         return surplus
 
     def _missing(self) -> list[SlotPlace]:
@@ -258,7 +261,6 @@ class Slots:
         return True
 
     async def _end(self, slot: Slot, deadline_s: float) -> None:
-        slot.state = SlotState.BROKEN
         seen = [slot.stub] if slot.stub else []
         await self._unloader.unload([[slot.name]], deadline_s, seen)
         self._unloader.stubs.remove_leftovers(seen)

@@ -232,6 +232,22 @@ def test_a_slot_that_does_not_let_go_is_killed(tmp_path: Path, is_hung: bool) ->
     play(tmp_path, scenario)
 
 
+def test_a_slot_that_its_part_ends_is_ended_once(tmp_path: Path) -> None:
+    async def scenario(node: FakeNode) -> None:
+        await keep(node, 1)
+        await follow(node, head_part())
+        node.triton.gates["slot-0.front"] = asyncio.Event()  # never answers
+        node.triton.hung.add("slot-0.front")
+        removing = asyncio.create_task(node.parts.remove("tiny.1", deadline_s=0.01))
+        await until(lambda: "slot-0.front" in node.triton.unloads)
+        await keep(node, 1)  # looks after what is broken at the same time
+        await removing
+        assert node.triton.unloads.count("slot-0.front") == 1
+        assert node.slots.idle_sets == 1
+
+    play(tmp_path, scenario)
+
+
 def test_a_removal_while_a_slot_is_bound_ends_its_process(tmp_path: Path) -> None:
     async def scenario(node: FakeNode) -> None:
         await keep(node, 1)
