@@ -36,6 +36,7 @@ class TritonPythonModel:
         elif prompt == "parameters":
             parameters.pop("triton_enable_empty_final_response", None)
             parameters.pop("resume", None)  # a gateway's
+            parameters.pop("paraserve_replica", None)  # a gateway's too
             parameters.pop("id", None)  # only Triton's own HTTP service makes it a parameter
             self.send(sender, json.dumps(parameters, sort_keys=True), 1, last=True)
         elif prompt.startswith("fail"):
