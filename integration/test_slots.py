@@ -222,12 +222,19 @@ def test_a_pipeline_in_slots_hands_its_request_over_to_a_full_instance(
             name=name, source=slots_cluster.sources[FIRST], max_stages=2, max_context=256
         )
     )
+    expected = slots_cluster.models[FIRST].greedy(PROMPT, 160)
     stream = Stream(slots_cluster, name, PROMPT, 160)
     begun = stream.next().token_ids
     (pipeline,) = slots_cluster.client.status(name).deployments[0].replicas
     assert len(slots_of(pipeline)) == 4
-    assert begun + stream.all_ids() == slots_cluster.models[FIRST].greedy(PROMPT, 160)
-    wait_until(lambda: slots_cluster.client.status(name).deployments[0].replicas[0].removed_s > 0)
+    assert begun + stream.all_ids() == expected
+
+    def has_moved() -> bool:
+        """Keep it busy: only a pipeline that is of use is consolidated."""
+        assert Stream(slots_cluster, name, PROMPT, 160).all_ids() == expected
+        return slots_cluster.client.status(name).deployments[0].replicas[0].removed_s > 0
+
+    wait_until(has_moved)
     full = slots_cluster.replica(name)
     assert (full.succeeds, len(full.parts)) == (pipeline.replica, 1)
     # What answers now is not what was in those processes before.

@@ -80,7 +80,7 @@ def test_a_second_start_reads_its_tier_and_a_start_elsewhere_its_peer(
 
 def extents(cluster: Cluster, node: str) -> list[Path]:
     (settings,) = (it.agent_settings for it in cluster.layout.nodes if it.name == node)
-    return list(Path(str(settings["disk_dir"])).glob("objects/*/*-*-*"))
+    return list(Path(str(settings["disk_dir"])).glob("objects/*/[0-9]*-*-*"))
 
 
 def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(disk_cluster: Cluster) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from paraserve_backend.errors import InsufficientCapacity, ParaServeError
@@ -98,8 +98,9 @@ class TierFetch:
             write_atomically(self.file_path(key), content)
 
     def adopt_file(self, key: str, path: Path) -> None:
-        """Take a small file that is in the tier already."""
-        self.file_path(key).hardlink_to(path)
+        """Take a small file that is in the tier already; another thread may have done so."""
+        with suppress(FileExistsError):
+            self.file_path(key).hardlink_to(path)
 
     def file_path(self, key: str) -> Path:
         return self._fetch_dir / FILES / key
