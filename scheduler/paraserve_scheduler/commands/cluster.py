@@ -45,6 +45,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--nodes", type=whole(1), default=4, metavar="N", help="Triton servers (default: 4)"
     )
     parser.add_argument(
+        "--slots",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="sets of pre-warmed processes that each node keeps at most (default: 0)",
+    )
+    parser.add_argument(
         "--node-memory",
         type=size_bytes,
         metavar="SIZE",
@@ -88,6 +95,7 @@ def _up(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
         gateway_grpc_port=arguments.gateway_grpc_port,
         gateway_http_port=arguments.gateway_http_port,
         s3_port=arguments.s3_port,
+        max_slots=arguments.slots,
     )
     layout = make_layout(
         options,

@@ -62,6 +62,9 @@ class UpOptions:
     s3_port: int | None = None
     #: Each agent's setting; 0: every cold start fetches everything.
     tier_bytes: int | None = None
+    #: Each agent's `max_slots`. All nodes share this machine's cores, so that what makes slots
+    #: anew takes them from what serves.
+    max_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,9 @@ def make_layout(
         raise InvalidRequest(f"A cluster needs at least one node, not {options.nodes}.")
     ports = PortPicker(SystemRandom(), lambda port: is_free(LOOPBACK, port))
     memory_bytes = options.node_memory_bytes or int(available_bytes * _MEMORY_SHARE / options.nodes)
-    settings = {} if options.tier_bytes is None else {"tier_bytes": options.tier_bytes}
+    settings = {"max_slots": options.max_slots}
+    if options.tier_bytes is not None:
+        settings["tier_bytes"] = options.tier_bytes
     return ClusterLayout(
         name=options.name,
         host=LOOPBACK,
