@@ -80,7 +80,9 @@ def run(folder: Path, gbit: float, console: Console) -> dict[str, object]:
     """Measure and return the last line."""
     cached(folder, SHAPE, lambda target: write_raw_bf16(target, SHAPE, shard_bytes=SHARD_BYTES))
     wanted = CappedCluster(
-        rates_bits_per_s=(gbit * 1e9,) * NODES, node_memory_bytes=_NODE_MEMORY_BYTES
+        rates_bits_per_s=(gbit * 1e9,) * NODES,
+        node_memory_bytes=_NODE_MEMORY_BYTES,
+        agent_settings={"tier_bytes": 0, "max_slots": 0},
     )
     with (
         capped_cluster(wanted, os.environ) as layout,
