@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,9 @@ from paraserve_backend.agent.node import available_bytes
 from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
 from paraserve_scheduler.local.layout import NodeLayout
+
+#: Of each log of a cluster whose test failed.
+_SHOWN_LINES = 40
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +47,21 @@ def disk_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     options = UpOptions(name="disk", nodes=2, tier_bytes=0)
     with _running(options, tmp_path_factory, disk_dir=tmp_path_factory.mktemp("disk")) as cluster:
         yield cluster
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Function,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failed test what its clusters' logs say last: their files go with them."""
+    report = yield
+    if report.failed:
+        clusters = (value for value in item.funcargs.values() if isinstance(value, Cluster))
+        for cluster in clusters:
+            for path in sorted(cluster.layout.files.logs.glob("*.log")):
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+                report.sections.append((path.name, "\n".join(lines[-_SHOWN_LINES:])))
+    return report
 
 
 @contextmanager

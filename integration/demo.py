@@ -17,6 +17,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -192,9 +193,10 @@ def reference_ids(checkpoint: Path, prompt: str, max_tokens: int) -> tuple[int, 
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    # Typed or not, as the version has it.
+    model: Any = LlamaForCausalLM.from_pretrained(checkpoint)
     encoded = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(  # type: ignore[misc]
+    output = model.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
         max_new_tokens=max_tokens,

@@ -125,6 +125,7 @@ def test_a_pipeline_becomes_one_full_instance_and_no_request_notices(
     ):
         wait_until(lambda: f"{name}.1" in replicas(cluster, name))
         pipeline = wait_until_gone(cluster, name, f"{name}.1")
+        assert not pipeline.failure.message
         (full,) = serving(cluster, name)
         assert len(pipeline.parts) == stages
         assert len(full.parts) == 1

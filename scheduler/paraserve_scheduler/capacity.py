@@ -11,8 +11,12 @@ from paraserve_scheduler.plans import DeploymentSpec
 from paraserve_scheduler.state import ClusterView, NodeState, Replica
 
 
-def is_alive(node: NodeState, now_s: float, config: PolicyConfig) -> bool:
-    return now_s - node.last_seen_s <= config.node_timeout_s
+def is_alive(view: ClusterView, node: NodeState, now_s: float, config: PolicyConfig) -> bool:
+    return _silent_s(view, node, now_s) <= config.node_timeout_s
+
+
+def _silent_s(view: ClusterView, node: NodeState, now_s: float) -> float:
+    return now_s - max(node.last_seen_s, view.listening_since_s)
 
 
 def node_spaces(
@@ -39,7 +43,7 @@ def is_usable(view: ClusterView, node: NodeState, now_s: float, config: PolicyCo
     """Whether a node may get new replicas."""
     return (
         node.info.name not in view.cordoned
-        and is_alive(node, now_s, config)
+        and is_alive(view, node, now_s, config)
         and bool(node.triton_live)
         # What no replica wants still takes memory, nobody knows how much.
         and not view.orphans(node)
@@ -65,11 +69,11 @@ def node_trouble(view: ClusterView, name: str, now_s: float, config: PolicyConfi
     """Why nothing on the node `name` can be relied on, if so."""
     node = view.nodes.get(name)
     if node is None:
-        silent_s = now_s - view.started_s
+        silent_s = now_s - view.listening_since_s
         lost = silent_s > config.recovery_grace_s
         return f"Node {name} has not registered for {silent_s:.1f} s." if lost else None
-    if not is_alive(node, now_s, config):
-        return f"Node {name} was lost: silent for {now_s - node.last_seen_s:.1f} s."
+    if not is_alive(view, node, now_s, config):
+        return f"Node {name} was lost: silent for {_silent_s(view, node, now_s):.1f} s."
     if node.triton_live is False:
         return f"Triton on node {name} does not answer."
     return None

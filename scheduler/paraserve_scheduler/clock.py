@@ -12,8 +12,8 @@ class Clock(Protocol):
     def now_s(self) -> float:
         """Seconds since the Unix epoch; never goes back."""
 
-    async def wait(self, event: asyncio.Event, timeout_s: float) -> None:
-        """Return when `event` is set or the time is over."""
+    async def wait(self, event: asyncio.Event, timeout_s: float) -> float:
+        """Return when `event` is set or the time is over, and how many seconds late that is."""
 
 
 class SystemClock:
@@ -24,7 +24,9 @@ class SystemClock:
     def now_s(self) -> float:
         return self._epoch_s + time.monotonic()
 
-    async def wait(self, event: asyncio.Event, timeout_s: float) -> None:
+    async def wait(self, event: asyncio.Event, timeout_s: float) -> float:
+        deadline_s = self.now_s() + timeout_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await event.wait()
+        return max(0.0, self.now_s() - deadline_s)

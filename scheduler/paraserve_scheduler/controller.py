@@ -35,6 +35,7 @@ from paraserve_scheduler.events import (
     PartRemoved,
     PartReported,
     ReplicaRemoved,
+    SchedulerStalled,
     SlotsRefused,
 )
 from paraserve_scheduler.fold import begin, fold
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 #: How often time alone is looked at: keep-alive, lost nodes, time limits.
 TICK_S = 0.5
+#: A turn that comes so late was not waiting for its time: nothing could be heard meanwhile.
+_STALLED_S = 1.0
 #: A lost node is asked all the same, but nobody waits long for it.
 _LOST_NODE_TIMEOUT_S = 2.0
 
@@ -131,7 +134,10 @@ class Controller:
                 now_s = self.now_s()
                 for action in decide(self._view, now_s, self._config.policy):
                     self._begin(action, now_s, tasks)
-                await self._clock.wait(self._wake, TICK_S)
+                late_s = await self._clock.wait(self._wake, TICK_S)
+                if late_s > _STALLED_S:
+                    logger.warning("this process stood still for %.1f s", late_s)
+                    self.tell(SchedulerStalled(at_s=self.now_s()))
 
     def _set_view(self, view: ClusterView) -> None:
         durable.record(self._store, self._view, view)
@@ -231,7 +237,7 @@ class Controller:
         node = self._view.nodes.get(name)
         if node is None:
             return
-        alive = is_alive(node, self.now_s(), self._config.policy)
+        alive = is_alive(self._view, node, self.now_s(), self._config.policy)
         limit_s = timeout_s if alive else _LOST_NODE_TIMEOUT_S
         try:
             await self._agents.remove(node.info.agent_address, replica, limit_s)

@@ -13,6 +13,7 @@ def recover(store: Store, now_s: float) -> ClusterView:
     states = [_recover_deployment(store, stored, now_s) for stored in store.deployments()]
     return ClusterView(
         started_s=now_s,
+        listening_since_s=now_s,
         deployments={state.name: state for state in states},
         replicas={replica.id: _recover_replica(replica) for replica in store.replicas()},
         cordoned=store.cordoned_nodes(),

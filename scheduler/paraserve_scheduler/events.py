@@ -97,6 +97,13 @@ class SlotsRefused:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStalled:
+    """The scheduler itself stood still until now: what reached it meanwhile is yet to be heard."""
+
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeCordoned:
     node: str
     #: False: the node is used again.
@@ -116,4 +123,5 @@ Event = (
     | HandOverFailed
     | SlotsRefused
     | NodeCordoned
+    | SchedulerStalled
 )

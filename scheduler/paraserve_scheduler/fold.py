@@ -36,6 +36,7 @@ from paraserve_scheduler.events import (
     PartRemoved,
     PartReported,
     ReplicaRemoved,
+    SchedulerStalled,
     SlotsRefused,
 )
 from paraserve_scheduler.measurements import (
@@ -88,6 +89,8 @@ def fold(view: ClusterView, event: Event) -> ClusterView:
         case NodeCordoned():
             others = view.cordoned - {event.node}
             return replace(view, cordoned=others | {event.node} if event.cordoned else others)
+        case SchedulerStalled():
+            return replace(view, listening_since_s=event.at_s)
 
 
 def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:

@@ -82,7 +82,7 @@ def drain_progress(
     known = {replica.id for replica in there}
     state = view.nodes.get(node)
     leftovers = {part.replica for part in state.parts} - known if state else set()
-    if state is not None and not is_alive(state, now_s, config):
+    if state is not None and not is_alive(view, state, now_s, config):
         leftovers = set()
     return (
         *((replica.id, _progress(view, replica, now_s, config)) for replica in there),

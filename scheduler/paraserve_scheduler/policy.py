@@ -151,7 +151,7 @@ def _removable(
 
 def _remove_orphans(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[Action]:
     for name, node in view.nodes.items():
-        if not is_alive(node, now_s, config):
+        if not is_alive(view, node, now_s, config):
             continue
         for replica in sorted({part.replica for part in view.orphans(node)}):
             if (name, replica) not in view.removing_parts:

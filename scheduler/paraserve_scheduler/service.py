@@ -142,7 +142,7 @@ class SchedulerService(SchedulerServicer):
         other = self._controller.view.nodes.get(info.name)
         if other is None or other.info.agent_address == info.agent_address:
             return
-        if is_alive(other, self._controller.now_s(), self._config.policy):
+        if is_alive(self._controller.view, other, *self._now_and_policy()):
             raise AlreadyExists(
                 f"A node '{info.name}' at {other.info.agent_address} is alive: give every node a "
                 "name of its own."
@@ -177,7 +177,9 @@ class SchedulerService(SchedulerServicer):
         empty = view.without(view.live_replicas())
         nodes = node_spaces(empty, deployment.spec, now_s, policy)
         # While no node is up, nobody can tell.
-        if any(is_alive(node, now_s, policy) and node.triton_live for node in view.nodes.values()):
+        if any(
+            is_alive(view, node, now_s, policy) and node.triton_live for node in view.nodes.values()
+        ):
             check_room(deployment, nodes, policy.placement)
 
     def _named(self, name: str) -> DeploymentState:

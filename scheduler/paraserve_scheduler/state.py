@@ -234,6 +234,8 @@ class ClusterView:
 
     #: When this scheduler process began: before, nobody could report.
     started_s: float
+    #: Since when it has heard what reached it without a break; silence before is not others'.
+    listening_since_s: float
     nodes: Mapping[str, NodeState] = field(default_factory=dict)
     deployments: Mapping[str, DeploymentState] = field(default_factory=dict)
     #: Live replicas, and the last stopped ones of every deployment.
@@ -376,7 +378,7 @@ class ClusterView:
         heard = {
             name: gateway
             for name, gateway in self.gateways.items()
-            if gateway.last_report_s >= time_s
+            if max(gateway.last_report_s, self.listening_since_s) >= time_s
         }
         return replace(self, gateways=heard)
 

@@ -21,16 +21,19 @@ class ManualClock:
     def __init__(self, now_s: float = 1_000.0) -> None:
         self._now_s = now_s
         self._moved = asyncio.Event()
+        self._late_s = 0.0
 
     def now_s(self) -> float:
         return self._now_s
 
-    def advance(self, seconds: float) -> None:
+    def advance(self, seconds: float, *, late: bool = False) -> None:
+        """Move time on; `late`: as if whoever waits had stood still meanwhile."""
         self._now_s += seconds
+        self._late_s = seconds if late else 0.0
         self._moved.set()
         self._moved = asyncio.Event()
 
-    async def wait(self, event: asyncio.Event, timeout_s: float) -> None:
+    async def wait(self, event: asyncio.Event, timeout_s: float) -> float:
         """Return when `event` is set or the clock was moved, however little."""
         waits = [asyncio.create_task(each.wait()) for each in (event, self._moved)]
         try:
@@ -38,6 +41,8 @@ class ManualClock:
         finally:
             for wait in waits:
                 wait.cancel()
+        late_s, self._late_s = self._late_s, 0.0
+        return late_s
 
 
 class FakeNode:

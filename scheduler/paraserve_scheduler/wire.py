@@ -226,7 +226,7 @@ def cluster_status(view: ClusterView, now_s: float, config: PolicyConfig) -> pb.
         nodes=[
             pb.NodeView(
                 info=_node_message(node.info),
-                alive=is_alive(node, now_s, config),
+                alive=is_alive(view, node, now_s, config),
                 last_seen_s=node.last_seen_s,
                 reserved_bytes=view.reserved_bytes(name),
                 tier_used_bytes=node.tier_used_bytes,

@@ -154,6 +154,7 @@ def make_view(
     """A view of nodes that have just been heard of, with these `parts` by node."""
     view = ClusterView(
         started_s=started_s,
+        listening_since_s=started_s,
         deployments={state.name: state for state in deployments},
         replicas={replica.id: replica for replica in replicas},
     )

@@ -113,6 +113,24 @@ def test_an_agent_that_cannot_be_reached_fails_the_start() -> None:
     _run(scenario())
 
 
+def test_a_scheduler_that_stood_still_does_not_take_its_nodes_for_lost() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            await cluster.serves()
+            await cluster.busy()
+            cluster.clock.advance(CONFIG.node_timeout_s + 1, late=True)
+            await cluster.settle()
+            (replica,) = cluster.live()
+            assert (replica.id, replica.phase) == ("tiny.1", Phase.READY)
+            # Nor its gateways, whose requests would be forgotten.
+            assert cluster.controller.view.heard_since(cluster.clock.now_s() - 1).gateways
+            # Who is silent from then on is lost as ever.
+            await cluster.passes(CONFIG.node_timeout_s + 1, silent=["n1"])
+            assert [replica for replica in cluster.live() if replica.is_wanted] == []
+
+    _run(scenario())
+
+
 def test_a_lost_node_costs_only_its_replica() -> None:
     async def scenario() -> None:
         async with running(nodes=("n0", "n1", "n2")) as cluster:

@@ -23,7 +23,7 @@ from tests.scheduler.histories import History
 def heard(deployment: Deployment, landed_bytes: dict[str, int], version: str | None) -> ClusterView:
     """A view after heartbeats of nodes that hold so much of the deployment's one object."""
     (stored,) = deployment.index.objects
-    view = ClusterView(started_s=NOW_S)
+    view = ClusterView(started_s=NOW_S, listening_since_s=NOW_S)
     for number, (name, size_bytes) in enumerate(landed_bytes.items()):
         info = node_info(pb.NodeInfo(name=name, peer_address=f"10.0.0.{number}:1"))
         view = fold(view, NodeRegistered(info=info, at_s=NOW_S))

@@ -28,6 +28,8 @@ from paraserve_backend.errors import (
 
 #: For calls that Triton answers at once; loads and unloads may take as long as the model does.
 _ANSWER_TIMEOUT_S = 5.0
+#: One answer that is late may be so because the whole machine, this process too, stood still.
+_LIVE_ATTEMPTS = 2
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -103,13 +105,17 @@ class TritonClient:
         await self._channel.close(grace=None)
 
     async def live(self) -> bool:
-        try:
-            answer = await self._stub.ServerLive(
-                messages.ServerLiveRequest(), timeout=_ANSWER_TIMEOUT_S
-            )
-        except grpc.aio.AioRpcError:
-            return False
-        return bool(answer.live)
+        for _ in range(_LIVE_ATTEMPTS):
+            try:
+                answer = await self._stub.ServerLive(
+                    messages.ServerLiveRequest(), timeout=_ANSWER_TIMEOUT_S
+                )
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    return False
+            else:
+                return bool(answer.live)
+        return False
 
     async def load(self, model: str) -> None:
         request = messages.RepositoryModelLoadRequest(model_name=model)

@@ -47,7 +47,7 @@ class VirtualClock:
     def now_s(self) -> float:
         return EPOCH_S + self._heap.now_s
 
-    async def wait(self, event: asyncio.Event, timeout_s: float) -> None:
+    async def wait(self, event: asyncio.Event, timeout_s: float) -> float:
         over = asyncio.Event()
         self._heap.after(timeout_s, over.set)
         waits = [asyncio.create_task(each.wait()) for each in (event, over)]
@@ -56,6 +56,7 @@ class VirtualClock:
         finally:
             for wait in waits:
                 wait.cancel()
+        return 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -33,6 +34,15 @@ class Triton(GRPCInferenceServiceServicer):
     def __init__(self) -> None:
         self.requests: list[messages.ModelInferRequest] = []
         self.sentence = ""
+        #: How the next questions whether it is live end instead of with yes, one each.
+        self.silences: list[grpc.StatusCode] = []
+
+    async def ServerLive(
+        self, request: messages.ServerLiveRequest, context: Context
+    ) -> messages.ServerLiveResponse:
+        if self.silences:
+            await context.abort(self.silences.pop(0))
+        return messages.ServerLiveResponse(live=True)
 
     async def ModelStreamInfer(
         self, requests: AsyncIterator[messages.ModelInferRequest], context: Context
@@ -44,7 +54,8 @@ class Triton(GRPCInferenceServiceServicer):
             yield answer
 
 
-async def _command(triton: Triton) -> None:
+@contextlib.asynccontextmanager
+async def _client(triton: Triton) -> AsyncIterator[TritonClient]:
     server = grpc.aio.server()
     add_GRPCInferenceServiceServicer_to_server(triton, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -52,10 +63,20 @@ async def _command(triton: Triton) -> None:
     client = TritonClient(f"127.0.0.1:{port}")
     try:
         async with asyncio.timeout(10):
-            await client.command("tiny.1", "do it")
+            yield client
     finally:
         await client.close()
         await server.stop(grace=None)
+
+
+async def _command(triton: Triton) -> None:
+    async with _client(triton) as client:
+        await client.command("tiny.1", "do it")
+
+
+async def _is_live(triton: Triton) -> bool:
+    async with _client(triton) as client:
+        return await client.live()
 
 
 def _triton() -> Triton:
@@ -96,3 +117,18 @@ def test_what_triton_itself_refuses_is_an_error_too() -> None:
     triton.sentence = "Request for unknown model: 'tiny.1' is not found"
     with pytest.raises(Unavailable, match="unknown model"):
         asyncio.run(_command(triton))
+
+
+_LATE, _GONE = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("silences", "is_live"),
+    [([], True), ([_LATE], True), ([_LATE, _LATE], False), ([_GONE], False)],
+)
+def test_one_late_answer_does_not_make_triton_dead(
+    silences: list[grpc.StatusCode], is_live: bool
+) -> None:
+    triton = _triton()
+    triton.silences = silences
+    assert asyncio.run(_is_live(triton)) is is_live
