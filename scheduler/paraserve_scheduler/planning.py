@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from paraserve_scheduler.contention import offered_rate
 from paraserve_scheduler.fleet import (
@@ -40,6 +41,8 @@ class PlanningConfig:
     grows_in_background: bool = False
 
 
+#: Up to so many places every choice of them is tried.
+_EXACT_SPOTS = 4
 #: Without an objective a start in one zone may take so many times as long.
 _ZONE_SLACK = 1.05
 #: Where every plan misses the objective, one may take so many times as long as the earliest.
@@ -214,20 +217,28 @@ def _pipelines(
     now_s: float,
     config: PlanningConfig,
 ) -> Iterator[Start]:
-    places = choose_places(
-        spots,
-        need.model.total_bytes,
-        stages,
-        heads=frozenset(i for i, spot in enumerate(spots) if spot.can_grow),
-        full=full,
-    )
-    if places is None:
-        return
-    able = frozenset(i for i, spot in enumerate(places) if spot.can_grow)
-    bound_s = divisible_s(places, need.model.total_bytes)
-    found = cut(places, need.model.num_layers, heads=able, not_before_s=bound_s)
-    if found is not None and found.latest_s < float("inf"):
-        yield _start(need, found.places, found.bounds, full, now_s, config)
+    for places in _places(need, spots, stages, full):
+        able = frozenset(i for i, spot in enumerate(places) if spot.can_grow)
+        bound_s = divisible_s(places, need.model.total_bytes)
+        found = cut(places, need.model.num_layers, heads=able, not_before_s=bound_s)
+        if found is not None and found.latest_s < float("inf"):
+            yield _start(need, found.places, found.bounds, full, now_s, config)
+
+
+def _places(
+    need: Need, spots: Sequence[Spot], stages: int, full: int
+) -> Iterable[tuple[Spot, ...]]:
+    """The places to cut the model over: of a few every choice, of many the best by bytes."""
+    heads = frozenset(i for i, spot in enumerate(spots) if spot.can_grow)
+    if len(spots) <= _EXACT_SPOTS:
+        choices = combinations(range(len(spots)), stages)
+        return [
+            tuple(spots[i] for i in chosen)
+            for chosen in choices
+            if len(heads.intersection(chosen)) >= full
+        ]
+    places = choose_places(spots, need.model.total_bytes, stages, heads=heads, full=full)
+    return [] if places is None else [places]
 
 
 def _start(

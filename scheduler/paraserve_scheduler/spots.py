@@ -205,12 +205,18 @@ def _slowness(need: Need, node: Node) -> tuple[bool, float, bool]:
 
 
 def find_spots(need: Need, rooms: Sequence[Room], stages: int, supply: Supply) -> list[Spot]:
-    """The best places for a stage; a GPU with next to nothing free is none.
+    """The places for a stage that have room for a layer.
 
-    Of many the first, and as many again with room for the whole model: one must be the head.
+    Of many only those with room for half an equal stage, of these the first, and as many again with
+    room for the whole model: one must be the head.
     """
     model = need.model
-    least = model.full_bytes if stages == 1 else model.full_bytes // (2 * stages)
+    if stages == 1:
+        least = model.full_bytes
+    elif len(rooms) > _CANDIDATES:
+        least = model.full_bytes // (2 * stages)
+    else:
+        least = min(model.reserved_bytes(layer, layer + 1) for layer in range(model.num_layers))
     able = [room for room in rooms if room.free_bytes >= least]
     heads = (room for room in able[_CANDIDATES:] if room.free_bytes >= model.full_bytes)
     return [

@@ -43,16 +43,18 @@ _KINDS = (
         name="quick",
         speeds={"tiny": Speed(prefill_s_per_token=0.0003, decode_s=0.02)},
     ),
-    make_kind(make_method(runtime_s=1.0), name="light"),
+    make_kind(make_method(runtime_s=1.0, is_overlapped=False), name="serial"),
 )
 _SPANS = st.sampled_from([(), (), _ALL, ((0, 2),), ((3, 5),), ((0, 1), (4, 6))])
 
 
 @st.composite
-def _nodes(draw: st.DrawFn, *, whole_only: bool = False) -> list[Node]:
+def _nodes(
+    draw: st.DrawFn, *, whole_only: bool = False, least: int = 1, most: int = 3
+) -> list[Node]:
     spans = st.sampled_from([(), (), _ALL]) if whole_only else _SPANS
     nodes = []
-    for index in range(draw(st.integers(1, 3))):
+    for index in range(draw(st.integers(least, most))):
         cached, on_disk = draw(spans), draw(spans)
         claimed_gb, left_s = draw(st.sampled_from([0, 0, 2, 10])), draw(st.floats(0.5, 10))
         deadline_s = NOW_S + left_s if whole_only else None
@@ -76,13 +78,19 @@ def _nodes(draw: st.DrawFn, *, whole_only: bool = False) -> list[Node]:
     return nodes
 
 
-_FLEETS = st.builds(
-    lambda nodes, store_gbit: make_fleet(
-        *nodes, store_bytes_per_s=store_gbit and store_gbit * 1e9 / 8, store_fetches=1
-    ),
-    _nodes(),
-    st.sampled_from([None, 8, 40]),
-)
+def _fleets(nodes: st.SearchStrategy[list[Node]]) -> st.SearchStrategy[Fleet]:
+    return st.builds(
+        lambda nodes, store_gbit: make_fleet(
+            *nodes, store_bytes_per_s=store_gbit and store_gbit * 1e9 / 8, store_fetches=1
+        ),
+        nodes,
+        st.sampled_from([None, 8, 40]),
+    )
+
+
+_FLEETS = _fleets(_nodes())
+#: More nodes than those of which every choice is tried.
+_LARGER_FLEETS = _fleets(_nodes(least=5, most=5))
 _OBJECTIVES = st.builds(
     Objectives,
     ttft_s=st.sampled_from([2.0, 3.0, 5.0, 8.0, 20.0]),
@@ -148,8 +156,24 @@ def _prediction(start: Start) -> Prediction:
 
 @settings(deadline=None, max_examples=300)
 @given(_FLEETS, _OBJECTIVES, st.integers(1, 3))
-def test_objectives_are_met_if_a_plan_meets_them_easily_and_else_hardly_a_better_one_exists(
+def test_objectives_are_met_if_any_plan_meets_them_and_else_hardly_a_better_one_exists(
     fleet: Fleet, objectives: Objectives, replicas: int
+) -> None:
+    # Searches are exact to a thousandth; of what is late anyway the cheapest may be a tenth later.
+    _check_against_every_plan(fleet, objectives, replicas, met_slack=1.005, late_slack=1.105)
+
+
+@settings(deadline=None, max_examples=40)
+@given(_LARGER_FLEETS, _OBJECTIVES, st.integers(1, 3))
+def test_of_more_nodes_objectives_are_met_if_a_plan_meets_them_easily(
+    fleet: Fleet, objectives: Objectives, replicas: int
+) -> None:
+    # Places are chosen as if layers were divisible, and before it is known what each fetches.
+    _check_against_every_plan(fleet, objectives, replicas, met_slack=2.0, late_slack=2.0)
+
+
+def _check_against_every_plan(
+    fleet: Fleet, objectives: Objectives, replicas: int, *, met_slack: float, late_slack: float
 ) -> None:
     need = _need(objectives)
     start = plan(need, fleet, NOW_S, replicas=replicas, config=CONFIG)
@@ -158,14 +182,12 @@ def test_objectives_are_met_if_a_plan_meets_them_easily_and_else_hardly_a_better
         assert not options
         return
     prediction = _prediction(start)
-    # Places are chosen as if layers were divisible, and before it is known what each fetches.
-    slack = 2.0
-    if any(_meets(ttft * slack, tpot, need) for ttft, tpot in options):
+    if any(_meets(ttft * met_slack, tpot, need) for ttft, tpot in options):
         assert prediction.meets_ttft
         assert prediction.meets_tpot
-    in_time = [it for it in options if objectives.tpot_s is None or it[1] <= objectives.tpot_s]
-    if not prediction.meets_ttft:
-        assert prediction.ttft_s <= min(in_time or options)[0] * slack
+    else:
+        in_time = [it for it in options if objectives.tpot_s is None or it[1] <= objectives.tpot_s]
+        assert prediction.ttft_s <= min(in_time or options)[0] * late_slack
 
 
 @settings(deadline=None, max_examples=200)
