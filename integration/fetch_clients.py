@@ -82,12 +82,12 @@ def paraserve(target: Target) -> Read:
     from paraserve_backend.weights.objects import StoredObject
     from paraserve_backend.weights.plan import FetchPlan
     from paraserve_backend.weights.ranged_http import http_version
-    from paraserve_backend.weights.s3 import open_s3
     from paraserve_backend.weights.safetensors_header import TensorEntry
+    from paraserve_backend.weights.source import open_source
     from paraserve_backend.weights.tier import Tier
 
     uri = f"s3://{BUCKET}/{PREFIX}"
-    source = open_s3(uri, endpoint_url=target.endpoint, region=REGION)
+    source = open_source(uri, endpoint_url=target.endpoint, region=REGION)
     # The server cannot list; the scheduler does that when a model is deployed, not at its start.
     with urlopen(Request(f"{target.endpoint}/{BUCKET}/{OBJECT}", method="HEAD")) as answer:
         version = http_version(answer.headers["ETag"], 0, target.size_bytes)

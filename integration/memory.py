@@ -1,16 +1,22 @@
-"""What the model processes of capped nodes have in memory, as the kernel counts it."""
+"""Memory of a benchmark: what model processes have, and that the machine really has it."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from integration.namespaces import processes_in
+from paraserve_backend.agent.node import available_bytes
 from paraserve_backend.triton_install import STUB_NAME
 from paraserve_scheduler.local.layout import NodeLayout
 
 _PROC = Path("/proc")
+_SHM = Path("/dev/shm")
+_STEP_BYTES = 1 << 20
+#: Of what is free.
+_TOUCHED_SHARE = 0.6
 
 
 def model_processes_peak_bytes(nodes: Sequence[NodeLayout], model: str = "") -> int:
@@ -26,6 +32,19 @@ def model_processes_peak_bytes(nodes: Sequence[NodeLayout], model: str = "") -> 
             with suppress(OSError):  # it has ended meanwhile
                 peaks.append(_peak_bytes(_PROC / str(pid), model))
     return max(peaks)
+
+
+def touch_memory() -> None:
+    """Write to most of the free memory once, and free it again.
+
+    A virtual machine's memory is backed by its host when it is first written to, which can take
+    several times as long as the writing. What is measured afterwards finds it there, as on a
+    machine of its own.
+    """
+    content = bytes(_STEP_BYTES)
+    with tempfile.TemporaryFile(dir=_SHM) as file:
+        for _ in range(int(available_bytes(_PROC) * _TOUCHED_SHARE) // _STEP_BYTES):
+            file.write(content)
 
 
 def _peak_bytes(process: Path, model: str) -> int:

@@ -68,6 +68,7 @@ class Get:
     start: int
     end: int
     client_port: int
+    query: str
 
 
 class ScriptedStore:
@@ -266,7 +267,13 @@ class _Handler(BaseHTTPRequestHandler):
             "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT",
         }
         with store.lock:
-            get = Get(key=key, start=start, end=end, client_port=self.client_address[1])
+            get = Get(
+                key=key,
+                start=start,
+                end=end,
+                client_port=self.client_address[1],
+                query=urlsplit(self.path).query,
+            )
             store.gets.append(get)
             step = store.script.popleft() if store.script else answer_well
         step(answer)

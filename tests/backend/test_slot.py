@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -10,7 +11,12 @@ import pytest
 from paraserve_backend.config import RoleConfig, SlotConfig
 from paraserve_backend.contract import SlotKind
 from paraserve_backend.errors import AlreadyExists, InvalidCheckpoint, InvalidRequest, NotFound
-from paraserve_backend.roles.slot import SlotCommand, SlotRole, read_slot_command
+from paraserve_backend.roles.slot import (
+    SlotCommand,
+    SlotRole,
+    at_low_priority,
+    read_slot_command,
+)
 
 RUN_DIR = Path("/dev/shm/run")
 FRONT = SlotConfig(kind=SlotKind.FRONT, device="cpu", run_dir=RUN_DIR)
@@ -184,3 +190,24 @@ def test_while_it_is_bound_a_slot_refuses_requests_at_once() -> None:
     binding.join()
     with slot.use("d.1") as role:
         assert role.config.replica == "d.1"
+
+
+# ---- its priority ----
+
+
+def test_what_nobody_waits_for_leaves_the_processor_to_others_and_what_serves_does_not() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    seen: list[int] = []
+    at_low_priority(lambda: seen.append(priority()))
+    assert seen == [19]
+    assert priority() == 0
+
+
+def test_what_fails_there_fails_here() -> None:
+    def fail() -> None:
+        raise ImportError("no torch")
+
+    with pytest.raises(ImportError, match="no torch"):
+        at_low_priority(fail)

@@ -20,7 +20,7 @@ from paraserve_backend.errors import (
     SourceUnavailable,
 )
 from paraserve_backend.weights.objects import Source, StoredObject
-from paraserve_backend.weights.source import LazySource, open_source
+from paraserve_backend.weights.source import LazySource, Sources, open_source
 from paraserve_backend.weights.transfer import read_range
 from tests.backend.stores import (
     BUCKET,
@@ -234,6 +234,40 @@ class TestScriptedStore:
         with scripted_source(refuse(403, "AccessDenied")) as (source, store):
             assert read_range(source, only_object(source), 0, 9) == CONTENT[:9]
         assert len(store.gets) == 2
+
+    def test_a_store_that_refuses_is_asked_with_the_credentials_that_there_are_by_then(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with scripted_source(refuse(403, "ExpiredToken")) as (source, store):
+            stored = only_object(source)
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "renewed")
+            assert read_range(source, stored, 0, 9) == CONTENT[:9]
+        first, second = store.gets
+        assert "renewed" not in first.query
+        assert "Credential=renewed%2F" in second.query
+
+    def test_sources_of_one_store_share_what_takes_long_to_make(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with serve(ScriptedStore({"tiny/weights.bin": CONTENT})) as url:
+            sources = Sources()
+            sources.open(f"s3://{BUCKET}/other", endpoint_url=url)
+            # What is made now, finds no credentials.
+            monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+            source = sources.open(f"s3://{BUCKET}/tiny", endpoint_url=url)
+            assert read_range(source, only_object(source), 0, 9) == CONTENT[:9]
+            elsewhere = sources.open(f"s3://{BUCKET}/tiny", endpoint_url=url, region="eu-north-1")
+            with pytest.raises(AccessDenied, match="set AWS_ACCESS_KEY_ID"):
+                elsewhere.list()
+
+    def test_an_environment_without_a_usable_store_is_no_error_before_one_is_wanted(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AWS_PROFILE", "missing")
+        sources = Sources()
+        sources.prepare()
+        with pytest.raises(AccessDenied, match="missing"):
+            sources.open(f"s3://{BUCKET}/tiny")
 
     def test_a_signature_refused_twice_is_denied(self) -> None:
         with (

@@ -26,7 +26,7 @@ from paraserve_backend.weights.landing import FETCHES
 from paraserve_backend.weights.objects import Source
 from paraserve_backend.weights.peers import HttpPeer
 from paraserve_backend.weights.plan import FetchPlan
-from paraserve_backend.weights.source import LazySource, open_source
+from paraserve_backend.weights.source import LazySource, Sources
 from paraserve_backend.weights.tier import Tier
 
 #: Fetches at once; the rest wait. Each only watches its own threads.
@@ -60,10 +60,10 @@ class FetchRequest:
             reserved_bytes=message.reserved_bytes,
         )
 
-    def open(self) -> Source:
+    def open(self, sources: Sources) -> Source:
         uri = self.plan.source_uri
         return LazySource(
-            uri, lambda: open_source(uri, endpoint_url=self.endpoint_url, region=self.region)
+            uri, lambda: sources.open(uri, endpoint_url=self.endpoint_url, region=self.region)
         )
 
 
@@ -143,6 +143,7 @@ class Fetches:
         disk: DiskTier | None = None,
     ) -> None:
         self._tier = tier
+        self._sources = Sources()
         self._disk = disk
         self._limits = limits
         self._token = token
@@ -166,6 +167,10 @@ class Fetches:
             raise AlreadyExists(f"fetch {fetch_id} is already running with another plan")
         await fetching.until_begun()
         return fetching
+
+    async def prepare(self) -> None:
+        """Have ready what the first fetch from an object store needs."""
+        await in_thread(self._sources.prepare)
 
     async def stop(self, fetch_id: str) -> None:
         """End a fetch; one that does not run is no error."""
@@ -238,7 +243,7 @@ class Fetches:
         started_s = time.time()
         report = fetch(
             request.plan,
-            request.open(),
+            request.open(self._sources),
             self._tier,
             timeout_s=timeout_s,
             cancel=fetching.cancelled,

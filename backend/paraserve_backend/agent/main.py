@@ -40,7 +40,6 @@ from paraserve_backend.rpc.paraserve_pb2_grpc import add_AgentServicer_to_server
 from paraserve_backend.weights.disk import DiskTier
 from paraserve_backend.weights.disk_upkeep import DiskUpkeep
 from paraserve_backend.weights.landing import OBJECTS
-from paraserve_backend.weights.source import import_s3
 from paraserve_backend.weights.tier import Tier
 from paraserve_backend.yaml_config import parse_arguments, read_token
 
@@ -157,7 +156,7 @@ class _Agent:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.watchdog.run())
             group.create_task(self.node.slots.run())
-            group.create_task(asyncio.to_thread(import_s3))
+            group.create_task(self.node.fetches.prepare())
             group.create_task(registration.run())
             if self.upkeep is not None:
                 group.create_task(self.upkeep.run())

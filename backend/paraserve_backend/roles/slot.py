@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,9 @@ from paraserve_backend.config import (
 from paraserve_backend.contract import SLOT_ROLE, EngineName, SlotKind
 from paraserve_backend.engine.batch_codec import forget_settings
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
+
+#: Nice value.
+_LOWEST_PRIORITY = 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,18 +122,34 @@ class SlotRole(Generic[Bound]):
 
 def import_all(config: SlotConfig) -> None:
     """Import what the slot's role needs, and initialise its device."""
+    at_low_priority(lambda: _import(config.kind))
     if config.kind is SlotKind.LINK:
-        import paraserve_backend.roles.link
-
         return
     import torch
-
-    import paraserve_backend.roles.generate
-    import paraserve_backend.roles.stage  # noqa: F401
 
     # Starts the threads of the CPU's kernels, or makes the GPU's context.
     square = torch.ones(64, 64, device=config.device)
     torch.matmul(square, square)
+
+
+def at_low_priority(work: Callable[[], None]) -> None:
+    """Do what nobody waits for: what serves on this machine goes first."""
+
+    def yield_processor() -> None:
+        # On Linux a thread has a priority of its own. It may not be allowed to raise it again, so
+        # it must not be one that serves later.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+
+    with ThreadPoolExecutor(1, initializer=yield_processor) as thread:
+        thread.submit(work).result()
+
+
+def _import(kind: SlotKind) -> None:
+    if kind is SlotKind.LINK:
+        import paraserve_backend.roles.link
+    else:
+        import paraserve_backend.roles.generate
+        import paraserve_backend.roles.stage  # noqa: F401
 
 
 def _check(slot: SlotConfig, config: RoleConfig, key_file: Path) -> None:

@@ -8,18 +8,54 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from paraserve_backend.errors import (
     AccessDenied,
     Cancelled,
     InvalidRequest,
     NotFound,
+    ParaServeError,
     SourceUnavailable,
 )
 from paraserve_backend.weights.objects import Connection, Source, StoredObject, check_key
 from paraserve_backend.weights.store_errors import changed
+
+if TYPE_CHECKING:
+    from paraserve_backend.weights.s3 import S3Clients
+
+
+class Sources:
+    """Opens sources, and keeps for the next one what takes long to make. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._clients: S3Clients | None = None
+
+    def open(
+        self, uri: str, *, endpoint_url: str | None = None, region: str | None = None
+    ) -> Source:
+        """As `open_source`."""
+        try:
+            parts = urlsplit(uri)
+        except ValueError:
+            raise _not_a_source(uri) from None
+        if parts.scheme != "s3":
+            return _open_path(uri, parts)
+        # boto3 takes 0.3 s to import, which a folder need not pay.
+        from paraserve_backend.weights.s3 import S3Clients, open_s3
+
+        with self._lock:
+            self._clients = self._clients or S3Clients()
+        return open_s3(uri, endpoint_url=endpoint_url, region=region, clients=self._clients)
+
+    def prepare(self) -> None:
+        """Make what every object store needs before the first of them is wanted."""
+        with suppress(ParaServeError):  # whoever opens one is told
+            self.open("s3://any")
 
 
 def open_source(uri: str, *, endpoint_url: str | None = None, region: str | None = None) -> Source:
@@ -28,25 +64,15 @@ def open_source(uri: str, *, endpoint_url: str | None = None, region: str | None
     `endpoint_url` and `region` default to what the AWS environment and configuration say. Raises
     `InvalidRequest` where the URI is none of these; nothing is contacted yet.
     """
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        raise _not_a_source(uri) from None
-    if parts.scheme == "s3":
-        # boto3 takes 0.3 s to import, which a folder need not pay.
-        from paraserve_backend.weights.s3 import open_s3
+    return Sources().open(uri, endpoint_url=endpoint_url, region=region)
 
-        return open_s3(uri, endpoint_url=endpoint_url, region=region)
+
+def _open_path(uri: str, parts: SplitResult) -> FolderSource:
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return _open_folder(uri, Path(unquote(parts.path)))
     if uri and not parts.scheme:
         return _open_folder(uri, Path(uri))
     raise _not_a_source(uri)
-
-
-def import_s3() -> None:
-    """Import what reads object stores, before the first of them is wanted."""
-    import paraserve_backend.weights.s3  # noqa: F401
 
 
 def _not_a_source(uri: str) -> InvalidRequest:

@@ -25,7 +25,8 @@ from paraserve_backend.weights.landing import (
 from paraserve_backend.weights.objects import ObjectRange, StoredObject
 from paraserve_backend.weights.safetensors_header import TensorEntry
 
-_POLL_S = 0.001
+#: First pause between two looks at a fetch, and the longest: that of who has waited for long.
+_FIRST_POLL_S, _LONGEST_POLL_S = 0.001, 0.005
 #: Linux's MAP_NORESERVE, which Python's mmap names only from 3.13 on.
 _MAP_NORESERVE = 0x4000
 
@@ -122,15 +123,16 @@ class TierReader:
         self._wait_until(lambda: self._progress.snapshot() != seen, what, timeout_s)
 
     def _wait_until(self, ready: Callable[[], bool], what: str, timeout_s: float) -> None:
-        deadline_s = time.monotonic() + timeout_s
+        began_s = time.monotonic()
         while not ready():
+            waited_s = time.monotonic() - began_s
             if self._progress.status is FetchStatus.FAILED:
                 raise self._progress.error()
-            if time.monotonic() > deadline_s:
+            if waited_s > timeout_s:
                 raise DeadlineExceeded(
                     f"{what} of fetch {self.plan.fetch_id} did not arrive within {timeout_s:g} s"
                 )
-            time.sleep(_POLL_S)
+            time.sleep(min(_LONGEST_POLL_S, max(_FIRST_POLL_S, waited_s / 50)))
 
     def _object_map(self, key: str) -> mmap.mmap:
         if key not in self._maps:

@@ -17,7 +17,7 @@ from paraserve_backend.weights.disk_upkeep import DiskUpkeep
 from paraserve_backend.weights.landing import FetchStatus
 from paraserve_backend.weights.objects import Connection, Source, StoredObject
 from paraserve_backend.weights.plan import FetchPlan
-from paraserve_backend.weights.source import open_source
+from paraserve_backend.weights.source import Sources, open_source
 from paraserve_backend.weights.spans import merge
 from paraserve_backend.weights.tier import Tier
 from paraserve_backend.weights.tier_reader import TierReader
@@ -117,7 +117,7 @@ def test_a_fetch_that_nobody_waits_for_takes_one_connection(
     source = _MeetingSource(open_source(plan.source_uri), num_connections)
 
     class Meeting(FetchRequest):
-        def open(self) -> Source:
+        def open(self, sources: Sources) -> Source:
             return source
 
     async def run() -> None:
