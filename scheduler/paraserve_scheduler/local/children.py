@@ -48,9 +48,10 @@ def log_tail(log: Path) -> str:
 
 
 def start(spec: ProcessSpec) -> Child:
-    """Start a process in its own session; call it from the main thread only.
+    """Start a process in its own process group; call it from the main thread only.
 
-    The kernel ties the child's life to the thread that starts it.
+    Not in its own session: Linux shares processors evenly between sessions, and what nodes of one
+    machine do at low priority would then get as much as what others of them serve. The kernel ties the child's life to the thread that starts it.
     """
     spec.log.parent.mkdir(parents=True, exist_ok=True)
     with spec.log.open("wb") as log:
@@ -60,7 +61,7 @@ def start(spec: ProcessSpec) -> Child:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
             preexec_fn=_die_with(os.getpid()),
         )
     return Child(spec, process)
