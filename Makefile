@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test unit check format proto bench-coldstart bench-coldstart-smoke bench-hop \
-	bench-fetch bench-tier bench-engine bench-gateway bench-handover bench-policy bench-alignment \
+	bench-fetch bench-tier bench-engine bench-gpu bench-gateway bench-handover bench-policy bench-alignment \
 	simulate-paper simulate-mixed clients test-vllm clean
 
 .venv/ready: pyproject.toml
@@ -52,6 +52,10 @@ bench-fetch: .venv/ready
 bench-tier: .venv/ready
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python -m integration.bench_tier
+
+# Skipped without a GPU.
+bench-gpu: .venv/ready
+	$(BIN)/python -m integration.bench_gpu
 
 bench-engine: .venv/ready
 	$(BIN)/python -m integration.bench_engine

@@ -79,19 +79,23 @@ def run(folder: Path, arguments: argparse.Namespace, console: Console) -> dict[s
                     _report(start, progress.console, is_first=number == 1)
                     progress.advance(task)
                     starts.append(start)
-    results = Results(
-        variants=variants,
-        starts=starts,
-        checkpoint_bytes={name: llama_bytes(SHAPES[name]) for name in checkpoints},
-        link_bytes_per_s=links,
-    )
-    last_line = {"bench": "coldstart", "rounds": arguments.rounds} | summary(results, TARGETS)
+            results = Results(
+                variants=variants,
+                starts=starts,
+                checkpoint_bytes={name: llama_bytes(SHAPES[name]) for name in checkpoints},
+                link_bytes_per_s=links,
+            )
+            # After every round: who interrupts it keeps what the whole rounds have shown.
+            last_line = {"bench": "coldstart", "rounds": number} | summary(results, TARGETS)
+            if arguments.out is not None:
+                _write(arguments.out, results, last_line)
     console.print(table(results))
-    if arguments.out is not None:
-        (arguments.out / f"{_REPORT}.svg").write_text(chart(results), encoding="utf-8")
-        page = markdown(results, last_line)
-        (arguments.out / f"{_REPORT}.md").write_text(page, encoding="utf-8")
     return last_line
+
+
+def _write(folder: Path, results: Results, last_line: dict[str, Any]) -> None:
+    (folder / f"{_REPORT}.svg").write_text(chart(results), encoding="utf-8")
+    (folder / f"{_REPORT}.md").write_text(markdown(results, last_line), encoding="utf-8")
 
 
 def chosen(names: Sequence[str]) -> tuple[Variant, ...]:

@@ -30,6 +30,8 @@ PROMPT_TOKENS = 256
 NEW_TOKENS = 24
 BATCH_SIZES = (1, 8)
 REPEATS = 3
+_BLOCKS_EACH = -(-(PROMPT_TOKENS + NEW_TOKENS) // BLOCK_SIZE)
+NUM_BLOCKS = max(BATCH_SIZES) * _BLOCKS_EACH
 #: About 100 million parameters.
 SIZES: Mapping[str, Any] = {
     "vocab_size": 32_000,
@@ -54,7 +56,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder), dtype=TORCH_DTYPE[options.dtype], **SIZES)
         model.oracle.set_attn_implementation("eager")
-        contenders = {"paraserve": run_ours(model), "transformers": run_transformers(model)}
+        contenders = {
+            "paraserve": run_ours(_engine(model)),
+            "transformers": run_transformers(model.oracle),
+        }
         figures = {
             f"{phase}_batch_{size}": figure
             for size in BATCH_SIZES
@@ -82,9 +87,11 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compare(contenders: dict[str, Timed], size: int) -> dict[str, dict[str, float]]:
+def compare(
+    contenders: Mapping[str, Timed], size: int, *, vocabulary: int = 32_000
+) -> dict[str, dict[str, float]]:
     """Tokens per second by phase and contender; the first round only warms up."""
-    prompts = torch.randint(1, 32_000, (size, PROMPT_TOKENS))
+    prompts = torch.randint(1, vocabulary, (size, PROMPT_TOKENS))
     best = dict.fromkeys(contenders, (float("inf"), float("inf")))
     for repeat in range(REPEATS + 1):
         for name, run in contenders.items():
@@ -97,19 +104,22 @@ def compare(contenders: dict[str, Timed], size: int) -> dict[str, dict[str, floa
     }
 
 
-def run_ours(model: TinyModel) -> Timed:
+def _engine(model: TinyModel) -> StageEngine:
     spec = model.spec
     layers = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
-    blocks_each = -(-(PROMPT_TOKENS + NEW_TOKENS) // BLOCK_SIZE)
-    cache = KvCache(spec, layers, num_blocks=max(BATCH_SIZES) * blocks_each)
-    engine = StageEngine(StageModel(spec, layers, model, cache))
+    cache = KvCache(spec, layers, num_blocks=NUM_BLOCKS)
+    return StageEngine(StageModel(spec, layers, model, cache))
+
+
+def run_ours(engine: StageEngine) -> Timed:
+    """Time an engine that holds all layers and has `NUM_BLOCKS` blocks of KV cache."""
 
     def forward(size: int, start: int, token_ids: torch.Tensor) -> torch.Tensor:
         rows = tuple(
             Row(
                 start=start,
                 num_tokens=len(token_ids) // size,
-                block_table=tuple(range(row * blocks_each, (row + 1) * blocks_each)),
+                block_table=tuple(range(row * _BLOCKS_EACH, (row + 1) * _BLOCKS_EACH)),
                 sampling=Sampling(),
             )
             for row in range(size)
@@ -130,18 +140,22 @@ def run_ours(model: TinyModel) -> Timed:
     return run
 
 
-def run_transformers(model: TinyModel) -> Timed:
+def run_transformers(model: Any) -> Timed:
+    """Time a model of `transformers`, on whatever device it is."""
+
     @torch.inference_mode()
     def run(prompts: torch.Tensor) -> tuple[float, float]:
         began = time.perf_counter()
-        output = model.oracle(prompts, use_cache=True, logits_to_keep=1)
+        output = model(prompts.to(model.device), use_cache=True, logits_to_keep=1)
         token_ids = output.logits[:, -1].argmax(-1)
+        token_ids.tolist()  # as ours, it must be there
         prefilled = time.perf_counter()
         for _ in range(NEW_TOKENS):
-            output = model.oracle(
+            output = model(
                 token_ids[:, None], past_key_values=output.past_key_values, use_cache=True
             )
             token_ids = output.logits[:, -1].argmax(-1)
+            token_ids.tolist()
         return prefilled - began, time.perf_counter() - prefilled
 
     return run

@@ -51,7 +51,8 @@ def start(spec: ProcessSpec) -> Child:
     """Start a process in its own process group; call it from the main thread only.
 
     Not in its own session: Linux shares processors evenly between sessions, and what nodes of one
-    machine do at low priority would then get as much as what others of them serve. The kernel ties the child's life to the thread that starts it.
+    machine do at low priority would then get as much as what others of them serve. The kernel ties
+    the child's life to the thread that starts it.
     """
     spec.log.parent.mkdir(parents=True, exist_ok=True)
     with spec.log.open("wb") as log:
