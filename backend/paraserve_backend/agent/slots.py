@@ -26,8 +26,9 @@ from paraserve_backend.errors import ParaServeError
 
 logger = logging.getLogger(__name__)
 
-#: New slots are loaded so long after a cold start: importing torch takes a core for seconds.
-_QUIET_S = 2.0
+#: New slots are loaded so long after a cold start, when the requests that waited for it are served:
+#: importing torch takes a core for seconds.
+_QUIET_S = 5.0
 #: How long nothing is loaded after a load has failed.
 _RETRY_S = 10.0
 #: For the end of a process that has nothing to finish, and of one that did not let go.
@@ -195,7 +196,9 @@ class Slots:
         """End what is broken or too many, and load what is missing if it is quiet."""
         try:
             await finish_all(*(self._end(slot, _END_S) for slot in self._surplus()))
-            await finish_all(*map(self._load, self._missing()))
+            # One after the other: what serves, and a start that comes, have the other cores.
+            while missing := self._missing():
+                await self._load(missing[0])
         except Exception as error:  # the monitor of slots: without them parts are served, too
             is_bug = not isinstance(error, ParaServeError)
             logger.warning("slots failed reason=%s", error, exc_info=is_bug)

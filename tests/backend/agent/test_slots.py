@@ -267,8 +267,26 @@ def test_a_load_that_fails_is_tried_again_only_after_a_while(tmp_path: Path) -> 
         node.triton.load_errors["slot-1.stage"] = ParaServeError("No torch.")
         await keep(node, 1)
         await node.slots.tend()
-        assert len(node.triton.loads) == 3
-        assert alive(node) == ["slot-0.front", "slot-2.link"]
+        assert node.triton.loads == ["slot-0.front", "slot-1.stage"]
+        assert alive(node) == ["slot-0.front"]
+        await keep(node, 1)
+        assert node.slots.idle_sets == 1
+
+    play(tmp_path, scenario)
+
+
+def test_a_start_that_comes_while_slots_are_loaded_has_at_most_one_of_them_beside_it(
+    tmp_path: Path,
+) -> None:
+    async def scenario(node: FakeNode) -> None:
+        gate = node.triton.gates["slot-0.front"] = asyncio.Event()
+        keeping = asyncio.create_task(keep(node, 1))
+        while not node.triton.loads:
+            await asyncio.sleep(0)
+        with node.slots.cold_start():
+            gate.set()
+            await keeping
+            assert node.triton.loads == ["slot-0.front"]
         await keep(node, 1)
         assert node.slots.idle_sets == 1
 
