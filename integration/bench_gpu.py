@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from integration.bench_engine import BATCH_SIZES, NUM_BLOCKS, compare, run_ours,
 from integration.bucket import put_into_bucket
 from integration.checkpoints import LlamaShape, llama_bytes, write_raw_bf16
 from integration.scenario import ask, cold_start, wait_for_zero
+from integration.whole_model import fetch_whole
 from paraserve_backend.agent.node import available_bytes
 from paraserve_backend.config import KvConfig
 from paraserve_backend.contract import LayerRange
@@ -39,16 +39,11 @@ from paraserve_backend.engine.stage import StageEngine
 from paraserve_backend.engine.weights import WeightLoader
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.families.spec import ModelSpec
-from paraserve_backend.families.table import model_spec
 from paraserve_backend.hand_over import KvBlocks, Message
 from paraserve_backend.roles.engine import load_engine
 from paraserve_backend.roles.fetched import Fetched, read_spec
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.trace import SpanFile
-from paraserve_backend.weights.checkpoint import read_index
-from paraserve_backend.weights.fetch import fetch
-from paraserve_backend.weights.plan import plan_fetch, stage_tensors
-from paraserve_backend.weights.source import open_source
 from paraserve_backend.weights.tier import Tier
 from paraserve_backend.weights.tier_reader import TierReader
 from paraserve_scheduler import timeline
@@ -126,14 +121,8 @@ def run(folder: Path, shape: LlamaShape, device: torch.device, console: Console)
 
 def _fill(model: Path, folder: Path) -> Fetched:
     """Fetch the whole model into a host-memory tier, as an agent does."""
-    source = open_source(str(model))
-    index = read_index(source)
-    spec = model_spec(index.config)
-    layers = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
-    tensors = stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
     tier = Tier.open(folder / "tier")
-    plan = plan_fetch(index, tensors, fetch_id=_FETCH)
-    fetch(plan, source, tier, timeout_s=600, cancel=threading.Event())
+    fetch_whole(model, tier, _FETCH)
     tier.close()
     reader = TierReader.open(folder / "tier", _FETCH)
     return Fetched(reader=reader, spans=SpanFile(folder / "spans.jsonl"), close=lambda: None)

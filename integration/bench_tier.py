@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,15 +25,10 @@ from pathlib import Path
 
 from integration.checkpoints import LlamaShape, llama_bytes, write_raw_bf16
 from integration.tier_reads import HELD, WAYS, shards
-from paraserve_backend.contract import LayerRange
+from integration.whole_model import fetch_whole
 from paraserve_backend.errors import ParaServeError
-from paraserve_backend.families.table import model_spec
-from paraserve_backend.weights.checkpoint import read_index
 from paraserve_backend.weights.disk import DiskTier
 from paraserve_backend.weights.disk_upkeep import DiskUpkeep
-from paraserve_backend.weights.fetch import fetch
-from paraserve_backend.weights.plan import plan_fetch, stage_tensors
-from paraserve_backend.weights.source import open_source
 from paraserve_backend.weights.tier import Tier
 
 REPEATS = 3
@@ -103,15 +97,9 @@ def _shape(size_bytes: int) -> LlamaShape:
 
 def _fill(model: Path, node: Path) -> None:
     """Fetch the model as an agent does, and let it come to disk as in idle time."""
-    source = open_source(str(model))
-    index = read_index(source)
-    spec = model_spec(index.config)
-    layers = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
-    tensors = stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
     tier = Tier.open(node / "memory")
     disk = DiskTier.open(node / "disk", disk_bytes=1 << 40)
-    plan = plan_fetch(index, tensors, fetch_id=HELD)
-    fetch(plan, source, tier, timeout_s=600, cancel=threading.Event())
+    fetch_whole(model, tier, HELD)
     upkeep = DiskUpkeep(tier, disk)
     while upkeep.write_next():
         pass
