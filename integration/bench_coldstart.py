@@ -39,7 +39,7 @@ from paraserve_scheduler import timeline
 from paraserve_scheduler.local.layout import ClusterLayout
 
 SHARD_BYTES = 500_000_000
-ROUNDS, SMOKE_ROUNDS = 5, 2
+ROUNDS = 5
 _REPORT = "bench-coldstart"
 #: As HydraServe reckons a model of 2 GB takes 7 GB; ours takes far less.
 _NODE_MEMORY_BYTES = 8_000_000_000
@@ -130,7 +130,7 @@ def _starts(
     checkpoints: Mapping[str, Path],
     links: dict[float, float],
 ) -> Iterator[Start]:
-    """Start a testbed's variants once; `links` gets the rates that are not in it yet."""
+    """Start a testbed's variants once; `links` gets the best rates seen: a limit is no lower."""
     here = [variant for variant in variants if variant.testbed == testbed]
     wanted = CappedCluster(
         rates_bits_per_s=tuple(rate * 1e9 for rate in testbed.gbit),
@@ -143,7 +143,7 @@ def _starts(
             put_into_bucket(layout, checkpoints[checkpoint], source)
         lines = _session(layout, here)
         for gbit, rate in next(lines).items():
-            links.setdefault(float(gbit), rate)
+            links[float(gbit)] = max(rate, links.get(float(gbit), 0.0))
         yield from map(Start.from_json, lines)
 
 
@@ -208,15 +208,15 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench_coldstart", description="Time to first token from zero, side by side."
     )
-    parser.add_argument("--smoke", action="store_true", help="few variants, 1 GB, two rounds")
-    parser.add_argument("--rounds", type=int, help="starts of each variant (default: 5)")
+    parser.add_argument("--smoke", action="store_true", help="three variants of 1 GB")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="starts of each variant (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants")
     parser.add_argument("--list", action="store_true", help="name the variants and end")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints for the next run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write tables and plot there")
-    arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or (SMOKE_ROUNDS if arguments.smoke else ROUNDS)
-    return arguments
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -42,8 +43,9 @@ def touch_memory() -> None:
     machine of its own.
     """
     content = bytes(_STEP_BYTES)
+    free_bytes = min(available_bytes(_PROC), shutil.disk_usage(_SHM).free)
     with tempfile.TemporaryFile(dir=_SHM) as file:
-        for _ in range(int(available_bytes(_PROC) * _TOUCHED_SHARE) // _STEP_BYTES):
+        for _ in range(int(free_bytes * _TOUCHED_SHARE) // _STEP_BYTES):
             file.write(content)
 
 

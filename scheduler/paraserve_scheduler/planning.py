@@ -25,7 +25,7 @@ from paraserve_scheduler.fleet import (
 )
 from paraserve_scheduler.partition import choose_places, cut, divisible_s
 from paraserve_scheduler.prediction import predict, tpot_s
-from paraserve_scheduler.spots import Spot, find_rooms, find_spots, find_supply
+from paraserve_scheduler.spots import EXACT_SPOTS, Spot, find_rooms, find_spots, find_supply
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +41,6 @@ class PlanningConfig:
     grows_in_background: bool = False
 
 
-#: Up to so many places every choice of them is tried.
-_EXACT_SPOTS = 4
 #: Without an objective a start in one zone may take so many times as long.
 _ZONE_SLACK = 1.05
 #: Where every plan misses the objective, one may take so many times as long as the earliest.
@@ -230,7 +228,7 @@ def _places(
 ) -> Iterable[tuple[Spot, ...]]:
     """The places to cut the model over: of a few every choice, of many the best by bytes."""
     heads = frozenset(i for i, spot in enumerate(spots) if spot.can_grow)
-    if len(spots) <= _EXACT_SPOTS:
+    if len(spots) <= EXACT_SPOTS:
         choices = combinations(range(len(spots)), stages)
         return [
             tuple(spots[i] for i in chosen)

@@ -14,6 +14,8 @@ from paraserve_scheduler.fleet import Fleet, Need, Node, Source
 from paraserve_scheduler.holders import Holders
 from paraserve_scheduler.inflow import Amounts, Inflow
 
+#: Up to so many places every choice of them is tried.
+EXACT_SPOTS = 4
 _UNLIMITED = float("inf")
 #: Places that are looked at closely; of thousands of nodes only the best can matter.
 _CANDIDATES = 24
@@ -205,18 +207,17 @@ def _slowness(need: Need, node: Node) -> tuple[bool, float, bool]:
 
 
 def find_spots(need: Need, rooms: Sequence[Room], stages: int, supply: Supply) -> list[Spot]:
-    """The places for a stage that have room for a layer.
+    """The places for a stage: of a few those with room for a layer, else for half an equal stage.
 
-    Of many only those with room for half an equal stage, of these the first, and as many again with
-    room for the whole model: one must be the head.
+    Of many the first, and as many again with room for the whole model: one must be the head.
     """
     model = need.model
     if stages == 1:
         least = model.full_bytes
-    elif len(rooms) > _CANDIDATES:
-        least = model.full_bytes // (2 * stages)
-    else:
+    elif len(rooms) <= EXACT_SPOTS:
         least = min(model.reserved_bytes(layer, layer + 1) for layer in range(model.num_layers))
+    else:
+        least = model.full_bytes // (2 * stages)
     able = [room for room in rooms if room.free_bytes >= least]
     heads = (room for room in able[_CANDIDATES:] if room.free_bytes >= model.full_bytes)
     return [
