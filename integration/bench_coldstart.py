@@ -216,7 +216,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the variants and end")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints for the next run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write tables and plot there")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return arguments
 
 
 if __name__ == "__main__":

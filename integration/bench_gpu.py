@@ -100,10 +100,11 @@ def run(folder: Path, shape: LlamaShape, device: torch.device, console: Console)
     fetched = _fill(model, folder)
     figures: dict[str, Any] = {"model_gb": round(llama_bytes(shape) / 1e9, 2)}
     figures |= load_figures(fetched, device)
-    engine = _whole_engine(fetched, read_spec(fetched), device)
-    figures |= engine_figures(engine, model, shape, device)
-    figures |= hand_over_figures(read_spec(fetched), device)
-    del engine
+    spec = read_spec(fetched)
+    figures |= engine_figures(_whole_engine(fetched, spec, device), model, shape, device)
+    figures |= hand_over_figures(spec, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the cluster's processes need the room
     figures |= cluster_figures(model, device, console)
     missed = [name for name, least in TARGETS.items() if figures[name] < least]
     return {
@@ -147,14 +148,15 @@ def load_figures(fetched: Fetched, device: torch.device) -> dict[str, Any]:
 
 
 def _pinned_copy_s(size_bytes: int, device: torch.device) -> float:
+    num_copies = -(-size_bytes // _STAGING_BYTES)
     staged = torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty(_STAGING_BYTES, dtype=torch.uint8, device=device)
 
     def copy() -> None:
-        for _ in range(-(-size_bytes // _STAGING_BYTES)):
+        for _ in range(num_copies):
             target.copy_(staged, non_blocking=True)
 
-    return _seconds(copy, device) * size_bytes / (-(-size_bytes // _STAGING_BYTES) * _STAGING_BYTES)
+    return _seconds(copy, device) * size_bytes / (num_copies * _STAGING_BYTES)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -13,6 +13,7 @@ from integration.bucket import upload
 from integration.tiny_cluster import MODELS, Cluster, write_models
 from paraserve_backend.agent.node import available_bytes
 from paraserve_scheduler.client import SchedulerClient
+from paraserve_scheduler.local.children import log_tail
 from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
 from paraserve_scheduler.local.layout import NodeLayout
 
@@ -59,8 +60,7 @@ def pytest_runtest_makereport(
         clusters = (value for value in item.funcargs.values() if isinstance(value, Cluster))
         for cluster in clusters:
             for path in sorted(cluster.layout.files.logs.glob("*.log")):
-                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-                report.sections.append((path.name, "\n".join(lines[-_SHOWN_LINES:])))
+                report.sections.append((path.name, log_tail(path, _SHOWN_LINES)))
     return report
 
 

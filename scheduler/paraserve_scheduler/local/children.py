@@ -41,10 +41,10 @@ class Child:
         return log_tail(self.spec.log)
 
 
-def log_tail(log: Path) -> str:
+def log_tail(log: Path, num_lines: int = _LOG_TAIL_LINES) -> str:
     """Return the last lines of a log, indented for an error message."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    return "\n".join(f"    {line}" for line in text.splitlines()[-_LOG_TAIL_LINES:])
+    return "\n".join(f"    {line}" for line in text.splitlines()[-num_lines:])
 
 
 def start(spec: ProcessSpec) -> Child:
