@@ -3,7 +3,8 @@
     python -m integration.bench_tier [--megabytes 1500] [--dir DIR]
 
 Each way of reading runs in a process of its own, all in turn several times, and the median counts.
-Before each the model's files leave the page cache. DIR is on the disk to measure. The last line is
+Before each the model's files leave the page cache, and what it will take of the machine's memory is
+touched. DIR is on the disk to measure. The last line is
 JSON; the exit status is 1 if a target was missed.
 """
 
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from integration.checkpoints import LlamaShape, llama_bytes, write_raw_bf16
+from integration.memory import touch_memory
 from integration.tier_reads import HELD, WAYS, shards
 from integration.whole_model import fetch_whole
 from paraserve_backend.errors import ParaServeError
@@ -36,6 +38,8 @@ _SHAPE = LlamaShape(layers=1, hidden=2048, intermediate=5632, heads=16, kv_heads
 _HOST_MEMORY = Path("/dev/shm")
 #: Of the disk's own limit.
 LEAST_DISK_SHARE = 0.85
+#: Of the model's size: what a read may newly take, with room to spare.
+_TOUCHED_TIMES = 2
 #: A stage's process may take its weights, this share more, and what it takes without any.
 MOST_MEMORY_SHARE = 1.15
 
@@ -110,6 +114,7 @@ def _fill(model: Path, node: Path) -> None:
 def _read(way: str, model: Path, node: Path, size_bytes: int) -> Read:
     for path in shards(model):
         _leave_page_cache(path)
+    touch_memory(_TOUCHED_TIMES * size_bytes)
     command = [sys.executable, "-m", "integration.tier_reads", way, str(model), str(node)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     for cold in node.glob("cold-*"):

@@ -35,8 +35,8 @@ def model_processes_peak_bytes(nodes: Sequence[NodeLayout], model: str = "") -> 
     return max(peaks)
 
 
-def touch_memory() -> None:
-    """Write to most of the free memory once, and free it again.
+def touch_memory(size_bytes: int | None = None) -> None:
+    """Write to so much of the free memory once, most of it unless stated, and free it again.
 
     A virtual machine's memory is backed by its host when it is first written to, which can take
     several times as long as the writing. What is measured afterwards finds it there, as on a
@@ -44,8 +44,10 @@ def touch_memory() -> None:
     """
     content = bytes(_STEP_BYTES)
     free_bytes = min(available_bytes(_PROC), shutil.disk_usage(_SHM).free)
+    most_bytes = int(free_bytes * _TOUCHED_SHARE)
+    touched_bytes = most_bytes if size_bytes is None else min(size_bytes, most_bytes)
     with tempfile.TemporaryFile(dir=_SHM) as file:
-        for _ in range(int(free_bytes * _TOUCHED_SHARE) // _STEP_BYTES):
+        for _ in range(touched_bytes // _STEP_BYTES):
             file.write(content)
 
 

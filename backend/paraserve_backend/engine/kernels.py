@@ -5,10 +5,12 @@ Numbers are rounded where transformers rounds them, so that greedy tokens agree 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.backends import mkldnn
 from torch.nn.functional import gelu, layer_norm, linear, silu
 
 from paraserve_backend.families.spec import Activation, Normalisation
@@ -23,10 +25,22 @@ class Parameters:
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map `[tokens, inputs]` to `[tokens, outputs]` with a weight `[outputs, inputs]`."""
-        if len(hidden) == 1 and self.bias is None and hidden.device.type == "cpu":
-            # Decoding one sequence: this kernel reads bfloat16 weights a third faster (measured).
-            return torch.mv(self.weight, hidden[0])[None]
-        return linear(hidden, self.weight, self.bias)
+        is_decoding_one = len(hidden) == 1 and hidden.device.type == "cpu"
+        with _without_onednn() if is_decoding_one else nullcontext():
+            return linear(hidden, self.weight, self.bias)
+
+
+_set_flags: Callable[..., tuple[bool, ...]] = mkldnn.set_flags
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """For one row it reads bfloat16 weights half as fast as PyTorch's own kernels (measured)."""
+    was_enabled, *_ = _set_flags(_enabled=False, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        _set_flags(_enabled=was_enabled, _fp32_precision=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
