@@ -195,9 +195,12 @@ def _gives(node: Node) -> float:
 
 def find_rooms(need: Need, nodes: Sequence[Node]) -> list[Room]:
     """What nodes have free; if they are many, first those that get a fetch soonest."""
-    if len(nodes) > _CANDIDATES:
-        nodes = sorted(nodes, key=lambda node: _slowness(need, node))
-    return [Room(node=node, free_bytes=max(it.free_bytes for it in node.gpus)) for node in nodes]
+    rooms = [Room(node=node, free_bytes=max(it.free_bytes for it in node.gpus)) for node in nodes]
+    if len(rooms) > _CANDIDATES:
+        # Nodes without room are no places: of a full cluster they are most.
+        rooms = [room for room in rooms if room.free_bytes]
+        rooms.sort(key=lambda room: _slowness(need, room.node))
+    return rooms
 
 
 def _slowness(need: Need, node: Node) -> tuple[bool, float, bool]:

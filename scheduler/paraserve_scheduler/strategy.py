@@ -16,7 +16,6 @@ from paraserve_scheduler.fleet import (
     DropSlot,
     Fleet,
     Need,
-    Node,
     ReplicaLoad,
     Start,
     Stop,
@@ -208,17 +207,14 @@ def _keep_slots(fleet: Fleet, now_s: float, config: KeepAliveConfig) -> Iterator
             continue
         if node.kind.name not in worth:
             worth[node.kind.name] = rate == 0 or _is_worth_a_slot(node.kind.start, share, config)
-        yield from _slots_of(node, worth[node.kind.name])
+        is_worth_it, needed_bytes = worth[node.kind.name], node.kind.start.slot_bytes
+        for gpu in node.gpus:
+            if is_worth_it and gpu.slots == 0 and gpu.free_bytes >= needed_bytes:
+                yield WarmSlot(node=node.name, gpu=gpu.index, reason="starts are frequent")
+            elif gpu.slots and not is_worth_it:
+                yield DropSlot(node=node.name, gpu=gpu.index, reason="starts are rare")
 
 
 def _is_worth_a_slot(method: StartMethod, rate: float, config: KeepAliveConfig) -> bool:
     saved_s = method.runtime_s - (method.slot_runtime_s or 0.0)
     return is_used_in_time(rate=rate, saved_s=saved_s, held_bytes=method.slot_bytes, config=config)
-
-
-def _slots_of(node: Node, is_worth_it: bool) -> Iterator[Decision]:
-    for gpu in node.gpus:
-        if is_worth_it and gpu.slots == 0 and gpu.free_bytes >= node.kind.start.slot_bytes:
-            yield WarmSlot(node=node.name, gpu=gpu.index, reason="starts are frequent")
-        elif gpu.slots and not is_worth_it:
-            yield DropSlot(node=node.name, gpu=gpu.index, reason="starts are rare")
