@@ -227,16 +227,13 @@ def _places(
     need: Need, spots: Sequence[Spot], stages: int, full: int
 ) -> Iterable[tuple[Spot, ...]]:
     """The places to cut the model over: of a few every choice, of many the best by bytes."""
-    heads = frozenset(i for i, spot in enumerate(spots) if spot.can_grow)
-    if len(spots) <= EXACT_SPOTS:
-        choices = combinations(range(len(spots)), stages)
-        return [
-            tuple(spots[i] for i in chosen)
-            for chosen in choices
-            if len(heads.intersection(chosen)) >= full
-        ]
-    places = choose_places(spots, need.model.total_bytes, stages, heads=heads, full=full)
-    return [] if places is None else [places]
+    if len(spots) > EXACT_SPOTS:
+        heads = frozenset(i for i, spot in enumerate(spots) if spot.can_grow)
+        places = choose_places(spots, need.model.total_bytes, stages, heads=heads, full=full)
+        return [] if places is None else [places]
+    # Of orders that are equally early `cut` takes the first, and the head has most to fetch later.
+    choices = combinations(sorted(spots, key=_slowness), stages)
+    return [chosen for chosen in choices if sum(spot.can_grow for spot in chosen) >= full]
 
 
 def _start(
@@ -274,8 +271,12 @@ def _start(
 def _growing(spots: Sequence[Spot], full: int) -> list[Spot]:
     """The head, and of the others those that can grow and fetch fastest."""
     able = [spot for spot in spots[1:] if spot.can_grow]
-    able.sort(key=lambda spot: -spot.forecast.bytes_in(10.0))
+    able.sort(key=_slowness)
     return [spots[0], *able[: full - 1]]
+
+
+def _slowness(spot: Spot) -> float:
+    return -spot.forecast.bytes_in(10.0)
 
 
 def _stage(spot: Spot, start: int, end: int, grows: bool) -> StageChoice:

@@ -93,6 +93,15 @@ def test_mixed_bandwidths_add_up() -> None:
     assert _prediction(start).ready_s <= 1.1 * limit_s + 1.0
 
 
+def test_of_orders_that_are_equally_early_the_fastest_node_is_the_head() -> None:
+    kind = make_kind(make_method(runtime_s=1.0))
+    nodes = [make_node(f"n{gbit}", gbit=gbit, kind=kind) for gbit in (10, 25, 100)]
+    need = make_need(objectives=Objectives(), must_grow=True)
+    start = plan(need, make_fleet(*nodes), NOW_S, config=CONFIG)
+    assert start is not None
+    assert [stage.node for stage in start.stages] == ["n100", "n25", "n10"]
+
+
 def test_what_is_in_host_memory_is_not_fetched() -> None:
     cached = make_node("warm", cached={"chat": ((0, 32),)})
     start = plan(make_need(), make_fleet(make_node("n0"), cached), NOW_S, config=CONFIG)
