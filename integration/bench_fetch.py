@@ -28,7 +28,7 @@ import numpy as np
 
 from integration import cluster, namespaces, static_server
 from integration.fetch_clients import BUCKET, CLIENTS, OBJECT, environment
-from integration.memory import touch_memory
+from integration.memory import huge_pages, touch_memory
 from paraserve_backend.errors import ParaServeError
 from paraserve_scheduler.local.cluster import files_of
 from paraserve_scheduler.local.layout import ClusterLayout, NodeLayout
@@ -99,6 +99,7 @@ def capped_store(rate_bits_per_s: float, size_bytes: int) -> Iterator[tuple[Clus
     )
     layout = cluster.capped_layout(wanted, files_of(wanted.name, os.environ))
     with ExitStack() as stack:
+        stack.enter_context(huge_pages())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         crc32 = write_object(folder / BUCKET / OBJECT, size_bytes)
         namespaces.sweep_namespaces()  # of a run that was killed

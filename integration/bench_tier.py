@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from integration.checkpoints import LlamaShape, llama_bytes, write_raw_bf16
-from integration.memory import touch_memory
+from integration.memory import huge_pages, touch_memory
 from integration.tier_reads import HELD, WAYS, shards
 from integration.whole_model import fetch_whole
 from paraserve_backend.errors import ParaServeError
@@ -56,7 +56,7 @@ class Read:
 
 def main() -> int:
     arguments = _parse()
-    with prepared(arguments.dir, arguments.megabytes * 1_000_000) as (model, node):
+    with huge_pages(), prepared(arguments.dir, arguments.megabytes * 1_000_000) as (model, node):
         size_bytes = sum(path.stat().st_size for path in shards(model))
         reads: dict[str, list[Read]] = {way: [] for way in _ways()}
         for _ in range(REPEATS):

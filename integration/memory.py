@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from integration.namespaces import processes_in
 from paraserve_backend.agent.node import available_bytes
 from paraserve_backend.triton_install import STUB_NAME
-from paraserve_scheduler.local.layout import NodeLayout
+from paraserve_scheduler.doctor import huge_pages_of
+from paraserve_scheduler.local.layout import SHM, NodeLayout
 
 _PROC = Path("/proc")
-_SHM = Path("/dev/shm")
 _STEP_BYTES = 1 << 20
 #: Of what is free.
 _TOUCHED_SHARE = 0.6
@@ -43,12 +45,33 @@ def touch_memory(size_bytes: int | None = None) -> None:
     machine of its own.
     """
     content = bytes(_STEP_BYTES)
-    free_bytes = min(available_bytes(_PROC), shutil.disk_usage(_SHM).free)
+    free_bytes = min(available_bytes(_PROC), shutil.disk_usage(SHM).free)
     most_bytes = int(free_bytes * _TOUCHED_SHARE)
     touched_bytes = most_bytes if size_bytes is None else min(size_bytes, most_bytes)
-    with tempfile.TemporaryFile(dir=_SHM) as file:
+    with tempfile.TemporaryFile(dir=SHM) as file:
         for _ in range(touched_bytes // _STEP_BYTES):
             file.write(content)
+
+
+@contextmanager
+def huge_pages() -> Iterator[None]:
+    """Let files in host memory have huge pages meanwhile, as `paraserve doctor` advises.
+
+    Without root everything stays as it is.
+    """
+    before = huge_pages_of((_PROC / "mounts").read_text(encoding="utf-8"))
+    if os.geteuid() != 0:
+        yield
+        return
+    _remount("within_size")
+    try:
+        yield
+    finally:
+        _remount(before)
+
+
+def _remount(huge: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,huge={huge}", str(SHM)], check=True)
 
 
 def _peak_bytes(process: Path, model: str) -> int:

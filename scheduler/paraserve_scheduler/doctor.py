@@ -65,6 +65,7 @@ def examine(environ: Mapping[str, str]) -> tuple[Finding, ...]:
             "rclone", _tool("rclone", environ), State.MISSING, "pip install 'paraserve[local]'"
         ),
         check_shm(shutil.disk_usage(SHM).free if SHM.exists() else 0),
+        check_huge_pages(huge_pages_of(Path("/proc/mounts").read_text(encoding="utf-8"))),
         check_memory(available_bytes(Path("/proc"))),
         check_ports([port for port in _PORTS if not is_free("127.0.0.1", port)]),
         check_root(os.geteuid() == 0),
@@ -126,6 +127,26 @@ def check_shm(free_bytes: int) -> Finding:
         return _ok(str(SHM), said)
     return _missing(
         str(SHM), said, "weights lie there: free some, or start the container with --shm-size=8g"
+    )
+
+
+def huge_pages_of(mounts: str) -> str:
+    """Return what option `huge` of host memory is, given the lines of /proc/mounts."""
+    for _, folder, _, options, *_ in map(str.split, mounts.splitlines()):
+        if folder == str(SHM):
+            found = [it for it in options.split(",") if it.startswith("huge=")]
+            return found[-1].removeprefix("huge=") if found else "never"
+    return "never"
+
+
+def check_huge_pages(huge: str) -> Finding:
+    if huge != "never":
+        return _ok("huge pages", f"{huge} in {SHM}")
+    return Finding(
+        name="huge pages",
+        state=State.ABSENT,
+        detail=f"none in {SHM}",
+        remedy=f"weights load sooner with them: mount -o remount,huge=within_size {SHM}",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -97,6 +99,29 @@ def test_the_cache_keeps_within_its_limit_also_if_that_is_less_than_a_shard(
     assert tier.check_integrity() == ()
     use(tier, wide, "second")
     assert tier.used_bytes <= cache_bytes
+
+
+@pytest.fixture
+def huge(tmp_path: Path) -> Iterator[Path]:
+    """A file system in memory that gives 2 MiB at once."""
+    folder = tmp_path / "huge"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a file system")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "huge=always", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_where_pages_are_huge_the_tier_takes_more_than_it_holds(huge: Path, wide: Path) -> None:
+    tier = Tier.open(huge / "tier", cache_bytes=AMPLE_BYTES)
+    use(tier, wide, "half", layers=(0, 2))
+    assert tier.used_bytes > tier.cached_bytes
+    assert tier.check_integrity() == ()
+    use(tier, wide, "whole")
+    tier.limit_cache(0)
+    assert (tier.used_bytes, tier.check_integrity()) == (0, ())
+    tier.close()
 
 
 def test_what_was_used_last_goes_last(tier: Tier, tmp_path: Path) -> None:

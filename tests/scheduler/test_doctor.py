@@ -21,6 +21,8 @@ from paraserve_scheduler.doctor import Finding, State
         (doctor.check_numpy("1.26.4"), State.OK, ""),
         (doctor.check_package("torch", None), State.MISSING, "pip install 'paraserve[worker]'"),
         (doctor.check_shm(64 << 20), State.MISSING, "--shm-size"),
+        (doctor.check_huge_pages("never"), State.ABSENT, "remount,huge=within_size /dev/shm"),
+        (doctor.check_huge_pages("within_size"), State.OK, ""),
         (doctor.check_memory(1 << 30), State.MISSING, "fewer nodes"),
         (doctor.check_ports([8000]), State.ABSENT, "others"),
         (doctor.check_root(False), State.ABSENT, "sudo"),
@@ -41,6 +43,15 @@ def test_a_check_says_what_is_wrong_and_how_to_get_it(
     assert bool(finding.remedy) == (state is not State.OK)
 
 
+@pytest.mark.parametrize(
+    ("options", "huge"),
+    [("rw,size=65536k", "never"), ("rw,huge=within_size,size=65536k", "within_size")],
+)
+def test_huge_pages_are_an_option_of_the_mount(options: str, huge: str) -> None:
+    mounts = f"proc /proc proc rw 0 0\ntmpfs /dev/shm tmpfs {options} 0 0\n"
+    assert doctor.huge_pages_of(mounts) == huge
+
+
 def failing(sentence: str) -> Callable[[], str]:
     def find() -> str:
         raise NotFound(sentence)
@@ -58,4 +69,4 @@ def test_this_machine_can_run_the_tests(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["doctor", "--json"]) == 0
     findings = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert findings["torch"]["state"] == "ok"
-    assert {"libpython", "rclone", "/dev/shm", "GPU", "ip", "tc"} <= findings.keys()
+    assert {"libpython", "rclone", "/dev/shm", "huge pages", "GPU", "ip", "tc"} <= findings.keys()

@@ -173,15 +173,15 @@ class CacheIndex:
             path.unlink(missing_ok=True)
 
 
-def page_span(span: Span) -> Span:
+def page_span(span: Span, page_bytes: int = PAGE_BYTES) -> Span:
     """Return the bytes of all pages that `span` touches."""
     start, end = span
-    return (start // PAGE_BYTES * PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES)
+    return (start // page_bytes * page_bytes, -(-end // page_bytes) * page_bytes)
 
 
-def whole_pages(span: Span) -> int:
+def whole_pages(span: Span, page_bytes: int = PAGE_BYTES) -> int:
     """Return the number of bytes of all pages that `span` touches."""
-    start, end = page_span(span)
+    start, end = page_span(span, page_bytes)
     return end - start
 
 

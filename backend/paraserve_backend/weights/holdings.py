@@ -63,7 +63,9 @@ def object_problems(path: Path, found: TierObject, *, growing: bool) -> list[str
     problems = [
         f"{key} has no bytes at {hole} in {span}" for span, hole in holes if hole is not None
     ]
-    known_bytes = sum(map(whole_pages, found.landed))
+    # What the file system gives at once: 2 MiB where it has huge pages.
+    page_bytes = path.stat().st_blksize
+    known_bytes = sum(whole_pages(span, page_bytes) for span in found.landed)
     if not growing and used_bytes(path) > known_bytes:
         problems.append(
             f"the file of {key} takes {used_bytes(path)} bytes, {known_bytes} are known"
