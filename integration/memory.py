@@ -17,7 +17,7 @@ from paraserve_scheduler.doctor import huge_pages_of
 from paraserve_scheduler.local.layout import SHM, NodeLayout
 
 _PROC = Path("/proc")
-_STEP_BYTES = 1 << 20
+_STEP_BYTES = 8 << 20
 #: Of what is free.
 _TOUCHED_SHARE = 0.6
 
@@ -49,6 +49,7 @@ def touch_memory(size_bytes: int | None = None) -> None:
     most_bytes = int(free_bytes * _TOUCHED_SHARE)
     touched_bytes = most_bytes if size_bytes is None else min(size_bytes, most_bytes)
     with tempfile.TemporaryFile(dir=SHM) as file:
+        file.truncate(touched_bytes)  # only pages within a file's size can be huge
         for _ in range(touched_bytes // _STEP_BYTES):
             file.write(content)
 
