@@ -4,8 +4,8 @@
 
 Each way of reading runs in a process of its own, all in turn several times, and the median counts.
 Before each the model's files leave the page cache, and what it will take of the machine's memory is
-touched. DIR is on the disk to measure. The last line is
-JSON; the exit status is 1 if a target was missed.
+touched. As root, host memory has huge pages. DIR is on the disk to measure. The last line is JSON;
+the exit status is 1 if a target was missed.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.backends import mkldnn
@@ -30,17 +31,19 @@ class Parameters:
             return linear(hidden, self.weight, self.bias)
 
 
-_set_flags: Callable[..., tuple[bool, ...]] = mkldnn.set_flags
+#: A switch of the whole process. Its types know `enabled` as a descriptor only.
+_onednn: Any = mkldnn
 
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
     """For one row it reads bfloat16 weights half as fast as PyTorch's own kernels (measured)."""
-    was_enabled, *_ = _set_flags(_enabled=False, _fp32_precision=None)
+    was_enabled = _onednn.enabled
+    _onednn.enabled = False
     try:
         yield
     finally:
-        _set_flags(_enabled=was_enabled, _fp32_precision=None)
+        _onednn.enabled = was_enabled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

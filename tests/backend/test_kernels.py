@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paraserve_backend.engine.kernels import Parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_one_row_is_projected_as_it_is_among_others(dtype: torch.dtype, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    bias = torch.randn(96, dtype=dtype) if has_bias else None
+    module = Parameters(weight=torch.randn(96, 128, dtype=dtype) / 8, bias=bias)
+    rows = torch.randn(3, 128, dtype=dtype)
+    torch.testing.assert_close(module.project(rows[:1]), module.project(rows)[:1])
+
+
+@pytest.mark.parametrize("width", [128, 127])
+def test_onednn_is_left_as_it_was_also_after_an_error(width: int) -> None:
+    module = Parameters(weight=torch.randn(96, 128))
+    before = torch.backends.mkldnn.enabled
+    try:
+        module.project(torch.randn(1, width))
+    except RuntimeError:
+        assert width == 127
+    assert torch.backends.mkldnn.enabled == before
