@@ -26,9 +26,11 @@ class Parameters:
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map `[tokens, inputs]` to `[tokens, outputs]` with a weight `[outputs, inputs]`."""
-        is_decoding_one = len(hidden) == 1 and hidden.device.type == "cpu"
-        with _without_onednn() if is_decoding_one else nullcontext():
-            return linear(hidden, self.weight, self.bias)
+        if len(hidden) == 1 and self.bias is None and hidden.device.type == "cpu":
+            # Decoding one sequence.
+            with _without_onednn() if hidden.dtype is torch.bfloat16 else nullcontext():
+                return torch.mv(self.weight, hidden[0])[None]
+        return linear(hidden, self.weight, self.bias)
 
 
 #: A switch of the whole process. Its types know `enabled` as a descriptor only.
