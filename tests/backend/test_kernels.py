@@ -17,9 +17,9 @@ def test_one_row_is_projected_as_it_is_among_others(dtype: torch.dtype, has_bias
 
 
 def test_onednn_is_left_as_it_was_also_after_an_error() -> None:
-    module = Parameters(weight=torch.randn(96, 128))
+    module = Parameters(weight=torch.randn(96, 128).bfloat16())
     assert torch.backends.mkldnn.enabled
-    module.project(torch.randn(1, 128))
+    module.project(torch.randn(1, 128).bfloat16())
     with pytest.raises(RuntimeError):
-        module.project(torch.randn(1, 127))
+        module.project(torch.randn(1, 127).bfloat16())
     assert torch.backends.mkldnn.enabled
