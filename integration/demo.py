@@ -186,7 +186,7 @@ def _require_reference(
 
 
 def reference_ids(checkpoint: Path, prompt: str, max_tokens: int) -> tuple[int, ...]:
-    """Return what transformers generates greedily, without the prompt."""
+    """Return what transformers generates greedily, past every end of text, without the prompt."""
     # Takes seconds to import, so not before the cluster runs.
     from transformers import AutoTokenizer, LlamaForCausalLM
     from transformers.utils import logging
@@ -195,12 +195,13 @@ def reference_ids(checkpoint: Path, prompt: str, max_tokens: int) -> tuple[int, 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     # Typed or not, as the version has it.
     model: Any = LlamaForCausalLM.from_pretrained(checkpoint)
+    # `min_new_tokens` would forbid the end's token instead of going on after it.
+    model.generation_config.eos_token_id = None
     encoded = tokenizer(prompt, return_tensors="pt")
     output = model.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
         max_new_tokens=max_tokens,
-        min_new_tokens=max_tokens,
         do_sample=False,
     )
     return tuple(output[0, encoded["input_ids"].shape[1] :].tolist())

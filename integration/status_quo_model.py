@@ -29,6 +29,8 @@ class TritonPythonModel:
         self._folder.mkdir(parents=True)
         load = LOADERS[parameters["loader"]]
         self._model = load(parameters["source"], self._folder)
+        # As `ignore_eos` of the others: an end of text neither stops it nor is forbidden.
+        self._model.generation_config.eos_token_id = None
         self._tokenizer = _transformers().AutoTokenizer.from_pretrained(self._folder)
 
     def execute(
@@ -43,9 +45,7 @@ class TritonPythonModel:
         given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         prompt = self._tokenizer(given["text_input"][0].decode(), return_tensors="pt")
         count = int(given["max_tokens"][0])
-        ids = self._model.generate(
-            **prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False
-        )
+        ids = self._model.generate(**prompt, max_new_tokens=count, do_sample=False)
         new_ids = ids[0, prompt["input_ids"].shape[1] :].numpy().astype(np.int32)
         return pb_utils.InferenceResponse([pb_utils.Tensor("output_ids", new_ids)])
 
