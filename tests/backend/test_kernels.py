@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from paraserve_backend.engine import kernels
 from paraserve_backend.engine.kernels import Parameters
 
 
@@ -16,7 +17,26 @@ def test_one_row_is_projected_as_it_is_among_others(dtype: torch.dtype, has_bias
     torch.testing.assert_close(module.project(rows[:1]), module.project(rows)[:1])
 
 
-def test_onednn_is_left_as_it_was_also_after_an_error() -> None:
+@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_row_of_bf16_goes_without_onednn_where_it_has_no_tiles(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, has_amx: bool
+) -> None:
+    monkeypatch.setattr(kernels, "HAS_AMX", has_amx)
+    used: list[object] = []
+    multiply = torch.mv
+
+    def watched(weight: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        used.append(torch.backends.mkldnn.enabled)
+        return multiply(weight, row)
+
+    monkeypatch.setattr(torch, "mv", watched)
+    Parameters(weight=torch.randn(96, 128, dtype=dtype)).project(torch.randn(1, 128, dtype=dtype))
+    assert used == [dtype is torch.float32 or has_amx]
+
+
+def test_onednn_is_left_as_it_was_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "HAS_AMX", False)
     module = Parameters(weight=torch.randn(96, 128).bfloat16())
     assert torch.backends.mkldnn.enabled
     module.project(torch.randn(1, 128).bfloat16())
