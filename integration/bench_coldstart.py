@@ -31,7 +31,7 @@ from integration.coldstart_report import markdown, table
 from integration.coldstart_summary import Results, Start, summary
 from integration.coldstart_targets import TARGETS
 from integration.coldstart_variants import SHAPES, VARIANTS, Plain, Testbed, Variant
-from integration.memory import huge_pages, touch_memory
+from integration.memory import huge_pages
 from integration.namespaces import HUB
 from integration.plain_triton import Loader
 from paraserve_backend.errors import InvalidRequest, NotFound, ParaServeError
@@ -71,8 +71,6 @@ def run(folder: Path, arguments: argparse.Namespace, console: Console) -> dict[s
     with huge_pages(), _progress(console) as progress:
         task = progress.add_task("", total=arguments.rounds * len(variants))
         for number in range(1, arguments.rounds + 1):
-            progress.update(task, description=f"round {number}: memory")
-            touch_memory()
             for testbed in testbeds(variants):
                 progress.update(task, description=f"round {number}: {testbed.name}")
                 for start in _starts(testbed, variants, checkpoints, links):

@@ -28,7 +28,7 @@ import numpy as np
 
 from integration import cluster, namespaces, static_server
 from integration.fetch_clients import BUCKET, CLIENTS, OBJECT, environment
-from integration.memory import huge_pages, touch_memory
+from integration.memory import backed_memory, huge_pages
 from paraserve_backend.errors import ParaServeError
 from paraserve_scheduler.local.cluster import files_of
 from paraserve_scheduler.local.layout import ClusterLayout, NodeLayout
@@ -43,8 +43,6 @@ _PAYLOAD_SHARE = 1448 / 1514
 #: Largest distance from the line rate.
 LINE_RATE_MARGIN = 0.03
 _CHUNK_BYTES = 1 << 24
-#: Of the object's size and node: memory that a client may newly take.
-_TOUCHED_TIMES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +124,8 @@ def write_object(path: Path, size_bytes: int) -> int:
 
 def _fetch_on(nodes: Sequence[NodeLayout], client: str, store: Store) -> list[Fetched]:
     """Let one client fetch on all nodes at the same moment."""
-    touch_memory(_TOUCHED_TIMES * len(nodes) * store.size_bytes)
     with ExitStack() as stack:
+        stack.enter_context(backed_memory(2 * len(nodes) * store.size_bytes))
         processes = [stack.enter_context(_client(node, client, store)) for node in nodes]
         for process in processes:
             _line(process, client)  # "ready"

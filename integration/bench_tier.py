@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from integration.checkpoints import LlamaShape, llama_bytes, write_raw_bf16
-from integration.memory import huge_pages, touch_memory
+from integration.memory import backed_memory, huge_pages
 from integration.tier_reads import HELD, WAYS, shards
 from integration.whole_model import fetch_whole
 from paraserve_backend.errors import ParaServeError
@@ -38,8 +38,6 @@ _SHAPE = LlamaShape(layers=1, hidden=2048, intermediate=5632, heads=16, kv_heads
 _HOST_MEMORY = Path("/dev/shm")
 #: Of the disk's own limit.
 LEAST_DISK_SHARE = 0.85
-#: Of the model's size: what a read may newly take, with room to spare.
-_TOUCHED_TIMES = 2
 #: A stage's process may take its weights, this share more, and what it takes without any.
 MOST_MEMORY_SHARE = 1.15
 
@@ -114,9 +112,9 @@ def _fill(model: Path, node: Path) -> None:
 def _read(way: str, model: Path, node: Path, size_bytes: int) -> Read:
     for path in shards(model):
         _leave_page_cache(path)
-    touch_memory(_TOUCHED_TIMES * size_bytes)
     command = [sys.executable, "-m", "integration.tier_reads", way, str(model), str(node)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    with backed_memory(2 * size_bytes):
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     for cold in node.glob("cold-*"):
         shutil.rmtree(cold)
     if done.returncode != 0:

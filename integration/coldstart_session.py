@@ -32,7 +32,7 @@ from integration.coldstart_variants import (
     Variant,
     Weights,
 )
-from integration.memory import model_processes_peak_bytes
+from integration.memory import backed_memory, model_processes_peak_bytes
 from integration.namespaces import inside
 from integration.plain_triton import WARM_REQUESTS, PlainTriton
 from integration.rest import wait_for_rest
@@ -112,7 +112,8 @@ class Session:
         assert self._plain is not None
         source = f"s3://{BUCKET}/{variant.source}"
         wait_for_rest(_REST_TIMEOUT_S)
-        start = self._plain.start(how.loader, source, PROMPT, MAX_TOKENS)
+        with backed_memory(2 * llama_bytes(SHAPES[variant.checkpoint])):
+            start = self._plain.start(how.loader, source, PROMPT, MAX_TOKENS)
         return Start(
             variant=variant.name,
             ttft_s=start.ttft_s,
@@ -136,7 +137,8 @@ class Session:
         self._deploy(name, variant.source, how, keep_alive_s)
         self._wait_for_slots()
         wait_for_rest(_REST_TIMEOUT_S)
-        first = ask(self._layout, name, PROMPT, MAX_TOKENS)
+        with backed_memory(2 * llama_bytes(SHAPES[variant.checkpoint])):
+            first = ask(self._layout, name, PROMPT, MAX_TOKENS)
         again = [ask(self._layout, name, PROMPT, MAX_TOKENS) for _ in range(WARM_REQUESTS)]
         replica = self._first_replica(name)
         if len(replica.parts) != how.stages and len(set(self._testbed.gbit)) == 1:

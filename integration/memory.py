@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from math import ceil
 from pathlib import Path
 
 from integration.namespaces import processes_in
@@ -18,8 +21,11 @@ from paraserve_scheduler.local.layout import SHM, NodeLayout
 
 _PROC = Path("/proc")
 _STEP_BYTES = 8 << 20
-#: Of what is free.
-_TOUCHED_SHARE = 0.6
+#: Of what is available, at most.
+_RESERVED_SHARE = 0.6
+#: How much is free before it is needed.
+_LEAD_BYTES = 256 << 20
+_LOOK_S = 0.02
 
 
 def model_processes_peak_bytes(nodes: Sequence[NodeLayout], model: str = "") -> int:
@@ -37,21 +43,40 @@ def model_processes_peak_bytes(nodes: Sequence[NodeLayout], model: str = "") -> 
     return max(peaks)
 
 
-def touch_memory(size_bytes: int | None = None) -> None:
-    """Write to so much of the free memory once, most of it unless stated, and free it again.
+@contextmanager
+def backed_memory(size_bytes: int) -> Iterator[None]:
+    """Let what runs meanwhile find so much of its memory really there, as on a machine of its own.
 
-    A virtual machine's memory is backed by its host when it is first written to, which can take
-    several times as long as the writing. What is measured afterwards finds it there, as on a
-    machine of its own.
+    The host of a virtual machine backs memory when it is first written to, which can take several
+    times as long as the writing, and takes back what has been free for a second or two. So it is
+    written to beforehand and given back little by little, as the machine's free memory is used.
     """
     content = bytes(_STEP_BYTES)
-    free_bytes = min(available_bytes(_PROC), shutil.disk_usage(SHM).free)
-    most_bytes = int(free_bytes * _TOUCHED_SHARE)
-    touched_bytes = most_bytes if size_bytes is None else min(size_bytes, most_bytes)
-    with tempfile.TemporaryFile(dir=SHM) as file:
-        file.truncate(touched_bytes)  # only pages within a file's size can be huge
-        for _ in range(touched_bytes // _STEP_BYTES):
+    most_bytes = int(min(available_bytes(_PROC), shutil.disk_usage(SHM).free) * _RESERVED_SHARE)
+    steps = min(size_bytes, most_bytes) // _STEP_BYTES
+    stopping = threading.Event()
+    with tempfile.TemporaryFile(dir=SHM, buffering=0) as file:
+        file.truncate(steps * _STEP_BYTES)  # only pages within a file's size can be huge
+        for _ in range(steps):
             file.write(content)
+        least_bytes = _free_bytes() + _LEAD_BYTES
+        reserve = threading.Thread(target=_give_back, args=(file, steps, least_bytes, stopping))
+        reserve.start()
+        try:
+            yield
+        finally:
+            stopping.set()
+            reserve.join()
+
+
+def _give_back(file: io.FileIO, steps: int, least_bytes: int, stopping: threading.Event) -> None:
+    """Shorten the file whenever less memory is free, until it is empty or shall stop."""
+    while steps and not stopping.is_set():
+        short_bytes = least_bytes - _free_bytes()
+        if short_bytes > 0:
+            steps = max(0, steps - ceil(short_bytes / _STEP_BYTES))
+            file.truncate(steps * _STEP_BYTES)
+        stopping.wait(_LOOK_S)
 
 
 @contextmanager
@@ -69,6 +94,12 @@ def huge_pages() -> Iterator[None]:
         yield
     finally:
         _remount(before)
+
+
+def _free_bytes() -> int:
+    """Return what nothing uses, not even the page cache (MemFree)."""
+    lines = (_PROC / "meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemFree:"))
 
 
 def _remount(huge: str) -> None:
