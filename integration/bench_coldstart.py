@@ -135,6 +135,8 @@ def _starts(
         node_memory_bytes=_NODE_MEMORY_BYTES,
         agent_settings=testbed.agent_settings,
         scheduler_settings=testbed.scheduler_settings,
+        # Only one node computes at a time, and a node has its processors to itself.
+        compute_threads=os.cpu_count() or 1,
     )
     with capped_cluster(wanted, os.environ) as layout:
         for source, checkpoint in {v.source: v.checkpoint for v in here}.items():

@@ -41,6 +41,8 @@ class CappedCluster:
     #: Of all agents. As it stands every cold start fetches everything.
     agent_settings: Mapping[str, object] = field(default_factory=lambda: {"tier_bytes": 0})
     scheduler_settings: Mapping[str, object] = field(default_factory=dict)
+    #: Of each model process. By default the same on any machine, so that runs can be compared.
+    compute_threads: int = 1
     name: str = NAME
 
 
@@ -102,8 +104,7 @@ def capped_layout(wanted: CappedCluster, files: ClusterFiles) -> ClusterLayout:
             for number, rate_bits_per_s in enumerate(wanted.rates_bits_per_s, start=1)
         ),
         state_dir=files.state_dir,
-        # The same for any number of nodes, so that runs can be compared.
-        compute_threads=1,
+        compute_threads=wanted.compute_threads,
         scheduler_settings=wanted.scheduler_settings,
     )
 

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from paraserve_backend.config import RoleConfig, SlotConfig
 from paraserve_backend.contract import SlotKind
@@ -15,6 +16,7 @@ from paraserve_backend.roles.slot import (
     SlotCommand,
     SlotRole,
     at_low_priority,
+    import_all,
     read_slot_command,
 )
 
@@ -211,3 +213,11 @@ def test_what_fails_there_fails_here() -> None:
 
     with pytest.raises(ImportError, match="no torch"):
         at_low_priority(fail)
+
+
+def test_a_slot_computes_on_no_thread_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP would keep helpers for it, beside those of the thread that serves later."""
+    computed: list[threading.Thread] = []
+    monkeypatch.setattr(torch, "matmul", lambda *_: computed.append(threading.current_thread()))
+    import_all(STAGE)
+    assert [thread.is_alive() for thread in computed] == [False]

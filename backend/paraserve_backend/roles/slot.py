@@ -122,14 +122,7 @@ class SlotRole(Generic[Bound]):
 
 def import_all(config: SlotConfig) -> None:
     """Import what the slot's role needs, and initialise its device."""
-    at_low_priority(lambda: _import(config.kind))
-    if config.kind is SlotKind.LINK:
-        return
-    import torch
-
-    # Starts the threads of the CPU's kernels, or makes the GPU's context.
-    square = torch.ones(64, 64, device=config.device)
-    torch.matmul(square, square)
+    at_low_priority(lambda: _import(config))
 
 
 def at_low_priority(work: Callable[[], None]) -> None:
@@ -144,12 +137,21 @@ def at_low_priority(work: Callable[[], None]) -> None:
         thread.submit(work).result()
 
 
-def _import(kind: SlotKind) -> None:
-    if kind is SlotKind.LINK:
+def _import(config: SlotConfig) -> None:
+    if config.kind is SlotKind.LINK:
         import paraserve_backend.roles.link
-    else:
-        import paraserve_backend.roles.generate
-        import paraserve_backend.roles.stage  # noqa: F401
+
+        return
+    import torch
+
+    import paraserve_backend.roles.generate
+    import paraserve_backend.roles.stage  # noqa: F401
+
+    # Starts the libraries of the CPU's kernels, or makes the GPU's context. On a thread that ends:
+    # OpenMP keeps threads for each that computes, and slows all down once there are more of them
+    # than processors.
+    square = torch.ones(64, 64, device=config.device)
+    torch.matmul(square, square)
 
 
 def _check(slot: SlotConfig, config: RoleConfig, key_file: Path) -> None:
