@@ -31,13 +31,12 @@ from integration.fetch_clients import BUCKET, CLIENTS, OBJECT, environment
 from integration.memory import backed_memory, huge_pages
 from paraserve_backend.errors import ParaServeError
 from paraserve_scheduler.local.cluster import files_of
-from paraserve_scheduler.local.layout import ClusterLayout, NodeLayout
+from paraserve_scheduler.local.layout import SHM, ClusterLayout, NodeLayout
 
 NODES = 4
 OURS = "paraserve"
 _MODULES = ("boto3", "awscrt", "obstore", "runai_model_streamer")
 _PORT = 80
-_HOST_MEMORY = Path("/dev/shm")
 #: Payload of a full Ethernet frame, and what the cap counts of it.
 _PAYLOAD_SHARE = 1448 / 1514
 #: Largest distance from the line rate.
@@ -146,7 +145,7 @@ def _fetch_on(nodes: Sequence[NodeLayout], client: str, store: Store) -> list[Fe
 @contextmanager
 def _client(node: NodeLayout, client: str, store: Store) -> Iterator[subprocess.Popen[str]]:
     assert node.network_namespace is not None
-    folder = Path(tempfile.mkdtemp(prefix="paraserve-bench-", dir=_HOST_MEMORY))
+    folder = Path(tempfile.mkdtemp(prefix="paraserve-bench-", dir=SHM))
     process = subprocess.Popen(
         [
             *("ip", "netns", "exec", node.network_namespace),

@@ -49,7 +49,7 @@ from paraserve_backend.weights.tier_reader import TierReader
 from paraserve_scheduler import timeline
 from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
-from paraserve_scheduler.local.layout import ClusterLayout
+from paraserve_scheduler.local.layout import SHM, ClusterLayout
 
 NAME = "bench-gpu"
 SHAPES = {
@@ -59,7 +59,6 @@ SHAPES = {
     "tiny": LlamaShape(layers=4, hidden=128, intermediate=256, heads=4, kv_heads=2, spread=0.2),
 }
 STAGES = (1, 2, 4)
-_HOST_MEMORY = Path("/dev/shm")
 _FETCH = "whole"
 _STAGING_BYTES = 32 << 20
 _KV_BLOCKS_MOVED = 128
@@ -81,7 +80,7 @@ def main() -> int:
         sys.stdout.write(f"Skipped: {reason}.\n")
         sys.stdout.write(json.dumps({"bench": "gpu", "skipped": reason}) + "\n")
         return 0
-    folder = Path(tempfile.mkdtemp(prefix="paraserve-bench-gpu-", dir=_HOST_MEMORY))
+    folder = Path(tempfile.mkdtemp(prefix="paraserve-bench-gpu-", dir=SHM))
     try:
         result = run(folder, SHAPES[arguments.shape], device, Console(highlight=False))
     except ParaServeError as error:

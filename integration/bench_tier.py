@@ -32,10 +32,10 @@ from paraserve_backend.errors import ParaServeError
 from paraserve_backend.weights.disk import DiskTier
 from paraserve_backend.weights.disk_upkeep import DiskUpkeep
 from paraserve_backend.weights.tier import Tier
+from paraserve_scheduler.local.layout import SHM
 
 REPEATS = 3
 _SHAPE = LlamaShape(layers=1, hidden=2048, intermediate=5632, heads=16, kv_heads=4)
-_HOST_MEMORY = Path("/dev/shm")
 #: Of the disk's own limit.
 LEAST_DISK_SHARE = 0.85
 #: A stage's process may take its weights, this share more, and what it takes without any.
@@ -76,7 +76,7 @@ def _ways() -> list[str]:
 @contextmanager
 def prepared(folder: Path, size_bytes: int) -> Iterator[tuple[Path, Path]]:
     """Make a model, and a node that has it in memory, on disk, and as files in memory."""
-    node = Path(tempfile.mkdtemp(prefix="paraserve-bench-", dir=_HOST_MEMORY))
+    node = Path(tempfile.mkdtemp(prefix="paraserve-bench-", dir=SHM))
     on_disk = Path(tempfile.mkdtemp(prefix="paraserve-bench-", dir=folder))
     try:
         model = on_disk / "model"

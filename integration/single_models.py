@@ -17,10 +17,10 @@ from integration.triton_server import TritonServer
 from paraserve_backend.agent.stubs import ProcessTable
 from paraserve_backend.interface import HAND_OVER_OUTPUTS
 from paraserve_backend.resume import HAND_OVER_TO, RESUME, Resume
+from paraserve_scheduler.local.layout import SHM
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _TEMPLATE = _REPOSITORY / "model_repository_templates" / "standalone.pbtxt"
-_SHM = Path("/dev/shm")
 _TIMEOUT_S = 60
 #: Long enough that a request is still running when it is told to move.
 MAX_TOKENS = 400
@@ -137,7 +137,7 @@ def kill(server: TritonServer) -> None:
     (stub,) = processes.find()
     processes.kill(stub)
     processes.remove_leftovers([stub])
-    for folder in _SHM.glob(f"paraserve-standalone-{stub.pid}-*"):
+    for folder in SHM.glob(f"paraserve-standalone-{stub.pid}-*"):
         shutil.rmtree(folder)
 
 
@@ -153,5 +153,5 @@ def unload(server: TritonServer) -> None:
     for stub in ProcessTable(server.model_repository).find():
         client.unload_model(stub.model)
         wait_until(lambda: not server.shm_regions())
-        assert not list(_SHM.glob(f"paraserve-standalone-{stub.pid}-*"))
+        assert not list(SHM.glob(f"paraserve-standalone-{stub.pid}-*"))
     client.close()

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.client import SchedulerClient
-from paraserve_scheduler.local.layout import ClusterLayout
+from paraserve_scheduler.local.layout import SHM, ClusterLayout
 from tests.backend.models import VOCAB_SIZE, TinyModel, write_model
 
 TIMEOUT_S = 120.0
@@ -168,7 +168,7 @@ def assert_nothing_left(cluster: Cluster, replica: str) -> None:
     lines = _stub_lines()
     assert not [line for line in lines if replica.encode() in line]
     # Triton gives every stub a region of shared memory and tells it the name.
-    regions = Path("/dev/shm").glob(f"{cluster.layout.files.shm_prefix}node*")
+    regions = SHM.glob(f"{cluster.layout.files.shm_prefix}node*")
     assert not [r for r in regions if not any(r.name.encode() in line for line in lines)]
 
 

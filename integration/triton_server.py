@@ -24,9 +24,9 @@ from paraserve_backend.triton_install import (
     launch_environment,
     prepare_backend_directory,
 )
+from paraserve_scheduler.local.layout import SHM
 
 _HOST = "127.0.0.1"
-_SHM = Path("/dev/shm")
 
 
 class TritonServer:
@@ -105,7 +105,7 @@ class TritonServer:
 
     def shm_regions(self) -> list[Path]:
         """Return the shared memory of the server's Python processes."""
-        return sorted(_SHM.glob(f"{self.shm_prefix}*"))
+        return sorted(SHM.glob(f"{self.shm_prefix}*"))
 
     def __enter__(self) -> Self:
         self.start()

@@ -57,15 +57,15 @@ def object_problems(path: Path, found: TierObject, *, growing: bool) -> list[str
     key = found.stored.key
     if not path.exists():
         return [f"the file of {key} is missing"]
-    if path.stat().st_size != found.stored.size_bytes:
-        return [f"the file of {key} has {path.stat().st_size} bytes"]
+    file = path.stat()
+    if file.st_size != found.stored.size_bytes:
+        return [f"the file of {key} has {file.st_size} bytes"]
     holes = [(span, first_hole(path, span)) for span in found.landed]
     problems = [
         f"{key} has no bytes at {hole} in {span}" for span, hole in holes if hole is not None
     ]
     # What the file system gives at once: 2 MiB where it has huge pages.
-    page_bytes = path.stat().st_blksize
-    known_bytes = sum(whole_pages(span, page_bytes) for span in found.landed)
+    known_bytes = sum(whole_pages(span, file.st_blksize) for span in found.landed)
     if not growing and used_bytes(path) > known_bytes:
         problems.append(
             f"the file of {key} takes {used_bytes(path)} bytes, {known_bytes} are known"
