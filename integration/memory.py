@@ -98,8 +98,7 @@ def huge_pages() -> Iterator[None]:
 
 def _free_bytes() -> int:
     """Return what nothing uses, not even the page cache (MemFree)."""
-    lines = (_PROC / "meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemFree:"))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _remount(huge: str) -> None:
