@@ -17,6 +17,7 @@ from integration.tiny_cluster import (
     Stream,
     assert_nothing_left,
     generate,
+    parent,
     prompts,
     stubs,
     wait_for_blocks,
@@ -129,7 +130,7 @@ def test_an_unknown_deployment_is_named_with_those_there_are(cluster: Cluster) -
         cluster.client.delete("known")
 
 
-@pytest.mark.parametrize("victim", ["generate", "stage1"])
+@pytest.mark.parametrize("victim", ["generate", "stage1", "triton"])
 def test_requests_of_a_killed_process_go_on_at_the_replica_that_replaces_it(
     cluster: Cluster, victim: str
 ) -> None:
@@ -141,8 +142,8 @@ def test_requests_of_a_killed_process_go_on_at_the_replica_that_replaces_it(
         stream = Stream(cluster, name, prompt, 160)
         begun = stream.next().token_ids
         first = cluster.replica(name).replica
-        (process,) = stubs(first if victim == "generate" else f"{first}.{victim}")
-        os.kill(process, signal.SIGKILL)
+        (process,) = stubs(f"{first}.stage1" if victim == "stage1" else first)
+        os.kill(parent(process) if victim == "triton" else process, signal.SIGKILL)
         assert begun + stream.all_ids() == expected
         assert cluster.replica(name).replica != first
         wait_until(lambda: not stubs(first) and not stubs(f"{first}.stage0"))

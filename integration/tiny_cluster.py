@@ -190,3 +190,9 @@ def stubs(model: str) -> list[int]:
             if b"stub" in words[0] and f"{model}_0_0".encode() in words:
                 found.append(int(path.parent.name))
     return found
+
+
+def parent(pid: int) -> int:
+    """The process that started `pid`; of a model's process, its tritonserver."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("PPid:")[2].split()[0])

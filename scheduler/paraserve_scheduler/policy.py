@@ -33,6 +33,7 @@ from paraserve_scheduler.placement import check_room, lay_out
 from paraserve_scheduler.state import (
     ClusterView,
     DeploymentState,
+    FailedStart,
     Failure,
     Phase,
     Replica,
@@ -176,13 +177,14 @@ def _follow_policy(view: ClusterView, now_s: float, config: PolicyConfig) -> Ite
     for stop in _reclaim(view, now_s, config):
         yield stop
         view = begin(view, stop, now_s)
-    fleet = fleet_of(view, now_s, config, held_back={it.deployment for it in failures})
+    held_back = {it.deployment for it in failures} | _pausing(view, now_s, config)
+    fleet = fleet_of(view, now_s, config, held_back=held_back)
     for decision in find_policy(config.name).decide(fleet, now_s):
         for action in _carry_out(view, decision, now_s, config):
             yield action
             view = begin(view, action, now_s)
     for state in view.deployments.values():
-        if _is_left_waiting(view, state):
+        if _is_left_waiting(view, state) and state.name not in held_back:
             yield from _without_room(view, state, now_s, config)
 
 
@@ -201,8 +203,10 @@ def _refuse_starts(
 
 def _is_left_waiting(view: ClusterView, state: DeploymentState) -> bool:
     """Whether requests wait and no replica serves them, or will."""
-    if state.deleting or not view.waiting(state.name):
-        return False
+    return not state.deleting and view.waiting(state.name) > 0 and _is_at_zero(view, state)
+
+
+def _is_at_zero(view: ClusterView, state: DeploymentState) -> bool:
     return not any(replica.is_wanted for replica in view.live_replicas(state.name))
 
 
@@ -265,9 +269,7 @@ def _too_many_failures(
     state: DeploymentState, now_s: float, config: PolicyConfig
 ) -> Failure | None:
     """The newest failure, if it is of no use to try again yet."""
-    recent = [
-        failed for failed in state.failed_starts if now_s - failed.at_s < config.failure_window_s
-    ]
+    recent = _recent_failures(state, now_s, config)
     if not recent:
         return None
     newest = recent[-1]
@@ -276,6 +278,26 @@ def _too_many_failures(
         tried_just_now = now_s - newest.at_s < config.repair_pause_s
         return newest.failure if tried_just_now else None
     return newest.failure if len(recent) >= config.max_failed_starts else None
+
+
+def _pausing(view: ClusterView, now_s: float, config: PolicyConfig) -> set[str]:
+    """The deployments at zero that failed again when tried again; the next try is not yet due.
+
+    If a node is lost, or its Triton, that is known in time for the try to go around it.
+    """
+    return {
+        state.name
+        for state in view.deployments.values()
+        if _is_at_zero(view, state)
+        and len(recent := _recent_failures(state, now_s, config)) > 1
+        and now_s - recent[-1].at_s <= config.node_timeout_s
+    }
+
+
+def _recent_failures(
+    state: DeploymentState, now_s: float, config: PolicyConfig
+) -> tuple[FailedStart, ...]:
+    return tuple(it for it in state.failed_starts if now_s - it.at_s < config.failure_window_s)
 
 
 def _reclaim(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[StopReplica]:

@@ -371,6 +371,8 @@ def test_the_start_of_a_lost_pipelines_successor_counts_as_a_cold_start() -> Non
     history.removed("tiny.1")
     history.demand(waiting=1)
     history.part("tiny.2", 0, Phase.FAILED, LOST_PROCESS)
+    assert not _starts(history.decides()), "the second failure in a row"
+    history.passes(CONFIG.node_timeout_s + 0.1)
     (start,) = _starts(history.decides())
     assert start.plan.succeeds is None
     assert len(history.view.deployments["tiny"].failed_starts) == 2

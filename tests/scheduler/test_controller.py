@@ -23,6 +23,9 @@ from tests.scheduler.builders import CONFIG, make_deployment, make_node_info
 from tests.scheduler.cluster import Cluster, running
 from tests.scheduler.histories import LOST_PROCESS, NO_OBJECT
 
+#: When a start that failed twice is tried again.
+TRIED_AGAIN_S = CONFIG.node_timeout_s + 0.1
+
 
 def _run(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(scenario)
@@ -107,8 +110,25 @@ def test_an_agent_that_cannot_be_reached_fails_the_start() -> None:
             cluster.nodes["n0"].reachable = False
             cluster.controller.add_deployment(make_deployment())
             await cluster.demand(waiting=1)
+            await cluster.passes(TRIED_AGAIN_S)
+            await cluster.demand(waiting=1)
             assert _route(cluster).failure.message == "The agent at n0:8500 cannot be reached."
             assert cluster.held() == set()
+
+    _run(scenario())
+
+
+def test_requests_wait_until_an_agent_that_cannot_be_reached_is_known_to_be_lost() -> None:
+    async def scenario() -> None:
+        async with running() as cluster:
+            cluster.nodes["n0"].reachable = False
+            cluster.controller.add_deployment(make_deployment())
+            await cluster.demand(waiting=1)
+            await cluster.passes(TRIED_AGAIN_S, silent=["n0"])
+            await cluster.demand(waiting=1)
+            (replica,) = cluster.live()
+            assert replica.phase is Phase.READY
+            assert [stage.node for stage in replica.plan.stages] == ["n1"]
 
     _run(scenario())
 

@@ -208,13 +208,20 @@ def _fail_start(history: History, failure: Failure) -> tuple[Action, ...]:
     return actions
 
 
+def _fail_starts(history: History, failure: Failure, count: int) -> tuple[Action, ...]:
+    """Let as many starts fail, each once it is tried; returns what is done after the last."""
+    for _ in range(count - 1):
+        _fail_start(history, failure)
+        history.passes(CONFIG.node_timeout_s + 0.1)
+        history.decides()
+    return _fail_start(history, failure)
+
+
 def test_after_three_failed_starts_the_waiting_requests_fail_with_the_last_reason() -> None:
     history = History()
     history.demand(waiting=2)
     history.decides()
-    for _ in range(2):
-        assert _kinds(_fail_start(history, LOST_PROCESS))[-1] is StartReplica
-    *_, failed = _fail_start(history, LOST_PROCESS)
+    *_, failed = _fail_starts(history, LOST_PROCESS, 3)
     assert isinstance(failed, FailDeployment)
     assert failed.failure == LOST_PROCESS
     state = history.view.deployments["tiny"]
@@ -226,13 +233,11 @@ def test_new_requests_fail_at_once_until_the_window_has_passed() -> None:
     history = History()
     history.demand(waiting=1)
     history.decides()
-    for _ in range(3):
-        _fail_start(history, LOST_PROCESS)
-    history.passes(CONFIG.failure_window_s - 1)
+    _fail_starts(history, LOST_PROCESS, 3)
     history.demand(waiting=1)
     assert _kinds(history.decides()) == [FailDeployment]
     assert history.view.deployments["tiny"].failure_number == 2
-    history.passes(1)
+    history.passes(CONFIG.failure_window_s)
     history.demand(waiting=1)
     assert _kinds(history.decides()) == [StartReplica]
 
@@ -263,10 +268,34 @@ def test_a_replica_that_became_ready_clears_earlier_failures() -> None:
     history = History()
     history.demand(waiting=1)
     history.decides()
-    _fail_start(history, LOST_PROCESS)
-    _fail_start(history, LOST_PROCESS)
+    _fail_starts(history, LOST_PROCESS, 2)
+    history.passes(CONFIG.node_timeout_s + 0.1)
+    history.decides()
     history.becomes_ready("tiny.3")
     assert _kinds(_fail_start(history, LOST_PROCESS))[-1] is StartReplica
+
+
+def test_the_third_try_waits_until_a_node_that_was_lost_is_known_to_be() -> None:
+    history = History(nodes=[make_node_info(name) for name in ("n0", "n1", "n2")])
+    history.demand(waiting=1)
+    history.decides()
+    assert _kinds(_fail_start(history, LOST_PROCESS))[-1] is StartReplica, "the second does not"
+    assert StartReplica not in _kinds(_fail_start(history, LOST_PROCESS))
+    history.passes(CONFIG.node_timeout_s, silent=["n0"])
+    assert history.decides() == ()
+    history.passes(0.1, silent=["n0"])
+    (start,) = history.decides()
+    assert isinstance(start, StartReplica)
+    assert {stage.node for stage in start.plan.stages} == {"n1", "n2"}
+
+
+def test_a_least_replica_that_cannot_start_is_tried_at_intervals() -> None:
+    history = _several(min_replicas=1)
+    history.decides()
+    _fail_starts(history, LOST_PROCESS, 4)
+    assert history.decides() == ()
+    history.passes(CONFIG.node_timeout_s + 0.1)
+    assert _kinds(history.decides()) == [StartReplica]
 
 
 def test_a_lost_node_stops_its_replicas_and_the_rest_serves() -> None:
