@@ -1,9 +1,10 @@
 """How well the simulator foretells a real cluster: one trace through both.
 
-Three deployments of one checkpoint, of 1, 2 and 4 stages, on four nodes whose networks are capped.
-Some cold starts first, from which the constants of nodes and store are measured; then a trace with
-overlapping cold starts runs through the cluster, and through the simulator with these constants
-and the same policy. What is compared is the time to first token of requests that found no replica.
+Three deployments of 1, 2 and 4 stages on four nodes whose networks are capped. Each has a copy of
+one checkpoint, so that none reads what another's fetch has left on its node. Some cold starts
+first, from which the constants of nodes and store are measured; then a trace with overlapping cold
+starts runs through the cluster, and through the simulator with these constants and the same policy.
+What is compared is the time to first token of requests that found no replica.
 Networks are slow enough by default that nodes share them, and not this machine's two cores.
 The last line is one JSON object; the exit status is 1 if the target was missed.
 """
@@ -120,7 +121,8 @@ def run(folder: Path, gbit: float, seed: int, console: Console) -> dict[str, obj
         inside(HUB),
         SchedulerClient(layout.scheduler_address, layout.files.token.read_text()) as client,
     ):
-        put_into_bucket(layout, folder, "bench")
+        for stages in STAGES:
+            put_into_bucket(layout, folder, _name(stages))
         console.print(f"{NODES} nodes with {gbit:g} Gbit/s each are up.")
         cluster = _Cluster(layout, client, console)
         constants = cluster.measure()
@@ -158,7 +160,7 @@ class _Cluster:
             client.deploy(
                 pb.DeploymentSpec(
                     name=_name(stages),
-                    source=f"s3://{BUCKET}/bench",
+                    source=f"s3://{BUCKET}/{_name(stages)}",
                     max_stages=stages,
                     max_context=_MAX_CONTEXT,
                     keep_alive_s=_KEEP_ALIVE_S,

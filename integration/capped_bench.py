@@ -43,6 +43,8 @@ def run_bench(
         return 130
     except ParaServeError as error:
         console.print(f"[bold red]The benchmark failed:[/] {error}", soft_wrap=True)
+        for note in getattr(error, "__notes__", ()):
+            console.print(note, markup=False, soft_wrap=True)
         return 1
     finally:
         if not keep:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from integration.logs import log_tails
 from integration.namespaces import (
     HUB,
     HUB_HOST,
@@ -55,14 +56,19 @@ def capped_cluster(
     """Bring up a cluster with capped nodes; everything is gone after the body.
 
     Addresses in the layout are those inside the namespaces: enter `inside(HUB)` to reach them.
+    An error that leaves the body has the ends of the cluster's logs as a note.
 
     Raises:
         Unavailable: this machine cannot have namespaces, or a process did not start.
     """
+    files = files_of(wanted.name, environ)
     try:
         yield bring_up(wanted, environ, on_progress)
+    except ParaServeError as error:
+        error.add_note("\n".join(f"{name}:\n{tail}" for name, tail in log_tails(files)))
+        raise
     finally:
-        take_down(files_of(wanted.name, environ))
+        take_down(files)
 
 
 def bring_up(

@@ -50,7 +50,7 @@ _KEEP_ALIVE_S = 2.0
 #: Weights are copied to disk while they are in use: 5 s after a start, 200 MB/s.
 _DISK_KEEP_ALIVE_S = 25.0
 _ZERO_TIMEOUT_S = 60.0
-_SLOTS_TIMEOUT_S = 60.0
+_SLOTS_TIMEOUT_S = 180.0
 #: Slots are made anew after a start; a machine that is busy with something else stays so.
 _REST_TIMEOUT_S = 10.0
 _POLL_S = 0.1

@@ -10,15 +10,12 @@ import pytest
 from rich.console import Console
 
 from integration.bucket import upload
+from integration.logs import log_tails
 from integration.tiny_cluster import MODELS, Cluster, write_models
 from paraserve_backend.agent.node import available_bytes
 from paraserve_scheduler.client import SchedulerClient
-from paraserve_scheduler.local.children import log_tail
 from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
 from paraserve_scheduler.local.layout import NodeLayout
-
-#: Of each log of a cluster whose test failed.
-_SHOWN_LINES = 40
 
 
 @pytest.fixture(scope="session")
@@ -54,13 +51,12 @@ def disk_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def pytest_runtest_makereport(
     item: pytest.Function,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show with a failed test what its clusters' logs say last: their files go with them."""
+    """Show with a failed test what its clusters' logs say last."""
     report = yield
     if report.failed:
         clusters = (value for value in item.funcargs.values() if isinstance(value, Cluster))
         for cluster in clusters:
-            for path in sorted(cluster.layout.files.logs.glob("*.log")):
-                report.sections.append((path.name, log_tail(path, _SHOWN_LINES)))
+            report.sections.extend(log_tails(cluster.layout.files))
     return report
 
 
