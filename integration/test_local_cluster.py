@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from integration.cluster import NAME as CAPPED
 from integration.cluster import CappedCluster, capped_cluster
 from integration.namespaces import HUB, missing_requirement
 from integration.namespaces import PREFIX as NAMESPACE_PREFIX
+from integration.tiny_cluster import wait_until
 from paraserve_scheduler.local.cluster import down, files_of, find
 from paraserve_scheduler.local.layout import SHM, ClusterFiles
 from paraserve_scheduler.local.ports import is_free
@@ -155,6 +157,30 @@ def test_a_process_that_cannot_start_is_named_with_the_end_of_its_log(home: Home
     assert "the end of its log" in said
     assert "18470" in said
     home.assert_nothing_is_left("one")
+
+
+def test_every_process_that_is_killed_is_started_again(home: Home) -> None:
+    home.run("paraserve_scheduler.cli", "up", "--name", "one", "--nodes", "1")
+    for name, pid in pids(home).items():
+        os.kill(pid, signal.SIGKILL)
+        wait_until(partial(has_another, home, name, pid))
+    wait_until(lambda: "node1  alive" in shown(home))
+    assert home.run("paraserve_scheduler.cli", "down", "--name", "one")[0] == 0
+    home.assert_nothing_is_left("one")
+
+
+def pids(home: Home) -> dict[str, int]:
+    running = find(home.files("one"))
+    assert running is not None
+    return {process.name: process.pid for process in running.processes}
+
+
+def has_another(home: Home, name: str, pid: int) -> bool:
+    return pids(home)[name] != pid
+
+
+def shown(home: Home) -> str:
+    return home.run("paraserve_scheduler.cli", "status", "--cluster", "one")[1]
 
 
 def test_a_killed_supervisor_takes_all_with_it_and_the_next_up_starts_afresh(home: Home) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,41 +40,11 @@ from paraserve_scheduler.local.layout import ClusterLayout, read_running
 PARASERVE = str(Path(sys.executable).with_name("paraserve"))
 
 
-@dataclass(slots=True)
-class Scheduler:
-    """The cluster's scheduler process, which the test may replace."""
-
-    layout: ClusterLayout
-    pid: int
-    successor: subprocess.Popen[bytes] | None = None
-
-    def restart(self) -> None:
-        command = Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")[:-1]
-        environ = Path(f"/proc/{self.pid}/environ").read_bytes().split(b"\0")[:-1]
-        os.kill(self.pid, signal.SIGKILL)
-        wait_until(lambda: not Path(f"/proc/{self.pid}/fd").exists() or not _holds_files(self.pid))
-        pairs = (entry.partition(b"=") for entry in environ)
-        self.successor = subprocess.Popen(command, env={key: value for key, _, value in pairs})
-
-    def stop(self) -> None:
-        if self.successor is not None:
-            self.successor.kill()
-            self.successor.wait()
-
-
 def _answers(cluster: Cluster, name: str) -> bool:
     """Whether a scheduler listens again, and knows the deployment."""
     try:
         return bool(cluster.client.status(name).deployments)
     except Unavailable:
-        return False
-
-
-def _holds_files(pid: int) -> bool:
-    """Whether a killed process is still on its way out: a zombie has no open files."""
-    try:
-        return any(Path(f"/proc/{pid}/fd").iterdir())
-    except OSError:
         return False
 
 
@@ -100,7 +70,7 @@ def gateway(layout: ClusterLayout) -> Iterator[ClusterLayout]:
 
 
 @pytest.fixture
-def apart(tmp_path: Path) -> Iterator[tuple[Cluster, Scheduler]]:
+def apart(tmp_path: Path) -> Iterator[Cluster]:
     """A cluster of two nodes behind a gateway that outlives its scheduler."""
     environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     files = files_of("restart", environ)
@@ -113,35 +83,37 @@ def apart(tmp_path: Path) -> Iterator[tuple[Cluster, Scheduler]]:
     models, folders = write_models(tmp_path / "models")
     try:
         up(layout, lambda _news: None)
-        pids = {process.name: process.pid for process in read_running(files.cluster).processes}
-        scheduler = Scheduler(layout, pids["scheduler"])
         source = upload(layout, folders[MODEL], MODEL, Console(quiet=True))
         token = files.token.read_text(encoding="utf-8")
         with gateway(layout) as seen, SchedulerClient(layout.scheduler_address, token) as client:
-            cluster = Cluster(layout=seen, client=client, models=models, sources={MODEL: source})
-            yield cluster, scheduler
-        scheduler.stop()
+            yield Cluster(layout=seen, client=client, models=models, sources={MODEL: source})
     finally:
         down(files, delete=True)
 
 
 @pytest.mark.parametrize("moment", ["the full instance loads", "it takes over"])
 def test_a_scheduler_that_restarts_meanwhile_finishes_what_was_begun(
-    apart: tuple[Cluster, Scheduler], moment: str
+    apart: Cluster, moment: str
 ) -> None:
-    cluster, scheduler = apart
-    expected = [cluster.models[MODEL].greedy(prompt, MAX_TOKENS) for prompt in PROMPTS]
+    expected = [apart.models[MODEL].greedy(prompt, MAX_TOKENS) for prompt in PROMPTS]
     with (
-        deployed(cluster, "kept", max_stages=2) as name,
-        load(cluster, name, expected, 4) as running,
+        deployed(apart, "kept", max_stages=2) as name,
+        load(apart, name, expected, 4) as running,
     ):
-        wait_until(lambda: f"{name}.2" in replicas(cluster, name))
+        wait_until(lambda: f"{name}.2" in replicas(apart, name))
         if moment == "it takes over":
-            wait_until(lambda: replicas(cluster, name)[f"{name}.2"].phase == pb.READY)
-        scheduler.restart()
+            wait_until(lambda: replicas(apart, name)[f"{name}.2"].phase == pb.READY)
+        killed = _scheduler_pid(apart)
+        os.kill(killed, signal.SIGKILL)
         answered = len(running.answers)
         wait_until(lambda: len(running.answers) > answered + 4)
-        wait_until(lambda: _answers(cluster, name))
-        wait_until_gone(cluster, name, f"{name}.1")
-        assert [len(replica.parts) for replica in serving(cluster, name)] == [1]
-        assert_nothing_left(cluster, f"{name}.1")
+        wait_until(lambda: _scheduler_pid(apart) != killed)
+        wait_until(lambda: _answers(apart, name))
+        wait_until_gone(apart, name, f"{name}.1")
+        assert [len(replica.parts) for replica in serving(apart, name)] == [1]
+        assert_nothing_left(apart, f"{name}.1")
+
+
+def _scheduler_pid(cluster: Cluster) -> int:
+    running = read_running(cluster.layout.files.cluster)
+    return next(process.pid for process in running.processes if process.name == "scheduler")

@@ -12,6 +12,7 @@ import grpc.aio
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
+from paraserve_backend.rpc.connection import is_connection_lost
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
 from paraserve_scheduler.state import Failure, PartState, Phase
 from paraserve_scheduler.wire import part_state
@@ -77,7 +78,7 @@ class GrpcAgents:
                         return
                 logger.warning("%s ended its report on %s early", address, part.replica)
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or not tries_left:
+                if not (is_connection_lost(error) and tries_left):
                     raise AgentCallFailed(_failure(address, error)) from error
             await asyncio.sleep(_RETRY_PAUSE_S)
         message = f"The agent at {address} does not say how {part.replica} goes on."
@@ -131,6 +132,7 @@ class GrpcAgents:
 
 def _failure(address: str, error: grpc.aio.AioRpcError) -> Failure:
     code, details = error.code(), error.details() or "no reason given"
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if is_connection_lost(error):
+        code = grpc.StatusCode.UNAVAILABLE
         details = f"The agent at {address} cannot be reached: {details}"
     return Failure(grpc_code=code.name, message=details)

@@ -25,6 +25,7 @@ from paraserve_backend.errors import (
     Unavailable,
     read_coded,
 )
+from paraserve_backend.rpc.connection import is_connection_lost
 
 #: For calls that Triton answers at once; loads and unloads may take as long as the model does.
 _ANSWER_TIMEOUT_S = 5.0
@@ -122,7 +123,7 @@ class TritonClient:
         try:
             await self._stub.RepositoryModelLoad(request, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            if is_connection_lost(error) or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise self._error(error) from None
             raise load_error(model, error.details() or "") from None
 
@@ -175,7 +176,7 @@ class TritonClient:
             return InvalidRequest(
                 f"Triton at {self._address} restricts its repository API: set triton_key_file."
             )
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
+        if is_connection_lost(error):
             return Unavailable(f"Triton at {self._address} does not answer.")
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"Triton at {self._address} did not answer in time.")

@@ -26,6 +26,7 @@ from paraserve_backend.errors import (
     read_coded,
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.rpc.connection import is_connection_lost
 from paraserve_scheduler.gateway.failures import ReplicaLost, clean_message, error_from_code
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ _NOT_SERVED = re.compile(
 #: How Triton introduces an exception in a model.
 _MODEL_FAILED = "Failed to process the request(s)"
 _END_TIMEOUT_S = 5.0
-#: gRPC's own words.
-_SERVER_STOPS = "Cancelling all calls"
 
 
 class ReplicaRefused(Unavailable):
@@ -98,7 +97,7 @@ class Upstream:
             ReplicaLost: it failed in the middle.
             ParaServeError: what the model answered, under its own code.
         """
-        stream = _Stream(self._server(endpoint.triton_grpc_address), endpoint, request)
+        stream = _Stream(self._stub(endpoint.triton_grpc_address), endpoint, request)
         try:
             timeout_s = timeouts.first_s
             while (response := await stream.read(timeout_s)) is not None:
@@ -120,26 +119,25 @@ class Upstream:
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    def _server(self, address: str) -> _Server:
+    def _stub(self, address: str) -> GRPCInferenceServiceAsyncStub:
         if address not in self._servers:
             channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
             self._servers[address] = _Server(
                 channel=channel, stub=GRPCInferenceServiceStub(channel)
             )
-        return self._servers[address]
+        return self._servers[address].stub
 
 
 class _Stream:
     def __init__(
         self,
-        server: _Server,
+        stub: GRPCInferenceServiceAsyncStub,
         endpoint: pb.Endpoint,
         request: kserve.ModelInferRequest,
     ) -> None:
-        self._channel = server.channel
         self._model = endpoint.model
         self._deployment = request.model_name
-        self._call = server.stub.ModelStreamInfer(_only(_addressed(request, endpoint)))
+        self._call = stub.ModelStreamInfer(_only(_addressed(request, endpoint)))
         self._messages = aiter(self._call)
         self._is_started = False
         #: Whether the final response has been read.
@@ -209,8 +207,9 @@ class _Stream:
         return InvalidRequest(sentence)
 
     def _call_error(self, error: grpc.aio.AioRpcError) -> ParaServeError:
+        # A model that answers UNAVAILABLE does so in a message, not as the call's end.
         text = error.details() or ""
-        if self._is_connection_lost(error) or _NOT_SERVED.search(text):
+        if is_connection_lost(error) or _NOT_SERVED.search(text):
             return self._loss()
         return error_from_code(error.code().name, self._clean(text))
 
@@ -218,14 +217,6 @@ class _Stream:
         if self._is_started:
             return ReplicaLost(f"The replica of '{self._deployment}' was lost; retry.")
         return ReplicaRefused(f"The replica of '{self._deployment}' has just gone; retry.")
-
-    def _is_connection_lost(self, error: grpc.aio.AioRpcError) -> bool:
-        # A model may answer UNAVAILABLE too, but then the connection stands. A server that stops
-        # says so before it closes the connection.
-        return error.code() is grpc.StatusCode.UNAVAILABLE and (
-            self._channel.get_state() is not grpc.ChannelConnectivity.READY
-            or error.details() == _SERVER_STOPS
-        )
 
     def _clean(self, text: str) -> str:
         return clean_message(text).replace(f"'{self._model}'", f"'{self._deployment}'")

@@ -32,6 +32,8 @@ class ProcessSpec:
 class Child:
     spec: ProcessSpec
     process: subprocess.Popen[bytes]
+    #: By `time.monotonic`.
+    started_s: float
 
     @property
     def is_ready(self) -> bool:
@@ -55,7 +57,7 @@ def start(spec: ProcessSpec) -> Child:
     the child's life to the thread that starts it.
     """
     spec.log.parent.mkdir(parents=True, exist_ok=True)
-    with spec.log.open("wb") as log:
+    with spec.log.open("ab") as log:
         process = subprocess.Popen(
             spec.command,
             env=dict(spec.environment),
@@ -65,7 +67,7 @@ def start(spec: ProcessSpec) -> Child:
             process_group=0,
             preexec_fn=_die_with(os.getpid()),
         )
-    return Child(spec, process)
+    return Child(spec, process, time.monotonic())
 
 
 def stop(children: Iterable[Child], grace_s: float) -> None:

@@ -1,8 +1,8 @@
-"""The process that owns a local cluster: starts its processes, waits, ends them, cleans up.
+"""The process that owns a local cluster: starts its processes, again where one ends, cleans up.
 
 `up` starts it and reads one JSON object a line from its stdout. While the cluster starts, closing
-its stdin makes it give up; afterwards only SIGTERM does. It must stay single-threaded until all
-children are started: their lives are tied to the thread that starts them.
+its stdin makes it give up; afterwards only SIGTERM does. One thread starts all processes: their
+lives are tied to it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _WATCH_S = 0.5
+#: A process that ends again and again is not started more often than this.
+_RESTART_S = 2.0
 #: Longest time for one wave of processes to become ready; a cold disk is slow.
 _READY_TIMEOUT_S = 120.0
 #: An agent unloads its models first, which ends the model processes.
@@ -81,6 +83,7 @@ class Supervisor:
         wave: list[Child] = []
         self._waves.append(wave)
         for spec in specs:
+            spec.log.unlink(missing_ok=True)
             wave.append(start(spec))
             self._news.send(event="started", process=spec.name)
         waiting = list(wave)
@@ -122,15 +125,14 @@ class Supervisor:
         )
 
     def _stay(self) -> None:
-        """Wait for the signal; a process that ends is noted, the others go on."""
-        ended: set[str] = set()
+        """Start again what ends, until the signal."""
         while True:
             self._stop_signal.check(give_up_with_stdin=False, wait_s=_WATCH_S)
-            for child in (child for wave in self._waves for child in wave):
-                status = child.process.poll()
-                if status is not None and child.spec.name not in ended:
-                    ended.add(child.spec.name)
-                    logger.warning("process ended name=%s status=%d", child.spec.name, status)
+            for wave in self._waves:
+                living = [_living(child) for child in wave]
+                if living != wave:
+                    wave[:] = living
+                    write_running(self._layout.files.cluster, self._running())
 
     def _clean_up(self) -> None:
         files = self._layout.files
@@ -201,6 +203,16 @@ def main() -> int:
             news.send(event="failed", message=str(error))
             return 1
     return 0
+
+
+def _living(child: Child) -> Child:
+    """The child, or if it has ended, one in its place."""
+    status = child.process.poll()
+    if status is None or time.monotonic() - child.started_s < _RESTART_S:
+        return child
+    name = child.spec.name
+    logger.warning("process ended name=%s status=%d; starting it again", name, status)
+    return start(child.spec)
 
 
 def _do_nothing(_number: int, _frame: object) -> None:

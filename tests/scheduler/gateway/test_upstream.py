@@ -109,6 +109,25 @@ async def test_a_replica_lost_in_the_middle_of_a_stream_is_unavailable() -> None
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN])
+async def test_a_stream_whose_connection_is_closed_is_another_replicas_work(
+    code: grpc.StatusCode,
+) -> None:
+    async def closed(
+        request: kserve.ModelInferRequest, context: Context
+    ) -> AsyncIterator[kserve.ModelInferResponse]:
+        # Both are seen when a tritonserver is killed; the channel may not yet know it.
+        await context.abort(code, "Stream removed (Socket closed)")
+        yield answer(request, "never")
+
+    async with serving() as cluster:
+        await cluster.publish(cluster.endpoint(1), cluster.endpoint(2))
+        cluster.tritons[0].script = closed
+        cluster.tritons[1].script = one_answer
+        assert text_of(await cluster.stub.ModelInfer(make_request(stream=False))) == "whole text"
+        assert len(cluster.tritons[0].requests) == 1
+
+
 async def test_after_three_replicas_refused_the_client_hears_of_it() -> None:
     async with serving() as cluster:
         await cluster.publish(*(cluster.endpoint(n, address="127.0.0.1:1") for n in range(1, 6)))
