@@ -51,6 +51,7 @@ def stream(
     """
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     client = triton.InferenceServerClient(address)
+    is_finished = False
     try:
         client.start_stream(lambda result, error: answers.put(error or result))
         client.async_stream_infer(
@@ -60,10 +61,12 @@ def stream(
             enable_empty_final_response=True,
         )
         yield from _pieces(answers, timeout_s)
+        is_finished = True
     except InferenceServerException as error:
         raise _ours(error) from None
     finally:
-        client.stop_stream(cancel_requests=True)
+        # Triton 2.51 may never let go of a request that is cancelled when it is all but over.
+        client.stop_stream(cancel_requests=not is_finished)
         client.close()
 
 

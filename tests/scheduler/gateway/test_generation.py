@@ -1,0 +1,34 @@
+"""The client of `paraserve generate`, straight at a server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from tritonclient.grpc import service_pb2 as kserve
+
+from paraserve_scheduler.generation import Piece, stream
+from tests.scheduler.gateway.cluster import Cluster, serving
+from tests.scheduler.gateway.fakes import Context, answer
+
+
+async def test_a_stream_that_has_had_its_final_response_is_left_to_end() -> None:
+    has_ended = asyncio.Event()
+
+    async def slow_to_end(
+        request: kserve.ModelInferRequest, _context: Context
+    ) -> AsyncIterator[kserve.ModelInferResponse]:
+        yield answer(request, "all", is_final=True)
+        # A cancel would come meanwhile, and end this.
+        await asyncio.sleep(0.2)
+        has_ended.set()
+
+    async with serving() as cluster:
+        cluster.triton.script = slow_to_end
+        assert [piece.text for piece in await asyncio.to_thread(_ask, cluster)] == ["all"]
+        assert has_ended.is_set()
+        assert not cluster.triton.cancelled.is_set()
+
+
+def _ask(cluster: Cluster) -> list[Piece]:
+    return list(stream(cluster.addresses[0], "tiny.1", "Once", {}, timeout_s=10.0))
