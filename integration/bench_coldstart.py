@@ -16,14 +16,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from integration.bucket import progress_bar, put_into_bucket
-from integration.capped_bench import run_bench
+from integration.capped_bench import run_bench, show_failure
 from integration.checkpoints import cached, llama_bytes, write_raw_bf16
 from integration.cluster import CappedCluster, capped_cluster
 from integration.coldstart_chart import chart
@@ -68,15 +76,24 @@ def run(folder: Path, arguments: argparse.Namespace, console: Console) -> dict[s
     }
     links: dict[float, float] = {}
     starts: list[Start] = []
+    repeated: list[str] = []
     with huge_pages(), _progress(console) as progress:
         task = progress.add_task("", total=arguments.rounds * len(variants))
         for number in range(1, arguments.rounds + 1):
             for testbed in testbeds(variants):
-                progress.update(task, description=f"round {number}: {testbed.name}")
-                for start in _starts(testbed, variants, checkpoints, links):
-                    _report(start, progress.console, is_first=number == 1)
-                    progress.advance(task)
-                    starts.append(start)
+                progress.update(
+                    task, description=f"round {number}: {testbed.name}", completed=len(starts)
+                )
+                group = partial(_starts, testbed, variants, checkpoints, links)
+                shown = partial(_reported, progress=progress, task=task, is_first=number == 1)
+                try:
+                    found = list(shown(group()))
+                except ParaServeError as error:
+                    # It is not worth an hour of other starts.
+                    show_failure(f"{testbed.name} (which is repeated)", error, progress.console)
+                    repeated.append(testbed.name)
+                    found = list(shown(group()))
+                starts += found
             results = Results(
                 variants=variants,
                 starts=starts,
@@ -84,7 +101,8 @@ def run(folder: Path, arguments: argparse.Namespace, console: Console) -> dict[s
                 link_bytes_per_s=links,
             )
             # After every round: who interrupts it keeps what the whole rounds have shown.
-            last_line = {"bench": "coldstart", "rounds": number} | summary(results, TARGETS)
+            last_line = {"bench": "coldstart", "rounds": number, "repeated": repeated}
+            last_line |= summary(results, TARGETS)
             if arguments.out is not None:
                 _write(arguments.out, results, last_line)
     console.print(table(results))
@@ -167,13 +185,20 @@ def _session(layout: ClusterLayout, variants: Sequence[Variant]) -> Iterator[dic
         raise ParaServeError("A start failed: see above.")
 
 
-def _report(start: Start, console: Console, *, is_first: bool) -> None:
-    if is_first and start.replica is not None:
-        console.print(timeline.render(start.replica, width=console.width))
-    console.print(
-        f"{start.variant}: [bold]{start.ttft_s:.2f} s[/], again {start.warm_ttft_s:.3f} s, "
-        f"tokens {start.token_ids}"
-    )
+def _reported(
+    starts: Iterator[Start], progress: Progress, task: TaskID, *, is_first: bool
+) -> Iterator[Start]:
+    """Pass the starts on as they come, each with a line, the first of its kind with a timeline."""
+    console = progress.console
+    for start in starts:
+        if is_first and start.replica is not None:
+            console.print(timeline.render(start.replica, width=console.width))
+        console.print(
+            f"{start.variant}: [bold]{start.ttft_s:.2f} s[/], again {start.warm_ttft_s:.3f} s, "
+            f"tokens {start.token_ids}"
+        )
+        progress.advance(task)
+        yield start
 
 
 def _checkpoint(folder: Path, name: str, console: Console) -> Path:

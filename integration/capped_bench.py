@@ -42,15 +42,20 @@ def run_bench(
         console.print("\ninterrupted; the cluster is gone")
         return 130
     except ParaServeError as error:
-        console.print(f"[bold red]The benchmark failed:[/] {error}", soft_wrap=True)
-        for note in getattr(error, "__notes__", ()):
-            console.print(note, markup=False, soft_wrap=True)
+        show_failure("The benchmark", error, console)
         return 1
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.write(json.dumps(result) + "\n")
     return 0 if result["met"] else 1
+
+
+def show_failure(what: str, error: ParaServeError, console: Console) -> None:
+    """Say why, and what the cluster's logs say."""
+    console.print(f"[bold red]{what} failed:[/] {error}", soft_wrap=True)
+    for note in getattr(error, "__notes__", ()):
+        console.print(note, markup=False, soft_wrap=True)
 
 
 def _interrupt(_number: int, _frame: object) -> None:
