@@ -19,7 +19,7 @@ from integration.cluster import NAME as CAPPED
 from integration.cluster import CappedCluster, capped_cluster
 from integration.namespaces import HUB, missing_requirement
 from integration.namespaces import PREFIX as NAMESPACE_PREFIX
-from integration.tiny_cluster import wait_until
+from integration.tiny_cluster import pids, wait_until
 from paraserve_scheduler.local.cluster import down, files_of, find
 from paraserve_scheduler.local.layout import SHM, ClusterFiles
 from paraserve_scheduler.local.ports import is_free
@@ -161,22 +161,17 @@ def test_a_process_that_cannot_start_is_named_with_the_end_of_its_log(home: Home
 
 def test_every_process_that_is_killed_is_started_again(home: Home) -> None:
     home.run("paraserve_scheduler.cli", "up", "--name", "one", "--nodes", "1")
-    for name, pid in pids(home).items():
+    files = home.files("one")
+    for name, pid in pids(files).items():
         os.kill(pid, signal.SIGKILL)
-        wait_until(partial(has_another, home, name, pid))
+        wait_until(partial(is_replaced, files, name, pid))
     wait_until(lambda: "node1  alive" in shown(home))
     assert home.run("paraserve_scheduler.cli", "down", "--name", "one")[0] == 0
     home.assert_nothing_is_left("one")
 
 
-def pids(home: Home) -> dict[str, int]:
-    running = find(home.files("one"))
-    assert running is not None
-    return {process.name: process.pid for process in running.processes}
-
-
-def has_another(home: Home, name: str, pid: int) -> bool:
-    return pids(home)[name] != pid
+def is_replaced(files: ClusterFiles, name: str, pid: int) -> bool:
+    return pids(files)[name] != pid
 
 
 def shown(home: Home) -> str:

@@ -17,7 +17,7 @@ from integration.tiny_cluster import (
     Stream,
     assert_nothing_left,
     generate,
-    parent,
+    pids,
     prompts,
     stubs,
     wait_for_blocks,
@@ -142,8 +142,11 @@ def test_requests_of_a_killed_process_go_on_at_the_replica_that_replaces_it(
         stream = Stream(cluster, name, prompt, 160)
         begun = stream.next().token_ids
         first = cluster.replica(name).replica
-        (process,) = stubs(f"{first}.stage1" if victim == "stage1" else first)
-        os.kill(parent(process) if victim == "triton" else process, signal.SIGKILL)
+        if victim == "triton":
+            process = pids(cluster.layout.files)[f"{cluster.replica(name).parts[0].node}-triton"]
+        else:
+            (process,) = stubs(first if victim == "generate" else f"{first}.{victim}")
+        os.kill(process, signal.SIGKILL)
         assert begun + stream.all_ids() == expected
         assert cluster.replica(name).replica != first
         wait_until(lambda: not stubs(first) and not stubs(f"{first}.stage0"))

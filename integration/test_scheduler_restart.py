@@ -28,14 +28,14 @@ from integration.test_consolidation import (
     serving,
     wait_until_gone,
 )
-from integration.tiny_cluster import Cluster, assert_nothing_left, wait_until, write_models
+from integration.tiny_cluster import Cluster, assert_nothing_left, pids, wait_until, write_models
 from integration.triton_server import free_ports
 from paraserve_backend.agent.node import available_bytes
 from paraserve_backend.errors import Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.client import SchedulerClient
 from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
-from paraserve_scheduler.local.layout import ClusterLayout, read_running
+from paraserve_scheduler.local.layout import ClusterLayout
 
 PARASERVE = str(Path(sys.executable).with_name("paraserve"))
 
@@ -103,17 +103,12 @@ def test_a_scheduler_that_restarts_meanwhile_finishes_what_was_begun(
         wait_until(lambda: f"{name}.2" in replicas(apart, name))
         if moment == "it takes over":
             wait_until(lambda: replicas(apart, name)[f"{name}.2"].phase == pb.READY)
-        killed = _scheduler_pid(apart)
+        killed = pids(apart.layout.files)["scheduler"]
         os.kill(killed, signal.SIGKILL)
         answered = len(running.answers)
         wait_until(lambda: len(running.answers) > answered + 4)
-        wait_until(lambda: _scheduler_pid(apart) != killed)
+        wait_until(lambda: pids(apart.layout.files)["scheduler"] != killed)
         wait_until(lambda: _answers(apart, name))
         wait_until_gone(apart, name, f"{name}.1")
         assert [len(replica.parts) for replica in serving(apart, name)] == [1]
         assert_nothing_left(apart, f"{name}.1")
-
-
-def _scheduler_pid(cluster: Cluster) -> int:
-    running = read_running(cluster.layout.files.cluster)
-    return next(process.pid for process in running.processes if process.name == "scheduler")

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.client import SchedulerClient
-from paraserve_scheduler.local.layout import SHM, ClusterLayout
+from paraserve_scheduler.local.layout import SHM, ClusterFiles, ClusterLayout, read_running
 from tests.backend.models import VOCAB_SIZE, TinyModel, write_model
 
 TIMEOUT_S = 120.0
@@ -192,7 +192,6 @@ def stubs(model: str) -> list[int]:
     return found
 
 
-def parent(pid: int) -> int:
-    """The process that started `pid`; of a model's process, its tritonserver."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("PPid:")[2].split()[0])
+def pids(files: ClusterFiles) -> dict[str, int]:
+    """The processes of a cluster, by name, as they are now: one that ended has a successor."""
+    return {process.name: process.pid for process in read_running(files.cluster).processes}

@@ -288,9 +288,10 @@ def _pausing(view: ClusterView, now_s: float, config: PolicyConfig) -> set[str]:
     return {
         state.name
         for state in view.deployments.values()
-        if _is_at_zero(view, state)
-        and len(recent := _recent_failures(state, now_s, config)) > 1
+        # What is rare first: the rest looks at every replica there is.
+        if len(recent := _recent_failures(state, now_s, config)) > 1
         and now_s - recent[-1].at_s <= config.node_timeout_s
+        and _is_at_zero(view, state)
     }
 
 

@@ -35,6 +35,8 @@ from tests.scheduler.builders import (
 )
 
 LOST_PROCESS = Failure(grpc_code="UNAVAILABLE", message="The process of model d died.")
+#: How long after its second failure in a row a start is tried again, at the latest.
+TRIED_AGAIN_S = CONFIG.node_timeout_s + 0.5
 NO_OBJECT = Failure(grpc_code="NOT_FOUND", message="model.safetensors does not exist.")
 
 

@@ -17,7 +17,7 @@ from paraserve_scheduler.events import DeletionRequested, HandOverFailed
 from paraserve_scheduler.placement import equal_split
 from paraserve_scheduler.state import NodeInfo, Phase
 from tests.scheduler.builders import CONFIG, make_deployment, make_node_info, make_state
-from tests.scheduler.histories import LOST_PROCESS, NO_OBJECT, History
+from tests.scheduler.histories import LOST_PROCESS, NO_OBJECT, TRIED_AGAIN_S, History
 
 RULES = CONFIG.consolidation
 BLOCK = CONFIG.placement.kv_block_size
@@ -372,7 +372,7 @@ def test_the_start_of_a_lost_pipelines_successor_counts_as_a_cold_start() -> Non
     history.demand(waiting=1)
     history.part("tiny.2", 0, Phase.FAILED, LOST_PROCESS)
     assert not _starts(history.decides()), "the second failure in a row"
-    history.passes(CONFIG.node_timeout_s + 0.1)
+    history.passes(TRIED_AGAIN_S)
     (start,) = _starts(history.decides())
     assert start.plan.succeeds is None
     assert len(history.view.deployments["tiny"].failed_starts) == 2

@@ -21,10 +21,7 @@ from paraserve_scheduler.testing import FakeAgents, FakeNode
 from paraserve_scheduler.wire import route_table
 from tests.scheduler.builders import CONFIG, make_deployment, make_node_info
 from tests.scheduler.cluster import Cluster, running
-from tests.scheduler.histories import LOST_PROCESS, NO_OBJECT
-
-#: When a start that failed twice is tried again.
-TRIED_AGAIN_S = CONFIG.node_timeout_s + 0.1
+from tests.scheduler.histories import LOST_PROCESS, NO_OBJECT, TRIED_AGAIN_S
 
 
 def _run(scenario: Coroutine[Any, Any, None]) -> None:

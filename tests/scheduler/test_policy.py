@@ -37,7 +37,7 @@ from tests.scheduler.builders import (
     make_node_info,
     make_state,
 )
-from tests.scheduler.histories import LOST_PROCESS, NO_OBJECT, History
+from tests.scheduler.histories import LOST_PROCESS, NO_OBJECT, TRIED_AGAIN_S, History
 
 
 def _kinds(actions: tuple[Action, ...]) -> list[type]:
@@ -119,7 +119,7 @@ def test_what_a_silent_gateway_said_counts_no_more() -> None:
 def test_nodes_that_are_lost_or_without_triton_get_nothing() -> None:
     nodes = [make_node_info(name) for name in ("n0", "n1", "n2")]
     history = History(nodes=nodes)
-    history.passes(CONFIG.node_timeout_s + 0.1, silent=["n0"])
+    history.passes(TRIED_AGAIN_S, silent=["n0"])
     history.happens(make_heartbeat("n1", triton_live=False, at_s=history.now_s))
     history.demand(waiting=1)
     (start,) = history.decides()
@@ -211,9 +211,9 @@ def _fail_start(history: History, failure: Failure) -> tuple[Action, ...]:
 def _fail_starts(history: History, failure: Failure, count: int) -> tuple[Action, ...]:
     """Let as many starts fail, each once it is tried; returns what is done after the last."""
     for _ in range(count - 1):
-        _fail_start(history, failure)
-        history.passes(CONFIG.node_timeout_s + 0.1)
-        history.decides()
+        actions = _fail_start(history, failure)
+        history.passes(TRIED_AGAIN_S)
+        assert StartReplica in _kinds((*actions, *history.decides()))
     return _fail_start(history, failure)
 
 
@@ -234,10 +234,11 @@ def test_new_requests_fail_at_once_until_the_window_has_passed() -> None:
     history.demand(waiting=1)
     history.decides()
     _fail_starts(history, LOST_PROCESS, 3)
+    history.passes(CONFIG.failure_window_s - 2 * TRIED_AGAIN_S - 1)
     history.demand(waiting=1)
     assert _kinds(history.decides()) == [FailDeployment]
     assert history.view.deployments["tiny"].failure_number == 2
-    history.passes(CONFIG.failure_window_s)
+    history.passes(1)
     history.demand(waiting=1)
     assert _kinds(history.decides()) == [StartReplica]
 
@@ -269,7 +270,7 @@ def test_a_replica_that_became_ready_clears_earlier_failures() -> None:
     history.demand(waiting=1)
     history.decides()
     _fail_starts(history, LOST_PROCESS, 2)
-    history.passes(CONFIG.node_timeout_s + 0.1)
+    history.passes(TRIED_AGAIN_S)
     history.decides()
     history.becomes_ready("tiny.3")
     assert _kinds(_fail_start(history, LOST_PROCESS))[-1] is StartReplica
@@ -294,7 +295,7 @@ def test_a_least_replica_that_cannot_start_is_tried_at_intervals() -> None:
     history.decides()
     _fail_starts(history, LOST_PROCESS, 4)
     assert history.decides() == ()
-    history.passes(CONFIG.node_timeout_s + 0.1)
+    history.passes(TRIED_AGAIN_S)
     assert _kinds(history.decides()) == [StartReplica]
 
 
