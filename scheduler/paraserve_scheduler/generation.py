@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,24 +50,41 @@ def stream(
         ParaServeError: the server's error.
         DeadlineExceeded: no response in time.
     """
+    inputs = _inputs(prompt, settings)
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    client = triton.InferenceServerClient(address)
+    is_cancelled: queue.SimpleQueue[bool] = queue.SimpleQueue()
     is_finished = False
+    with ThreadPoolExecutor(1, thread_name_prefix="stream") as thread:
+        try:
+            thread.submit(_converse, address, model, inputs, answers, is_cancelled)
+            yield from _pieces(answers, timeout_s)
+            is_finished = True
+        finally:
+            # Triton 2.51 may never let go of a request that is cancelled when it is all but over.
+            is_cancelled.put(not is_finished)
+
+
+def _converse(
+    address: str,
+    model: str,
+    inputs: list[triton.InferInput],
+    answers: queue.SimpleQueue[Any],
+    is_cancelled: queue.SimpleQueue[bool],
+) -> None:
+    """Hold the stream until it is to end: off the main thread.
+
+    There, Ctrl-C would be raised inside gRPC, and closing what it has begun may then never end.
+    """
+    client = triton.InferenceServerClient(address)
+    cancel = True
     try:
         client.start_stream(lambda result, error: answers.put(error or result))
-        client.async_stream_infer(
-            model,
-            _inputs(prompt, settings),
-            request_id="1",
-            enable_empty_final_response=True,
-        )
-        yield from _pieces(answers, timeout_s)
-        is_finished = True
+        client.async_stream_infer(model, inputs, request_id="1", enable_empty_final_response=True)
+        cancel = is_cancelled.get()
     except InferenceServerException as error:
-        raise _ours(error) from None
+        answers.put(error)
     finally:
-        # Triton 2.51 may never let go of a request that is cancelled when it is all but over.
-        client.stop_stream(cancel_requests=not is_finished)
+        client.stop_stream(cancel_requests=cancel)
         client.close()
 
 
@@ -94,7 +112,7 @@ def _pieces(answers: queue.SimpleQueue[Any], timeout_s: float) -> Iterator[Piece
         except queue.Empty:
             raise DeadlineExceeded(f"No answer within {timeout_s:g} s.") from None
         if isinstance(answer, InferenceServerException):
-            raise answer
+            raise _ours(answer)
         if answer.as_numpy("text_output") is not None:
             yield _piece(answer)
         if answer.get_response().parameters["triton_final_response"].bool_param:

@@ -226,14 +226,17 @@ class Fetches:
 
     def _spawn(self, request: FetchRequest, timeout_s: float) -> Fetching:
         fetching = Fetching(request)
-        loop = asyncio.get_running_loop()
-        fetching.task = loop.run_in_executor(self._pool, self._work, fetching, timeout_s)
-        fetching.task.add_done_callback(lambda task: self._ended(fetching, task))
+        fetching.task = asyncio.create_task(self._run(fetching, timeout_s))
+        fetching.task.add_done_callback(fetching.has_ended)
         return fetching
 
-    def _ended(self, fetching: Fetching, task: asyncio.Future[int]) -> None:
-        del self._running[fetching.request.plan.fetch_id]
-        fetching.has_ended(task)
+    async def _run(self, fetching: Fetching, timeout_s: float) -> int:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._pool, self._work, fetching, timeout_s)
+        finally:
+            # Before anybody learns of its end: who then asks for it again shall not join it.
+            del self._running[fetching.request.plan.fetch_id]
 
     def _work(self, fetching: Fetching, timeout_s: float) -> int:
         request = fetching.request

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,6 +156,35 @@ def test_a_failed_fetch_can_be_started_again(tmp_path: Path) -> None:
     async def test(fetches: Fetches) -> None:
         request = make_request(make_plan(tmp_path / "m"))
         (tmp_path / "m").rename(tmp_path / "away")
+        with pytest.raises(NotFound):
+            await (await fetches.start(request, 10)).wait()
+        (tmp_path / "away").rename(tmp_path / "m")
+        assert await (await fetches.start(request, 10)).wait() == request.plan.total_bytes
+
+    play(tmp_path, test)
+
+
+def test_a_fetch_that_failed_before_anybody_could_look_can_be_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(fetches: Fetches) -> None:
+        loop, told = asyncio.get_running_loop(), threading.Semaphore(0)
+        tell = loop.call_soon_threadsafe
+
+        def count(*arguments: Any, **options: Any) -> asyncio.Handle:
+            handle = tell(*arguments, **options)
+            told.release()
+            return handle
+
+        def stand_still() -> None:
+            """Go on once the thread has said both that it has begun and that it has failed."""
+            assert told.acquire(timeout=10)
+            assert told.acquire(timeout=10)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", count)
+        request = make_request(make_plan(tmp_path / "m"))
+        (tmp_path / "m").rename(tmp_path / "away")
+        loop.call_soon(loop.call_soon, stand_still)  # when the fetch is on its way
         with pytest.raises(NotFound):
             await (await fetches.start(request, 10)).wait()
         (tmp_path / "away").rename(tmp_path / "m")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 
 from tritonclient.grpc import service_pb2 as kserve
@@ -32,3 +35,34 @@ async def test_a_stream_that_has_had_its_final_response_is_left_to_end() -> None
 
 def _ask(cluster: Cluster) -> list[Piece]:
     return list(stream(cluster.addresses[0], "tiny.1", "Once", {}, timeout_s=10.0))
+
+
+#: Argument: an address. Ctrl-C comes when gRPC knows of the call and nobody looks after it yet.
+_INTERRUPTED = """
+import signal, sys, threading
+import grpc._channel
+from paraserve_scheduler.generation import stream
+
+def interrupt(state, look_after=grpc._channel._run_channel_spin_thread):
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    look_after(state)
+
+grpc._channel._run_channel_spin_thread = interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    list(stream(sys.argv[1], "tiny.1", "Once", {}, timeout_s=60.0))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_while_the_stream_starts_ends_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host, port = silent.getsockname()
+        ended = subprocess.run(
+            [sys.executable, "-c", _INTERRUPTED, f"{host}:{port}"],
+            stdout=subprocess.PIPE,
+            timeout=30,
+            check=True,
+        )
+    assert ended.stdout == b"interrupted\n"
