@@ -32,7 +32,10 @@ class Home:
     """A state directory of its own; knows all processes, ports and files that come from it."""
 
     def __init__(self, folder: Path) -> None:
-        self.environ = dict(os.environ) | {"XDG_STATE_HOME": str(folder)}
+        self.environ = dict(os.environ) | {
+            "XDG_STATE_HOME": str(folder),
+            "PYTHONFAULTHANDLER": "1",  # see `end_of`
+        }
         self._mark = f"XDG_STATE_HOME={folder}".encode()
 
     def files(self, name: str) -> ClusterFiles:
@@ -50,7 +53,7 @@ class Home:
 
     def run(self, *words: str) -> tuple[int, str]:
         process = self.command(*words)
-        said, _ = process.communicate(timeout=WAIT_S)
+        said = end_of(process)
         return process.returncode, said
 
     def processes(self) -> list[str]:
@@ -67,6 +70,17 @@ class Home:
         assert not files.cluster.exists()
         for address in listened(files):
             assert is_free(*address), f"{address} is still in use"
+
+
+def end_of(process: subprocess.Popen[str]) -> str:
+    """Wait for a command's end and return what it said; one that hangs is made to say where."""
+    try:
+        said, _ = process.communicate(timeout=WAIT_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        said, _ = process.communicate(timeout=WAIT_S)
+        pytest.fail(f"{process.args!r} hung:\n{said}")
+    return said
 
 
 def _read(path: Path) -> bytes:
@@ -133,7 +147,7 @@ def test_ctrl_c_while_a_cluster_starts_leaves_nothing(home: Home, moment: str) -
     process = home.command("paraserve_scheduler.cli", "up", "--name", "one", "--nodes", "2")
     wait_until_exists(home.files("one").state_dir / moment, process)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=WAIT_S)
+    said = end_of(process)
     assert process.returncode == 130, said
     home.assert_nothing_is_left("one")
 
@@ -206,7 +220,7 @@ def test_ctrl_c_in_the_demo_leaves_nothing(home: Home, moment: str) -> None:
         if moment in line:
             break
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=WAIT_S)
+    said = end_of(process)
     assert process.returncode == 130, said
     home.assert_nothing_is_left("demo")
 
@@ -228,13 +242,13 @@ def test_capped_nodes_have_a_network_each_that_is_gone_afterwards(home: Home) ->
 @pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
 def test_one_command_brings_capped_nodes_up_and_one_leaves_nothing(home: Home) -> None:
     starting = home.command("integration.cluster", "up", "--gbit", "1", "--node-gb", "1")
-    said, _ = starting.communicate(timeout=WAIT_S)
+    said = end_of(starting)
     assert starting.returncode == 0, said
     assert "1 node(s) are up" in said
     assert len(namespaces()) == 2
     assert find(home.files(CAPPED)) is not None
     ending = home.command("integration.cluster", "down")
-    said, _ = ending.communicate(timeout=WAIT_S)
+    said = end_of(ending)
     assert ending.returncode == 0, said
     assert namespaces() == []
     home.assert_nothing_is_left(CAPPED)
