@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from paraserve_backend.config import KvConfig
+from paraserve_backend.engine import departures
 from paraserve_backend.engine.batch import ChosenToken, Ranking, Sampling, Steering
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.hand_over import Target
@@ -29,6 +30,12 @@ from tests.backend.replicas import (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def is_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no request stay at home because this machine was busy for a second."""
+    monkeypatch.setattr(departures, "_HELD_TIMEOUT_S", float(TIMEOUT_S))
 
 
 @contextlib.contextmanager
@@ -61,6 +68,7 @@ def assert_empty(*replicas: Replica) -> None:
         assert replica.gauges.state.kv_blocks_used == 0
 
 
+@pytest.mark.usefixtures("is_patient")
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_sixteen_requests_move_in_the_middle_and_no_token_differs(
     model: TinyModel, tmp_path: Path, stages: int
@@ -84,6 +92,7 @@ def test_sixteen_requests_move_in_the_middle_and_no_token_differs(
         assert sent.kv_blocks_sent_held < sent.kv_blocks_sent_ahead + sent.kv_blocks_sent_held
 
 
+@pytest.mark.usefixtures("is_patient")
 def test_a_request_goes_back_and_forth(model: TinyModel, tmp_path: Path) -> None:
     with two_replicas(model, tmp_path, (1, 1)) as (first, second):
         reply = first.ask_resumable({"d.1": first, "d.2": second}, [4, 5, 6], 200)
