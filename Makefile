@@ -33,7 +33,7 @@ proto: .venv/ready
 	cd backend && PATH=$(CURDIR)/$(BIN):$$PATH ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=. \
 		--grpc_python_out=. --mypy_grpc_out=. paraserve_backend/rpc/paraserve.proto
 
-# As root, with iproute2. The smoke test takes ten minutes, all of it some eighty.
+# As root, with iproute2. The smoke test takes ten minutes, all of it some seventy.
 bench-coldstart: .venv/ready
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python -m integration.bench_coldstart --out docs/figures
