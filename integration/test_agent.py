@@ -350,14 +350,14 @@ def test_a_source_that_is_gone_ends_the_part_even_while_a_model_waits_for_its_by
     scenario(play, triton, tmp_path)
 
 
-def test_a_killed_process_is_reported_at_once_and_apply_heals_after_remove(
+def test_a_killed_process_is_reported_within_a_second_and_apply_heals_after_remove(
     triton: TritonServer, tmp_path: Path
 ) -> None:
     async def play(node: Node) -> None:
         await node.apply(make_part())
         [stub] = node.processes()
         os.kill(stub.pid, signal.SIGKILL)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(1.5):
             status = await node.scheduler.until(has_phase(pb.FAILED))
         assert status.parts[0].failure.message == "The process of model tiny.1 died."
         assert status.parts[0].failure.grpc_code == "UNAVAILABLE"
@@ -463,7 +463,7 @@ def test_a_request_that_never_ends_cannot_hold_up_a_removal(
         async with hanging_request(node):
             if is_killed:
                 os.kill(stub.pid, signal.SIGKILL)
-            async with asyncio.timeout(45):
+            async with asyncio.timeout(10):
                 assert await node.remove(deadline_s=60 if is_killed else 1) is True
             node.assert_no_traces()
 

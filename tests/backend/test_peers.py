@@ -306,7 +306,7 @@ def test_ranges_that_are_not_there_are_refused_at_once(tmp_path: Path, model: Pa
         part = landing.parts[0]
         name = landing.name_of(landing.object_of(0))
         size_bytes = landing.object_of(0).size_bytes
-        client = http.client.HTTPConnection(peer.address, timeout=30)
+        client = http.client.HTTPConnection(peer.address, timeout=5)
 
         def status(target: str, range_: str | None) -> int:
             headers = {"Range": range_} if range_ else {}

@@ -69,7 +69,7 @@ def test_names_are_yielded_as_they_land(tier: Tier, model: Path) -> None:
     names = [tensor.name for tensor in fetch.plan.tensors]
     numbers = list(reversed(range(len(fetch.parts))))
     order: list[str] = []
-    landing = reader.iter_landed(names, timeout_s=30)
+    landing = reader.iter_landed(names, timeout_s=5)
     while numbers:
         land(fetch, model, [numbers.pop(0)])
         while len(order) < sum(map(reader.has_landed, names)):
@@ -320,7 +320,7 @@ try:
 except InsufficientCapacity as error:
     fetch.fail(error)
 try:
-    TierReader.open(small, "fetch-1").wait_for("lm_head.weight", timeout_s=30)
+    TierReader.open(small, "fetch-1").wait_for("lm_head.weight", timeout_s=9)
 except InsufficientCapacity as error:
     print(error)
 """
@@ -394,7 +394,7 @@ def test_damage_to_the_tier_is_reported(tmp_path: Path, model: Path) -> None:
 def test_waiting_takes_little_processor_time(tier: Tier, model: Path) -> None:
     tier.begin(make_plan(model))
     reader = TierReader.open(tier.directory, "fetch-1")
-    before_s = time.thread_time()
+    before_s = time.process_time()
     with pytest.raises(DeadlineExceeded):
         list(reader.iter_landed([it.name for it in reader.plan.tensors], timeout_s=0.3))
-    assert time.thread_time() - before_s < 0.15
+    assert time.process_time() - before_s < 0.15

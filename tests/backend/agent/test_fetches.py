@@ -30,7 +30,7 @@ from tests.backend.checkpoints import write_checkpoint
 def play(folder: Path, test: Callable[[Fetches], Awaitable[None]]) -> None:
     async def run() -> None:
         fetches = Fetches(Tier.open(folder / "tier"), FetchLimits(threads=1))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             await test(fetches)
         await fetches.close()
 
@@ -93,7 +93,7 @@ class _MeetingSource:
 
     def __init__(self, inner: Source, num_connections: int) -> None:
         self._inner = inner
-        self._barrier = threading.Barrier(num_connections, timeout=60)
+        self._barrier = threading.Barrier(num_connections, timeout=10)
         self.connections: list[Connection] = []
 
     @property
@@ -124,7 +124,7 @@ def test_a_fetch_that_nobody_waits_for_takes_one_connection(
     async def run() -> None:
         fetches = Fetches(Tier.open(tmp_path / "tier"), FetchLimits(threads=3))
         request = Meeting(plan=plan, endpoint_url=None, region=None, background=background)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             await (await fetches.start(request, 10)).wait()
         await fetches.close()
 
@@ -147,7 +147,7 @@ def test_readers_learn_that_a_source_cannot_even_be_opened(tmp_path: Path) -> No
             await fetching.wait()
         reader = TierReader.open(tmp_path / "tier", "tiny.1.0")
         with pytest.raises(InvalidRequest, match="ftp://nowhere"):
-            reader.wait_for("model.norm.weight", timeout_s=60)
+            reader.wait_for("model.norm.weight", timeout_s=5)
 
     play(tmp_path, test)
 
@@ -178,8 +178,8 @@ def test_a_fetch_that_failed_before_anybody_could_look_can_be_started_again(
 
         def stand_still() -> None:
             """Go on once the thread has said both that it has begun and that it has failed."""
-            assert told.acquire(timeout=60)
-            assert told.acquire(timeout=60)
+            assert told.acquire(timeout=10)
+            assert told.acquire(timeout=10)
 
         monkeypatch.setattr(loop, "call_soon_threadsafe", count)
         request = make_request(make_plan(tmp_path / "m"))

@@ -38,7 +38,7 @@ def play(
 ) -> None:
     async def run() -> None:
         async with (
-            asyncio.timeout(60),
+            asyncio.timeout(5),
             fake_node(
                 folder, part_deadline_s=part_deadline_s, remove_deadline_s=remove_deadline_s
             ) as node,

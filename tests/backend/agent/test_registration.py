@@ -82,7 +82,7 @@ def play(scheduler: FakeScheduler, test: Callable[[Bench], Awaitable[None]]) -> 
     async def run() -> None:
         bench = Bench(scheduler)
         running = asyncio.create_task(bench.registration.run())
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             await test(bench)
         running.cancel()
         await asyncio.wait([running])

@@ -22,7 +22,7 @@ LONG_S = 60
 
 def play(folder: Path, scenario: Callable[[FakeNode], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with asyncio.timeout(60), fake_node(folder) as node:
+        async with asyncio.timeout(10), fake_node(folder) as node:
             await scenario(node)
             await node.parts.remove_all()
             await node.slots.remove_all()

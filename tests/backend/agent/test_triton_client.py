@@ -62,7 +62,7 @@ async def _client(triton: Triton) -> AsyncIterator[TritonClient]:
     await server.start()
     client = TritonClient(f"127.0.0.1:{port}")
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             yield client
     finally:
         await client.close()

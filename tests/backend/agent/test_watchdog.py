@@ -42,7 +42,7 @@ def test_tritons_coming_and_going_is_a_change_and_its_staying_is_none(tmp_path: 
 
 def test_it_keeps_looking_until_it_sees_a_dead_process(tmp_path: Path) -> None:
     async def run() -> None:
-        async with asyncio.timeout(60), fake_node(tmp_path) as node:
+        async with asyncio.timeout(10), fake_node(tmp_path) as node:
             await follow(node, make_part())
             node.changed.clear()
             watching = asyncio.create_task(make_watchdog(node).run())

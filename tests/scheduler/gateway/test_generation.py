@@ -34,7 +34,7 @@ async def test_a_stream_that_has_had_its_final_response_is_left_to_end() -> None
 
 
 def _ask(cluster: Cluster) -> list[Piece]:
-    return list(stream(cluster.addresses[0], "tiny.1", "Once", {}, timeout_s=60.0))
+    return list(stream(cluster.addresses[0], "tiny.1", "Once", {}, timeout_s=10.0))
 
 
 #: Argument: an address. Ctrl-C comes when gRPC knows of the call and nobody looks after it yet.

@@ -290,10 +290,10 @@ async def test_tritons_blocking_client_streams_and_cancels() -> None:
             client.start_stream(lambda result, error: received.put(result or error))
             client.async_stream_infer(DEPLOYMENT, _blocking_inputs(), request_id="b")
             for _ in range(3):
-                assert isinstance(received.get(timeout=60), triton.InferResult)
+                assert isinstance(received.get(timeout=10), triton.InferResult)
             cluster.triton.script = hanging(1)
             client.async_stream_infer(DEPLOYMENT, _blocking_inputs(), request_id="c")
-            assert isinstance(received.get(timeout=60), triton.InferResult)
+            assert isinstance(received.get(timeout=10), triton.InferResult)
             client.stop_stream(cancel_requests=True)
             client.close()
 

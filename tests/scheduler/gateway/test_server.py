@@ -106,8 +106,8 @@ def test_a_gateway_process_serves_until_it_is_told_to_stop(tmp_path: Path) -> No
     assert process.stderr is not None
     while "HTTP" not in (line := process.stderr.readline()):
         assert line, "the gateway ended"
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/live", timeout=30) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/live", timeout=5) as answer:
         assert answer.status == 200
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=10)
     assert process.returncode == 0
