@@ -14,7 +14,7 @@ import tritonclient.grpc as triton
 
 from integration.tiny_cluster import wait_until
 from integration.triton_server import TritonServer
-from paraserve_backend.agent.stubs import ProcessTable
+from paraserve_backend.agent.stubs import ProcessTable, Stub
 from paraserve_backend.interface import HAND_OVER_OUTPUTS
 from paraserve_backend.resume import HAND_OVER_TO, RESUME, Resume
 from paraserve_scheduler.local.layout import SHM
@@ -137,8 +137,13 @@ def kill(server: TritonServer) -> None:
     (stub,) = processes.find()
     processes.kill(stub)
     processes.remove_leftovers([stub])
-    for folder in SHM.glob(f"paraserve-standalone-{stub.pid}-*"):
+    for folder in fetched_by(stub):
         shutil.rmtree(folder)
+
+
+def fetched_by(stub: Stub) -> list[Path]:
+    """Return the folders in which a standalone model keeps what it has fetched."""
+    return list(SHM.glob(f"paraserve-standalone-{stub.pid}-*"))
 
 
 def load(server: TritonServer, model: str) -> None:
@@ -153,5 +158,5 @@ def unload(server: TritonServer) -> None:
     for stub in ProcessTable(server.model_repository).find():
         client.unload_model(stub.model)
         wait_until(lambda: not server.shm_regions())
-        assert not list(SHM.glob(f"paraserve-standalone-{stub.pid}-*"))
+        assert not fetched_by(stub)
     client.close()

@@ -6,12 +6,10 @@ import json
 import urllib.request
 from pathlib import Path
 
-import tritonclient.grpc as triton
-
-from integration.tiny_cluster import wait_until, write_words
+from integration.single_models import fetched_by, load, unload
+from integration.tiny_cluster import write_words
 from integration.triton_server import TritonServer
-from paraserve_backend.agent.stubs import ProcessTable, Stub
-from paraserve_scheduler.local.layout import SHM
+from paraserve_backend.agent.stubs import ProcessTable
 from tests.backend.models import write_model
 
 TEMPLATE = Path(__file__).parent.parent / "model_repository_templates" / "standalone.pbtxt"
@@ -35,17 +33,8 @@ def test_any_triton_serves_a_whole_model_with_the_template_alone(tmp_path: Path)
         (folder / "1").mkdir(parents=True)
         config = TEMPLATE.read_text().replace("/models/llama", str(checkpoint))
         (folder / "config.pbtxt").write_text(config)
-        client = triton.InferenceServerClient(server.grpc_address)
-        client.load_model("whole")
+        load(server, "whole")
         assert generate(server, "w5 w6 w7", 12) == model.greedy([5, 6, 7], 12)
-        (process,) = ProcessTable(server.model_repository).find()
-        assert fetched_by(process)  # the check below would find it
-        client.unload_model("whole")
-        wait_until(lambda: not server.shm_regions())
-        client.close()
-        assert not fetched_by(process)
-
-
-def fetched_by(process: Stub) -> list[Path]:
-    """Return what a standalone model has fetched; another program's are none of our business."""
-    return list(SHM.glob(f"paraserve-standalone-{process.pid}-*"))
+        (stub,) = ProcessTable(server.model_repository).find()
+        assert fetched_by(stub)  # what is asserted after the unload would find it
+        unload(server)
