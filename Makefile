@@ -36,48 +36,48 @@ proto: .venv/ready
 # As root, with iproute2. The smoke test takes ten minutes, all of it some seventy.
 bench-coldstart: .venv/ready
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
-	$(BIN)/python -m integration.bench_coldstart --out docs/figures
+	$(BIN)/python -m integration.benchmarks.coldstart.run --out docs/figures
 
 bench-coldstart-smoke: .venv/ready
-	$(BIN)/python -m integration.bench_coldstart --smoke
+	$(BIN)/python -m integration.benchmarks.coldstart.run --smoke
 
 bench-hop: .venv/ready
-	$(BIN)/python -m integration.bench_hop
+	$(BIN)/python -m integration.benchmarks.hop.run
 
 # As root, with nginx-light and iproute2: it makes networks of limited bandwidth.
 bench-fetch: .venv/ready
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
-	$(BIN)/python -m integration.bench_fetch
+	$(BIN)/python -m integration.benchmarks.fetch.run
 
 bench-tier: .venv/ready
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
-	$(BIN)/python -m integration.bench_tier
+	$(BIN)/python -m integration.benchmarks.tier.run
 
 # Skipped without a GPU.
 bench-gpu: .venv/ready
-	$(BIN)/python -m integration.bench_gpu
+	$(BIN)/python -m integration.benchmarks.gpu
 
 bench-engine: .venv/ready
-	$(BIN)/python -m integration.bench_engine
+	$(BIN)/python -m integration.benchmarks.engine
 
 bench-gateway: .venv/ready
-	$(BIN)/python -m integration.bench_gateway
+	$(BIN)/python -m integration.benchmarks.gateway.run
 
 # As root, with iproute2.
 bench-handover: .venv/ready
-	$(BIN)/python -m integration.bench_handover
+	$(BIN)/python -m integration.benchmarks.handover.run
 
 bench-policy: .venv/ready
-	$(BIN)/python -m integration.bench_policy
+	$(BIN)/python -m integration.benchmarks.policy
 
 bench-alignment: .venv/ready
-	$(BIN)/python -m integration.bench_alignment
+	$(BIN)/python -m integration.benchmarks.alignment
 
 simulate-paper: .venv/ready
-	$(BIN)/python -m integration.simulate_paper --seeds 3 --out docs/figures
+	$(BIN)/python -m integration.experiments.simulate_paper --seeds 3 --out docs/figures
 
 simulate-mixed: .venv/ready
-	$(BIN)/python -m integration.simulate_mixed --out docs/figures/simulate-mixed.md
+	$(BIN)/python -m integration.experiments.simulate_mixed --out docs/figures/simulate-mixed.md
 
 # All clients; those that bring many packages get environments of their own.
 clients: .venv/ready
@@ -93,8 +93,8 @@ clients: .venv/ready
 	touch $@
 
 test-vllm: .venv/ready .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest --noconftest -o filterwarnings= integration/test_vllm.py
-	$(BIN)/pytest integration/test_vllm_in_triton.py
+	.venv-vllm/bin/python -m pytest --noconftest -o filterwarnings= integration/system/test_vllm.py
+	$(BIN)/pytest integration/system/test_vllm_in_triton.py
 
 clean:
 	rm -rf .venv .venv-clients .venv-vllm .mypy_cache .ruff_cache .pytest_cache

@@ -9,12 +9,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from integration.bucket import upload
-from integration.logs import log_tails
-from integration.tiny_cluster import MODELS, Cluster, write_models
-from paraserve_backend.agent.node import available_bytes
-from paraserve_scheduler.client import SchedulerClient
-from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
+from integration.support.bucket import upload
+from integration.support.logs import log_tails
+from integration.support.tiny_cluster import MODELS, Cluster, write_models
+from paraserve_backend.agent.hardware import available_bytes
+from paraserve_scheduler.client.scheduler import SchedulerClient
+from paraserve_scheduler.local.cluster import (
+    UpOptions,
+    down,
+    files_of,
+    make_layout,
+    up,
+)
 from paraserve_scheduler.local.layout import NodeLayout
 
 

@@ -21,17 +21,28 @@ from typing import Any
 
 from rich.console import Console
 
-from integration.bucket import upload
-from integration.checkpoints import LlamaShape, cached, write_with_transformers
-from integration.cutover import TimedAnswer, gap, wait_until_removed
-from integration.scenario import Answer, ask, cold_start, wait_for_zero
-from paraserve_backend.agent.node import available_bytes
+from integration.benchmarks.handover.cutover import TimedAnswer, gap, wait_until_removed
+from integration.support.bucket import upload
+from integration.support.checkpoints import LlamaShape, cached, write_with_transformers
+from integration.support.scenario import (
+    Answer,
+    ask,
+    cold_start,
+    wait_for_zero,
+)
+from paraserve_backend.agent.hardware import available_bytes
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_scheduler import timeline
-from paraserve_scheduler.client import SchedulerClient
-from paraserve_scheduler.generation import stream
-from paraserve_scheduler.local.cluster import UpOptions, down, files_of, make_layout, up
+from paraserve_scheduler.cli.views import timeline
+from paraserve_scheduler.client.generate import stream
+from paraserve_scheduler.client.scheduler import SchedulerClient
+from paraserve_scheduler.local.cluster import (
+    UpOptions,
+    down,
+    files_of,
+    make_layout,
+    up,
+)
 from paraserve_scheduler.local.layout import ClusterLayout
 
 NAME = "demo"

@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from integration.clients import environments
-from integration.clients.question import UNKNOWN, Answer, Ask, Gateway, Look, Question, Sight
-from integration.tiny_cluster import write_words
+from integration.clients.question import (
+    UNKNOWN,
+    Answer,
+    Ask,
+    Gateway,
+    Look,
+    Question,
+    Sight,
+)
+from integration.support.tiny_cluster import write_words
 
 Json = dict[str, Any]
 

@@ -42,7 +42,7 @@ def main() -> int:
             make(name)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        tests = [sys.executable, "-m", "pytest", "-v", "integration/test_clients.py"]
+        tests = [sys.executable, "-m", "pytest", "-v", "integration/system/test_clients.py"]
         subprocess.run([*tests, f"--junitxml={report}"], cwd=_REPOSITORY, check=False)
         result = summary(report.read_text(encoding="utf-8"), _versions())
     sys.stdout.write(json.dumps(result) + "\n")

@@ -14,7 +14,15 @@ import tritonclient.grpc.aio as triton_grpc_aio
 import tritonclient.http as triton_http
 import tritonclient.http.aio as triton_http_aio
 
-from integration.clients.question import UNKNOWN, Answer, Ask, Gateway, Look, Question, Sight
+from integration.clients.question import (
+    UNKNOWN,
+    Answer,
+    Ask,
+    Gateway,
+    Look,
+    Question,
+    Sight,
+)
 
 _TIMEOUT_S = 120.0
 

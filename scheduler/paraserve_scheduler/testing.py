@@ -10,9 +10,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_scheduler.agents import AgentCallFailed
-from paraserve_scheduler.events import NodeRegistered, NodeReported
-from paraserve_scheduler.state import Failure, NodeInfo, PartState, Phase
+from paraserve_scheduler.control_plane.controller.agents import AgentCallFailed
+from paraserve_scheduler.state.events import NodeRegistered, NodeReported
+from paraserve_scheduler.state.view import (
+    Failure,
+    NodeInfo,
+    PartState,
+    Phase,
+)
 
 
 class ManualClock:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from paraserve_backend.weights.tier import Tier
-from tests.backend.checkpoints import write_checkpoint
-from tests.backend.stores import ACCESS_KEY, SECRET_KEY
+from paraserve_backend.weights.tiers.memory import Tier
+from tests.support.checkpoints import write_checkpoint
+from tests.support.stores import ACCESS_KEY, SECRET_KEY
 
 
 @pytest.fixture

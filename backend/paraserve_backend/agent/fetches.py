@@ -15,19 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from paraserve_backend.agent.threads import in_thread
-from paraserve_backend.agent.tier_report import tier_messages
+from paraserve_backend.agent.status import tier_messages
+from paraserve_backend.daemon.tasks import in_thread
 from paraserve_backend.errors import AlreadyExists, NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.trace import Span, SpanFile
-from paraserve_backend.weights.disk import DiskTier
-from paraserve_backend.weights.fetch import FetchReport, fetch
-from paraserve_backend.weights.landing import FETCHES
-from paraserve_backend.weights.objects import Source
-from paraserve_backend.weights.peers import HttpPeer
-from paraserve_backend.weights.plan import FetchPlan
-from paraserve_backend.weights.source import LazySource, Sources
-from paraserve_backend.weights.tier import Tier
+from paraserve_backend.telemetry.spans import Span, SpanFile
+from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
+from paraserve_backend.weights.fetching.fetch import FetchReport, fetch
+from paraserve_backend.weights.sources.base import Source
+from paraserve_backend.weights.sources.open import LazySource, Sources
+from paraserve_backend.weights.sources.peer import HttpPeer
+from paraserve_backend.weights.tiers.disk import DiskTier
+from paraserve_backend.weights.tiers.layout import FETCHES
+from paraserve_backend.weights.tiers.memory import Tier
 
 #: Fetches at once; the rest wait. Each only watches its own threads.
 _MOST_AT_ONCE = 64

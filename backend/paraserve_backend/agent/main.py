@@ -18,30 +18,30 @@ from typing import Any
 import grpc.aio
 
 from paraserve_backend.agent.config import AgentConfig
+from paraserve_backend.agent.disk_upkeep import DiskUpkeep
 from paraserve_backend.agent.fetches import Fetches, FetchLimits
-from paraserve_backend.agent.keys import KeyStore
-from paraserve_backend.agent.node import devices_of, node_info, usable_bytes
-from paraserve_backend.agent.part_models import Node
-from paraserve_backend.agent.parts import Parts
-from paraserve_backend.agent.peers import PeerServer, RateLimit
+from paraserve_backend.agent.hardware import devices_of, node_info, usable_bytes
+from paraserve_backend.agent.parts.models import Node
+from paraserve_backend.agent.parts.registry import Parts
+from paraserve_backend.agent.peer_server import PeerServer, RateLimit
 from paraserve_backend.agent.registration import Registration, SchedulerClient
-from paraserve_backend.agent.repository import ModelRepository
 from paraserve_backend.agent.service import AgentService
 from paraserve_backend.agent.slots import SlotLimits, Slots
-from paraserve_backend.agent.stubs import ProcessTable
-from paraserve_backend.agent.triton_client import TritonClient, read_key
-from paraserve_backend.agent.unloading import Unloader
 from paraserve_backend.agent.upkeep import Upkeep
 from paraserve_backend.agent.watchdog import Watchdog
+from paraserve_backend.channel.keys import KeyStore
+from paraserve_backend.daemon.settings import parse_arguments, read_token
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_AgentServicer_to_server
-from paraserve_backend.weights.disk import DiskTier
-from paraserve_backend.weights.disk_upkeep import DiskUpkeep
-from paraserve_backend.weights.landing import OBJECTS
-from paraserve_backend.weights.tier import Tier
-from paraserve_backend.yaml_config import parse_arguments, read_token
+from paraserve_backend.tritonserver.host.client import TritonClient, read_key
+from paraserve_backend.tritonserver.host.repository import ModelRepository
+from paraserve_backend.tritonserver.host.stubs import ProcessTable
+from paraserve_backend.tritonserver.host.unloader import Unloader
+from paraserve_backend.weights.tiers.disk import DiskTier
+from paraserve_backend.weights.tiers.layout import OBJECTS
+from paraserve_backend.weights.tiers.memory import Tier
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from paraserve_backend.agent.fetches import Fetches, FetchRequest
-from paraserve_backend.agent.parts import Parts
+from paraserve_backend.agent.parts.registry import Parts
 from paraserve_backend.agent.slots import Slots
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.rpc.errors import Context, errors_to
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentServicer
-from paraserve_backend.rpc.refusing import Context, errors_to
 
 
 class AgentService(AgentServicer):

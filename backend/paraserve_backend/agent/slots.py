@@ -17,12 +17,12 @@ from enum import Enum, auto
 from itertools import count
 from typing import NoReturn
 
-from paraserve_backend.agent.repository import ModelRepository
-from paraserve_backend.agent.slot_models import SlotPlace, places, slot_files
-from paraserve_backend.agent.stubs import Stub
-from paraserve_backend.agent.threads import finish_all, in_thread
-from paraserve_backend.agent.unloading import Unloader
+from paraserve_backend.daemon.tasks import finish_all, in_thread
 from paraserve_backend.errors import ParaServeError
+from paraserve_backend.tritonserver.host.repository import ModelRepository
+from paraserve_backend.tritonserver.host.slot_models import SlotPlace, places, slot_files
+from paraserve_backend.tritonserver.host.stubs import Stub
+from paraserve_backend.tritonserver.host.unloader import Unloader
 
 logger = logging.getLogger(__name__)
 

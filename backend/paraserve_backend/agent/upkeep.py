@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from paraserve_backend.agent.threads import in_thread
-from paraserve_backend.weights.disk_files import EXTENT_BYTES
-from paraserve_backend.weights.disk_upkeep import DiskUpkeep
+from paraserve_backend.agent.disk_upkeep import DiskUpkeep
+from paraserve_backend.daemon.tasks import in_thread
+from paraserve_backend.weights.tiers.disk_format import EXTENT_BYTES
 
 #: No faster than this, nor than half of what the disk can do.
 _WRITE_BYTES_PER_S = 200e6

@@ -8,10 +8,10 @@ import asyncio
 import logging
 from typing import NoReturn
 
-from paraserve_backend.agent.parts import Parts
+from paraserve_backend.agent.parts.registry import Parts
 from paraserve_backend.agent.slots import Slots
-from paraserve_backend.agent.stubs import Stubs
-from paraserve_backend.agent.triton_client import Triton
+from paraserve_backend.tritonserver.host.client import Triton
+from paraserve_backend.tritonserver.host.stubs import Stubs
 
 logger = logging.getLogger(__name__)
 

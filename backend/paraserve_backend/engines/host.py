@@ -14,11 +14,11 @@ from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from functools import partial
 
-from paraserve_backend.engine.loop import Gauges, LoopState
-from paraserve_backend.engines.interface import Engine, EngineDead, EngineSettings
+from paraserve_backend.engines.base import Engine, EngineDead, EngineSettings
 from paraserve_backend.engines.jobs import Job
+from paraserve_backend.engines.native.loop import Gauges, LoopState
 from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
-from paraserve_backend.hand_over import Target
+from paraserve_backend.protocol.hand_over import Target
 
 _log = logging.getLogger(__name__)
 #: How often cancellation is looked for.

@@ -10,13 +10,13 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from paraserve_backend.answer import Answer
-from paraserve_backend.engine.batch import ChosenToken, Steering
-from paraserve_backend.engine.loop import Reply
-from paraserve_backend.engine.sequence import Sequence
-from paraserve_backend.engines.interface import EngineRequest
-from paraserve_backend.request import GenerateRequest, WantedOutputs
-from paraserve_backend.resume import Resume
+from paraserve_backend.engines.base import EngineRequest
+from paraserve_backend.engines.native.loop import Reply
+from paraserve_backend.generation.answer import Answer
+from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.protocol.forward import ChosenToken, Steering
+from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
+from paraserve_backend.protocol.resume import Resume
 
 _SEED_RANGE = 2**63
 

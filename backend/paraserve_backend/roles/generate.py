@@ -10,27 +10,33 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from paraserve_backend.config import GenerateConfig, KvConfig
-from paraserve_backend.contract import LayerRange
-from paraserve_backend.encoding import RequestEncoder
-from paraserve_backend.engine.arrivals import Arrivals, Write
-from paraserve_backend.engine.batch import ForwardResult
-from paraserve_backend.engine.batching import Batcher, BatchingLimits, ScheduledBatch
-from paraserve_backend.engine.block_pool import BlockPool
-from paraserve_backend.engine.departures import Departures
-from paraserve_backend.engine.loop import Forward, Gauges, GenerateLoop, Reply, Request
+from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.tensors import kv_bytes_per_token
+from paraserve_backend.channel.mailbox import open_mailbox
+from paraserve_backend.engines.native.batcher import Batcher, BatchingLimits, ScheduledBatch
+from paraserve_backend.engines.native.block_pool import BlockPool
+from paraserve_backend.engines.native.handover_source import Departures
+from paraserve_backend.engines.native.handover_target import Arrivals, Write
+from paraserve_backend.engines.native.loop import (
+    Forward,
+    Gauges,
+    GenerateLoop,
+    Reply,
+    Request,
+)
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.families.spec import ModelSpec
-from paraserve_backend.families.tensors import kv_bytes_per_token
-from paraserve_backend.hand_over import PostMessage, Target
-from paraserve_backend.request import GenerateRequest
-from paraserve_backend.resume import Resume
-from paraserve_backend.roles.fetched import Fetched, open_weights, read_spec
-from paraserve_backend.roles.mailbox import open_mailbox
-from paraserve_backend.text import read_tokenizer
+from paraserve_backend.generation.encoder import RequestEncoder
+from paraserve_backend.generation.text import read_tokenizer
+from paraserve_backend.protocol.forward import ForwardResult
+from paraserve_backend.protocol.hand_over import PostMessage, Target
+from paraserve_backend.protocol.names import LayerRange
+from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig
+from paraserve_backend.protocol.request import GenerateRequest
+from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.roles.weights import Fetched, open_weights, read_spec
 
 if TYPE_CHECKING:
-    from paraserve_backend.engine.stage import StageEngine
+    from paraserve_backend.engines.native.model.stage_model import StageEngine
 
 
 class GenerateRole:
@@ -129,7 +135,7 @@ class LocalForward:
     """All layers in this process: passes run one after another on a thread of their own."""
 
     def __init__(self, engine: StageEngine, post: PostMessage) -> None:
-        from paraserve_backend.engine.kv_transfer import KvExporter, KvImporter
+        from paraserve_backend.engines.native.model.kv_transfer import KvExporter, KvImporter
 
         cache = engine.model.kv_cache
         self._engine = engine
@@ -166,7 +172,7 @@ def _local_forward(
 ) -> LocalForward:
     # The head of a pipeline must not pay for it.
     with fetched.spans.span("import torch"):
-        from paraserve_backend.roles.engine import load_engine
+        from paraserve_backend.roles.load import load_engine
 
     return LocalForward(load_engine(fetched, _whole(spec), kv, device), post)
 

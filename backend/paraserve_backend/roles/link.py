@@ -16,9 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from paraserve_backend.channel import Buffer, Channel, CurveKeys, Frame, FrameKind
-from paraserve_backend.config import LinkConfig
+from paraserve_backend.channel.transport import (
+    Buffer,
+    Channel,
+    CurveKeys,
+    Frame,
+    FrameKind,
+)
 from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
+from paraserve_backend.protocol.parameters import LinkConfig
 
 _log = logging.getLogger(__name__)
 #: A result frame holds a few bytes per sequence.

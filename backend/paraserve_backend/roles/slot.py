@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from paraserve_backend.config import (
+from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
+from paraserve_backend.protocol.forward_codec import forget_settings
+from paraserve_backend.protocol.names import SLOT_ROLE, EngineName, SlotKind
+from paraserve_backend.protocol.parameters import (
     GenerateConfig,
     LinkConfig,
     RoleConfig,
@@ -26,9 +29,6 @@ from paraserve_backend.config import (
     StageConfig,
     read_parameters,
 )
-from paraserve_backend.contract import SLOT_ROLE, EngineName, SlotKind
-from paraserve_backend.engine.batch_codec import forget_settings
-from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
 
 #: Nice value.
 _LOWEST_PRIORITY = 19

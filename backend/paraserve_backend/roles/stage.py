@@ -13,17 +13,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paraserve_backend.channel import Channel, CurveKeys, Frame, FrameKind, relay
-from paraserve_backend.config import ChannelConfig, StageConfig
-from paraserve_backend.engine.batch import Export, ForwardBatch, ForwardResult
-from paraserve_backend.engine.batch_codec import decode_batch, encode_result
-from paraserve_backend.engine.dtypes import TORCH_DTYPE
-from paraserve_backend.engine.hidden import hidden_from_bytes, hidden_to_bytes
-from paraserve_backend.engine.kv_transfer import KvExporter
+from paraserve_backend.channel.messages import Post
+from paraserve_backend.channel.transport import (
+    Channel,
+    CurveKeys,
+    Frame,
+    FrameKind,
+    relay,
+)
+from paraserve_backend.engines.native.model.dtypes import TORCH_DTYPE
+from paraserve_backend.engines.native.model.kv_transfer import KvExporter
+from paraserve_backend.engines.native.model.tensors import hidden_from_bytes, hidden_to_bytes
 from paraserve_backend.errors import InvalidRequest, ParaServeError
-from paraserve_backend.post import Post
-from paraserve_backend.roles.engine import load_engine
-from paraserve_backend.roles.fetched import Fetched
+from paraserve_backend.protocol.forward import Export, ForwardBatch, ForwardResult
+from paraserve_backend.protocol.forward_codec import decode_batch, encode_result
+from paraserve_backend.protocol.parameters import ChannelConfig, StageConfig
+from paraserve_backend.roles.load import load_engine
+from paraserve_backend.roles.weights import Fetched
 
 _log = logging.getLogger(__name__)
 #: Largest frame a stage takes: the hidden states of the largest batch, and its block tables.

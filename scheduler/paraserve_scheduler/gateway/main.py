@@ -10,7 +10,7 @@ import signal
 import socket
 from collections.abc import Sequence
 
-from paraserve_backend.yaml_config import parse_arguments, read_token
+from paraserve_backend.daemon.settings import parse_arguments, read_token
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.server import Gateway
 

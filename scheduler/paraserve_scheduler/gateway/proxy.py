@@ -9,18 +9,19 @@ from dataclasses import dataclass
 
 from tritonclient.grpc import service_pb2 as kserve
 
-from paraserve_backend.engines.abilities import ABILITIES, can_be_carried, check
 from paraserve_backend.errors import InvalidRequest, Unavailable
+from paraserve_backend.protocol.abilities import ABILITIES, can_be_carried, check
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_scheduler.gateway import batch_dimension
-from paraserve_scheduler.gateway.batch_dimension import Send
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
-from paraserve_scheduler.gateway.failures import ReplicaLost
-from paraserve_scheduler.gateway.journey import Journey
+from paraserve_scheduler.gateway.kserve import normalisation as batch_dimension
+from paraserve_scheduler.gateway.kserve.errors import ReplicaLost
+from paraserve_scheduler.gateway.kserve.normalisation import Send
+from paraserve_scheduler.gateway.kserve.statistics import RequestTimes, Statistics
+from paraserve_scheduler.gateway.kserve.time_limit import take_time_limit_us, time_limit
+from paraserve_scheduler.gateway.kserve.validation import validate
+from paraserve_scheduler.gateway.resumption import Journey
 from paraserve_scheduler.gateway.routes import Routes
-from paraserve_scheduler.gateway.statistics import RequestTimes, Statistics
-from paraserve_scheduler.gateway.time_limit import take_time_limit_us, time_limit
 from paraserve_scheduler.gateway.upstream import (
     WANT_EMPTY_FINAL,
     ReplicaRefused,
@@ -28,7 +29,6 @@ from paraserve_scheduler.gateway.upstream import (
     Upstream,
     is_final,
 )
-from paraserve_scheduler.gateway.validation import validate
 
 _MAX_REPLICAS_TRIED = 3
 

@@ -20,8 +20,8 @@ from paraserve_backend.errors import (
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.demand import Demand
-from paraserve_scheduler.gateway.failures import ReplicaLost, error_from_code
-from paraserve_scheduler.gateway.metadata import MODEL_VERSION
+from paraserve_scheduler.gateway.kserve.errors import ReplicaLost, error_from_code
+from paraserve_scheduler.gateway.kserve.metadata import MODEL_VERSION
 
 _NAMES_IN_ERROR = 20
 #: What a new deployment or replica takes from the scheduler to its gateways.

@@ -13,14 +13,14 @@ from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_
 from paraserve_backend.errors import InvalidRequest
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
-from paraserve_scheduler.gateway.grpc_health import HealthCheck
-from paraserve_scheduler.gateway.grpc_service import GrpcService
-from paraserve_scheduler.gateway.http_service import HttpService
+from paraserve_scheduler.gateway.frontends.grpc_health import HealthCheck
+from paraserve_scheduler.gateway.frontends.grpc_service import GrpcService
+from paraserve_scheduler.gateway.frontends.http_service import HttpService
+from paraserve_scheduler.gateway.frontends.request_reader import RequestReader, server_options
+from paraserve_scheduler.gateway.kserve.statistics import Statistics
 from paraserve_scheduler.gateway.proxy import Proxy
-from paraserve_scheduler.gateway.request_reader import RequestReader, server_options
 from paraserve_scheduler.gateway.routes import Routes
 from paraserve_scheduler.gateway.scheduler_link import SchedulerLink
-from paraserve_scheduler.gateway.statistics import Statistics
 from paraserve_scheduler.gateway.upstream import Upstream
 
 logger = logging.getLogger(__name__)

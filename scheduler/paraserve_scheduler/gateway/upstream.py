@@ -16,7 +16,6 @@ import grpc.aio
 from tritonclient.grpc import service_pb2 as kserve
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from paraserve_backend.contract import REPLICA_PARAMETER
 from paraserve_backend.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -25,9 +24,10 @@ from paraserve_backend.errors import (
     Unavailable,
     read_coded,
 )
+from paraserve_backend.protocol.names import REPLICA_PARAMETER
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.connection import is_connection_lost
-from paraserve_scheduler.gateway.failures import ReplicaLost, clean_message, error_from_code
+from paraserve_scheduler.gateway.kserve.errors import ReplicaLost, clean_message, error_from_code
 
 if TYPE_CHECKING:
     from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceAsyncStub

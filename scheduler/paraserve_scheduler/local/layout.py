@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from paraserve_backend.daemon.settings import load_config
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.yaml_config import load_config
 
 SHM = Path("/dev/shm")
 #: Bucket of the embedded S3 server.

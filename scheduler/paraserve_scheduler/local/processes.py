@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from paraserve_backend.errors import NotFound
-from paraserve_backend.triton_install import (
+from paraserve_backend.tritonserver.host.install import (
     ServerOptions,
     TritonInstall,
     launch_command,

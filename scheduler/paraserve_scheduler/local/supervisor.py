@@ -17,12 +17,17 @@ import time
 from collections.abc import Sequence
 from typing import BinaryIO
 
+from paraserve_backend.daemon.settings import load_config
 from paraserve_backend.errors import ParaServeError, Unavailable
-from paraserve_backend.triton_install import find_triton
-from paraserve_backend.yaml_config import load_config
-from paraserve_scheduler.client import SchedulerClient
+from paraserve_backend.tritonserver.host.install import find_triton
+from paraserve_scheduler.client.scheduler import SchedulerClient
 from paraserve_scheduler.local import leftovers
-from paraserve_scheduler.local.children import Child, ProcessSpec, start, stop
+from paraserve_scheduler.local.children import (
+    Child,
+    ProcessSpec,
+    start,
+    stop,
+)
 from paraserve_scheduler.local.layout import (
     SHM,
     ClusterLayout,

@@ -6,10 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from paraserve_backend.daemon.settings import load_config
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.yaml_config import load_config
-from paraserve_scheduler.cost import ModelShape, NodeKind, Speed, StartMethod, uniform_model
-from paraserve_scheduler.fleet import Objectives
+from paraserve_scheduler.planner.cost import (
+    ModelShape,
+    NodeKind,
+    Speed,
+    StartMethod,
+    uniform_model,
+)
+from paraserve_scheduler.planner.fleet import Objectives
 from paraserve_scheduler.simulator.workload import Lengths, Tokens
 
 _GB = 10**9

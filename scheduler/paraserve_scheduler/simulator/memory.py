@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from paraserve_scheduler.cost import ModelShape
-from paraserve_scheduler.fleet import Gpu
+from paraserve_scheduler.planner.cost import ModelShape
+from paraserve_scheduler.planner.fleet import Gpu
+from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import NodeDescription
-from paraserve_scheduler.simulator.heap import Heap
 
 Spans = tuple[tuple[int, int], ...]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
-from paraserve_scheduler.contention import Claim, Flow, fair_rates
-from paraserve_scheduler.simulator.heap import Heap
+from paraserve_scheduler.planner.bandwidth import Claim, Flow, fair_rates
+from paraserve_scheduler.simulator.clock import Heap
 
 #: Links: of a node and its disk as (what, node), and the object store's.
 INTO, OUT_OF, DISK, STORE = "into", "out of", "disk of", "store"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from paraserve_scheduler.contention import Claim
-from paraserve_scheduler.fleet import Need, Node, ReplicaLoad
+from paraserve_scheduler.planner.bandwidth import Claim
+from paraserve_scheduler.planner.fleet import Need, Node, ReplicaLoad
 from paraserve_scheduler.simulator.description import DeploymentDescription
 from paraserve_scheduler.simulator.memory import NodeMemory
 from paraserve_scheduler.simulator.replicas import SimReplica

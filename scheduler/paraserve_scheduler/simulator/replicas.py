@@ -9,12 +9,24 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from paraserve_scheduler.cost import ModelShape, runtime_s
-from paraserve_scheduler.fleet import ReplicaPhase, Source, StageChoice, Start
+from paraserve_scheduler.planner.cost import ModelShape, runtime_s
+from paraserve_scheduler.planner.fleet import (
+    ReplicaPhase,
+    Source,
+    StageChoice,
+    Start,
+)
+from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import DeploymentDescription
-from paraserve_scheduler.simulator.heap import Heap
 from paraserve_scheduler.simulator.memory import NodeMemory
-from paraserve_scheduler.simulator.network import DISK, INTO, OUT_OF, STORE, Network, Transfer
+from paraserve_scheduler.simulator.network import (
+    DISK,
+    INTO,
+    OUT_OF,
+    STORE,
+    Network,
+    Transfer,
+)
 from paraserve_scheduler.simulator.serving import Batch
 from paraserve_scheduler.simulator.trace import Trace
 

@@ -6,8 +6,8 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 
-from paraserve_scheduler.cost import Speed, decode_s, prefill_s
-from paraserve_scheduler.simulator.heap import Heap
+from paraserve_scheduler.planner.cost import Speed, decode_s, prefill_s
+from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.workload import Request
 
 

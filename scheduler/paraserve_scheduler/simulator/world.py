@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from paraserve_scheduler.fleet import (
+from paraserve_scheduler.planner.fleet import (
     Admission,
     Decision,
     DropSlot,
@@ -22,10 +22,21 @@ from paraserve_scheduler.fleet import (
     WarmSlot,
 )
 from paraserve_scheduler.simulator import replicas as lives
+from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import ClusterDescription
-from paraserve_scheduler.simulator.heap import Heap
-from paraserve_scheduler.simulator.memory import GpuMemory, Meter, NodeMemory, Shelf
-from paraserve_scheduler.simulator.network import DISK, INTO, OUT_OF, STORE, Network
+from paraserve_scheduler.simulator.memory import (
+    GpuMemory,
+    Meter,
+    NodeMemory,
+    Shelf,
+)
+from paraserve_scheduler.simulator.network import (
+    DISK,
+    INTO,
+    OUT_OF,
+    STORE,
+    Network,
+)
 from paraserve_scheduler.simulator.observation import NodeRecords, Served, need_of
 from paraserve_scheduler.simulator.outcome import ColdStart, Outcome
 from paraserve_scheduler.simulator.replicas import SimReplica

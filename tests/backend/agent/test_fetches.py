@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 
+from paraserve_backend.agent.disk_upkeep import DiskUpkeep
 from paraserve_backend.agent.fetches import Fetches, FetchLimits, FetchRequest
+from paraserve_backend.byte_ranges import merge
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.trace import Span, SpanFile
-from paraserve_backend.weights.disk import DiskTier
-from paraserve_backend.weights.disk_upkeep import DiskUpkeep
-from paraserve_backend.weights.landing import FetchStatus
-from paraserve_backend.weights.objects import Connection, Source, StoredObject
-from paraserve_backend.weights.plan import FetchPlan
-from paraserve_backend.weights.source import Sources, open_source
-from paraserve_backend.weights.spans import merge
-from paraserve_backend.weights.tier import Tier
-from paraserve_backend.weights.tier_reader import TierReader
-from tests.backend.agent.nodes import make_plan, make_request
-from tests.backend.checkpoints import make_plan as plan_of
-from tests.backend.checkpoints import write_checkpoint
+from paraserve_backend.telemetry.spans import Span, SpanFile
+from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
+from paraserve_backend.weights.sources.base import Connection, Source, StoredObject
+from paraserve_backend.weights.sources.open import Sources, open_source
+from paraserve_backend.weights.tiers.disk import DiskTier
+from paraserve_backend.weights.tiers.layout import FetchStatus
+from paraserve_backend.weights.tiers.memory import Tier
+from paraserve_backend.weights.tiers.reader import TierReader
+from tests.support.agents import make_plan, make_request
+from tests.support.checkpoints import make_plan as plan_of
+from tests.support.checkpoints import write_checkpoint
 
 
 def play(folder: Path, test: Callable[[Fetches], Awaitable[None]]) -> None:

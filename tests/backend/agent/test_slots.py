@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from paraserve_backend.agent.triton_client import ModelState
 from paraserve_backend.errors import InvalidCheckpoint, ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from tests.backend.agent.nodes import FakeNode, fake_node, follow, make_part, until
-from tests.backend.agent.slotted import head_part
+from paraserve_backend.tritonserver.host.client import ModelState
+from tests.support.agents import (
+    FakeNode,
+    fake_node,
+    follow,
+    make_part,
+    until,
+)
+from tests.support.slotted_agents import head_part
 
 SET = ["slot-0.front", "slot-1.stage", "slot-2.link"]
 #: Longer than a pause after anything.

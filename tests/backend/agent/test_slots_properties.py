@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from tests.backend.agent.nodes import FakeNode, fake_node, follow
-from tests.backend.agent.slotted import head_part
+from tests.support.agents import FakeNode, fake_node, follow
+from tests.support.slotted_agents import head_part
 
 REPLICAS = ("tiny.1", "small.1", "small.2")
 Step = tuple[str, str | int]

@@ -5,7 +5,12 @@ from pathlib import Path
 
 from paraserve_backend.agent.watchdog import Watchdog
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from tests.backend.agent.nodes import FakeNode, fake_node, follow, make_part
+from tests.support.agents import (
+    FakeNode,
+    fake_node,
+    follow,
+    make_part,
+)
 
 
 def make_watchdog(node: FakeNode) -> Watchdog:

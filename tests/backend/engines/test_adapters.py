@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from paraserve_backend.engine.batch import ChosenToken, Ranking, Sampling, Steering
-from paraserve_backend.engines.interface import (
+from paraserve_backend.engines.base import (
     Engine,
     EngineDead,
     EngineRequest,
@@ -20,11 +19,22 @@ from paraserve_backend.engines.interface import (
     EngineStats,
 )
 from paraserve_backend.engines.signatures import TENSORRT_LLM, VLLM, Table
-from paraserve_backend.engines.tensorrt_llm import TensorRtLlmEngine
-from paraserve_backend.engines.vllm import VllmEngine
+from paraserve_backend.engines.tensorrt_llm.engine import TensorRtLlmEngine
+from paraserve_backend.engines.vllm.engine import VllmEngine
 from paraserve_backend.errors import InvalidRequest
-from tests.backend.engines.fake_engines import Seen, answer, fake_tensorrt_llm, fake_vllm
-from tests.backend.engines.fake_package import FakePackage
+from paraserve_backend.protocol.forward import (
+    ChosenToken,
+    Ranking,
+    Sampling,
+    Steering,
+)
+from tests.support.fake_engines import (
+    Seen,
+    answer,
+    fake_tensorrt_llm,
+    fake_vllm,
+)
+from tests.support.fake_package import FakePackage
 
 PROMPT = (3, 5)
 

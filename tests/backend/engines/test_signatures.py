@@ -15,8 +15,8 @@ from paraserve_backend.engines.signatures import (
     Table,
     differences,
 )
-from tests.backend.engines.fake_engines import Seen, fake_tensorrt_llm, fake_vllm
-from tests.backend.engines.fake_package import FakePackage
+from tests.support.fake_engines import Seen, fake_tensorrt_llm, fake_vllm
+from tests.support.fake_package import FakePackage
 
 FAKES: dict[str, Callable[[Seen], FakePackage]] = {
     "tensorrt-llm": fake_tensorrt_llm,

@@ -14,8 +14,8 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import DeadlineExceeded
-from paraserve_scheduler.gateway.time_limit import take_time_limit_us, time_limit
-from tests.scheduler.gateway.cluster import (
+from paraserve_scheduler.gateway.kserve.time_limit import take_time_limit_us, time_limit
+from tests.support.gateway import (
     DEPLOYMENT,
     Cluster,
     make_inputs,
@@ -25,7 +25,7 @@ from tests.scheduler.gateway.cluster import (
     serving,
     text_of,
 )
-from tests.scheduler.gateway.fakes import hanging, one_answer
+from tests.support.gateway_fakes import hanging, one_answer
 
 #: Enough to reach a replica on a busy machine.
 _LONG_S = 0.5

@@ -10,10 +10,20 @@ from collections.abc import AsyncIterator
 import pytest
 from tritonclient.grpc import service_pb2 as kserve
 
-from paraserve_backend.engine.batch import ChosenToken
-from paraserve_backend.resume import HAND_OVER_TO, RESUME, Resume
-from tests.scheduler.gateway.cluster import Cluster, make_request, read_stream, serving
-from tests.scheduler.gateway.fakes import Context, Script, answer, empty_final
+from paraserve_backend.protocol.forward import ChosenToken
+from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
+from tests.support.gateway import (
+    Cluster,
+    make_request,
+    read_stream,
+    serving,
+)
+from tests.support.gateway_fakes import (
+    Context,
+    Script,
+    answer,
+    empty_final,
+)
 
 LAST = 8
 

@@ -16,10 +16,15 @@ import pytest
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
-from paraserve_scheduler.gateway.grpc_health import NOT_SERVING, SERVING
+from paraserve_scheduler.gateway.frontends.grpc_health import NOT_SERVING, SERVING
 from paraserve_scheduler.gateway.server import Gateway, split_address
-from tests.scheduler.gateway.cluster import DEPLOYMENT, make_config, make_inputs, serving
-from tests.scheduler.gateway.fakes import FakeScheduler, one_answer
+from tests.support.gateway import (
+    DEPLOYMENT,
+    make_config,
+    make_inputs,
+    serving,
+)
+from tests.support.gateway_fakes import FakeScheduler, one_answer
 
 
 async def test_the_cluster_token_goes_with_every_call() -> None:

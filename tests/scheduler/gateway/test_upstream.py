@@ -10,9 +10,21 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2 as kserve
 
-from paraserve_scheduler.gateway.failures import clean_message
-from tests.scheduler.gateway.cluster import Cluster, make_config, make_request, serving, text_of
-from tests.scheduler.gateway.fakes import Context, answer, failing, hanging, one_answer
+from paraserve_scheduler.gateway.kserve.errors import clean_message
+from tests.support.gateway import (
+    Cluster,
+    make_config,
+    make_request,
+    serving,
+    text_of,
+)
+from tests.support.gateway_fakes import (
+    Context,
+    answer,
+    failing,
+    hanging,
+    one_answer,
+)
 
 
 async def failure(cluster: Cluster) -> tuple[grpc.StatusCode, str]:

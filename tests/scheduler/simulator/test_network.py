@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paraserve_scheduler.simulator.heap import Heap
+from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.network import Network
 
 _INTO = ("into", "n0")

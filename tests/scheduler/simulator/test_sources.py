@@ -6,12 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paraserve_scheduler.baselines.table import POLICIES
-from paraserve_scheduler.fleet import Decision, Fleet, Objectives, Start
+from paraserve_scheduler.planner.fleet import (
+    Decision,
+    Fleet,
+    Objectives,
+    Start,
+)
+from paraserve_scheduler.policies.registry import POLICIES
 from paraserve_scheduler.simulator.memory import Shelf
 from paraserve_scheduler.simulator.world import Simulation
-from tests.scheduler.fleets import GB, make_kind, make_method, make_model
-from tests.scheduler.simulator.clusters import (
+from tests.support.fleets import (
+    GB,
+    make_kind,
+    make_method,
+    make_model,
+)
+from tests.support.worlds import (
     make_cluster,
     make_deployment,
     make_node,

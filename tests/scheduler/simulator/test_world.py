@@ -9,16 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_scheduler import timeline
-from paraserve_scheduler.baselines.table import POLICIES
-from paraserve_scheduler.fleet import Decision, Fleet, Need, Objectives
+from paraserve_scheduler.cli.views import timeline
+from paraserve_scheduler.planner.fleet import (
+    Decision,
+    Fleet,
+    Need,
+    Objectives,
+)
+from paraserve_scheduler.policies.registry import POLICIES
 from paraserve_scheduler.simulator.description import FailureFile
 from paraserve_scheduler.simulator.outcome import Outcome
-from paraserve_scheduler.simulator.summary import percentile, summarize
+from paraserve_scheduler.simulator.results import percentile, summarize
 from paraserve_scheduler.simulator.workload import Request
 from paraserve_scheduler.simulator.world import Simulation
-from tests.scheduler.fleets import GB, make_kind, make_method
-from tests.scheduler.simulator.clusters import (
+from tests.support.fleets import GB, make_kind, make_method
+from tests.support.worlds import (
     make_cluster,
     make_deployment,
     make_node,

@@ -1,0 +1,73 @@
+"""What a node does for its disk tier when it has nothing better to do, a small step at a time.
+
+Copies to disk what is in host memory and not there yet, so that memory can be taken back at once;
+then reads what is on disk again, to find damage before somebody waits for the bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+
+from paraserve_backend.byte_ranges import Span, cut, subtract
+from paraserve_backend.errors import NotFound
+from paraserve_backend.weights.tiers.disk import DiskTier
+from paraserve_backend.weights.tiers.disk_folder import Held
+from paraserve_backend.weights.tiers.disk_format import EXTENT_BYTES, DamagedExtent, aligned_buffer
+from paraserve_backend.weights.tiers.holdings import TierObject
+from paraserve_backend.weights.tiers.memory import Tier
+
+
+class DiskUpkeep:
+    """Not thread-safe: one thread at a time takes steps."""
+
+    def __init__(self, tier: Tier, disk: DiskTier) -> None:
+        self._tier = tier
+        self._disk = disk
+        self._buffer = aligned_buffer()
+        self._in_memory: dict[str, Sequence[Span]] = {}
+        self._to_write: deque[tuple[TierObject, Span]] = deque()
+        self._to_verify: deque[Held] = deque()
+
+    def write_next(self) -> bool:
+        """Copy one extent to disk; returns whether there may be more to copy."""
+        if self._disk.is_resting:
+            return False
+        if not self._to_write:
+            self._look()
+        if self._to_write and not self._write(*self._to_write.popleft()):
+            self._to_write.clear()  # what to do with a full disk may look different next time
+        return bool(self._to_write)
+
+    def verify_next(self) -> None:
+        """Read one extent, each in turn; one that is damaged is dropped, with a warning."""
+        if not self._to_verify:
+            self._to_verify.extend(self._disk.extents())
+        if self._to_verify:
+            with suppress(DamagedExtent):
+                self._disk.load(self._to_verify.popleft(), self._buffer)
+
+    def _look(self) -> None:
+        contents = self._tier.contents(with_files=True)
+        # Kept: whatever the disk alone has was used before anything that memory has.
+        self._in_memory = {found.name: found.landed for found in contents}
+        self._to_write.extend(
+            (found, span)
+            for found in contents
+            for missing in subtract(found.landed, self._disk.spans(found.name))
+            for span in cut(missing, EXTENT_BYTES)
+        )
+
+    def _write(self, found: TierObject, span: Span) -> bool:
+        """Returns whether the disk takes more."""
+        try:
+            with self._tier.reading(found.name, span) as (path, _), path.open("rb") as file:
+                os.preadv(file.fileno(), [self._buffer[: span[1] - span[0]]], span[0])
+        except NotFound:
+            return True  # it has left the memory meanwhile
+        return self._disk.save(found, span, self._buffer, self._kept)
+
+    def _kept(self, name: str) -> Sequence[Span]:
+        return self._in_memory.get(name, ())

@@ -1,0 +1,38 @@
+"""What a node's tiers hold, as its heartbeats tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from paraserve_backend.byte_ranges import Span
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.weights.tiers.disk import DiskTier
+from paraserve_backend.weights.tiers.holdings import TierObject
+from paraserve_backend.weights.tiers.memory import Tier
+
+
+def tier_messages(tier: Tier, disk: DiskTier | None) -> list[pb.TierObject]:
+    """Return one message for each object version of which something is in memory or on disk."""
+    in_memory = {found.name: found for found in tier.contents()}
+    on_disk = {found.name: found for found in disk.contents()} if disk else {}
+    return [
+        _message(found, in_memory.get(name), on_disk.get(name))
+        for name, found in {**on_disk, **in_memory}.items()
+    ]
+
+
+def _message(
+    found: TierObject, in_memory: TierObject | None, on_disk: TierObject | None
+) -> pb.TierObject:
+    return pb.TierObject(
+        key=f"{found.source_uri}/{found.stored.key}",
+        version=found.stored.version,
+        landed_bytes=in_memory.landed_bytes if in_memory else 0,
+        size_bytes=found.stored.size_bytes,
+        landed=_ranges(in_memory.landed if in_memory else ()),
+        on_disk=_ranges(on_disk.landed if on_disk else ()),
+    )
+
+
+def _ranges(spans: Iterable[Span]) -> list[pb.ByteRange]:
+    return [pb.ByteRange(start=start, end=end) for start, end in spans]

@@ -1,0 +1,101 @@
+"""Falcon: attention and MLP side by side on layer norms; queries, keys and values fused.
+
+The layout of 7B has one key head, the newer one (40B, 180B, Falcon 2) several: either way each
+key head's queries, key and value lie together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from paraserve_backend.architectures.config_json import Config
+from paraserve_backend.architectures.decoder import decoder_spec
+from paraserve_backend.architectures.fields import read_activation, read_kv_heads, split_hidden
+from paraserve_backend.architectures.layout import LayerSizes
+from paraserve_backend.architectures.rope import read_rope
+from paraserve_backend.architectures.spec import (
+    ModelSpec,
+    Module,
+    Normalisation,
+    QkvOrder,
+    Residual,
+)
+from paraserve_backend.errors import UnsupportedModel
+from paraserve_backend.protocol.names import TensorNames
+
+_NAMES = TensorNames(
+    layer_prefix="transformer.h.",
+    embedding=("transformer.word_embeddings.weight",),
+    final=("transformer.ln_f.weight", "transformer.ln_f.bias"),
+    head="lm_head.weight",
+)
+_MATRICES = {
+    Module.QKV: "self_attention.query_key_value",
+    Module.OUTPUT: "self_attention.dense",
+    Module.UP: "mlp.dense_h_to_4h",
+    Module.DOWN: "mlp.dense_4h_to_h",
+}
+
+
+def read_falcon(config: Config, architecture: str) -> ModelSpec:
+    _check_variant(config, architecture)
+    sizes = _read_sizes(config)
+    norms = _norms(config)
+    spec = decoder_spec(
+        config,
+        architecture,
+        sizes,
+        modules=norms | _MATRICES,
+        biased={*norms, *(_MATRICES if config.flag("bias", False) else ())},
+        names=_NAMES,
+        positions=read_rope(config, sizes.head_dim),
+        max_positions=config.count("max_position_embeddings", 2048),
+        normalisation=Normalisation.LAYER,
+        norm_eps=config.number("layer_norm_epsilon", 1e-5),
+        activation=read_activation(config, "activation", "gelu"),
+        tied=config.flag("tie_word_embeddings", True),
+    )
+    residual = Residual.PARALLEL if config.flag("parallel_attn", True) else Residual.SEQUENTIAL
+    return replace(spec, residual=residual, qkv_order=QkvOrder.GROUPS)
+
+
+def _check_variant(config: Config, architecture: str) -> None:
+    if config.flag("alibi", False):
+        raise UnsupportedModel(f"{architecture} with alibi positions is not supported.")
+    if _is_new(config) and not config.flag("parallel_attn", True):
+        raise UnsupportedModel(
+            f"{architecture} with new_decoder_architecture but not parallel_attn is not supported."
+        )
+
+
+def _read_sizes(config: Config) -> LayerSizes:
+    num_heads = config.count("num_attention_heads")
+    hidden = config.count("hidden_size")
+    return LayerSizes(
+        hidden=hidden,
+        intermediate=config.count("ffn_hidden_size", 4 * hidden),
+        num_heads=num_heads,
+        num_kv_heads=_read_kv_heads(config, num_heads),
+        head_dim=split_hidden(config, num_heads),
+    )
+
+
+def _read_kv_heads(config: Config, num_heads: int) -> int:
+    if _is_new(config):
+        return read_kv_heads(config, "num_kv_heads", num_heads)
+    return 1 if config.flag("multi_query", True) else num_heads
+
+
+def _norms(config: Config) -> dict[Module, str]:
+    if not config.flag("parallel_attn", True):
+        return {
+            Module.ATTENTION_NORM: "input_layernorm",
+            Module.MLP_NORM: "post_attention_layernorm",
+        }
+    if _is_new(config) and config.count("num_ln_in_parallel_attn", 2) == 2:
+        return {Module.ATTENTION_NORM: "ln_attn", Module.MLP_NORM: "ln_mlp"}
+    return {Module.ATTENTION_NORM: "input_layernorm"}
+
+
+def _is_new(config: Config) -> bool:
+    return config.flag("new_decoder_architecture", False)

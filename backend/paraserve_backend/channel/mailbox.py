@@ -1,0 +1,98 @@
+"""A replica's door to the others of its deployment: messages in, on a thread of its own, and out.
+
+Decides nothing: words go to the generate loop, KV blocks to the arrivals.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from paraserve_backend.channel.messages import Post, from_frame
+from paraserve_backend.channel.transport import CurveKeys, Inbox
+from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.protocol.hand_over import (
+    Expect,
+    KvBlocks,
+    Message,
+    Word,
+)
+from paraserve_backend.protocol.parameters import HandOverConfig
+
+_log = logging.getLogger(__name__)
+#: Bounds one part of a frame.
+_MAX_BYTES = 1 << 30
+
+
+class Mailbox:
+    def __init__(self, config: HandOverConfig) -> None:
+        keys = CurveKeys.read(config.key_file)
+        self.address = config.inbox
+        self.post = Post(keys)
+        self._inbox = Inbox(listen=config.inbox, keys=keys, max_bytes=_MAX_BYTES)
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(
+        self, hear: Callable[[Word], None], receive: Callable[[KvBlocks | Expect], None]
+    ) -> None:
+        """Begin to listen; both are called from a thread of the mailbox."""
+        self._thread = threading.Thread(
+            target=self._run, args=(hear, receive), name="mailbox", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Listen no more; what is sent still goes out."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def close(self) -> None:
+        self._inbox.close()
+        self.post.close()
+
+    def _run(
+        self, hear: Callable[[Word], None], receive: Callable[[KvBlocks | Expect], None]
+    ) -> None:
+        while not self._stopping.is_set():
+            try:
+                frame = self._inbox.receive()
+                if frame is None:
+                    continue
+                message = from_frame(frame)
+                if isinstance(message, KvBlocks | Expect):
+                    receive(message)
+                else:
+                    hear(message)
+            except (ValueError, InvalidRequest) as error:
+                # The sender gets no answer and keeps its sequence.
+                _log.warning("a message of another replica was refused: %s", error)
+
+
+class NoMailbox:
+    """Of a replica that stands alone."""
+
+    address = ""
+
+    def post(self, _address: str, _message: Message) -> None:
+        raise AssertionError("a replica without an address is offered nothing")
+
+    def start(self, _hear: object, _receive: object) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def open_mailbox(config: HandOverConfig | None) -> Mailbox | NoMailbox:
+    """Bind the inbox that the configuration names.
+
+    Raises:
+        InvalidRequest: the key file is malformed.
+    """
+    return NoMailbox() if config is None else Mailbox(config)

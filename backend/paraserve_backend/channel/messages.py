@@ -1,0 +1,126 @@
+"""Messages between replicas as frames, and the way to their inboxes."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import threading
+
+from paraserve_backend.channel.transport import (
+    Buffer,
+    CurveKeys,
+    Frame,
+    FrameKind,
+    Outbox,
+)
+from paraserve_backend.errors import Unavailable
+from paraserve_backend.protocol.hand_over import (
+    Accepted,
+    Complete,
+    Expect,
+    KvBlocks,
+    Message,
+    Offer,
+    Refused,
+    Withdraw,
+)
+
+_log = logging.getLogger(__name__)
+
+#: KV blocks of whole sequences may wait for a slow network: they take no more than the cache does.
+_QUEUED_FRAMES = 10_000
+_OFFER = struct.Struct("<I")
+# first layer, end layer, first block, blocks
+_KV = struct.Struct("<IIII")
+_COUNT = struct.Struct("<Q")
+
+
+def to_frame(message: Message) -> Frame:
+    body: bytes = b""
+    payload: Buffer = b""
+    match message:
+        case Offer():
+            kind = FrameKind.OFFER
+            body = _OFFER.pack(message.num_blocks) + message.reply_to.encode()
+        case Accepted():
+            kind = FrameKind.ACCEPTED
+        case Refused():
+            kind, body = FrameKind.REFUSED, message.reason.encode()
+        case KvBlocks():
+            kind, payload = FrameKind.KV_BLOCKS, message.payload
+            body = _KV.pack(
+                message.layer_start, message.layer_end, message.first, message.num_blocks
+            )
+        case Expect():
+            kind, body = FrameKind.EXPECT, _COUNT.pack(message.layer_blocks)
+        case Complete():
+            kind, body = FrameKind.COMPLETE, _COUNT.pack(message.layer_blocks)
+        case Withdraw():
+            kind = FrameKind.WITHDRAW
+    return Frame(kind=kind, number=message.ticket, body=body, payload=payload)
+
+
+def from_frame(frame: Frame) -> Message:
+    """Reverse `to_frame`; raises ValueError on a frame that is no such message."""
+    ticket, body = frame.number, bytes(frame.body)
+    try:
+        match frame.kind:
+            case FrameKind.OFFER:
+                (num_blocks,) = _OFFER.unpack_from(body)
+                reply_to = body[_OFFER.size :].decode()
+                return Offer(ticket=ticket, num_blocks=num_blocks, reply_to=reply_to)
+            case FrameKind.ACCEPTED:
+                return Accepted(ticket=ticket)
+            case FrameKind.REFUSED:
+                return Refused(ticket=ticket, reason=body.decode())
+            case FrameKind.KV_BLOCKS:
+                start, end, first, num_blocks = _KV.unpack(body)
+                return KvBlocks(
+                    ticket=ticket,
+                    layer_start=start,
+                    layer_end=end,
+                    first=first,
+                    num_blocks=num_blocks,
+                    payload=frame.payload,
+                )
+            case FrameKind.EXPECT:
+                return Expect(ticket=ticket, layer_blocks=_COUNT.unpack(body)[0])
+            case FrameKind.COMPLETE:
+                return Complete(ticket=ticket, layer_blocks=_COUNT.unpack(body)[0])
+            case FrameKind.WITHDRAW:
+                return Withdraw(ticket=ticket)
+            case _:
+                raise ValueError(f"a frame of kind {frame.kind.name} hands nothing over")
+    except struct.error as error:
+        raise ValueError(f"a {frame.kind.name} frame is malformed: {error}") from None
+
+
+class Post:
+    """Sends messages to any inbox of the deployment; may be used by several threads."""
+
+    def __init__(self, keys: CurveKeys) -> None:
+        self._keys = keys
+        self._lock = threading.Lock()
+        self._outboxes: dict[str, Outbox] = {}
+
+    def __call__(self, address: str, message: Message) -> None:
+        """Queue a message without waiting.
+
+        One that cannot be queued is lost: whoever waits for its answer gives up in time.
+        """
+        with self._lock:
+            outbox = self._outboxes.get(address)
+            if outbox is None:
+                outbox = self._outboxes[address] = Outbox(
+                    address=address, keys=self._keys, queued_frames=_QUEUED_FRAMES, timeout_s=0.0
+                )
+            try:
+                outbox.send(to_frame(message))
+            except Unavailable:
+                _log.warning("%s takes no messages", address)
+
+    def close(self) -> None:
+        with self._lock:
+            for outbox in self._outboxes.values():
+                outbox.close()
+            self._outboxes.clear()

@@ -1,0 +1,209 @@
+"""Frames between the processes of a deployment: the activation channel, and requests that move.
+
+ZeroMQ PUSH/PULL over TCP: an `Inbox` binds, an `Outbox` connects. The activation channel is one of
+each per member, one direction around the ring link → stage 1 → … → last stage → link. CURVE
+encrypts and authenticates: all processes of a deployment share one key pair and accept nobody else.
+A frame is a fixed header, a body, and raw tensor bytes in parts.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import zmq
+import zmq.auth.thread
+
+from paraserve_backend.errors import InvalidRequest, Unavailable
+
+_HEADER = struct.Struct("<HBxIQ")
+_MAGIC = 0x5053
+_POLL_MS = 200
+_HEARTBEAT_MS = 1000
+#: First and longest pause before connecting again. The members of a ring bind in any order, and a
+#: first token would wait for ZeroMQ's own 100 ms.
+_RECONNECT_MS = (5, 50)
+_SEND_TIMEOUT_S = 10.0
+_QUEUED_FRAMES = 64
+#: ZeroMQ encrypts, sends and decrypts part by part: with several the three overlap.
+_PART_BYTES = 256 << 10
+
+Buffer = bytes | bytearray | memoryview
+
+
+class FrameKind(IntEnum):
+    FORWARD = 1  # body: ForwardBatch, payload: hidden states
+    RESULT = 2  # body: ForwardResult
+    ERROR = 3  # body: one sentence, UTF-8
+    # `paraserve_backend.protocol.hand_over`
+    OFFER = 4
+    ACCEPTED = 5
+    REFUSED = 6
+    KV_BLOCKS = 7
+    EXPECT = 8
+    COMPLETE = 9
+    WITHDRAW = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    kind: FrameKind
+    #: Of a forward pass, chosen by the link and carried back by its result; or of a ticket.
+    number: int
+    body: Buffer
+    payload: Buffer = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CurveKeys:
+    """One deployment's key pair, Z85."""
+
+    public: bytes
+    secret: bytes
+
+    @classmethod
+    def read(cls, path: Path) -> CurveKeys:
+        """Read the file the agent wrote: the public key, then the secret one, a line each."""
+        lines = path.read_bytes().split()
+        if len(lines) != 2:
+            raise InvalidRequest("The channel's key file is malformed; remove the replica.")
+        return cls(public=lines[0], secret=lines[1])
+
+
+class _OnlyUs:
+    """ZAP credentials provider: a peer must prove that it holds the deployment's own key pair."""
+
+    def __init__(self, public: bytes) -> None:
+        self._public = public
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key == self._public
+
+
+class Inbox:
+    """Receives frames on one thread."""
+
+    def __init__(self, *, listen: str, keys: CurveKeys, max_bytes: int) -> None:
+        self._context = zmq.Context()
+        self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback("*", _OnlyUs(keys.public))
+        self._socket = _socket(self._context, zmq.PULL, keys)
+        self._socket.curve_server = True
+        self._socket.maxmsgsize = max_bytes
+        self._socket.rcvtimeo = _POLL_MS
+        self._socket.bind(listen)
+
+    def receive(self) -> Frame | None:
+        """Wait a moment for a frame; `None` gives the caller a chance to stop.
+
+        Raises:
+            ValueError: the frame is not one of ours.
+        """
+        try:
+            parts = self._socket.recv_multipart(copy=False)
+        except zmq.Again:
+            return None
+        return _decode([part.buffer for part in parts])
+
+    def close(self) -> None:
+        self._authenticator.stop()
+        self._context.destroy(linger=0)
+
+
+class Outbox:
+    """Sends frames to one inbox; used by one thread at a time."""
+
+    def __init__(
+        self,
+        *,
+        address: str,
+        keys: CurveKeys,
+        queued_frames: int = _QUEUED_FRAMES,
+        timeout_s: float = _SEND_TIMEOUT_S,
+    ) -> None:
+        """Connect in the background.
+
+        Args:
+            address: of the inbox, `tcp://host:port`.
+            keys: the deployment's.
+            queued_frames: how many may wait for the other side to take them.
+            timeout_s: how long `send` then waits.
+        """
+        self._context = zmq.Context()
+        self._socket = _socket(self._context, zmq.PUSH, keys)
+        self._socket.curve_serverkey = keys.public
+        self._socket.sndhwm = queued_frames
+        self._socket.sndtimeo = round(timeout_s * 1000)
+        self._socket.connect(address)
+
+    def send(self, frame: Frame) -> None:
+        """Queue a frame.
+
+        Raises:
+            Unavailable: the queue is full and the other side took nothing in time.
+        """
+        header = _HEADER.pack(_MAGIC, frame.kind, 0, frame.number)
+        try:
+            self._socket.send_multipart([header, frame.body, *_parts(frame.payload)], copy=False)
+        except zmq.Again:
+            raise Unavailable("The next pipeline stage does not answer.") from None
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+def _socket(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, keys: CurveKeys
+) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.curve_publickey = keys.public
+    socket.curve_secretkey = keys.secret
+    socket.sndhwm = socket.rcvhwm = _QUEUED_FRAMES
+    socket.linger = 0
+    socket.heartbeat_ivl = _HEARTBEAT_MS
+    socket.heartbeat_timeout = 3 * _HEARTBEAT_MS
+    socket.reconnect_ivl, socket.reconnect_ivl_max = _RECONNECT_MS
+    return socket
+
+
+class Channel:
+    """A member of the ring. `send` and `receive` may be used by one thread each."""
+
+    def __init__(self, *, listen: str, next_address: str, keys: CurveKeys, max_bytes: int) -> None:
+        self._inbox = Inbox(listen=listen, keys=keys, max_bytes=max_bytes)
+        self._outbox = Outbox(address=next_address, keys=keys)
+        self.receive = self._inbox.receive
+        self.send = self._outbox.send
+
+    def close(self) -> None:
+        self._inbox.close()
+        self._outbox.close()
+
+
+def _parts(payload: Buffer) -> list[memoryview]:
+    view = memoryview(payload)
+    return [view[at : at + _PART_BYTES] for at in range(0, len(view), _PART_BYTES)]
+
+
+def _decode(parts: list[memoryview]) -> Frame:
+    if len(parts) < 2 or len(parts[0]) != _HEADER.size:
+        raise ValueError("an activation frame has a header and a body")
+    magic, kind, _, number = _HEADER.unpack(parts[0])
+    if magic != _MAGIC:
+        raise ValueError("not an activation frame")
+    _, body, *payload = parts
+    joined = payload[0] if len(payload) == 1 else bytearray().join(payload)
+    return Frame(kind=FrameKind(kind), number=number, body=body, payload=joined)
+
+
+def relay(channel: Channel, step: Callable[[Frame], Frame], stopped: Callable[[], bool]) -> None:
+    """Serve a stage: turn each FORWARD frame into the next one; pass errors along untouched."""
+    while not stopped():
+        frame = channel.receive()
+        if frame is None:
+            continue
+        channel.send(step(frame) if frame.kind is FrameKind.FORWARD else frame)

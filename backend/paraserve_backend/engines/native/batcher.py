@@ -1,0 +1,224 @@
+"""Continuous batching: which sequences take part in the next forward pass, with how many tokens.
+
+Pure bookkeeping on one thread: no tensors, no Triton, no clock. Sequences join and leave between
+iterations. With several batches in flight the running sequences are shared out among them, so that
+the stages of a pipeline work at the same time; a sequence is in at most one batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from paraserve_backend.engines.native.block_pool import BlockPool
+from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.protocol.forward import (
+    ChosenToken,
+    Export,
+    ForwardBatch,
+    ForwardResult,
+    Row,
+    chosen_tokens,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchingLimits:
+    max_sequences: int
+    #: Tokens in one forward pass; longer prompts are prefilled in chunks.
+    max_batch_tokens: int
+    #: Forward passes under way at once: the number of pipeline stages.
+    batches_in_flight: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledBatch:
+    forward: ForwardBatch
+    token_ids: tuple[int, ...]
+    #: One per row of `forward`.
+    sequences: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advance:
+    """A sequence and the token it just got."""
+
+    sequence: Sequence
+    token: ChosenToken
+
+
+def _no_exports(_rows: Iterable[tuple[Sequence, int]]) -> tuple[Export, ...]:
+    return ()
+
+
+#: What a pass shall send elsewhere, by its sequences and where each will end.
+Exports = Callable[[Iterable[tuple[Sequence, int]]], tuple[Export, ...]]
+
+
+class Batcher:
+    """Owns the sequences and their KV blocks."""
+
+    def __init__(
+        self, limits: BatchingLimits, pool: BlockPool, exports: Exports = _no_exports
+    ) -> None:
+        self._limits = limits
+        self.pool = pool
+        self._exports = exports
+        self.waiting: deque[Sequence] = deque()
+        #: In order of admission: the last is the first to give its blocks up.
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def adopt(self, sequence: Sequence, blocks: list[int] | None) -> None:
+        """Go on with a sequence of another replica; it is the next to run.
+
+        Args:
+            sequence: with the tokens it got there.
+            blocks: hold all of it but its newest token, and are free again where it does not need
+                them; `None`: it is prefilled again.
+        """
+        if blocks is not None:
+            sequence.num_computed = sequence.num_tokens - 1
+            needed = self._blocks_for(sequence.num_computed)
+            sequence.block_table = blocks[:needed]
+            self.pool.give_back(blocks[needed:])
+        self.waiting.appendleft(sequence)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.waiting and not self.running
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence out; its blocks are free at once, or when its batch returns."""
+        sequence.is_dropped = True
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+            self._free(sequence)
+        elif not sequence.in_flight and sequence in self.running:
+            self._leave(sequence)
+
+    def schedule(self) -> ScheduledBatch | None:
+        """Put together the next forward pass, or `None` when nothing can run now."""
+        self._admit()
+        chosen: list[tuple[Sequence, int]] = []
+        budget = self._limits.max_batch_tokens
+        for sequence in self._candidates():
+            count = min(sequence.num_remaining, budget)
+            if count == 0:
+                break
+            # Preemption below may have sent this one back to the queue.
+            if sequence in self.running and self._reserve(sequence, count, chosen):
+                chosen.append((sequence, count))
+                budget -= count
+        return self._build(chosen) if chosen else None
+
+    def complete(self, batch: ScheduledBatch, result: ForwardResult) -> list[Advance]:
+        """Fold a result back. Returns what each sequence got, dropped ones left out."""
+        advances = []
+        tokens = chosen_tokens(batch.forward, result)
+        for sequence, row, token in zip(batch.sequences, batch.forward.rows, tokens, strict=True):
+            sequence.in_flight = False
+            sequence.num_computed += row.num_tokens
+            if token is not None and not sequence.is_dropped:
+                sequence.append(token.token_id)
+                advances.append(Advance(sequence=sequence, token=token))
+            if sequence.is_dropped or sequence.finish_reason is not None:
+                self._leave(sequence)
+        return advances
+
+    def fail(self, batch: ScheduledBatch) -> tuple[Sequence, ...]:
+        """Drop every sequence of a batch whose forward pass failed."""
+        for sequence in batch.sequences:
+            sequence.in_flight = False
+            self.drop(sequence)
+        return batch.sequences
+
+    def check_integrity(self, kept: Seq[int] = ()) -> None:
+        """Assert that no block is lost or owned twice; `kept` are those of sequences to come."""
+        sequences = (*self.running, *self.waiting)
+        owned = [block for sequence in sequences for block in sequence.block_table]
+        self.pool.check_integrity([*owned, *kept])
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._limits.max_sequences:
+            first = self.waiting[0]
+            needed = self._blocks_for(first.num_tokens + 1) - len(first.block_table)
+            if needed > self.pool.num_free - self._promised_blocks():
+                return
+            self.running.append(self.waiting.popleft())
+
+    def _promised_blocks(self) -> int:
+        """Blocks that admitted sequences still need for the prompts they are prefilling."""
+        return sum(
+            max(0, self._blocks_for(sequence.num_tokens) - len(sequence.block_table))
+            for sequence in self.running
+        )
+
+    def _candidates(self) -> list[Sequence]:
+        """Idle sequences, decoding ones first, at most one batch's share of all that run."""
+        idle = [s for s in self.running if not s.in_flight and not s.is_held]
+        idle.sort(key=lambda sequence: sequence.num_remaining > 1)
+        return idle[: -(-len(self.running) // self._limits.batches_in_flight)]
+
+    def _reserve(self, sequence: Sequence, count: int, chosen: Seq[tuple[Sequence, int]]) -> bool:
+        """Make sure it owns blocks for `count` more tokens, at younger ones' cost if need be."""
+        missing = self._blocks_for(sequence.num_computed + count) - len(sequence.block_table)
+        while missing > self.pool.num_free:
+            victim = self._victim(chosen)
+            if victim is None or victim is sequence:
+                return False
+            self._preempt(victim)
+        sequence.block_table.extend(self.pool.take(max(0, missing)) or [])
+        return True
+
+    def _victim(self, chosen: Seq[tuple[Sequence, int]]) -> Sequence | None:
+        """The youngest sequence that holds blocks and is neither busy nor chosen."""
+        busy = {id(sequence) for sequence, _ in chosen}
+        for sequence in reversed(self.running):
+            is_busy = sequence.in_flight or sequence.is_held or id(sequence) in busy
+            if sequence.block_table and not is_busy:
+                return sequence
+        return None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send it back to the queue; it will be prefilled again with what it has generated."""
+        self._leave(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.give_back(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = 0
+
+    def _build(self, chosen: list[tuple[Sequence, int]]) -> ScheduledBatch:
+        rows, ids, ends = [], [], []
+        for sequence, count in chosen:
+            sequence.in_flight = True
+            end = sequence.num_computed + count
+            ends.append((sequence, end))
+            ids.extend(sequence.ids(sequence.num_computed, end))
+            rows.append(
+                Row(
+                    start=sequence.num_computed,
+                    num_tokens=count,
+                    block_table=tuple(sequence.block_table[: self._blocks_for(end)]),
+                    sampling=sequence.next_sampling() if end == sequence.num_tokens else None,
+                )
+            )
+        return ScheduledBatch(
+            forward=ForwardBatch(rows=tuple(rows), exports=self._exports(ends)),
+            token_ids=tuple(ids),
+            sequences=tuple(sequence for sequence, _ in chosen),
+        )
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._limits.block_size)

@@ -1,0 +1,306 @@
+"""Sequences that are leaving for another replica, as their source sees them. One thread's.
+
+A sequence goes on being decoded while its full KV blocks are copied. Its last pass here carries the
+rest; then it is held until the target has everything. Whatever does not come in time, the sequence
+stays, and nobody has noticed.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.protocol.forward import Export
+from paraserve_backend.protocol.hand_over import (
+    Accepted,
+    Complete,
+    Expect,
+    Message,
+    Offer,
+    PostMessage,
+    Refused,
+    Target,
+    Withdraw,
+)
+
+_log = logging.getLogger(__name__)
+
+#: KV that one forward pass may send ahead: decoding must not wait for the network.
+_BYTES_PER_PASS = 4 << 20
+#: Blocks the target keeps for tokens that come while the others are copied.
+_SPARE_BLOCKS = 4
+#: More than so many blocks are not sent while a sequence is held.
+_MOST_HELD_BLOCKS = 2
+_COPY_TIMEOUT_S = 30.0
+_HELD_TIMEOUT_S = 1.0
+#: After a target has refused or been silent.
+_RETRY_S = 2.0
+
+
+class _Step(Enum):
+    OFFERED = auto()
+    #: Full blocks are being sent along with passes.
+    COPYING = auto()
+    #: They have been sent; the target has not said that it has them.
+    ARRIVING = auto()
+    #: The next pass sends the rest.
+    LEAVING = auto()
+    #: That pass is under way.
+    LAST_PASS = auto()
+    HELD = auto()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Departure:
+    sequence: Sequence
+    target: Target
+    ticket: int
+    step: _Step
+    deadline_s: float
+    reserved_blocks: int
+    #: Blocks `[0, next_block)` have been sent.
+    next_block: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """A sequence whose KV blocks the target has."""
+
+    sequence: Sequence
+    target: Target
+    ticket: int
+
+
+@dataclass(slots=True, kw_only=True)
+class DepartureCounts:
+    """What has been done so far."""
+
+    handed_over: int = 0
+    #: Sent while the sequence was decoded.
+    blocks_ahead: int = 0
+    #: Sent with a last pass: the sequence waited for them.
+    blocks_held: int = 0
+
+
+class Departures:
+    def __init__(
+        self,
+        post: PostMessage,
+        *,
+        inbox: str,
+        block_size: int,
+        block_bytes: int,
+        num_layers: int,
+        now_s: Callable[[], float],
+    ) -> None:
+        """Begin with no target.
+
+        Args:
+            post: sends a message to an inbox.
+            inbox: where the targets' answers go.
+            block_size: tokens in a KV block.
+            block_bytes: of one block on all layers together.
+            num_layers: of the model.
+            now_s: a monotonic clock.
+        """
+        self._post = post
+        self._inbox = inbox
+        self._block_size = block_size
+        self._blocks_per_pass = max(1, _BYTES_PER_PASS // block_bytes)
+        self._num_layers = num_layers
+        self._now_s = now_s
+        self._targets: tuple[Target, ...] = ()
+        self._turn = 0
+        self._departures: dict[Sequence, _Departure] = {}
+        self._by_ticket: dict[int, _Departure] = {}
+        #: Until when a sequence that could not leave is left alone.
+        self._rests: dict[Sequence, float] = {}
+        self.counts = DepartureCounts()
+
+    @property
+    def is_active(self) -> bool:
+        return bool(self._targets)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether sequences go without their KV blocks: the targets run another engine."""
+        return any(not target.address for target in self._targets)
+
+    def aim(self, targets: tuple[Target, ...]) -> None:
+        """Set where sequences shall go from now on; those on their way elsewhere stay."""
+        for departure in list(self._departures.values()):
+            if departure.target not in targets:
+                self._withdraw(departure)
+        self._targets = targets
+        self._rests.clear()
+
+    def next_target(self) -> Target:
+        """Share the sequences out."""
+        self._turn += 1
+        return self._targets[self._turn % len(self._targets)]
+
+    def offer(self, sequences: Iterable[Sequence]) -> None:
+        """Offer those decoding sequences that are not on their way yet."""
+        now_s = self._now_s()
+        for sequence in sequences:
+            if sequence in self._departures or self._rests.get(sequence, 0.0) > now_s:
+                continue
+            self._rests.pop(sequence, None)
+            departure = _Departure(
+                sequence=sequence,
+                target=self.next_target(),
+                ticket=secrets.randbits(63) + 1,
+                step=_Step.OFFERED,
+                deadline_s=now_s + _HELD_TIMEOUT_S,
+                reserved_blocks=self._blocks_for(sequence.num_tokens) + _SPARE_BLOCKS,
+            )
+            self._departures[sequence] = departure
+            self._by_ticket[departure.ticket] = departure
+            self._send_offer(departure)
+
+    def exports(self, rows: Iterable[tuple[Sequence, int]]) -> tuple[Export, ...]:
+        """Return what a pass shall send; `rows` are its sequences and where each will end."""
+        if not self._departures:
+            return ()
+        exports = []
+        budget = self._blocks_per_pass
+        for sequence, end in rows:
+            departure = self._departures.get(sequence)
+            if departure is None:
+                continue
+            export = self._export(departure, end, budget)
+            if export is not None:
+                budget -= len(export.blocks)
+                exports.append(export)
+        return tuple(exports)
+
+    def returned(self, sequence: Sequence) -> None:
+        """Hold a sequence whose last pass has come back."""
+        departure = self._departures.get(sequence)
+        if departure is None or departure.step is not _Step.LAST_PASS:
+            return
+        departure.step = _Step.HELD
+        departure.deadline_s = self._now_s() + _HELD_TIMEOUT_S
+        sequence.is_held = True
+        self._expect(departure)
+
+    def answered(self, message: Accepted | Refused | Complete) -> Moved | None:
+        """Take in a target's word; returns what has moved by it, for the caller to end here."""
+        departure = self._by_ticket.get(message.ticket)
+        if departure is None:
+            return None
+        match message:
+            case Accepted():
+                if departure.step is _Step.OFFERED:
+                    departure.step = _Step.COPYING
+                    departure.deadline_s = self._now_s() + _COPY_TIMEOUT_S
+            case Refused():
+                _log.info("hand-over to %s refused: %s", departure.target.replica, message.reason)
+                self._withdraw(departure)
+            case Complete():
+                return self._completed(departure, message.layer_blocks)
+        return None
+
+    def gone(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended or lost its blocks here; it may be offered again."""
+        self._rests.pop(sequence, None)
+        departure = self._departures.get(sequence)
+        if departure is not None:
+            self._withdraw(departure)
+            self._rests.pop(sequence, None)
+
+    def expire(self) -> None:
+        """Keep the sequences whose target did not answer in time."""
+        now_s = self._now_s()
+        for departure in list(self._departures.values()):
+            if departure.step is not _Step.LAST_PASS and departure.deadline_s <= now_s:
+                _log.warning("hand-over to %s timed out", departure.target.replica)
+                self._withdraw(departure)
+
+    def _completed(self, departure: _Departure, layer_blocks: int) -> Moved | None:
+        if layer_blocks != departure.next_block * self._num_layers:
+            return None
+        if departure.step is _Step.ARRIVING:
+            departure.step = _Step.LEAVING
+        elif departure.step is _Step.HELD:
+            self._forget(departure)
+            self.counts.handed_over += 1
+            return Moved(
+                sequence=departure.sequence, target=departure.target, ticket=departure.ticket
+            )
+        return None
+
+    def _export(self, departure: _Departure, end: int, budget: int) -> Export | None:
+        """What this pass sends of one sequence, whose positions will then be `[0, end)`."""
+        sequence = departure.sequence
+        num_blocks = self._blocks_for(end)
+        if departure.step is _Step.LEAVING:
+            if num_blocks > departure.reserved_blocks:
+                self._raise_offer(departure, num_blocks)
+                return None
+            if num_blocks - departure.next_block <= _MOST_HELD_BLOCKS:
+                departure.step = _Step.LAST_PASS
+                self.counts.blocks_held += num_blocks - departure.next_block
+                return self._sent(departure, num_blocks)
+            departure.step = _Step.COPYING
+        if departure.step is not _Step.COPYING:
+            return None
+        # Blocks that were full before this pass do not change any more.
+        full = sequence.num_computed // self._block_size
+        until = min(full, departure.next_block + budget, departure.reserved_blocks)
+        export = self._sent(departure, until) if until > departure.next_block else None
+        if export is not None:
+            self.counts.blocks_ahead += len(export.blocks)
+        if departure.next_block >= min(full, departure.reserved_blocks):
+            departure.step = _Step.ARRIVING
+            self._expect(departure)
+        return export
+
+    def _sent(self, departure: _Departure, until: int) -> Export:
+        first, departure.next_block = departure.next_block, until
+        return Export(
+            address=departure.target.address,
+            ticket=departure.ticket,
+            first=first,
+            blocks=tuple(departure.sequence.block_table[first:until]),
+        )
+
+    def _raise_offer(self, departure: _Departure, num_blocks: int) -> None:
+        departure.step = _Step.OFFERED
+        departure.deadline_s = self._now_s() + _HELD_TIMEOUT_S
+        departure.reserved_blocks = num_blocks + _SPARE_BLOCKS
+        self._send_offer(departure)
+
+    def _send_offer(self, departure: _Departure) -> None:
+        self._tell(
+            departure,
+            Offer(
+                ticket=departure.ticket,
+                num_blocks=departure.reserved_blocks,
+                reply_to=self._inbox,
+            ),
+        )
+
+    def _expect(self, departure: _Departure) -> None:
+        layer_blocks = departure.next_block * self._num_layers
+        self._tell(departure, Expect(ticket=departure.ticket, layer_blocks=layer_blocks))
+
+    def _withdraw(self, departure: _Departure) -> None:
+        self._forget(departure)
+        self._rests[departure.sequence] = self._now_s() + _RETRY_S
+        departure.sequence.is_held = False
+        self._tell(departure, Withdraw(ticket=departure.ticket))
+
+    def _forget(self, departure: _Departure) -> None:
+        del self._departures[departure.sequence]
+        del self._by_ticket[departure.ticket]
+
+    def _tell(self, departure: _Departure, message: Message) -> None:
+        self._post(departure.target.address, message)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)

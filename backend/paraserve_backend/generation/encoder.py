@@ -1,0 +1,123 @@
+"""From a checked request to what the generate loop runs: token ids in place of text.
+
+It owns what depends on the model: its tokenizer, vocabulary, end tokens and context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.generation.answer import Answer
+from paraserve_backend.generation.history import History
+from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.generation.text import Detokenizer, StopWords
+from paraserve_backend.protocol.request import GenerateRequest
+from paraserve_backend.protocol.resume import Resume
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestEncoder:
+    tokenizer: Tokenizer
+    vocab_size: int
+    #: The model's own end tokens, all within the vocabulary.
+    end_ids: frozenset[int]
+    #: Tokens of prompt and answer together.
+    max_context: int
+
+    def sequence(self, request: GenerateRequest) -> Sequence:
+        """Return the sequence to run.
+
+        Raises:
+            InvalidRequest: the prompt is empty, too long, or a token is unknown.
+        """
+        prompt_ids = self._prompt_ids(request)
+        end_ids = self._end_ids(request)
+        needs_history = request.bad_words or request.min_tokens or request.sampling.steering
+        return Sequence(
+            prompt_ids=prompt_ids,
+            sampling=request.sampling,
+            history=self._history(request, prompt_ids, end_ids) if needs_history else None,
+            max_tokens=min(request.max_tokens, self.max_context - len(prompt_ids)),
+            end_ids=end_ids,
+        )
+
+    def resumed(self, request: GenerateRequest, resume: Resume) -> Sequence:
+        """Return the sequence with the tokens it has got elsewhere.
+
+        Raises:
+            InvalidRequest: the request is not the one that was begun there.
+        """
+        sequence = self.sequence(request)
+        sequence.max_tokens = min(sequence.max_tokens, resume.max_tokens)
+        self._check_known(token.token_id for token in resume.tokens)
+        for token in resume.tokens:
+            sequence.append(token.token_id)
+        if sequence.finish_reason is not None or sequence.num_tokens > self.max_context:
+            raise InvalidRequest(
+                "The request to go on with has ended, or is too long for this one."
+            )
+        return sequence
+
+    def answer(self, request: GenerateRequest, prompt_ids: list[int]) -> Answer:
+        return Answer(
+            detokenizer=Detokenizer(self.tokenizer, prompt_ids),
+            stop_words=StopWords(request.stop_words),
+            is_stream=request.is_stream,
+            prefix=self._echo(request, prompt_ids) if request.echo else "",
+            num_input_tokens=len(prompt_ids),
+            min_tokens=request.min_tokens,
+        )
+
+    def _prompt_ids(self, request: GenerateRequest) -> list[int]:
+        if request.input_ids is not None:
+            ids = list(request.input_ids)
+        else:
+            ids = self.tokenizer.encode(request.text or "").ids
+        if not ids:
+            raise InvalidRequest("The prompt is empty; give 'text_input' at least one token.")
+        if len(ids) >= self.max_context:
+            raise InvalidRequest(
+                f"The prompt has {len(ids)} tokens; the context holds {self.max_context}, and at "
+                "least one must be left for the answer."
+            )
+        self._check_known(ids)
+        return ids
+
+    def _end_ids(self, request: GenerateRequest) -> frozenset[int]:
+        end_ids = self.end_ids
+        if request.end_id is not None:
+            end_ids = frozenset() if request.end_id < 0 else frozenset({request.end_id})
+        if request.ignore_eos:
+            end_ids = frozenset()
+        end_ids = end_ids.union(request.stop_token_ids)
+        self._check_known(end_ids)
+        return end_ids
+
+    def _history(
+        self, request: GenerateRequest, prompt_ids: list[int], end_ids: frozenset[int]
+    ) -> History:
+        return History(
+            request.sampling,
+            prompt_ids,
+            bad_words=self._bad_words(request.bad_words),
+            end_ids=end_ids,
+            min_tokens=request.min_tokens,
+        )
+
+    def _bad_words(self, words: tuple[str, ...]) -> set[tuple[int, ...]]:
+        """Return the words as tokens, as they begin a text and as they follow a space."""
+        spellings = [spelling for word in words for spelling in (word, f" {word}")]
+        encoded = self.tokenizer.encode_batch(spellings, add_special_tokens=False)
+        # A tokenizer may know more tokens than the model can choose.
+        return {tuple(e.ids) for e in encoded if e.ids and max(e.ids) < self.vocab_size}
+
+    def _check_known(self, ids: Iterable[int]) -> None:
+        if not all(0 <= token_id < self.vocab_size for token_id in ids):
+            raise InvalidRequest(f"Token ids must be in [0, {self.vocab_size}).")
+
+    def _echo(self, request: GenerateRequest, prompt_ids: list[int]) -> str:
+        return self.tokenizer.decode(prompt_ids) if request.text is None else request.text

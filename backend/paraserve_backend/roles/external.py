@@ -1,0 +1,151 @@
+"""Role `generate` with an engine that is not ours: one full instance of the model.
+
+It takes requests over from other replicas by computing prompt and tokens so far again, and gives
+its own away in the same manner: KV blocks go neither way.
+"""
+
+from __future__ import annotations
+
+import locale
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.tensors import kv_bytes_per_token
+from paraserve_backend.engines.base import Engine, EngineSettings
+from paraserve_backend.engines.host import EngineHost
+from paraserve_backend.engines.jobs import Job, engine_request
+from paraserve_backend.engines.model_folder import link_model
+from paraserve_backend.engines.native.loop import Gauges, Reply
+from paraserve_backend.engines.process_guard import ProcessGuard
+from paraserve_backend.engines.tensorrt_llm.engine import TensorRtLlmEngine
+from paraserve_backend.engines.vllm.engine import VllmEngine
+from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.generation.encoder import RequestEncoder
+from paraserve_backend.generation.text import read_tokenizer
+from paraserve_backend.protocol.abilities import check
+from paraserve_backend.protocol.hand_over import Target
+from paraserve_backend.protocol.names import LayerRange
+from paraserve_backend.protocol.parameters import GenerateConfig
+from paraserve_backend.protocol.request import GenerateRequest
+from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.roles.weights import Fetched, open_weights, read_spec
+
+#: What parameter `engine` may be, besides "paraserve". A model.py of one's own may add to it.
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "tensorrt-llm": TensorRtLlmEngine,
+    "vllm": VllmEngine,
+}
+#: A fetch has its own, shorter limits; this one only ends a wait for a writer that vanished.
+_TIMEOUT_S = 3600.0
+
+
+class ExternalRole:
+    def __init__(self, engine: str, config: GenerateConfig, gauges: Gauges) -> None:
+        """Wait for the weights and start the engine that `ENGINES` has under this name.
+
+        Raises:
+            InvalidRequest: there is no such engine, or it is not installed here.
+            ParaServeError: the weights did not arrive, or the engine did not start.
+        """
+        made = _make(engine)
+        self._abilities = made.abilities
+        os.environ.update(made.abilities.environment)
+        os.environ.update(visible_devices(config.device, os.environ))
+        # Triton's stub leaves the locale at ASCII, and engines read files of theirs in UTF-8.
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+        with ExitStack() as stack:
+            fetched = open_weights(config.weights, whole_objects=True)
+            stack.callback(fetched.close)
+            spec = read_spec(fetched)
+            settings = _settings(config, spec, fetched)
+            self._encoder = RequestEncoder(
+                tokenizer=read_tokenizer(fetched.file("tokenizer.json")),
+                vocab_size=spec.vocab_size,
+                end_ids=frozenset(i for i in spec.eos_token_ids if i < spec.vocab_size),
+                max_context=settings.max_context,
+            )
+            if made.abilities.has_processes:
+                stack.callback(ProcessGuard().close)
+            with fetched.spans.span(f"start {engine}"):
+                kv_blocks = settings.kv_tokens // config.kv.block_size
+                self._host = EngineHost(made, settings, gauges, kv_blocks)
+            self._close = stack.pop_all().close
+
+    def add(self, request: GenerateRequest, reply: Reply, resume: Resume | None = None) -> None:
+        """Take a request in; its answer goes to `reply` from the engine's thread.
+
+        Args:
+            request: what the client asked for.
+            reply: where the answer goes.
+            resume: how far other replicas have come with it; the answer goes on from there. With
+                one the request may be handed over, without it stays.
+
+        Raises:
+            InvalidRequest: the prompt is empty, too long, a token is unknown, or the engine cannot
+                do what a setting asks for.
+        """
+        tokens = list(resume.tokens) if resume else []
+        check(request, self._abilities, is_resumed=bool(tokens))
+        if resume is None:
+            sequence = self._encoder.sequence(request)
+        else:
+            sequence = self._encoder.resumed(request, resume)
+        answer = self._encoder.answer(request, sequence.prompt_ids)
+        answer.replay(tokens)
+        self._host.add(
+            Job(
+                request=engine_request(request, sequence),
+                sequence=sequence,
+                answer=answer,
+                reply=reply,
+                tokens=tokens,
+                is_resumable=resume is not None,
+            )
+        )
+
+    def hand_over(self, targets: tuple[Target, ...]) -> None:
+        """Hand all resumable requests over to these replicas, those to come too."""
+        self._host.aim(targets)
+
+    def close(self) -> None:
+        self._host.close()
+        self._close()
+
+
+def visible_devices(device: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that let an engine see one GPU alone; none for the CPU."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return {}
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = visible.split(",")[int(index or 0)] if visible else index or "0"
+    return {"CUDA_VISIBLE_DEVICES": chosen}
+
+
+def _make(engine: str) -> Engine:
+    if engine not in ENGINES:
+        known = ", ".join(["paraserve", *ENGINES])
+        raise InvalidRequest(f"Parameter 'engine' is {engine!r}; use one of {known}.")
+    return ENGINES[engine]()
+
+
+def _settings(config: GenerateConfig, spec: ModelSpec, fetched: Fetched) -> EngineSettings:
+    max_context = min(config.max_context or spec.context_length, spec.context_length)
+    kv_tokens = config.max_sequences * max_context
+    if config.kv.num_blocks is not None:
+        kv_tokens = config.kv.num_blocks * config.kv.block_size
+    with fetched.spans.span("wait for weights"):
+        model_dir = link_model(fetched, timeout_s=_TIMEOUT_S)
+    whole = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
+    return EngineSettings(
+        model_dir=model_dir,
+        dtype=spec.dtype,
+        device=config.device,
+        max_context=min(max_context, kv_tokens),
+        max_sequences=config.max_sequences,
+        max_batch_tokens=config.max_batch_tokens,
+        kv_tokens=kv_tokens,
+        kv_bytes_per_token=kv_bytes_per_token(spec, whole),
+    )

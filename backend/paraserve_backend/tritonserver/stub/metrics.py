@@ -1,0 +1,48 @@
+"""The generate loop's state as Prometheus gauges, on Triton's own metrics endpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from paraserve_backend.engines.native.loop import LoopState
+
+#: Name (after the prefix `paraserve_`) to description.
+GAUGES = {
+    "requests_running": "Requests that take part in forward passes.",
+    "requests_waiting": "Requests that wait for KV blocks or a place in the batch.",
+    "kv_blocks_used": "KV cache blocks owned by running requests.",
+    "requests_moved": "Requests handed over to another replica with their KV cache.",
+    "kv_blocks_sent_ahead": "KV cache blocks sent for them while they were decoded.",
+    "kv_blocks_sent_held": "KV cache blocks sent for them while they waited.",
+}
+#: Setting one is a round trip to the server process (about 0.1 ms), so not on every token.
+_INTERVAL_S = 0.1
+
+
+class RateLimitedGauges:
+    """Sets gauges at most every 0.1 s, but always when the loop falls idle."""
+
+    def __init__(self, setters: Mapping[str, Callable[[float], None]]) -> None:
+        self._setters = setters
+        self._last: dict[str, float] = {}
+        self._next_s = 0.0
+        self.update(LoopState())
+
+    def update(self, state: LoopState) -> None:
+        now_s = time.monotonic()
+        if state.running + state.waiting > 0 and now_s < self._next_s:
+            return
+        self._next_s = now_s + _INTERVAL_S
+        values = {
+            "requests_running": state.running,
+            "requests_waiting": state.waiting,
+            "kv_blocks_used": state.kv_blocks_used,
+            "requests_moved": state.requests_moved,
+            "kv_blocks_sent_ahead": state.kv_blocks_sent_ahead,
+            "kv_blocks_sent_held": state.kv_blocks_sent_held,
+        }
+        for name, value in values.items():
+            if self._last.get(name) != value:
+                self._setters[name](value)
+                self._last[name] = value

@@ -1,0 +1,396 @@
+"""The only file that knows Triton: tensors in and out, life cycle, errors to TritonError.
+
+Triton's Python stub imports `TritonPythonModel` through the backend's one-line model.py. An error
+is always answered, never raised from `execute`: a raising stub leaks shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from paraserve_backend.channel.transport import Buffer
+from paraserve_backend.engines.native.batcher import ScheduledBatch
+from paraserve_backend.errors import (
+    NotFound,
+    ParaServeError,
+    Unavailable,
+    coded,
+)
+from paraserve_backend.generation.answer import Delta
+from paraserve_backend.protocol.forward import ForwardResult
+from paraserve_backend.protocol.forward_codec import decode_result, encode_batch
+from paraserve_backend.protocol.hand_over import read_targets
+from paraserve_backend.protocol.names import (
+    FORWARD_BATCH,
+    FORWARD_HIDDEN,
+    FORWARD_RESULT,
+    FORWARD_TOKEN_IDS,
+    REPLICA_PARAMETER,
+    EngineName,
+)
+from paraserve_backend.protocol.parameters import (
+    GenerateConfig,
+    LinkConfig,
+    RoleConfig,
+    SlotConfig,
+    StageConfig,
+    read_config,
+)
+from paraserve_backend.protocol.request import WantedOutputs, parse_request
+from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
+from paraserve_backend.roles.slot import (
+    SlotCommand,
+    SlotRole,
+    import_all,
+    read_slot_command,
+)
+from paraserve_backend.roles.weights import open_weights
+from paraserve_backend.tritonserver.stub.metrics import GAUGES, RateLimitedGauges
+from paraserve_backend.tritonserver.stub.outputs import output_tensors
+
+if TYPE_CHECKING:
+    from paraserve_backend.roles.external import ExternalRole
+    from paraserve_backend.roles.generate import GenerateRole
+
+_log = logging.getLogger(__name__)
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+# By name: the stub adds TritonError to its module only after it has imported this one.
+_TRITON_CODES = {
+    "INVALID_ARGUMENT": "INVALID_ARG",
+    "NOT_FOUND": "NOT_FOUND",
+    "ALREADY_EXISTS": "ALREADY_EXISTS",
+    "CANCELLED": "CANCELLED",
+    "UNAVAILABLE": "UNAVAILABLE",
+    "DEADLINE_EXCEEDED": "UNAVAILABLE",  # Triton has no such code
+}
+
+
+class _Adapter(Protocol):
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class TritonPythonModel:
+    """What the stub looks for; one object per model instance."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        logging.basicConfig(level=logging.INFO, format="paraserve %(levelname)s %(message)s")
+        threading.excepthook = _die_loudly
+        try:
+            self._adapter = _model_adapter(args["model_config"])
+        except ParaServeError as error:
+            raise pb_utils.TritonModelException(coded(error)) from error
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> Any:
+        return self._adapter.execute(requests)
+
+    def finalize(self) -> None:
+        self._adapter.close()
+        # Its metrics must go while Triton still takes that: later it is a segmentation fault.
+        del self._adapter
+
+
+def _die_loudly(args: threading.ExceptHookArgs) -> None:
+    """A dead thread would hang the clients: leave, so that the agent's watchdog acts."""
+    name = args.thread.name if args.thread else "?"
+    exc_info = (args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
+    _log.critical("thread %s died", name, exc_info=exc_info)
+    os._exit(70)
+
+
+def _model_adapter(model_config: str) -> _Adapter:
+    config = read_config(model_config)
+    return _SlotAdapter(config) if isinstance(config, SlotConfig) else _adapter(config)
+
+
+def _adapter(config: RoleConfig) -> _Adapter:
+    if isinstance(config, GenerateConfig):
+        return _GenerateAdapter(config)
+    if isinstance(config, StageConfig):
+        return _StageAdapter(config)
+    return _LinkAdapter(config)
+
+
+# ---- role generate ----
+
+
+class _GenerateAdapter:
+    def __init__(self, config: GenerateConfig) -> None:
+        self._role = _generate_role(config)
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._add(request, sender)
+            except ParaServeError as error:
+                _fail(sender, error)
+            except Exception:
+                _log.exception("a request could not be read")
+                unreadable = Unavailable("The request could not be read; see the server's log.")
+                _fail(sender, unreadable)
+
+    def _add(self, request: pb_utils.InferenceRequest, sender: pb_utils.ResponseSender) -> None:
+        tensors = {t.name(): t.as_numpy().ravel().tolist() for t in request.inputs()}
+        parameters = _parameters(request)
+        parameters.pop(REPLICA_PARAMETER, None)
+        command = parameters.get("command")
+        if command is not None and not tensors:
+            self._role.hand_over(read_targets(command))
+            sender.send(flags=_FINAL)
+            return
+        encoded = parameters.pop(RESUME, None)
+        resume = Resume.decode(encoded) if encoded is not None else None
+        fresh_seed = resume.seed if resume else secrets.randbits(63)
+        parsed = parse_request(tensors, parameters, fresh_seed=fresh_seed)
+        reply = _Reply(sender, parsed.wanted)
+        self._role.add(parsed, reply, resume)
+
+    def close(self) -> None:
+        self._role.close()
+
+
+def _generate_role(config: GenerateConfig) -> GenerateRole | ExternalRole:
+    gauges = _triton_gauges(config)
+    if config.engine != EngineName.PARASERVE:
+        from paraserve_backend.roles.external import ExternalRole
+
+        return ExternalRole(config.engine, config, gauges)
+    from paraserve_backend.roles.generate import GenerateRole
+
+    forward = None
+    if config.forward_model is not None:
+        forward = _EnsembleForward(
+            config.forward_model, config.batches_in_flight, replica=config.replica
+        )
+    return GenerateRole(config, forward, gauges)
+
+
+def _parameters(request: pb_utils.InferenceRequest) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(request.parameters() or "{}")
+    return parsed
+
+
+class _Reply:
+    def __init__(self, sender: pb_utils.ResponseSender, wanted: WantedOutputs) -> None:
+        self._sender = sender
+        self._wanted = wanted
+
+    def send(self, delta: Delta) -> None:
+        tensors = output_tensors(delta, self._wanted)
+        response = pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, values) for name, values in tensors.items()]
+        )
+        if delta.finish_reason is None:
+            self._sender.send(response)
+        else:
+            self._sender.send(response, flags=_FINAL)
+
+    def fail(self, error: ParaServeError) -> None:
+        _fail(self._sender, error)
+
+    def move(self, replica: str, resume: Resume) -> None:
+        outputs = {HAND_OVER_TO: replica, RESUME: resume.encode()}
+        response = pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor(name, np.array([value.encode()], np.object_))
+                for name, value in outputs.items()
+            ]
+        )
+        self._sender.send(response, flags=_FINAL)
+
+    def is_cancelled(self) -> bool:
+        return self._sender.is_cancelled()
+
+
+def _fail(sender: pb_utils.ResponseSender, error: ParaServeError) -> None:
+    sender.send(_error_response(error), flags=_FINAL)
+
+
+class _EnsembleForward:
+    """One forward pass = one BLS call of the ensemble; a call blocks, so each has its thread."""
+
+    def __init__(self, model: str, batches_in_flight: int, *, replica: str) -> None:
+        self._model = model
+        # Ensembles hand parameters on to their steps, which may be slots.
+        self._parameters: dict[str, str | int | bool] = {REPLICA_PARAMETER: replica}
+        self._threads = ThreadPoolExecutor(batches_in_flight, thread_name_prefix="forward")
+
+    def submit(self, batch: ScheduledBatch) -> Future[ForwardResult]:
+        return self._threads.submit(self._call, batch)
+
+    def _call(self, batch: ScheduledBatch) -> ForwardResult:
+        encoded = np.frombuffer(encode_batch(batch.forward), np.uint8)
+        response = pb_utils.InferenceRequest(
+            model_name=self._model,
+            requested_output_names=[FORWARD_RESULT],
+            inputs=[
+                pb_utils.Tensor(FORWARD_BATCH, encoded),
+                pb_utils.Tensor(FORWARD_TOKEN_IDS, np.array(batch.token_ids, np.int32)),
+            ],
+            parameters=self._parameters,
+        ).exec()
+        if response.has_error():
+            raise Unavailable(response.error().message())
+        return decode_result(response.output_tensors()[0].as_numpy().tobytes())
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+
+def _triton_gauges(config: GenerateConfig) -> RateLimitedGauges:
+    labels = {"deployment": config.deployment, "replica": config.replica}
+    setters = {}
+    for name, description in GAUGES.items():
+        family = pb_utils.MetricFamily(
+            name=f"paraserve_{name}", description=description, kind=pb_utils.MetricFamily.GAUGE
+        )
+        # Kept with its setter: a family that is collected takes its metrics along.
+        metric = family.Metric(labels=labels)
+        setters[name] = partial(_set_metric, family, metric)
+    return RateLimitedGauges(setters)
+
+
+def _set_metric(_family: pb_utils.MetricFamily, metric: pb_utils.Metric, value: float) -> None:
+    metric.set(value)
+
+
+# ---- roles stage and link ----
+
+
+class _StageAdapter:
+    def __init__(self, config: StageConfig) -> None:
+        fetched = open_weights(config.weights)
+        with fetched.spans.span("import torch"):
+            from paraserve_backend.roles.stage import StageRole
+
+        self._role = StageRole(config, fetched)
+        self._input = FORWARD_TOKEN_IDS if config.layers.is_first else FORWARD_HIDDEN
+        self._output = FORWARD_RESULT if config.layers.is_last else FORWARD_HIDDEN
+
+    def execute(
+        self, requests: list[pb_utils.InferenceRequest]
+    ) -> list[pb_utils.InferenceResponse]:
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
+        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        try:
+            output = self._role.step(tensors[FORWARD_BATCH].tobytes(), tensors[self._input])
+        except Exception as error:
+            return _failed_pass(error)
+        return pb_utils.InferenceResponse([pb_utils.Tensor(self._output, output)])
+
+    def close(self) -> None:
+        self._role.close()
+
+
+class _LinkAdapter:
+    def __init__(self, config: LinkConfig) -> None:
+        from paraserve_backend.roles.link import LinkRole
+
+        self._role = LinkRole(config)
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
+        for request in requests:
+            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            self._role.forward(
+                tensors[FORWARD_BATCH].tobytes(),
+                tensors[FORWARD_HIDDEN],
+                _answer(request.get_response_sender()),
+            )
+
+    def close(self) -> None:
+        self._role.close()
+
+
+def _answer(sender: pb_utils.ResponseSender) -> Callable[[Buffer | ParaServeError], None]:
+    def answer(outcome: Buffer | ParaServeError) -> None:
+        if isinstance(outcome, ParaServeError):
+            response = _error_response(outcome)
+        else:
+            result = _bytes_tensor(FORWARD_RESULT, outcome)
+            response = pb_utils.InferenceResponse([result])
+        sender.send(response, flags=_FINAL)
+
+    return answer
+
+
+def _bytes_tensor(name: str, data: Buffer) -> pb_utils.Tensor:
+    value: npt.NDArray[np.uint8] = np.frombuffer(data, np.uint8)
+    return pb_utils.Tensor(name, value)
+
+
+# ---- slots ----
+
+
+class _SlotAdapter:
+    def __init__(self, config: SlotConfig) -> None:
+        import_all(config)
+        self._slot = SlotRole(config, _adapter)
+        # A command takes as long as a load does; requests are refused meanwhile.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="slot-command")
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> Any:
+        answers = [self._answer(request) for request in requests]
+        return answers if any(answers) else None
+
+    def _answer(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse | None:
+        """Return a response, or `None` where it goes to the request's own sender."""
+        parameters = _parameters(request)
+        command = read_slot_command(parameters.get("command"))
+        if command is not None:
+            self._threads.submit(self._obey, command, request.get_response_sender())
+            return None
+        try:
+            with self._slot.use(parameters.get(REPLICA_PARAMETER)) as adapter:
+                responses = adapter.execute([request])
+        except NotFound as error:
+            _fail(request.get_response_sender(), error)
+            return None
+        return responses[0] if responses else None
+
+    def _obey(self, command: SlotCommand, sender: pb_utils.ResponseSender) -> None:
+        response = pb_utils.InferenceResponse([])
+        try:
+            if command.bind is None:
+                self._slot.unbind()
+            else:
+                self._slot.bind(command.bind)
+        except ParaServeError as error:
+            response = _error_response(error)
+        except Exception as error:
+            _log.exception("a slot's command failed")
+            response = _error_response(ParaServeError(f"The model failed to load: {error!r}"))
+        sender.send(response, flags=_FINAL)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self._slot.unbind()
+
+
+def _failed_pass(error: Exception) -> pb_utils.InferenceResponse:
+    if isinstance(error, ParaServeError):
+        return _error_response(error)
+    _log.exception("a forward pass failed")
+    return _error_response(Unavailable("A forward pass failed; see the server's log."))
+
+
+def _error_response(error: ParaServeError) -> pb_utils.InferenceResponse:
+    code = getattr(pb_utils.TritonError, _TRITON_CODES.get(error.grpc_code, "INTERNAL"))
+    # In the text too: a stream's errors have no code, unless its client asks for them by a header
+    # that makes tritonserver 2.51 crash now and then.
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(coded(error), code))

@@ -1,0 +1,275 @@
+"""Which bytes a stage needs: layers to tensors to ranges to parts, and how layers are shared out.
+
+Pure: no I/O, no clock. A `FetchPlan` is what a node is told to fetch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
+
+from paraserve_backend.byte_ranges import cut
+from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
+from paraserve_backend.protocol.names import LayerRange, TensorNames
+from paraserve_backend.weights.checkpoint.index import (
+    CheckpointIndex,
+    tensor_from_row,
+    tensor_to_row,
+)
+from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
+from paraserve_backend.weights.sources.base import ObjectRange, StoredObject, check_key
+
+DEFAULT_PART_BYTES = 8 << 20
+_FETCH_ID = re.compile(r"[a-z0-9][a-z0-9.-]{0,199}")
+
+
+def stage_tensors(
+    index: CheckpointIndex, names: TensorNames, *, tied: bool, layers: LayerRange
+) -> tuple[TensorEntry, ...]:
+    """Return the tensors of one stage in the order in which a forward pass needs them.
+
+    `tied` says that the head is the embedding. Raises `InvalidCheckpoint` where one is missing.
+    """
+    by_layer = _tensors_by_layer(index, names)
+    groups: list[Sequence[TensorEntry]] = []
+    if layers.is_first:
+        groups.append(_named(index, names.embedding))
+    for layer in range(layers.start, layers.end):
+        groups.append(_layer_tensors(index, names, by_layer, layer))
+    if layers.is_last:
+        groups.append(_named(index, _last_names(names, tied=tied)))
+    # A dict keeps the order and drops the tied embedding's second mention.
+    return tuple({tensor.name: tensor for group in groups for tensor in group}.values())
+
+
+def split_layers(
+    index: CheckpointIndex, names: TensorNames, *, tied: bool, num_layers: int, stages: int
+) -> tuple[LayerRange, ...]:
+    """Share out the layers so that the largest stage has as few bytes as possible.
+
+    Among such splits it takes the most even one. Every stage has at least one layer. Raises
+    `InvalidRequest` where there are more stages than layers.
+    """
+    if not 1 <= stages <= num_layers:
+        raise InvalidRequest(
+            f"a model of {num_layers} layers can have 1 to {num_layers} stages, not {stages}"
+        )
+    size = _stage_sizes(index, names, tied=tied, num_layers=num_layers)
+    largest, _ = _cut(num_layers, stages, size, max)
+
+    def unevenness(start: int, end: int) -> float:
+        return float("inf") if size(start, end) > largest else size(start, end) ** 2
+
+    _, bounds = _cut(num_layers, stages, unevenness, lambda total, stage: total + stage)
+    return tuple(
+        LayerRange(start=start, end=end, total=num_layers) for start, end in pairwise(bounds)
+    )
+
+
+def coalesce(tensors: Iterable[TensorEntry]) -> tuple[ObjectRange, ...]:
+    """Return the bytes of `tensors` as few ranges, each byte once, in the tensors' order.
+
+    Neighbours in the order that are neighbours in the object become one range, so that what is
+    needed first still comes first.
+    """
+    ranges: list[ObjectRange] = []
+    for tensor in tensors:
+        last = ranges[-1] if ranges else None
+        if tensor.start == tensor.end:
+            continue
+        if last and (last.object_key, last.end) == (tensor.object_key, tensor.start):
+            ranges[-1] = ObjectRange(object_key=last.object_key, start=last.start, end=tensor.end)
+        else:
+            ranges.append(
+                ObjectRange(object_key=tensor.object_key, start=tensor.start, end=tensor.end)
+            )
+    return tuple(ranges)
+
+
+def split_parts(
+    ranges: Iterable[ObjectRange], part_bytes: int = DEFAULT_PART_BYTES
+) -> tuple[ObjectRange, ...]:
+    """Cut ranges into parts of at most `part_bytes`: what one request fetches.
+
+    Parts end at multiples of it in their object, so that plans with other layers share them.
+    """
+    return tuple(
+        ObjectRange(object_key=whole.object_key, start=start, end=end)
+        for whole in ranges
+        for start, end in cut((whole.start, whole.end), part_bytes)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchPlan:
+    """What one node fetches for one stage, from one source.
+
+    `tensors` are in the order in which they are wanted; `objects` are the objects they lie in;
+    `files` are fetched whole. Raises `InvalidRequest` where it contradicts itself, since it also
+    comes from the network.
+    """
+
+    fetch_id: str
+    source_uri: str
+    objects: tuple[StoredObject, ...]
+    tensors: tuple[TensorEntry, ...]
+    files: tuple[StoredObject, ...]
+
+    def __post_init__(self) -> None:
+        if not _FETCH_ID.fullmatch(self.fetch_id):
+            raise InvalidRequest(f"fetch id {self.fetch_id!r} may only have a-z, 0-9, '.' and '-'")
+        try:
+            for stored in (*self.objects, *self.files):
+                check_key(stored.key)
+            _check_tensors(self)
+        except ValueError as error:
+            raise InvalidRequest(f"fetch plan {self.fetch_id} is inconsistent: {error}") from None
+
+    @property
+    def ranges(self) -> tuple[ObjectRange, ...]:
+        """The bytes of `tensors`, in the order in which they are wanted."""
+        return coalesce(self.tensors)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of `tensors`; the small files are not counted."""
+        return _total(self.tensors)
+
+    def to_json(self) -> bytes:
+        fields = {
+            "fetch_id": self.fetch_id,
+            "source_uri": self.source_uri,
+            "objects": [asdict(stored) for stored in self.objects],
+            "tensors": [tensor_to_row(tensor) for tensor in self.tensors],
+            "files": [asdict(stored) for stored in self.files],
+        }
+        return json.dumps(fields, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> FetchPlan:
+        """Read what `to_json` wrote; raises `InvalidRequest` for anything else."""
+        try:
+            fields = json.loads(text)
+            return cls(
+                fetch_id=fields["fetch_id"],
+                source_uri=fields["source_uri"],
+                objects=tuple(StoredObject(**stored) for stored in fields["objects"]),
+                tensors=tuple(tensor_from_row(row) for row in fields["tensors"]),
+                files=tuple(StoredObject(**stored) for stored in fields["files"]),
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidRequest(f"not a fetch plan of this version: {error!r}") from None
+
+
+def plan_fetch(
+    index: CheckpointIndex, tensors: Sequence[TensorEntry], *, fetch_id: str
+) -> FetchPlan:
+    """Plan the fetch of `tensors`, in that order, and of the small files."""
+    used = {tensor.object_key for tensor in tensors}
+    return FetchPlan(
+        fetch_id=fetch_id,
+        source_uri=index.source_uri,
+        objects=tuple(stored for stored in index.objects if stored.key in used),
+        tensors=tuple(tensors),
+        files=index.files,
+    )
+
+
+def _tensors_by_layer(index: CheckpointIndex, names: TensorNames) -> dict[int, list[TensorEntry]]:
+    """Return each layer's tensors in the order in which they are stored."""
+    layers: dict[int, list[TensorEntry]] = {}
+    for name, tensor in index.tensors.items():
+        number = name.removeprefix(names.layer_prefix).partition(".")[0]
+        if name.startswith(names.layer_prefix) and number.isdecimal():
+            layers.setdefault(int(number), []).append(tensor)
+    for tensors in layers.values():
+        tensors.sort(key=lambda tensor: (tensor.object_key, tensor.start))
+    return layers
+
+
+def _layer_tensors(
+    index: CheckpointIndex,
+    names: TensorNames,
+    by_layer: Mapping[int, list[TensorEntry]],
+    layer: int,
+) -> list[TensorEntry]:
+    if layer not in by_layer:
+        raise InvalidCheckpoint(
+            f"{index.source_uri} has no tensors {names.layer_prefix}{layer}.*: is it incomplete?"
+        )
+    return by_layer[layer]
+
+
+def _named(index: CheckpointIndex, wanted: Iterable[str]) -> list[TensorEntry]:
+    for name in wanted:
+        if name not in index.tensors:
+            raise InvalidCheckpoint(f"{index.source_uri} has no tensor {name}: is it incomplete?")
+    return sorted(
+        (index.tensors[name] for name in wanted),
+        key=lambda tensor: (tensor.object_key, tensor.start),
+    )
+
+
+def _last_names(names: TensorNames, *, tied: bool) -> tuple[str, ...]:
+    return (*names.final, names.embedding[0] if tied else names.head)
+
+
+def _stage_sizes(
+    index: CheckpointIndex, names: TensorNames, *, tied: bool, num_layers: int
+) -> Callable[[int, int], int]:
+    """Return a function that gives the bytes of a stage with layers `[start, end)`."""
+    by_layer = _tensors_by_layer(index, names)
+    sizes = [_total(_layer_tensors(index, names, by_layer, layer)) for layer in range(num_layers)]
+    before = [0, *accumulate(sizes)]
+    first = _total(_named(index, names.embedding))
+    last = _total(_named(index, _last_names(names, tied=tied)))
+
+    def size(start: int, end: int) -> int:
+        return (
+            before[end]
+            - before[start]
+            + (first if start == 0 else 0)
+            + (last if end == num_layers else 0)
+        )
+
+    return size
+
+
+def _total(tensors: Iterable[TensorEntry]) -> int:
+    return sum(tensor.size_bytes for tensor in tensors)
+
+
+def _cut(
+    num_layers: int,
+    stages: int,
+    cost: Callable[[int, int], float],
+    combine: Callable[[float, float], float],
+) -> tuple[float, list[int]]:
+    """Return the least combined cost of `stages` stages and their bounds, 0 to `num_layers`."""
+    # best[end]: the cheapest way to give layers [0, end) to the stages so far.
+    best = {end: (cost(0, end), [0, end]) for end in range(1, num_layers + 1)}
+    for stage in range(2, stages + 1):
+        shorter, best = best, {}
+        for end in range(stage, num_layers + 1):
+            value, start = min(
+                (combine(shorter[start][0], cost(start, end)), start)
+                for start in range(stage - 1, end)
+            )
+            best[end] = (value, [*shorter[start][1], end])
+    return best[num_layers]
+
+
+def _check_tensors(plan: FetchPlan) -> None:
+    """Raise `ValueError` unless every tensor is where the plan's objects have bytes for it."""
+    sizes = {stored.key: stored.size_bytes for stored in plan.objects}
+    if len({tensor.name for tensor in plan.tensors}) != len(plan.tensors):
+        raise ValueError("a tensor is named twice")
+    ends = dict.fromkeys(sizes, 0)
+    for tensor in sorted(plan.tensors, key=lambda tensor: (tensor.start, tensor.end)):
+        key = tensor.object_key
+        if key not in sizes or not ends[key] <= tensor.start <= tensor.end <= sizes[key]:
+            raise ValueError(f"tensor {tensor.name} overlaps another or is outside its object")
+        ends[key] = tensor.end

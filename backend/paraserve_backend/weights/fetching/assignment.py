@@ -1,0 +1,271 @@
+"""Which worker of a fetch brings which bytes next, and from where.
+
+Bytes are left to where they cost least: this node's disk, then a peer that has them or will, so
+that the store is read once per cluster. The others help where that leaves the node's link idle, and
+what one brings far too slowly is handed to another. Bytes that another fetch of this node is
+bringing are not asked for twice. No I/O but the tier's own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from paraserve_backend.byte_ranges import Span, merge, within
+from paraserve_backend.weights.fetching.tasks import (
+    Rank,
+    Supply,
+    Taker,
+    Task,
+)
+from paraserve_backend.weights.tiers.holdings import Claim, Holding
+from paraserve_backend.weights.tiers.memory import Tier
+from paraserve_backend.weights.tiers.writer import TierFetch
+
+#: How often waiting workers look whether other fetches of this node have brought something.
+_RECHECK_S = 0.05
+#: So long the others wait for a peer to say what it has.
+_ANSWER_S = 0.15
+#: So long the better supplies are left alone, and so far back their rate is looked at; from then on
+#: the others help if it is low.
+_HELP_AFTER_S = 0.5
+#: Low is less than this share of the node's link.
+_HELP_BELOW = 0.7
+#: Parts that make a rate: the time that so many take on the node's link is looked at, if longer.
+_RATE_PARTS = 4
+#: A task is late if it takes so many times what an idle worker would need for all of it, and
+#: at least so long.
+_LATE_FACTOR = 3.0
+_LATE_AFTER_S = 1.0
+#: What an idle worker is believed to bring before anybody has brought a part.
+_LEAST_BYTES_PER_S = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Taken:
+    """A task on its way."""
+
+    task: Task
+    taker: Taker
+    since_s: float
+    #: It was late at another worker, which is not to happen to it twice.
+    is_second: bool
+
+
+class Allotment:
+    """Hands out a fetch's tasks. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        landing: TierFetch,
+        tier: Tier,
+        tasks: Iterable[Task],
+        *,
+        link_bytes_per_s: float | None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._landing = landing
+        self._tier = tier
+        self._pending = {task.number: task for task in tasks}
+        self._all = frozenset(self._pending)
+        self._names = frozenset(task.name for task in self._pending.values())
+        self._window_s = _window_s(self._pending.values(), link_bytes_per_s)
+        self._taken: dict[int, _Taken] = {}
+        self._supplies: list[Supply] = []
+        self._link_bytes_per_s = link_bytes_per_s
+        self._now = now
+        self._started_s = now()
+        #: When how many bytes were brought.
+        self._brought: deque[tuple[float, int]] = deque()
+        self._last_bytes_per_s = _LEAST_BYTES_PER_S
+        self._adopted_bytes = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._pending and not self._taken
+
+    @property
+    def adopted_bytes(self) -> int:
+        """Bytes of parts that other fetches of this node have brought meanwhile."""
+        return self._adopted_bytes
+
+    @property
+    def names(self) -> frozenset[str]:
+        """File names of all objects of which something was missing."""
+        return self._names
+
+    def add_supply(self, rank: Rank) -> Supply:
+        """Return a new supply; the store has everything, the others have to say what."""
+        supply = Supply(rank)
+        if rank is Rank.STORE:
+            supply.landed = self._all
+        with self._changed:
+            self._supplies.append(supply)
+        return supply
+
+    def update(self, supply: Supply, holdings: Mapping[str, Holding]) -> None:
+        """Take in what a supply says it has."""
+        later = {name: merge([*it.landed, *it.coming]) for name, it in holdings.items()}
+        with self._changed:
+            wanted = [*self._pending.values(), *(it.task for it in self._taken.values())]
+        landed = _covered(wanted, {name: it.landed for name, it in holdings.items()})
+        coming = _covered(wanted, later) - landed
+        with self._changed:
+            supply.landed, supply.coming = landed, coming
+            supply.has_answered = True
+            self._changed.notify_all()
+
+    def lose(self, supply: Supply) -> None:
+        """Expect nothing more from a supply."""
+        with self._changed:
+            supply.is_lost = True
+            self._changed.notify_all()
+
+    def take(self, taker: Taker) -> Task | None:
+        """Return something to bring; `None` where there is nothing at the moment."""
+        with self._changed:
+            if self._stopped or taker.supply.is_lost:
+                return None
+            task = self._first(taker.supply)
+            late = self._late_for(taker) if task is None else None
+            if late is not None:
+                task = late.task
+            if task is not None:
+                self._taken[task.number] = _Taken(
+                    task=task, taker=taker, since_s=self._now(), is_second=late is not None
+                )
+        if late is not None:
+            late.taker.break_off()
+        return task
+
+    def wait(self, supply: Supply) -> bool:
+        """Wait a moment; returns whether the supply is still of use to this fetch."""
+        with self._changed:
+            if self._is_over or supply.is_lost:
+                return False
+            self._changed.wait(_RECHECK_S)
+            wanted = self._pending.keys() | self._taken.keys()
+            return not self._is_over and not wanted.isdisjoint(supply.expected)
+
+    def done(self, task: Task, taker: Taker) -> bool:
+        """The task's bytes are in place; returns whether it was still this worker's."""
+        with self._changed:
+            taken = self._end(task, taker)
+            if taken is None:
+                return False
+            now_s = self._now()
+            self._brought.append((now_s, task.size_bytes))
+            if task.part is not None:
+                taker.brought(task.size_bytes, now_s - taken.since_s)
+                self._last_bytes_per_s = taker.bytes_per_s or _LEAST_BYTES_PER_S
+            if self._is_over:
+                self._changed.notify_all()
+            return True
+
+    def give_back(self, task: Task, taker: Taker) -> None:
+        """The task was not done; another worker may."""
+        with self._changed:
+            if self._end(task, taker) is None:
+                return
+            # Wanted bytes come first again.
+            self._pending = dict(sorted({**self._pending, task.number: task}.items()))
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    @property
+    def _is_over(self) -> bool:
+        return self._stopped or self.is_complete
+
+    def _end(self, task: Task, taker: Taker) -> _Taken | None:
+        taken = self._taken.get(task.number)
+        if taken is None or taken.taker is not taker:
+            return None
+        del self._taken[task.number]
+        self._tier.unclaim(task.name, task.span)
+        return taken
+
+    def _first(self, supply: Supply) -> Task | None:
+        numbers = self._pending.keys() & supply.landed
+        if numbers and not self._falls_short():
+            numbers -= self._expected_before(supply.rank)
+        for number in sorted(numbers):
+            task = self._pending[number]
+            match self._tier.claim(task.name, task.span):
+                case Claim.GRANTED:
+                    return self._pending.pop(number)
+                case Claim.LANDED:
+                    self._adopt(task)
+                case Claim.BUSY:
+                    pass
+        return None
+
+    def _adopt(self, task: Task) -> None:
+        if task.part is None:
+            self._tier.adopt_files(self._landing)
+        else:
+            self._landing.adopt_part(task.part)
+            self._adopted_bytes += task.size_bytes
+        del self._pending[task.number]
+        if self._is_over:
+            self._changed.notify_all()
+
+    def _expected_before(self, rank: Rank) -> frozenset[int]:
+        """Return the tasks that are left to better supplies."""
+        is_early = self._now() - self._started_s < _ANSWER_S
+        expected: frozenset[int] = frozenset()
+        for supply in self._supplies:
+            if supply.rank >= rank or supply.is_lost:
+                continue
+            if is_early and not supply.has_answered:
+                return self._all
+            expected |= supply.expected
+        return expected
+
+    def _falls_short(self) -> bool:
+        """Whether so little was brought lately that every supply should help."""
+        now_s = self._now()
+        elapsed_s = now_s - self._started_s
+        if elapsed_s < _HELP_AFTER_S:
+            return False
+        if self._link_bytes_per_s is None:
+            return True
+        window_s = min(self._window_s, elapsed_s)
+        while self._brought and self._brought[0][0] < now_s - window_s:
+            self._brought.popleft()
+        lately_bytes = sum(size_bytes for _, size_bytes in self._brought)
+        return lately_bytes / window_s < _HELP_BELOW * self._link_bytes_per_s
+
+    def _late_for(self, thief: Taker) -> _Taken | None:
+        """Return a task that an idle worker had better bring itself, and take it off its worker."""
+        bytes_per_s = thief.bytes_per_s or self._last_bytes_per_s
+        for taken in self._taken.values():
+            needed_s = taken.task.size_bytes / bytes_per_s
+            age_s = self._now() - taken.since_s
+            if (
+                age_s > max(_LATE_AFTER_S, _LATE_FACTOR * needed_s)
+                and not taken.is_second
+                and taken.taker is not thief
+                and taken.task.number in thief.supply.landed
+            ):
+                if taken.taker.supply is not thief.supply:
+                    taken.taker.supply.is_lost = taken.taker.supply.rank is not Rank.STORE
+                return taken
+        return None
+
+
+def _window_s(tasks: Iterable[Task], link_bytes_per_s: float | None) -> float:
+    largest_bytes = max((task.size_bytes for task in tasks), default=0)
+    return max(_HELP_AFTER_S, _RATE_PARTS * largest_bytes / (link_bytes_per_s or float("inf")))
+
+
+def _covered(tasks: Iterable[Task], spans: Mapping[str, tuple[Span, ...]]) -> frozenset[int]:
+    return frozenset(task.number for task in tasks if within(task.span, spans.get(task.name, ())))

@@ -1,0 +1,211 @@
+"""One worker's way to the bytes of a supply: the store, a peer, or this node's disk.
+
+A reader deals with its supply's failures: only those that end the whole fetch are raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Protocol
+
+from paraserve_backend.byte_ranges import merge, within
+from paraserve_backend.errors import Cancelled, ParaServeError, SourceUnavailable
+from paraserve_backend.weights.fetching.assignment import Allotment
+from paraserve_backend.weights.fetching.tasks import Supply, Task
+from paraserve_backend.weights.sources.base import BrokenTransfer, Connection, Source
+from paraserve_backend.weights.sources.peer import Peer
+from paraserve_backend.weights.sources.retry import Retrier
+from paraserve_backend.weights.tiers.disk import DiskTier
+from paraserve_backend.weights.tiers.disk_format import DamagedExtent, aligned_buffer
+from paraserve_backend.weights.tiers.holdings import Holding
+
+_log = logging.getLogger(__name__)
+
+
+class SupplyReader(Protocol):
+    """Used by one thread, but for `break_off`."""
+
+    def refresh(self) -> None:
+        """Ask the supply again what it has."""
+
+    def read(self, task: Task) -> memoryview | None:
+        """Return the task's bytes, valid until the next read; `None` if they are not to be had."""
+
+    def break_off(self) -> None:
+        """Make the read that runs return or raise at once, if it can be ended."""
+
+    def close(self) -> None: ...
+
+
+class PartBuffer:
+    """Memory for one task at a time: it stays in the processor's cache and its pages are there."""
+
+    def __init__(self, part_bytes: int) -> None:
+        self._whole = memoryview(bytearray(part_bytes))
+
+    def for_task(self, task: Task) -> memoryview:
+        if task.part is None:
+            return memoryview(bytearray(task.size_bytes))
+        return self._whole[: task.size_bytes]
+
+
+class StoreReader:
+    """Reads from the source, with its own connection; raises what stays after bounded retries.
+
+    It connects when it first reads: to open a store takes a tenth of a second.
+    """
+
+    def __init__(self, source: Source, retrier: Retrier, buffer: PartBuffer) -> None:
+        self._source = source
+        self._retrier = retrier
+        self._buffer = buffer
+        self._connection: Connection | None = None
+        self._is_broken_off = False
+        self._lock = threading.Lock()
+        self.retries = 0
+
+    def refresh(self) -> None:
+        """The store has everything."""
+
+    def read(self, task: Task) -> memoryview | None:
+        content = self._buffer.for_task(task)
+        try:
+            if content:
+                self.retries += self._retrier.read(
+                    self._connected(), task.stored, task.start, content
+                )
+        except Cancelled:
+            self.close()
+            with self._lock:
+                self._connection, self._is_broken_off = None, False
+            return None
+        return content
+
+    def break_off(self) -> None:
+        with self._lock:
+            self._is_broken_off = True
+            connection = self._connection
+        if connection is not None:
+            connection.abort()
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def _connected(self) -> Connection:
+        if self._connection is None:
+            connection = self._source.connect()
+            with self._lock:
+                self._connection = connection
+                is_broken_off = self._is_broken_off
+            if is_broken_off:  # while it was made
+                connection.abort()
+        return self._connection
+
+
+class PeerReader:
+    """Reads from a peer for as long as it answers as it should; it is lost to the fetch then."""
+
+    def __init__(
+        self,
+        peer: Peer,
+        supply: Supply,
+        allotment: Allotment,
+        names: Mapping[str, str],
+        buffer: PartBuffer,
+    ) -> None:
+        self._peer = peer
+        self._supply = supply
+        self._allotment = allotment
+        self._names = names
+        self._buffer = buffer
+        self._connection = peer.connect(names)
+
+    def refresh(self) -> None:
+        try:
+            holdings = self._peer.holdings(self._allotment.names)
+        except SourceUnavailable as error:
+            self._give_up(error)
+        else:
+            self._allotment.update(self._supply, holdings)
+
+    def read(self, task: Task) -> memoryview | None:
+        content = self._buffer.for_task(task)
+        try:
+            if content:
+                self._connection.read_into(task.stored, task.start, content)
+        except Cancelled:
+            self._connection.close()
+            self._connection = self._peer.connect(self._names)
+            return None
+        except (ParaServeError, BrokenTransfer) as error:
+            self._give_up(error)
+            return None
+        return content
+
+    def break_off(self) -> None:
+        self._connection.abort()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _give_up(self, error: Exception) -> None:
+        _log.info("peer given up reason=%s", error)
+        self._allotment.lose(self._supply)
+
+
+class DiskReader:
+    """Reads what the disk tier has."""
+
+    def __init__(self, disk: DiskTier, supply: Supply, allotment: Allotment) -> None:
+        self._disk = disk
+        self._supply = supply
+        self._allotment = allotment
+        self._buffer = aligned_buffer()
+
+    def refresh(self) -> None:
+        """What the disk has only becomes less while a fetch runs, and then `read` sees it."""
+        if not self._supply.has_answered:
+            self._tell()
+
+    def read(self, task: Task) -> memoryview | None:
+        content = self._join(task)
+        if content is None:
+            self._tell()
+        else:
+            self._disk.use(task.name, [task.span])
+        return content
+
+    def break_off(self) -> None:
+        """A read of a disk cannot be ended."""
+
+    def close(self) -> None:
+        """Nothing is open between reads."""
+
+    def _join(self, task: Task) -> memoryview | None:
+        start, end = task.span
+        found = self._disk.touching(task.name, task.span)
+        if not within(task.span, merge(held.extent.span for held in found)):
+            return None
+        try:
+            if len(found) == 1:
+                at = found[0].extent.start
+                return self._disk.load(found[0], self._buffer)[start - at : end - at]
+            content = memoryview(bytearray(task.size_bytes))
+            for held in found:
+                first, last = max(start, held.extent.start), min(end, held.extent.end)
+                loaded = self._disk.load(held, self._buffer)
+                at = held.extent.start
+                content[first - start : last - start] = loaded[first - at : last - at]
+        except DamagedExtent:
+            return None
+        return content
+
+    def _tell(self) -> None:
+        spans = {name: self._disk.spans(name) for name in self._allotment.names}
+        self._allotment.update(
+            self._supply,
+            {name: Holding(landed=landed, coming=()) for name, landed in spans.items()},
+        )

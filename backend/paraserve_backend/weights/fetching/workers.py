@@ -1,0 +1,204 @@
+"""The threads of one fetch: each brings task after task from its supply into the tier."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from paraserve_backend.errors import Cancelled
+from paraserve_backend.weights.fetching.assignment import Allotment
+from paraserve_backend.weights.fetching.readers import (
+    DiskReader,
+    PartBuffer,
+    PeerReader,
+    StoreReader,
+    SupplyReader,
+)
+from paraserve_backend.weights.fetching.tasks import (
+    Rank,
+    Supply,
+    Taker,
+    Task,
+)
+from paraserve_backend.weights.sources.base import Source
+from paraserve_backend.weights.sources.peer import Peer
+from paraserve_backend.weights.sources.retry import Retrier, RetryPolicy
+from paraserve_backend.weights.tiers.disk import DiskTier
+from paraserve_backend.weights.tiers.writer import TierFetch
+
+#: Connections to each peer.
+_PER_PEER = 2
+#: While one thread's bytes are checked and copied, the others' are read: the disk is never idle.
+_FROM_DISK = 3
+#: How soon a cancel or the time limit is noticed.
+_WATCH_S = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origins:
+    """Where the bytes of a fetch may come from."""
+
+    source: Source
+    #: Connections to it, and at most so many reads of the disk at once.
+    threads: int
+    retry: RetryPolicy
+    peers: Sequence[Peer]
+    disk: DiskTier | None
+
+
+class FetchWorkers:
+    """Made for one run; `_lock` guards the counts."""
+
+    def __init__(self, landing: TierFetch, allotment: Allotment, origins: Origins) -> None:
+        self.landing = landing
+        self._allotment = allotment
+        sizes = [landing.parts[part].size_bytes for part in landing.missing_parts()]
+        self._buffer_bytes = max(sizes, default=0)
+        self._found_bytes = landing.plan.total_bytes - sum(sizes)
+        self._started_s = time.monotonic()
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._part_bytes = self._file_bytes = 0
+        self._bytes_by_rank: Counter[Rank] = Counter()
+        self._first_part_s: float | None = None
+        self._stores: list[StoreReader] = []
+        self._readers: list[tuple[Supply, SupplyReader]] = []
+        # A store takes a tenth of a second to open, which a model that is all here need not pay.
+        if not self.is_complete:
+            self._add_readers(origins)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of parts that were brought here."""
+        return self._part_bytes
+
+    @property
+    def reused_bytes(self) -> int:
+        """Bytes of parts that were in place, or were brought by other fetches meanwhile."""
+        return self._found_bytes + self._allotment.adopted_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        return self._file_bytes
+
+    @property
+    def first_part_s(self) -> float | None:
+        return self._first_part_s
+
+    @property
+    def retries(self) -> int:
+        return sum(reader.retries for reader in self._stores)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._allotment.is_complete
+
+    def bytes_from(self, rank: Rank) -> int:
+        """Return the bytes of parts and small files that came from such supplies."""
+        return self._bytes_by_rank[rank]
+
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    def run(self, watch: Callable[[], None]) -> None:
+        """Do all tasks; ends early, with every thread gone, where one of them or `watch` raises."""
+        if not self._readers:
+            return
+        with ThreadPoolExecutor(len(self._readers), thread_name_prefix="fetch") as pool:
+            try:
+                running = {pool.submit(self._work, *each) for each in self._readers}
+                while running:
+                    done, running = wait(running, timeout=_WATCH_S, return_when=FIRST_EXCEPTION)
+                    _raise_first(done)
+                    watch()
+            except BaseException:
+                self._stop()
+                raise
+
+    def _add_readers(self, origins: Origins) -> None:
+        if origins.disk is not None:
+            supply = self._allotment.add_supply(Rank.DISK)
+            for _ in range(min(_FROM_DISK, origins.threads)):
+                self._readers.append((supply, DiskReader(origins.disk, supply, self._allotment)))
+        for peer in origins.peers:
+            self._add_peer(peer)
+        retrier = Retrier(pause=self._pause, policy=origins.retry, rng=random.Random())
+        supply = self._allotment.add_supply(Rank.STORE)
+        for _ in range(origins.threads):
+            reader = StoreReader(origins.source, retrier, PartBuffer(self._buffer_bytes))
+            self._stores.append(reader)
+            self._readers.append((supply, reader))
+
+    def _add_peer(self, peer: Peer) -> None:
+        names = {stored.key: name for name, stored in self.landing.object_names.items()}
+        names |= {stored.key: name for name, stored in self.landing.file_names.items()}
+        supply = self._allotment.add_supply(Rank.PEER)
+        for _ in range(_PER_PEER):
+            buffer = PartBuffer(self._buffer_bytes)
+            reader = PeerReader(peer, supply, self._allotment, names, buffer)
+            self._readers.append((supply, reader))
+
+    def _work(self, supply: Supply, reader: SupplyReader) -> None:
+        """Bring bytes for as long as the supply has any."""
+        taker = Taker(supply=supply, break_off=reader.break_off)
+        try:
+            reader.refresh()
+            while True:
+                task = self._allotment.take(taker)
+                if task is not None:
+                    self._bring(task, taker, reader)
+                elif self._allotment.wait(supply):
+                    reader.refresh()
+                else:
+                    return
+        finally:
+            reader.close()
+
+    def _bring(self, task: Task, taker: Taker, reader: SupplyReader) -> None:
+        is_there = False
+        try:
+            content = reader.read(task)
+            if content is not None:
+                self._put(task, content)
+                is_there = True
+        finally:
+            if not is_there:
+                self._allotment.give_back(task, taker)
+        if is_there and self._allotment.done(task, taker):
+            self._count(task, taker.supply.rank)
+
+    def _put(self, task: Task, content: memoryview) -> None:
+        if task.part is None:
+            self.landing.write_file(task.stored.key, content)
+        else:
+            self.landing.write_part(task.part, content)
+
+    def _count(self, task: Task, rank: Rank) -> None:
+        with self._lock:
+            self._bytes_by_rank[rank] += task.size_bytes
+            if task.part is None:
+                self._file_bytes += task.size_bytes
+                return
+            self._part_bytes += task.size_bytes
+            if self._first_part_s is None:
+                self._first_part_s = self.elapsed_s()
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        self._allotment.stop()
+        for _, reader in self._readers:
+            reader.break_off()
+
+    def _pause(self, seconds: float) -> None:
+        if self._stopped.wait(seconds):
+            raise Cancelled("the fetch has ended")
+
+
+def _raise_first(futures: set[Future[None]]) -> None:
+    for future in futures:
+        future.result()

@@ -1,0 +1,86 @@
+"""Stored bytes and where they come from: the records and protocols that everything else shares.
+
+Pure: no I/O. `paraserve_backend.weights.sources.open` opens the implementations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredObject:
+    """One object (or file) of a source, in one particular version.
+
+    `version` is the ETag, or modification time and size where the source has no ETag. The same
+    key with another version holds other bytes.
+    """
+
+    key: str
+    size_bytes: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectRange:
+    """Bytes `[start, end)` of an object."""
+
+    object_key: str
+    start: int
+    end: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.end - self.start
+
+
+class BrokenTransfer(Exception):
+    """A read ended early for a reason that may pass; `landed_bytes` of it are in place.
+
+    Never reaches a user: `paraserve_backend.weights.sources.retry` resumes it or turns it into an
+    error.
+    """
+
+    def __init__(self, reason: str, *, landed_bytes: int = 0) -> None:
+        super().__init__(reason)
+        self.landed_bytes = landed_bytes
+
+
+class Connection(Protocol):
+    """One thread's way to the bytes of a source; kept open from one read to the next."""
+
+    def read_into(self, stored: StoredObject, start: int, view: memoryview) -> None:
+        """Fill `view` with the object's bytes from `start` on.
+
+        Raises `BrokenTransfer` where another try may help; `InvalidCheckpoint` where the object is
+        no longer the version `stored` names; otherwise `NotFound`, `AccessDenied` or
+        `SourceUnavailable`.
+        """
+
+    def abort(self) -> None:
+        """Make this read and every later one raise `Cancelled` at once. Any thread may call it."""
+
+    def close(self) -> None: ...
+
+
+class Source(Protocol):
+    """A folder of objects: one model's files."""
+
+    @property
+    def uri(self) -> str: ...
+
+    def list(self) -> tuple[StoredObject, ...]:
+        """Return the objects directly in the folder, by key; keys are relative to it.
+
+        Raises `NotFound` where the folder or bucket does not exist or is empty, `AccessDenied`, or
+        `SourceUnavailable` after bounded retries.
+        """
+
+    def connect(self) -> Connection: ...
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that would leave its folder; raises `ValueError`."""
+    if not key or "/" in key or "\0" in key or key in {".", ".."}:
+        raise ValueError(f"{key!r} is not the name of a file in a model folder")

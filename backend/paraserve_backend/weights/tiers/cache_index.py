@@ -1,0 +1,203 @@
+"""The index of what stays in a tier when its fetch is released, and what of it goes first.
+
+Only the index: one small file per object version that says which bytes of its object file can be
+trusted. `paraserve_backend.weights.tiers.memory` moves the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from paraserve_backend.byte_ranges import Span, merge, subtract
+from paraserve_backend.weights.sources.base import StoredObject, check_key
+from paraserve_backend.weights.tiers.layout import object_name, write_atomically
+
+_log = logging.getLogger(__name__)
+
+CACHE = "cache"
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """Bytes `[start, end)` of an object; of two, the one with the lower `used` goes first."""
+
+    start: int
+    end: int
+    used: int
+
+    @property
+    def span(self) -> Span:
+        return (self.start, self.end)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedObject:
+    """An object version and which of its bytes may be used again (sorted, disjoint)."""
+
+    source_uri: str
+    stored: StoredObject
+    extents: tuple[Extent, ...]
+
+    @property
+    def name(self) -> str:
+        return object_name(self.source_uri, self.stored)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return merge(extent.span for extent in self.extents)
+
+    def with_spans(self, spans: Sequence[Span], used: int) -> CachedObject:
+        """Add bytes, or mark those that are there as used again."""
+        fresh = [Extent(start=start, end=end, used=used) for start, end in spans]
+        return replace(self, extents=_sorted([*_cut(self.extents, spans), *fresh]))
+
+    def without_spans(self, spans: Sequence[Span]) -> CachedObject:
+        return replace(self, extents=_sorted(_cut(self.extents, spans)))
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> CachedObject:
+        """Raises `ValueError`, `TypeError` or `KeyError` where it is no such record."""
+        fields = json.loads(content)
+        stored = StoredObject(**fields["stored"])
+        check_key(stored.key)
+        extents = tuple(Extent(**extent) for extent in fields["extents"])
+        bounds = [bound for extent in extents for bound in extent.span]
+        if bounds != sorted(bounds) or not all(0 <= it <= stored.size_bytes for it in bounds):
+            raise ValueError("its extents overlap or leave the object")
+        return cls(source_uri=fields["source_uri"], stored=stored, extents=extents)
+
+
+class CacheIndex:
+    """The cached objects of one tier by file name. Not thread-safe: the tier's lock guards it."""
+
+    def __init__(self, directory: Path, objects: dict[str, CachedObject]) -> None:
+        self._directory = directory
+        self._objects = objects
+        extents = (extent for found in objects.values() for extent in found.extents)
+        self._clock = max((extent.used for extent in extents), default=0)
+
+    @classmethod
+    def open(cls, directory: Path) -> CacheIndex:
+        """Read what an earlier agent left; an entry that cannot be read is dropped."""
+        directory.mkdir(exist_ok=True)
+        objects = {}
+        for path in sorted(directory.iterdir()):
+            try:
+                found = CachedObject.from_json(path.read_bytes())
+                if path.name != found.name:
+                    raise ValueError("it is another object's")
+            except (ValueError, TypeError, KeyError) as error:
+                _log.warning("cache entry dropped name=%s reason=%s", path.name, error)
+                path.unlink()
+            else:
+                objects[path.name] = found
+        return cls(directory, objects)
+
+    @property
+    def objects(self) -> Mapping[str, CachedObject]:
+        return self._objects
+
+    def spans(self, name: str) -> tuple[Span, ...]:
+        found = self._objects.get(name)
+        return found.spans if found else ()
+
+    def tick(self) -> int:
+        """Return the next `used`."""
+        self._clock += 1
+        return self._clock
+
+    def add(self, source_uri: str, stored: StoredObject, spans: Sequence[Span], used: int) -> None:
+        """Trust these bytes from now on; they must be in place."""
+        if not spans:
+            return
+        name = object_name(source_uri, stored)
+        empty = CachedObject(source_uri=source_uri, stored=stored, extents=())
+        self._put(self._objects.get(name, empty).with_spans(spans, used))
+
+    def remove(self, name: str, spans: Sequence[Span]) -> None:
+        """Trust these bytes no longer; to be called before they go."""
+        if name in self._objects:
+            self._put(self._objects[name].without_spans(spans))
+
+    def victims(
+        self, excess_bytes: int, pinned: Callable[[str], Sequence[Span]]
+    ) -> Iterator[tuple[str, Span]]:
+        """Yield what to remove to free `excess_bytes`, least recently used and last bytes first.
+
+        The start of an object stays longest: a forward pass wants the first layers first. The
+        index may be changed meanwhile.
+        """
+        candidates = [
+            (extent.used, name, extent.span)
+            for name, found in self._objects.items()
+            for extent in found.extents
+        ]
+        candidates.sort(key=lambda it: (it[0], it[1], -it[2][0]))
+        for _, name, span in candidates:
+            for start, end in reversed(subtract([span], pinned(name))):
+                if excess_bytes <= 0:
+                    return
+                # Part of a page frees nothing.
+                cut = max(start, (end - excess_bytes) // PAGE_BYTES * PAGE_BYTES)
+                excess_bytes -= whole_pages((cut, end))
+                yield name, (cut, end)
+
+    def unpinned_bytes(self, pinned: Callable[[str], Sequence[Span]]) -> int:
+        """Return the memory of what could be removed, in whole pages."""
+        return sum(
+            whole_pages(span)
+            for name, found in self._objects.items()
+            for span in subtract(found.spans, pinned(name))
+        )
+
+    def _put(self, found: CachedObject) -> None:
+        path = self._directory / found.name
+        if not found.extents:
+            del self._objects[found.name]
+            path.unlink(missing_ok=True)
+            return
+        self._objects[found.name] = found
+        try:
+            write_atomically(path, found.to_json())
+        except OSError as error:
+            # The file system is full, which is when bytes are removed. Forgotten at a restart.
+            _log.warning("cache entry not written name=%s reason=%s", found.name, error.strerror)
+            path.unlink(missing_ok=True)
+
+
+def page_span(span: Span, page_bytes: int = PAGE_BYTES) -> Span:
+    """Return the bytes of all pages that `span` touches."""
+    start, end = span
+    return (start // page_bytes * page_bytes, -(-end // page_bytes) * page_bytes)
+
+
+def whole_pages(span: Span, page_bytes: int = PAGE_BYTES) -> int:
+    """Return the number of bytes of all pages that `span` touches."""
+    start, end = page_span(span, page_bytes)
+    return end - start
+
+
+def _cut(extents: Iterable[Extent], spans: Sequence[Span]) -> Iterator[Extent]:
+    for extent in extents:
+        for start, end in subtract([extent.span], spans):
+            yield replace(extent, start=start, end=end)
+
+
+def _sorted(extents: Iterable[Extent]) -> tuple[Extent, ...]:
+    """In order, neighbours of the same use as one."""
+    joined: list[Extent] = []
+    for extent in sorted(extents, key=lambda it: it.start):
+        last = joined[-1] if joined else None
+        if last and (last.end, last.used) == (extent.start, extent.used):
+            joined[-1] = replace(last, end=extent.end)
+        else:
+            joined.append(extent)
+    return tuple(joined)

@@ -1,0 +1,137 @@
+"""What a tier has in place, and who needs it: questions only, nothing is changed here.
+
+Not thread-safe: `paraserve_backend.weights.tiers.memory` asks with its lock held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from paraserve_backend.byte_ranges import (
+    Span,
+    merge,
+    subtract,
+    within,
+)
+from paraserve_backend.errors import NotFound
+from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.tiers.cache_index import CacheIndex
+from paraserve_backend.weights.tiers.holdings import Holding, TierObject
+from paraserve_backend.weights.tiers.layout import FILES, OBJECTS, FetchStatus
+from paraserve_backend.weights.tiers.writer import TierFetch
+
+
+class TierContents:
+    """The bytes that the fetches and the cache of one tier have; names are objects' file names."""
+
+    def __init__(
+        self,
+        directory: Path,
+        cache: CacheIndex,
+        fetches: Mapping[str, TierFetch],
+        reads: Sequence[tuple[str, Span]],
+    ) -> None:
+        self._directory = directory
+        self._cache = cache
+        self._fetches = fetches
+        #: What somebody reads right now.
+        self._reads = reads
+
+    def objects(self) -> dict[str, TierObject]:
+        """Return what has an object file: a small file has one once its fetch is released."""
+        known = {name: (it.source_uri, it.stored) for name, it in self._cache.objects.items()}
+        for fetch in self._fetches.values():
+            for name, stored in fetch.object_names.items():
+                known[name] = (fetch.plan.source_uri, stored)
+        return {
+            name: TierObject(source_uri=uri, stored=stored, landed=self.landed(name))
+            for name, (uri, stored) in known.items()
+        }
+
+    def files(self) -> dict[str, TierObject]:
+        """Return the small files of fetches, which are there whole."""
+        return {
+            name: TierObject(
+                source_uri=fetch.plan.source_uri, stored=stored, landed=((0, stored.size_bytes),)
+            )
+            for fetch in self._fetches.values()
+            for name, stored in fetch.file_names.items()
+            if stored.size_bytes and fetch.has_file(stored.key)
+        }
+
+    def pinned(self, name: str) -> tuple[Span, ...]:
+        """Return the bytes of an object that have to stay."""
+        spans = [span for other, span in self._reads if other == name]
+        for fetch in self.having(name):
+            if name in fetch.object_names:
+                spans += fetch.needed_spans(fetch.object_names[name].key)
+            else:
+                spans.append((0, fetch.file_names[name].size_bytes))
+        return merge(spans)
+
+    def landed(self, name: str, near: Span | None = None) -> tuple[Span, ...]:
+        """Return what is in place of an object; with `near`, at least what touches that."""
+        spans = list(self._cache.spans(name))
+        for fetch in self.having(name):
+            if name in fetch.object_names:
+                key = fetch.object_names[name].key
+                spans += fetch.landed_within(key, near) if near else fetch.landed_spans(key)
+        return merge(spans)
+
+    def holding(self, name: str) -> Holding:
+        landed = self.landed(name)
+        if (path := self.file(name)) is not None:
+            landed = ((0, path.stat().st_size),)
+        coming: list[Span] = []
+        for fetch in self.having(name):
+            if fetch.status is not FetchStatus.RUNNING:
+                continue
+            if name in fetch.object_names:
+                coming += fetch.needed_spans(fetch.object_names[name].key)
+            else:
+                coming.append((0, fetch.file_names[name].size_bytes))
+        return Holding(landed=landed, coming=subtract(merge(coming), landed))
+
+    def readable(self, name: str, span: Span) -> tuple[Path, StoredObject]:
+        """Return the file with these bytes; raises `NotFound` where any is not in place."""
+        stored = self._identity(name)
+        path = self.file(name) or self._directory / OBJECTS / name
+        landed = self.landed(name, span)
+        if path.parent.name == FILES:
+            landed = ((0, stored.size_bytes),)
+        if not within(span, landed):
+            raise NotFound(f"bytes {span} of {stored.key} are not on this node")
+        return path, stored
+
+    def file(self, name: str) -> Path | None:
+        """Return where a small file lies whole, if any fetch has or had it."""
+        cached = self._cache.objects.get(name)
+        if cached is not None and cached.spans == ((0, cached.stored.size_bytes),):
+            return self._directory / OBJECTS / name
+        for fetch in self.having(name):
+            if name in fetch.file_names and fetch.has_file(fetch.file_names[name].key):
+                return fetch.file_path(fetch.file_names[name].key)
+        return None
+
+    def having(self, name: str) -> Iterator[TierFetch]:
+        """Yield the fetches that need bytes of an object."""
+        return (
+            fetch
+            for fetch in self._fetches.values()
+            if name in fetch.object_names or name in fetch.file_names
+        )
+
+    def strays(self) -> list[Path]:
+        """Return the object files that belong to no fetch and are not cached."""
+        known = {name for fetch in self._fetches.values() for name in fetch.object_names}
+        known |= self._cache.objects.keys()
+        return [path for path in (self._directory / OBJECTS).iterdir() if path.name not in known]
+
+    def _identity(self, name: str) -> StoredObject:
+        """Raises `NotFound` where the tier has nothing by that name."""
+        if name in self._cache.objects:
+            return self._cache.objects[name].stored
+        for fetch in self.having(name):
+            return fetch.object_names.get(name) or fetch.file_names[name]
+        raise NotFound(f"there is no object {name} on this node")

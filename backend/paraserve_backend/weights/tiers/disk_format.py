@@ -1,0 +1,170 @@
+"""One extent of an object as a file on disk, read and written past the page cache.
+
+The file's name says which bytes it has and their checksum, so no index can disagree with the data.
+Which extents there are, and which go first, is `paraserve_backend.weights.tiers.disk`'s.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from paraserve_backend.byte_ranges import Span
+from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES
+
+#: Extents end at multiples of this in their object, as a fetch's parts do.
+EXTENT_BYTES = DEFAULT_PART_BYTES
+#: Direct I/O wants offsets, lengths and memory aligned to the disk's blocks.
+BLOCK_BYTES = 4096
+_NAME = re.compile(r"(\d{1,18})-(\d{1,18})-([0-9a-f]{8})")
+
+
+class DamagedExtent(Exception):
+    """The file has not the bytes that its name says. Never reaches a user: they are elsewhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskExtent:
+    """Bytes `[start, end)` of an object, at most `EXTENT_BYTES`, and their checksum."""
+
+    start: int
+    end: int
+    checksum: int
+
+    @property
+    def span(self) -> Span:
+        return (self.start, self.end)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the file takes, in whole blocks."""
+        return whole_blocks(self.size_bytes)
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.start}-{self.end}-{self.checksum:08x}"
+
+    @classmethod
+    def parse(cls, file_name: str) -> DiskExtent | None:
+        """Reverse `file_name`; `None` for any other name."""
+        found = _NAME.fullmatch(file_name)
+        if found is None or not 0 < int(found[2]) - int(found[1]) <= EXTENT_BYTES:
+            return None
+        return cls(start=int(found[1]), end=int(found[2]), checksum=int(found[3], 16))
+
+
+def aligned_buffer() -> memoryview:
+    """Return memory for one extent in which direct I/O works."""
+    return memoryview(mmap.mmap(-1, EXTENT_BYTES))
+
+
+def checksum(content: memoryview) -> int:
+    """Return the CRC-32 of the sums of all blocks' words, in rows and in columns, and of the rest.
+
+    It sees any damage but such as cancels out in both, and takes a third of the processor time of
+    the CRC-32 of all bytes, which would be half of what a read from disk takes.
+    """
+    whole_bytes = len(content) // BLOCK_BYTES * BLOCK_BYTES
+    found = zlib.crc32(content[whole_bytes:])
+    if whole_bytes:
+        words = np.frombuffer(content[:whole_bytes], "<u8").reshape(-1, BLOCK_BYTES // 8)
+        for sums in (np.add.reduce(words, axis=1), np.add.reduce(words, axis=0)):
+            found = zlib.crc32(sums.tobytes(), found)
+    return found
+
+
+def read_extent(path: Path, extent: DiskExtent, buffer: memoryview) -> memoryview:
+    """Return the extent's bytes, which lie in `buffer`, an `aligned_buffer`.
+
+    Raises `DamagedExtent` where they are not what was written, or the file cannot be read.
+    """
+    try:
+        with _opened(path, os.O_RDONLY) as fd:
+            count = _read_all(fd, buffer[: extent.disk_bytes])
+    except OSError as error:
+        raise DamagedExtent(f"cannot be read: {error.strerror}") from None
+    content = buffer[: extent.size_bytes]
+    if count != extent.size_bytes:
+        raise DamagedExtent(f"has {count} bytes instead of {extent.size_bytes}")
+    if checksum(content) != extent.checksum:
+        raise DamagedExtent("has other bytes than were written")
+    return content
+
+
+def write_extent(folder: Path, start: int, size_bytes: int, buffer: memoryview) -> DiskExtent:
+    """Write the first `size_bytes` of `buffer`, an `aligned_buffer`, as the extent at `start`.
+
+    The file is there whole or not at all. Raises `OSError`.
+    """
+    extent = DiskExtent(start=start, end=start + size_bytes, checksum=checksum(buffer[:size_bytes]))
+    unfinished = folder / f".{extent.file_name}"
+    try:
+        with _opened(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+            _write_all(fd, buffer[: extent.disk_bytes])
+            os.ftruncate(fd, size_bytes)
+        unfinished.rename(folder / extent.file_name)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    return extent
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """Open for direct I/O, or, where the file system has none, through the page cache."""
+    try:
+        fd = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        is_direct = True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        is_direct = False
+    try:
+        yield fd
+        if not is_direct:
+            _leave_page_cache(fd)
+    finally:
+        os.close(fd)
+
+
+def _leave_page_cache(fd: int) -> None:
+    """Host memory is for what is in use; the page cache would hold these bytes twice."""
+    os.fdatasync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_all(fd: int, view: memoryview) -> int:
+    """Fill `view` as far as the file goes; returns how far."""
+    landed = 0
+    # A direct read ends within a block only at the file's end.
+    while landed < len(view) and landed % BLOCK_BYTES == 0:
+        count = os.preadv(fd, [view[landed:]], landed)
+        if count == 0:
+            break
+        landed += count
+    return landed
+
+
+def _write_all(fd: int, view: memoryview) -> None:
+    written = 0
+    while written < len(view):
+        written += os.pwrite(fd, view[written:], written)
+
+
+def whole_blocks(size_bytes: int) -> int:
+    """Return what a file of `size_bytes` takes."""
+    return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES

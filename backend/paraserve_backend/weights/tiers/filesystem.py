@@ -1,0 +1,55 @@
+"""Holes in files: freeing part of one, and finding where one has no bytes. Linux only."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+from paraserve_backend.byte_ranges import Span
+
+# From linux/falloc.h; the os module has no call for it.
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+
+
+def free_span(path: Path, span: Span) -> None:
+    """Free the pages that lie wholly in `span`; the rest of it reads as zeros."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    start, end = span
+    with path.open("r+b") as file:
+        failed = libc.fallocate(
+            file.fileno(),
+            _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE,
+            ctypes.c_int64(start),
+            ctypes.c_int64(end - start),
+        )
+    if failed:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(path))
+
+
+def first_hole(path: Path, span: Span) -> int | None:
+    """Return the offset of the first byte of `span` that was never written; `None` if all were."""
+    start, end = span
+    with path.open("rb") as file:
+        try:
+            data = os.lseek(file.fileno(), start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # no data from `start` to the end of the file
+                raise
+            return start
+        hole = start if data > start else os.lseek(file.fileno(), start, os.SEEK_HOLE)
+    return hole if hole < end else None
+
+
+def free_bytes(directory: Path) -> int:
+    """Return how much room the file system of `directory` has left."""
+    stat = os.statvfs(directory)
+    return stat.f_bavail * stat.f_frsize
+
+
+def used_bytes(path: Path) -> int:
+    """Return the memory or disk that a file takes, holes not counted."""
+    return path.stat().st_blocks * 512

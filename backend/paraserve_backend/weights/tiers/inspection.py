@@ -1,0 +1,138 @@
+"""Looks at the tiers of a node from outside, beside the agent that uses them. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from paraserve_backend.byte_ranges import Span, merge
+from paraserve_backend.errors import NotFound
+from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.tiers.cache_index import CACHE, CachedObject
+from paraserve_backend.weights.tiers.disk_folder import (
+    Held,
+    Identity,
+    object_folders,
+    strange_files,
+    whole_extents,
+)
+from paraserve_backend.weights.tiers.disk_format import DamagedExtent, aligned_buffer, read_extent
+from paraserve_backend.weights.tiers.filesystem import used_bytes
+from paraserve_backend.weights.tiers.holdings import TierObject, object_problems
+from paraserve_backend.weights.tiers.layout import (
+    FETCHES,
+    OBJECTS,
+    PROGRESS,
+    FetchStatus,
+    Manifest,
+    Progress,
+    object_name,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a tier's folder has, and one sentence for everything that is wrong with it."""
+
+    num_objects: int
+    used_bytes: int
+    problems: tuple[str, ...]
+
+
+def inspect_tier(directory: Path) -> Inspection:
+    """Compare what a host-memory tier should have with what its files have.
+
+    Raises `NotFound` where there is no such tier.
+    """
+    _require(directory)
+    # Looked at twice: in between, an agent that works may have made good what only seemed wrong.
+    first = set(_tier_problems(directory))
+    problems = tuple(problem for problem in _tier_problems(directory) if problem in first)
+    paths = list((directory / OBJECTS).iterdir())
+    return Inspection(
+        num_objects=len(paths), used_bytes=sum(map(_used_bytes, paths)), problems=problems
+    )
+
+
+def inspect_disk(directory: Path) -> Inspection:
+    """Read all of a disk tier and compare it with its checksums.
+
+    Raises `NotFound` where there is no such tier.
+    """
+    _require(directory)
+    folders = object_folders(directory)
+    found = [held for folder in folders for _, held in whole_extents(folder)]
+    return Inspection(
+        num_objects=len(folders),
+        used_bytes=sum(held.extent.disk_bytes for held in found),
+        problems=(*_strange(folders, found), *_damage(directory, found)),
+    )
+
+
+def _require(directory: Path) -> None:
+    if not (directory / OBJECTS).is_dir():
+        raise NotFound(f"There is no tier in {directory}: is it that of an agent?")
+
+
+def _tier_problems(directory: Path) -> Iterator[str]:
+    found: dict[str, TierObject] = {}
+    growing = set()
+    for uri, stored, landed, is_running in _landed(directory):
+        name = object_name(uri, stored)
+        before = found[name].landed if name in found else ()
+        found[name] = TierObject(source_uri=uri, stored=stored, landed=merge([*before, *landed]))
+        if is_running:
+            growing.add(name)
+    for name, each in found.items():
+        with suppress(FileNotFoundError):  # released while it was looked at
+            yield from object_problems(directory / OBJECTS / name, each, growing=name in growing)
+    for path in (directory / OBJECTS).iterdir():
+        if path.name not in found:
+            yield f"object file {path.name} belongs to no fetch"
+
+
+def _landed(directory: Path) -> Iterator[tuple[str, StoredObject, tuple[Span, ...], bool]]:
+    """Yield which bytes of which object the cache and each fetch say are there."""
+    for path in (directory / CACHE).iterdir():
+        with suppress(FileNotFoundError):
+            cached = CachedObject.from_json(path.read_bytes())
+            yield cached.source_uri, cached.stored, cached.spans, False
+    for fetch_dir in (directory / FETCHES).iterdir():
+        with suppress(FileNotFoundError):
+            manifest = Manifest.read(fetch_dir)
+            progress = Progress(fetch_dir / PROGRESS, parts=len(manifest.parts), writable=False)
+            parts = [manifest.parts[number] for number in progress.landed()]
+            for stored in manifest.plan.objects:
+                landed = merge((it.start, it.end) for it in parts if it.object_key == stored.key)
+                is_done = progress.status is FetchStatus.DONE
+                yield manifest.plan.source_uri, stored, landed, not is_done
+            progress.close()
+
+
+def _used_bytes(path: Path) -> int:
+    try:
+        return used_bytes(path)
+    except FileNotFoundError:
+        return 0
+
+
+def _strange(folders: list[Path], found: list[Held]) -> Iterator[str]:
+    for folder in folders:
+        if Identity.read(folder) is None:
+            yield f"{folder} does not say which object it is for"
+        for path in strange_files(folder, found):
+            if not path.name.startswith("."):  # being written
+                yield f"{path} is no whole extent"
+
+
+def _damage(directory: Path, found: list[Held]) -> Iterator[str]:
+    buffer = aligned_buffer()
+    for held in found:
+        path = held.path(directory)
+        try:
+            read_extent(path, held.extent, buffer)
+        except DamagedExtent as damage:
+            if path.exists():
+                yield f"{path} {damage}"

@@ -1,0 +1,352 @@
+"""A node's host-memory tier: fetched bytes in files that other processes map.
+
+The agent is the only writer; `weights.tier_reader` is the other side. What no fetch needs any more
+stays, up to a limit, for the next fetch of the same object version; `weights.cache` says what.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from paraserve_backend.byte_ranges import (
+    Span,
+    merge,
+    subtract,
+    within,
+)
+from paraserve_backend.errors import (
+    AlreadyExists,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
+from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES, FetchPlan
+from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.tiers.cache_index import (
+    CACHE,
+    CacheIndex,
+    page_span,
+    whole_pages,
+)
+from paraserve_backend.weights.tiers.contents import TierContents
+from paraserve_backend.weights.tiers.filesystem import (
+    first_hole,
+    free_bytes,
+    free_span,
+    used_bytes,
+)
+from paraserve_backend.weights.tiers.folders import lock_folder
+from paraserve_backend.weights.tiers.holdings import (
+    Claim,
+    Holding,
+    TierObject,
+    object_problems,
+)
+from paraserve_backend.weights.tiers.layout import (
+    FETCHES,
+    FILES,
+    MANIFEST,
+    OBJECTS,
+    PROGRESS,
+    FetchStatus,
+    Manifest,
+    Progress,
+    object_name,
+    write_atomically,
+)
+from paraserve_backend.weights.tiers.writer import TierFetch, room_for
+
+#: Room for a fetch's own files: its spans, the index of what stays of it.
+_RECORDS_BYTES = 64 << 10
+
+
+class Tier:
+    """A folder of fetches and the objects they share; one process at a time writes to it.
+
+    Bytes that a fetch needs, or somebody reads, are pinned. Of the others, which only might be
+    wanted again, at most `cache_bytes` stay.
+    """
+
+    def __init__(self, directory: Path, lock_fd: int, cache_bytes: int) -> None:
+        self.directory = directory
+        self._lock_fd = lock_fd
+        self._cache_bytes = cache_bytes
+        self._cache = CacheIndex.open(directory / CACHE)
+        self._fetches: dict[str, TierFetch] = {}
+        self._claims: list[tuple[str, Span]] = []
+        self._reads: list[tuple[str, Span]] = []
+        self._contents = TierContents(directory, self._cache, self._fetches, self._reads)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, directory: Path, *, cache_bytes: int = 0) -> Tier:
+        """Open or create a tier; fetches that another agent left unfinished count as failed.
+
+        What an earlier agent had cached is used again as far as its bytes are there. Raises
+        `AlreadyExists` where another process has the tier open.
+        """
+        (directory / OBJECTS).mkdir(parents=True, exist_ok=True)
+        (directory / FETCHES).mkdir(exist_ok=True)
+        tier = cls(directory, lock_folder(directory), cache_bytes)
+        for fetch_dir in sorted((directory / FETCHES).iterdir()):
+            tier._load(fetch_dir)
+        tier._drop_lost_bytes()
+        for path in tier._contents.strays():
+            path.unlink()  # left by a fetch whose creation or release was interrupted
+        tier._drop_untrusted_bytes()
+        tier._trim()
+        return tier
+
+    def begin(self, plan: FetchPlan, *, part_bytes: int = DEFAULT_PART_BYTES) -> TierFetch:
+        """Make room for a fetch that readers can find from now on.
+
+        With the same plan it is idempotent: a fetch that failed goes on where it stopped. Bytes
+        that are in place already count as landed. Raises `AlreadyExists` where the id belongs to
+        another plan.
+        """
+        with self._lock:
+            fetch = self._fetches.get(plan.fetch_id)
+            if fetch is None:
+                with room_for(plan, self.directory):
+                    fetch = self._create(Manifest(plan=plan, part_bytes=part_bytes))
+            elif fetch.plan != plan:
+                raise AlreadyExists(f"fetch {plan.fetch_id} is already there with another plan")
+            if fetch.status is FetchStatus.FAILED:
+                fetch.resume()
+            self._adopt_landed(fetch)
+            self._trim(wanted_bytes=_missing_bytes(fetch))
+            return fetch
+
+    def release(self, fetch_id: str) -> None:
+        """Drop a fetch; what has landed stays as far as the cache has room.
+
+        Only once no reader uses it: bytes that go are zeroed under their feet. Raises `NotFound`,
+        or `InvalidRequest` while it runs.
+        """
+        with self._lock:
+            fetch = self._fetches.get(fetch_id)
+            if fetch is None:
+                raise NotFound(f"there is no fetch {fetch_id} on this node")
+            if fetch.status is FetchStatus.RUNNING:
+                raise InvalidRequest(f"fetch {fetch_id} is still running: cancel it first")
+            if self._cache_bytes > 0:
+                self._keep(fetch)
+            del self._fetches[fetch_id]
+            fetch.close()
+            # The manifest goes first: without it the fetch is gone, whatever else remains.
+            (self.directory / FETCHES / fetch_id / MANIFEST).unlink()
+            shutil.rmtree(self.directory / FETCHES / fetch_id)
+            for name, stored in fetch.object_names.items():
+                self._free(name, fetch.needed_spans(stored.key))
+            self._trim()
+
+    def limit_cache(self, cache_bytes: int) -> None:
+        """Keep at most so much, from now on, of what no fetch needs."""
+        with self._lock:
+            self._cache_bytes = cache_bytes
+            self._trim()
+
+    def claim(self, name: str, span: Span) -> Claim:
+        """Ask to bring bytes of an object: no two fetches shall bring the same at once.
+
+        What is granted has to be given back with `unclaim`.
+        """
+        with self._lock:
+            if any(other == name and _overlap(span, taken) for other, taken in self._claims):
+                return Claim.BUSY
+            if (
+                within(span, self._contents.landed(name, span))
+                or self._contents.file(name) is not None
+            ):
+                return Claim.LANDED
+            self._claims.append((name, span))
+            return Claim.GRANTED
+
+    def unclaim(self, name: str, span: Span) -> None:
+        with self._lock:
+            self._claims.remove((name, span))
+
+    def adopt_files(self, fetch: TierFetch) -> None:
+        """Take the small files that others have put in place since `begin`."""
+        with self._lock:
+            self._adopt_files(fetch)
+
+    def holdings(self, names: Iterable[str]) -> dict[str, Holding]:
+        """Return what there is of the objects with these file names."""
+        with self._lock:
+            return {name: self._contents.holding(name) for name in names}
+
+    @contextmanager
+    def reading(self, name: str, span: Span) -> Iterator[tuple[Path, StoredObject]]:
+        """Give the file that holds bytes of an object, which stay there until the block ends.
+
+        Raises `NotFound` where any of them is not in place.
+        """
+        with self._lock:
+            path, found = self._contents.readable(name, span)
+            self._reads.append((name, span))
+        try:
+            yield path, found
+        finally:
+            with self._lock:
+                self._reads.remove((name, span))
+                self._trim()
+
+    def fetches(self) -> tuple[TierFetch, ...]:
+        with self._lock:
+            return tuple(self._fetches.values())
+
+    def contents(self, *, with_files: bool = False) -> tuple[TierObject, ...]:
+        """Return what is in place, by object; with the small files that only fetches have."""
+        with self._lock:
+            files = self._contents.files() if with_files else {}
+            return tuple({**files, **self._contents.objects()}.values())
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory that the objects take, in whole pages."""
+        return sum(used_bytes(path) for path in (self.directory / OBJECTS).iterdir())
+
+    @property
+    def cached_bytes(self) -> int:
+        """The part of it that goes when there is need for the room."""
+        with self._lock:
+            return self._cache.unpinned_bytes(self._contents.pinned)
+
+    def check_integrity(self) -> tuple[str, ...]:
+        """Return one sentence for everything that is not as it must be."""
+        with self._lock:
+            strays = self._contents.strays()
+            unfinished = {
+                name
+                for fetch in self._fetches.values()
+                if fetch.status is not FetchStatus.DONE
+                for name in fetch.object_names
+            }
+            objects = self._contents.objects()
+        problems = [f"object file {path.name} belongs to no fetch" for path in strays]
+        for name, found in objects.items():
+            path = self.directory / OBJECTS / name
+            problems += object_problems(path, found, growing=name in unfinished)
+        return tuple(problems)
+
+    def close(self) -> None:
+        """Give the tier back; what has landed stays for the next one who opens it."""
+        with self._lock:
+            for fetch in self._fetches.values():
+                fetch.close()
+            self._fetches.clear()
+            os.close(self._lock_fd)
+
+    def _load(self, fetch_dir: Path) -> None:
+        try:
+            fetch = TierFetch(self.directory, Manifest.read(fetch_dir))
+        except (OSError, ValueError, KeyError, InvalidRequest):
+            # Half made, half released, or by another release of this software: fetch it anew.
+            shutil.rmtree(fetch_dir)
+            return
+        self._fetches[fetch.plan.fetch_id] = fetch
+        if fetch.status is FetchStatus.RUNNING:
+            fetch.fail(Unavailable(f"fetch {fetch_dir.name} was interrupted, start it again"))
+
+    def _create(self, manifest: Manifest) -> TierFetch:
+        plan = manifest.plan
+        for stored in plan.objects:
+            with self._path(plan.source_uri, stored).open("ab") as file:
+                file.truncate(stored.size_bytes)
+        fetch_dir = self.directory / FETCHES / plan.fetch_id
+        (fetch_dir / FILES).mkdir(parents=True, exist_ok=True)
+        Progress.create(fetch_dir / PROGRESS, parts=len(manifest.parts))
+        write_atomically(fetch_dir / MANIFEST, manifest.to_json())
+        fetch = self._fetches[plan.fetch_id] = TierFetch(self.directory, manifest)
+        return fetch
+
+    def _adopt_landed(self, fetch: TierFetch) -> None:
+        landed = {
+            stored.key: self._contents.landed(name) for name, stored in fetch.object_names.items()
+        }
+        for number in fetch.missing_parts():
+            part = fetch.parts[number]
+            if within((part.start, part.end), landed[part.object_key]):
+                fetch.adopt_part(number)
+        self._adopt_files(fetch)
+
+    def _adopt_files(self, fetch: TierFetch) -> None:
+        for stored in fetch.missing_files():
+            path = self._contents.file(fetch.name_of(stored))
+            if path is not None:
+                fetch.adopt_file(stored.key, path)
+
+    def _keep(self, fetch: TierFetch) -> None:
+        """Trust what has landed of a fetch after its release."""
+        used = self._cache.tick()
+        for stored in fetch.plan.objects:
+            spans = fetch.landed_spans(stored.key)
+            self._cache.add(fetch.plan.source_uri, stored, spans, used)
+        for stored in fetch.plan.files:
+            path = self._path(fetch.plan.source_uri, stored)
+            if stored.size_bytes and fetch.has_file(stored.key):
+                with suppress(FileExistsError):
+                    path.hardlink_to(fetch.file_path(stored.key))
+                self._cache.add(fetch.plan.source_uri, stored, ((0, stored.size_bytes),), used)
+
+    def _trim(self, *, wanted_bytes: int = 0) -> None:
+        """Remove what is cached beyond the limit, or in the way of `wanted_bytes` to come."""
+        while (excess_bytes := self._excess_bytes(wanted_bytes)) > 0:
+            victims = list(self._cache.victims(excess_bytes, self._contents.pinned))
+            if not victims:
+                return
+            for name, span in victims:
+                self._cache.remove(name, [span])
+                self._free(name, [span])
+
+    def _excess_bytes(self, wanted_bytes: int) -> int:
+        return max(
+            self._cache.unpinned_bytes(self._contents.pinned) - self._cache_bytes,
+            wanted_bytes - free_bytes(self.directory),
+        )
+
+    def _free(self, name: str, spans: Iterable[Span]) -> None:
+        """Free what nobody has a use for."""
+        path = self.directory / OBJECTS / name
+        if name not in self._cache.objects and not any(self._contents.having(name)):
+            path.unlink(missing_ok=True)  # who reads it still can
+            return
+        kept = merge([*self._cache.spans(name), *self._contents.pinned(name)])
+        # A page goes only as a whole: with what surrounds the bytes, if nobody needs that.
+        for span in subtract(merge(map(page_span, spans)), kept):
+            free_span(path, span)
+
+    def _path(self, source_uri: str, stored: StoredObject) -> Path:
+        return self.directory / OBJECTS / object_name(source_uri, stored)
+
+    def _drop_lost_bytes(self) -> None:
+        """Trust nothing that the index has and the object file has not."""
+        for name, found in list(self._cache.objects.items()):
+            path = self.directory / OBJECTS / name
+            if not path.exists() or path.stat().st_size != found.stored.size_bytes:
+                self._cache.remove(name, [(0, found.stored.size_bytes)])
+                continue
+            lost = [span for span in found.spans if first_hole(path, span) is not None]
+            self._cache.remove(name, lost)
+
+    def _drop_untrusted_bytes(self) -> None:
+        """Free what an earlier agent wrote without having come to trust it."""
+        for name, found in self._cache.objects.items():
+            self._free(name, [(0, found.stored.size_bytes)])
+
+
+def _missing_bytes(fetch: TierFetch) -> int:
+    """Return the memory that a fetch will take, with some for what is written about it."""
+    parts = (fetch.parts[part] for part in fetch.missing_parts())
+    part_bytes = sum(whole_pages((part.start, part.end)) for part in parts)
+    return part_bytes + sum(it.size_bytes for it in fetch.missing_files()) + _RECORDS_BYTES
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]

@@ -1,0 +1,241 @@
+"""Requests that run while their replica is consolidated, moved or drained, on a real cluster.
+
+They are asked for by unmodified Triton clients through the gateway, new ones keep coming, and every
+answer is compared with transformers', token for token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from integration.support.tiny_cluster import (
+    TIMEOUT_S,
+    Cluster,
+    Stream,
+    assert_nothing_left,
+    prompts,
+    stubs,
+    wait_until,
+)
+from paraserve_backend.rpc import paraserve_pb2 as pb
+
+MODEL = "llama-sharded"
+MAX_TOKENS = 200
+PROMPTS = prompts(6)
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> list[list[int]]:
+    return [cluster.models[MODEL].greedy(prompt, MAX_TOKENS) for prompt in PROMPTS]
+
+
+@dataclass(slots=True)
+class Load:
+    """Clients that ask one request after the other until they are told to stop."""
+
+    cluster: Cluster
+    name: str
+    expected: list[list[int]]
+    stopping: threading.Event = field(default_factory=threading.Event)
+    #: Of every whole answer, seconds since the epoch: asked, ended.
+    answers: list[tuple[float, float]] = field(default_factory=list)
+
+    def run(self, client: int) -> None:
+        number = client
+        while not self.stopping.is_set():
+            index = number % len(PROMPTS)
+            asked_s = time.time()
+            ids = Stream(self.cluster, self.name, PROMPTS[index], MAX_TOKENS).all_ids()
+            assert ids == self.expected[index]
+            self.answers.append((asked_s, time.time()))
+            number += 1
+
+    def spanning(self, begin_s: float, end_s: float) -> int:
+        """How many requests ran from before `begin_s` until after `end_s`."""
+        return sum(asked < begin_s and end > end_s for asked, end in self.answers)
+
+
+@contextlib.contextmanager
+def load(cluster: Cluster, name: str, expected: list[list[int]], clients: int) -> Iterator[Load]:
+    """Keep so many requests running; after the body every one of them must have been right."""
+    running = Load(cluster, name, expected)
+    with ThreadPoolExecutor(clients) as threads:
+        futures = [threads.submit(running.run, client) for client in range(clients)]
+        try:
+            yield running
+        finally:
+            running.stopping.set()
+    for future in futures:
+        future.result()
+
+
+@contextlib.contextmanager
+def deployed(
+    cluster: Cluster, name: str, max_stages: int, max_sequences: int = 16, max_replicas: int = 1
+) -> Iterator[str]:
+    cluster.client.deploy(
+        pb.DeploymentSpec(
+            name=name,
+            source=cluster.sources[MODEL],
+            max_stages=max_stages,
+            max_sequences=max_sequences,
+            max_replicas=max_replicas,
+            max_context=512,
+            keep_alive_s=600,
+        )
+    )
+    try:
+        yield name
+    finally:
+        cluster.client.delete(name)
+
+
+def replicas(cluster: Cluster, name: str) -> dict[str, pb.ReplicaStatus]:
+    (deployment,) = cluster.client.status(name).deployments
+    return {replica.replica: replica for replica in deployment.replicas}
+
+
+def serving(cluster: Cluster, name: str) -> list[pb.ReplicaStatus]:
+    return [r for r in replicas(cluster, name).values() if r.phase == pb.READY]
+
+
+def wait_until_gone(cluster: Cluster, name: str, replica: str) -> pb.ReplicaStatus:
+    """Wait until a replica has been removed from all nodes; returns its last status."""
+    wait_until(lambda: replicas(cluster, name)[replica].removed_s > 0)
+    return replicas(cluster, name)[replica]
+
+
+@pytest.mark.parametrize(("stages", "clients"), [(2, 1), (2, 16), (3, 1), (3, 16), (4, 1), (4, 16)])
+def test_a_pipeline_becomes_one_full_instance_and_no_request_notices(
+    cluster: Cluster, expected: list[list[int]], stages: int, clients: int
+) -> None:
+    with (
+        deployed(cluster, f"down-{stages}-{clients}", max_stages=stages) as name,
+        load(cluster, name, expected, clients) as running,
+    ):
+        wait_until(lambda: f"{name}.1" in replicas(cluster, name))
+        pipeline = wait_until_gone(cluster, name, f"{name}.1")
+        assert not pipeline.failure.message
+        (full,) = serving(cluster, name)
+        assert len(pipeline.parts) == stages
+        assert len(full.parts) == 1
+        assert full.parts[0].node == pipeline.parts[0].node
+        assert full.succeeds == f"{name}.1"
+        assert_nothing_left(cluster, f"{name}.1")
+        # Some were asked before the full instance took over and ended after the pipeline was left.
+        running.stopping.set()
+        began_s, ended_s = pipeline.hand_over_begin_s, pipeline.hand_over_end_s
+    assert 0 < began_s < ended_s
+    assert running.spanning(began_s, began_s) > 0
+
+
+def test_under_load_several_stage_nodes_become_full_instances(
+    cluster: Cluster, expected: list[list[int]]
+) -> None:
+    with (
+        deployed(cluster, "up", max_stages=3, max_sequences=4, max_replicas=3) as name,
+        load(cluster, name, expected, 12),
+    ):
+        wait_until(lambda: f"{name}.1" in replicas(cluster, name))
+        pipeline = wait_until_gone(cluster, name, f"{name}.1")
+        full = serving(cluster, name)
+        assert len(full) == 3
+        nodes = {part.node for part in pipeline.parts}
+        assert {replica.parts[0].node for replica in full} == nodes
+
+
+def test_a_replica_moves_to_a_named_node_and_a_drained_node_is_left(
+    cluster: Cluster, expected: list[list[int]]
+) -> None:
+    with (
+        deployed(cluster, "mover", max_stages=1) as name,
+        load(cluster, name, expected, 4),
+    ):
+        wait_until(lambda: bool(serving(cluster, name)))
+        home = serving(cluster, name)[0].parts[0].node
+        there = next(node.name for node in cluster.layout.nodes if node.name != home)
+        cluster.client.migrate(name, there)
+        wait_until_gone(cluster, name, f"{name}.1")
+        assert [r.parts[0].node for r in serving(cluster, name)] == [there]
+        try:
+            wait_until(lambda: not cluster.client.drain(there).replicas)
+            wait_until_gone(cluster, name, f"{name}.2")
+            assert there not in {r.parts[0].node for r in serving(cluster, name)}
+        finally:
+            cluster.client.drain(there, undo=True)
+
+
+def kill(model: str) -> None:
+    """Kill a model's process as soon as it has torch, which is in the middle of its start.
+
+    By then the node's agent has seen it: a process that dies in the first half second of its life
+    is missed only at its part's deadline, because Triton waits for it for ever.
+    """
+    wait_until(lambda: any(map(_has_torch, stubs(model))))
+    for pid in stubs(model):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _has_torch(pid: int) -> bool:
+    try:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:  # it has just ended
+        return False
+
+
+def test_a_full_instance_that_dies_while_it_loads_leaves_the_pipeline_serving(
+    cluster: Cluster, expected: list[list[int]]
+) -> None:
+    with (
+        deployed(cluster, "early", max_stages=3) as name,
+        load(cluster, name, expected, 4) as running,
+    ):
+        kill(f"{name}.2")
+        wait_until(lambda: replicas(cluster, name)[f"{name}.2"].removed_s > 0)
+        assert replicas(cluster, name)[f"{name}.1"].phase == pb.READY
+        answered = len(running.answers)
+        wait_until(lambda: len(running.answers) > answered + 4)
+        # And it is tried again.
+        wait_until_gone(cluster, name, f"{name}.1")
+        assert [len(r.parts) for r in serving(cluster, name)] == [1]
+
+
+def test_a_full_instance_that_dies_while_it_takes_over_loses_no_request(
+    cluster: Cluster, expected: list[list[int]]
+) -> None:
+    with (
+        deployed(cluster, "late", max_stages=3) as name,
+        load(cluster, name, expected, 4) as running,
+    ):
+        wait_until(lambda: f"{name}.2" in replicas(cluster, name))
+        wait_until(lambda: replicas(cluster, name)[f"{name}.2"].phase == pb.READY)
+        kill(f"{name}.2")
+        died_s = time.time()
+        wait_until(lambda: running.spanning(died_s, died_s) >= 1)
+        answered = len(running.answers)
+        wait_until(lambda: len(running.answers) > answered + 4)
+
+
+def test_a_stage_that_dies_while_it_hands_over_loses_no_request(
+    cluster: Cluster, expected: list[list[int]]
+) -> None:
+    with (
+        deployed(cluster, "stage-dies", max_stages=3) as name,
+        load(cluster, name, expected, 4) as running,
+    ):
+        wait_until(lambda: f"{name}.2" in replicas(cluster, name))
+        wait_until(lambda: replicas(cluster, name)[f"{name}.2"].phase == pb.READY)
+        kill(f"{name}.1.stage2")
+        died_s = time.time()
+        wait_until(lambda: running.spanning(died_s, died_s) >= 1)
+        wait_until(lambda: time.time() - died_s < TIMEOUT_S and len(running.answers) > 8)

@@ -1,0 +1,134 @@
+"""Whether something can be deployed: its settings, and a look at the checkpoint they name.
+
+Reads headers from the source, so it blocks; nothing is stored or placed here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from paraserve_backend.architectures.registry import model_spec
+from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.tensors import check_tensors, expected_tensors
+from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
+from paraserve_backend.protocol.names import EngineName, LayerRange
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.weights.checkpoint.index import CheckpointIndex, read_index
+from paraserve_backend.weights.sources.open import open_source
+from paraserve_scheduler.control_plane.config import DeploymentDefaults
+from paraserve_scheduler.state.plans import Deployment, DeploymentSpec
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_DEVICES = ("cpu", "cuda")
+_TOKENIZER = "tokenizer.json"
+#: Spelt as safetensors does. Integers would be a quantized model's, of no use without its scales.
+_WEIGHT_DTYPES = ("F32", "BF16", "F16")
+
+
+def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> DeploymentSpec:
+    """Check what the user stated and fill in the rest.
+
+    Raises:
+        InvalidRequest: names the field and what it may be.
+    """
+    if not _NAME.fullmatch(message.name):
+        raise InvalidRequest(
+            f"Deployment name {message.name!r} is not valid: use 1 to 63 lower-case letters, "
+            "digits and dashes, with no dash at either end."
+        )
+    if message.device and message.device not in _DEVICES:
+        raise InvalidRequest(f"device {message.device!r} is not one of {', '.join(_DEVICES)}.")
+    return DeploymentSpec(
+        name=message.name,
+        source=message.source,
+        endpoint_url=message.endpoint_url or None,
+        region=message.region or None,
+        ttft_slo_s=_seconds(message, "ttft_slo_s"),
+        tpot_slo_s=_seconds(message, "tpot_slo_s"),
+        keep_alive_s=_seconds(message, "keep_alive_s"),
+        min_replicas=message.min_replicas,
+        max_replicas=_max_replicas(message, defaults),
+        priority=message.priority,
+        max_waiting=message.max_waiting or defaults.max_waiting,
+        max_stages=message.max_stages or None,
+        max_context=message.max_context or None,
+        max_sequences=message.max_sequences or defaults.max_sequences,
+        device=message.device or None,
+        consolidate=message.consolidate if message.HasField("consolidate") else True,
+        engine=_engine(message.engine),
+    )
+
+
+def read_deployment(spec: DeploymentSpec) -> Deployment:
+    """Read the checkpoint's headers and check that we can run what they describe.
+
+    Raises:
+        InvalidCheckpoint, UnsupportedModel: the files are wrong or of a kind we cannot run.
+        InvalidRequest: the source or the context length does not make sense.
+        NotFound, AccessDenied, SourceUnavailable: the source cannot be read.
+    """
+    source = open_source(spec.source, endpoint_url=spec.endpoint_url, region=spec.region)
+    index = read_index(source)
+    model = model_spec(index.config)
+    _check_weights(model, index)
+    _check_tokenizer(spec, index)
+    _check_context(spec, model)
+    return Deployment(spec=spec, model=model, index=index)
+
+
+def _max_replicas(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> int:
+    if not message.max_replicas:
+        return max(defaults.max_replicas, message.min_replicas)
+    if message.max_replicas < message.min_replicas:
+        raise InvalidRequest(
+            f"max_replicas {message.max_replicas} is less than min_replicas "
+            f"{message.min_replicas}: make it at least as many."
+        )
+    return message.max_replicas
+
+
+def _engine(name: str) -> EngineName:
+    try:
+        return EngineName(name or EngineName.PARASERVE)
+    except ValueError:
+        raise InvalidRequest(f"engine {name!r} is not one of {', '.join(EngineName)}.") from None
+
+
+def _seconds(message: pb.DeploymentSpec, field: str) -> float | None:
+    """A duration the user may leave out."""
+    if not message.HasField(field):  # type: ignore[arg-type]  # its names are literals in the stubs
+        return None
+    value: float = getattr(message, field)
+    if not math.isfinite(value) or value <= 0:
+        raise InvalidRequest(f"{field} is {value:g}; it must be a finite number of seconds > 0.")
+    return value
+
+
+def _check_weights(model: ModelSpec, index: CheckpointIndex) -> None:
+    whole = LayerRange(start=0, end=model.num_layers, total=model.num_layers)
+    stored = {name: tensor.shape for name, tensor in index.tensors.items()}
+    check_tensors(model, whole, stored)
+    for name in expected_tensors(model, whole):
+        dtype = index.tensors[name].dtype
+        if dtype not in _WEIGHT_DTYPES:
+            raise InvalidCheckpoint(
+                f"The tensor '{name}' has data type {dtype}; weights are stored as one of "
+                f"{', '.join(_WEIGHT_DTYPES)}."
+            )
+
+
+def _check_tokenizer(spec: DeploymentSpec, index: CheckpointIndex) -> None:
+    if _TOKENIZER not in {stored.key for stored in index.files}:
+        raise InvalidCheckpoint(
+            f"{spec.source} has no {_TOKENIZER}: save the tokenizer beside the weights "
+            "(tokenizer.save_pretrained of a fast tokenizer)."
+        )
+
+
+def _check_context(spec: DeploymentSpec, model: ModelSpec) -> None:
+    if spec.max_context is not None and spec.max_context > model.context_length:
+        raise InvalidRequest(
+            f"max_context {spec.max_context} is more than the {model.context_length} tokens "
+            f"the model was made for."
+        )

@@ -1,0 +1,102 @@
+"""The scheduler as a process, with a gateway in it unless told otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Sequence
+
+import grpc.aio
+
+from paraserve_backend.daemon.settings import parse_arguments, read_token
+from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
+from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
+from paraserve_scheduler.control_plane.api.service import SchedulerService
+from paraserve_scheduler.control_plane.config import SchedulerConfig
+from paraserve_scheduler.control_plane.controller.agents import GrpcAgents
+from paraserve_scheduler.control_plane.controller.clock import SystemClock
+from paraserve_scheduler.control_plane.controller.loop import Controller
+from paraserve_scheduler.gateway.config import GatewayConfig
+from paraserve_scheduler.policies.registry import find_policy
+from paraserve_scheduler.store.sqlite import SqliteStore
+
+logger = logging.getLogger(__name__)
+
+_SERVER_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # Two schedulers on one port would share the cluster at random.
+    ("grpc.so_reuseport", 0),
+]
+
+
+async def run(config: SchedulerConfig) -> None:
+    """Serve until cancelled. Replicas go on serving then; the next scheduler takes them over.
+
+    Raises:
+        InvalidRequest: a setting is wrong, or the address or the state file is taken.
+    """
+    token = read_token(config.token_file, os.environ)
+    require_loopback(config.listen, token)
+    find_policy(config.policy.name)
+    server, port = _listen(config.listen, token)
+    agents = GrpcAgents(token)
+    with contextlib.closing(SqliteStore(config.state_file)) as store:
+        controller = Controller(store=store, agents=agents, clock=SystemClock(), config=config)
+        add_SchedulerServicer_to_server(SchedulerService(controller, config), server)
+        await server.start()
+        logger.info(
+            "Scheduler on port %d, state in %s: %d deployments, %d replicas to take over",
+            port,
+            config.state_file,
+            len(controller.view.deployments),
+            len(controller.view.live_replicas()),
+        )
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(controller.run(), name="controller")
+                if config.with_gateway:
+                    tasks.create_task(_run_gateway(config, port), name="gateway")
+        finally:
+            await server.stop(grace=None)
+            await agents.close()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the scheduler until SIGTERM or SIGINT.
+
+    Raises:
+        InvalidRequest: see `run`.
+    """
+    config = parse_arguments(SchedulerConfig, argv, program="paraserve scheduler")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    asyncio.run(_run_until_signalled(config))
+
+
+async def _run_until_signalled(config: SchedulerConfig) -> None:
+    task = asyncio.ensure_future(run(config))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _listen(address: str, token: str | None) -> tuple[grpc.aio.Server, int]:
+    interceptors = [TokenInterceptor(token)] if token else []
+    server = grpc.aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
+    try:
+        return server, server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise InvalidRequest(f"Cannot listen on {address}: is it in use?") from error
+
+
+async def _run_gateway(config: SchedulerConfig, port: int) -> None:
+    # A scheduler without a gateway needs none of its packages.
+    from paraserve_scheduler.gateway.main import run as run_gateway
+
+    own = GatewayConfig(scheduler_address=f"127.0.0.1:{port}", token_file=config.token_file)
+    await run_gateway(config.gateway or own)

@@ -1,0 +1,77 @@
+"""Errors as they come from a scheduler or a replica, turned into ours with a text fit for a user:
+one sentence, no traceback, no path of the machine it came from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from paraserve_backend.errors import (
+    BY_CODE,
+    InvalidRequest,
+    ParaServeError,
+    Unavailable,
+)
+
+#: All a client learns of an error of our own; the log has the rest.
+INTERNAL_ERROR = "internal error"
+
+
+class Unimplemented(ParaServeError):
+    """A call of the inference protocol that a gateway does not offer."""
+
+    grpc_code = "UNIMPLEMENTED"
+    http_status = 501
+
+
+class ReplicaLost(Unavailable):
+    """A replica failed while it had the request."""
+
+
+class TooLarge(ParaServeError):
+    """A request beyond the gateway's limit, in whatever form it came."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 413
+
+    @classmethod
+    def than(cls, limit_bytes: int) -> TooLarge:
+        return cls(
+            f"The request is larger than the {limit_bytes} bytes this gateway takes, its setting "
+            "max_request_bytes; send less."
+        )
+
+
+class UnsupportedCoding(InvalidRequest):
+    """A request packed by something other than gzip or deflate."""
+
+    http_status = 415
+
+
+_BY_CODE: Mapping[str, type[ParaServeError]] = {
+    **BY_CODE,
+    # What our models and scheduler never say, but gRPC and Triton do.
+    "OUT_OF_RANGE": InvalidRequest,
+    "UNIMPLEMENTED": Unimplemented,
+}
+
+_PREFIX = re.compile(
+    r"^(?:\[request id: [^\]]*\] )?"
+    r"(?:Failed to process the request\(s\) for model (?:instance )?'[^']*', message: )?"
+)
+_TRACEBACK = re.compile(r"\s*(?:\n\s*At:|Traceback \(most recent call last\)).*", re.DOTALL)
+_PATH = re.compile(r"(?:/[\w.+-]+){2,}(?:\(\d+\))?")
+_MAX_LENGTH = 500
+
+
+def error_from_code(code: str, message: str) -> ParaServeError:
+    """Return the error for the name of a `grpc.StatusCode`; an unknown one is INTERNAL."""
+    return _BY_CODE.get(code, ParaServeError)(message)
+
+
+def clean_message(text: str) -> str:
+    """Reduce what a Triton server says to the sentence a user can act on."""
+    text = _TRACEBACK.sub("", _PREFIX.sub("", text)).strip()
+    first_line = text.partition("\n")[0]
+    return _PATH.sub("(path)", first_line)[:_MAX_LENGTH] or "no reason given"

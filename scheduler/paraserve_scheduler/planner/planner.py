@@ -1,0 +1,325 @@
+"""The cheapest way to start a replica that meets its objectives, or the best there is. Pure.
+
+Every number of stages is tried with the places that would have the model earliest; what each is
+predicted to take comes from `cost`, `contention` and `partition`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from paraserve_scheduler.planner.bandwidth import offered_rate
+from paraserve_scheduler.planner.candidates import (
+    EXACT_SPOTS,
+    Spot,
+    find_rooms,
+    find_spots,
+    find_supply,
+)
+from paraserve_scheduler.planner.fleet import (
+    Fleet,
+    Gpu,
+    Growth,
+    Need,
+    Node,
+    Objectives,
+    Prediction,
+    StageChoice,
+    Start,
+)
+from paraserve_scheduler.planner.partition import choose_places, cut, divisible_s
+from paraserve_scheduler.planner.prediction import predict, tpot_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanningConfig:
+    #: Part of the TTFT objective that a prediction may take; the rest is for what it misses.
+    ttft_share: float = 0.9
+    #: Sequences in a batch that the TPOT objective is checked with.
+    tpot_batch: int = 4
+    #: Fetched layers stay in host memory when their replica goes.
+    keeps_in_memory: bool = True
+    #: Growing stages fetch only with what starts leave. Where the network is always busy with
+    #: starts, pipelines then stay pipelines, and what holds their memory is slow.
+    grows_in_background: bool = False
+
+
+#: Without an objective a start in one zone may take so many times as long.
+_ZONE_SLACK = 1.05
+#: Where every plan misses the objective, one may take so many times as long as the earliest.
+_LATE_SLACK = 1.1
+
+
+def plan(
+    need: Need, fleet: Fleet, now_s: float, *, replicas: int = 1, config: PlanningConfig
+) -> Start | None:
+    """How to start one replica that can grow into `replicas`; None while there is no room.
+
+    Of the plans that meet both objectives it takes the cheapest; of those that meet one or none,
+    the one with the earliest first token among those that meet the TPOT objective, if any does.
+    Nodes where one more fetch would make a running one late are used only if nothing else is left.
+    All stages go into one zone where that misses nothing.
+    """
+    able = [node for node in fleet.nodes if need.may_use(node)]
+    free = [node for node in able if _takes_one_more(node, need, now_s)]
+    best = _best(need, fleet, free, now_s, replicas, config)
+    if best is None and len(free) < len(able):
+        free = able
+        best = _best(need, fleet, free, now_s, replicas, config)
+    zones = _zones(best, free)
+    for zone in zones if len(zones) > 1 else ():
+        inside = [node for node in free if node.zone == zone]
+        near = _best(need, fleet, inside, now_s, replicas, config)
+        if near is not None and best is not None and _is_as_good(near, best, need):
+            return near
+    return best
+
+
+def _takes_one_more(node: Node, need: Need, now_s: float) -> bool:
+    """Whether a start there makes no running fetch late."""
+    if not node.claims or offered_rate(node.nic_bytes_per_s, node.claims, now_s) > 0:
+        return True
+    # What is there already is not fetched.
+    return node.cached.get(need.weights) == ((0, need.model.num_layers),)
+
+
+def _zones(start: Start | None, nodes: Sequence[Node]) -> list[str]:
+    """The zones of its stages, those of most stages first; none if one is not known.
+
+    Nor if it misses an objective: then nothing must make it any later.
+    """
+    if start is None or len(start.stages) == 1 or not _meets(start):
+        return []
+    used = {stage.node for stage in start.stages}
+    counts = Counter(node.zone for node in nodes if node.name in used)
+    return [zone for zone, _ in counts.most_common()] if "" not in counts else []
+
+
+def _is_as_good(near: Start, best: Start, need: Need) -> bool:
+    """Whether the one in a single zone misses nothing that the other does not."""
+    if not _meets(near) or need.objectives.ttft_s is not None:
+        return _meets(near)
+    is_parallel = len(near.stages) == len(best.stages)
+    return is_parallel and _predicted(near).ready_s <= _predicted(best).ready_s * _ZONE_SLACK
+
+
+def _best(
+    need: Need,
+    fleet: Fleet,
+    nodes: Sequence[Node],
+    now_s: float,
+    replicas: int,
+    config: PlanningConfig,
+) -> Start | None:
+    rooms = find_rooms(need, nodes)
+    if need.must_grow and not any(it.free_bytes >= need.model.full_bytes for it in rooms):
+        return None
+    supply = find_supply(need, fleet)
+    options: list[Start] = []
+    for stages in range(1, min(need.max_stages, len(nodes), need.model.num_layers) + 1):
+        spots = find_spots(need, rooms, stages, supply)
+        for full in range(1, min(stages, replicas) + 1):
+            options += _options(need, spots, stages, full, now_s, config)
+        # One more stage holds more memory for as long: what it fetches sooner, the head fetches
+        # later to become whole.
+        best = _choose(options, need)
+        is_enough = best is not None and len(best.stages) >= min(replicas, stages)
+        if best is not None and is_enough and _meets(best) and need.objectives.ttft_s is not None:
+            break
+    return _choose(options, need)
+
+
+def _meets(start: Start) -> bool:
+    prediction = start.prediction
+    return prediction is not None and prediction.meets_ttft and prediction.meets_tpot
+
+
+def _choose(options: Sequence[Start], need: Need) -> Start | None:
+    """The best of them; of those that are late anyway, the cheapest that is hardly any later."""
+    best = min(options, key=lambda it: _preference(it, need), default=None)
+    if best is None or _meets(best) or need.objectives.ttft_s is None:
+        return best
+    limit_s = _predicted(best).ready_s * _LATE_SLACK
+    is_slow = not _predicted(best).meets_tpot
+    able = [
+        it
+        for it in options
+        if _predicted(it).ready_s <= limit_s and (is_slow or _predicted(it).meets_tpot)
+    ]
+    return min(able, key=lambda it: _predicted(it).cost_byte_s)
+
+
+def _predicted(start: Start) -> Prediction:
+    assert start.prediction is not None, "every option is predicted"
+    return start.prediction
+
+
+def _preference(start: Start, need: Need) -> tuple[bool, bool, float, float]:
+    prediction = _predicted(start)
+    if need.objectives.ttft_s is None:
+        # Nobody says how soon is soon enough: as parallel as it may be, of those what becomes most
+        # instances, and of those the earliest.
+        is_slow = not prediction.meets_tpot
+        grown = sum(stage.grows for stage in start.stages)
+        return (is_slow, is_slow, -len(start.stages) - grown / 1000, prediction.ready_s)
+    meets = prediction.meets_ttft and prediction.meets_tpot
+    value = prediction.cost_byte_s if meets else prediction.ttft_s
+    return (not meets, not prediction.meets_tpot, value, len(start.stages))
+
+
+def _options(
+    need: Need,
+    spots: Sequence[Spot],
+    stages: int,
+    full: int,
+    now_s: float,
+    config: PlanningConfig,
+) -> Iterator[Start]:
+    if stages == 1:
+        for spot in _soonest_by_kind(need, spots):
+            yield _start(need, (spot,), (0, need.model.num_layers), 1, now_s, config)
+        return
+    for group in _by_speed(need, spots, stages, full, config):
+        yield from _pipelines(need, group, stages, full, now_s, config)
+
+
+def _soonest_by_kind(need: Need, spots: Sequence[Spot]) -> Iterable[Spot]:
+    """Of one kind the place that is ready first is the best for the whole model in all respects."""
+    found: dict[str, tuple[float, Spot]] = {}
+    for spot in spots:
+        if spot.can_grow:
+            ready_s, kind = spot.ready_s(0, need.model.num_layers), spot.node.kind.name
+            if ready_s < found.get(kind, (float("inf"), spot))[0]:
+                found[kind] = (ready_s, spot)
+    return [spot for _, spot in found.values()]
+
+
+def _by_speed(
+    need: Need, spots: Sequence[Spot], stages: int, full: int, config: PlanningConfig
+) -> Iterator[Sequence[Spot]]:
+    """First the places of kinds fast enough for the TPOT objective, then all."""
+    limit_s = need.objectives.tpot_s
+    if limit_s is not None:
+        able = [
+            spot
+            for spot in spots
+            if tpot_s(need.model, [spot], stages, full, config.tpot_batch) <= limit_s
+        ]
+        if stages <= len(able) < len(spots):
+            yield able
+    yield spots
+
+
+def _pipelines(
+    need: Need,
+    spots: Sequence[Spot],
+    stages: int,
+    full: int,
+    now_s: float,
+    config: PlanningConfig,
+) -> Iterator[Start]:
+    for places in _places(need, spots, stages, full):
+        able = frozenset(i for i, spot in enumerate(places) if spot.can_grow)
+        bound_s = divisible_s(places, need.model.total_bytes)
+        found = cut(places, need.model.num_layers, heads=able, not_before_s=bound_s)
+        if found is not None and found.latest_s < float("inf"):
+            yield _start(need, found.places, found.bounds, full, now_s, config)
+
+
+def _places(
+    need: Need, spots: Sequence[Spot], stages: int, full: int
+) -> Iterable[tuple[Spot, ...]]:
+    """The places to cut the model over: of a few every choice, of many the best by bytes."""
+    if len(spots) > EXACT_SPOTS:
+        heads = frozenset(i for i, spot in enumerate(spots) if spot.can_grow)
+        places = choose_places(spots, need.model.total_bytes, stages, heads=heads, full=full)
+        return [] if places is None else [places]
+    # Of orders that are equally early `cut` takes the first, and the head has most to fetch later.
+    choices = combinations(sorted(spots, key=_slowness), stages)
+    return [chosen for chosen in choices if sum(spot.can_grow for spot in chosen) >= full]
+
+
+def _start(
+    need: Need,
+    spots: Sequence[Spot],
+    bounds: Sequence[int],
+    full: int,
+    now_s: float,
+    config: PlanningConfig,
+) -> Start:
+    growing = _growing(spots, full)
+    chosen = [
+        _stage(spot, start, end, need.must_grow and spot in growing)
+        for spot, start, end in zip(spots, bounds, bounds[1:], strict=False)
+    ]
+    prediction = predict(
+        need,
+        spots,
+        chosen,
+        now_s,
+        ttft_share=config.ttft_share,
+        tpot_batch=config.tpot_batch,
+    )
+    return Start(
+        deployment=need.name,
+        stages=tuple(chosen),
+        reason=_reason(need, chosen, prediction),
+        prediction=prediction,
+        deadline_s=_deadline(need, now_s),
+        keeps_in_memory=config.keeps_in_memory,
+        growth=Growth(is_background=config.grows_in_background),
+    )
+
+
+def _growing(spots: Sequence[Spot], full: int) -> list[Spot]:
+    """The head, and of the others those that can grow and fetch fastest."""
+    able = [spot for spot in spots[1:] if spot.can_grow]
+    able.sort(key=_slowness)
+    return [spots[0], *able[: full - 1]]
+
+
+def _slowness(spot: Spot) -> float:
+    return -spot.forecast.bytes_in(10.0)
+
+
+def _stage(spot: Spot, start: int, end: int, grows: bool) -> StageChoice:
+    model = spot.model
+    reserved = model.full_bytes if grows else model.reserved_bytes(start, end)
+    gpu = _best_fit(spot.node.gpus, reserved)
+    return StageChoice(
+        node=spot.node.name,
+        gpu=gpu.index,
+        start=start,
+        end=end,
+        reserved_bytes=reserved,
+        grows=grows,
+        uses_slot=gpu.slots > 0,
+        sources=tuple(spot.sources(start, end)),
+    )
+
+
+def _best_fit(gpus: Sequence[Gpu], size_bytes: int) -> Gpu:
+    """Of the GPUs with room, one with a slot if there is one, then the one with least room."""
+    fitting = [gpu for gpu in gpus if gpu.free_bytes >= size_bytes]
+    return min(fitting, key=lambda gpu: (gpu.slots == 0, gpu.free_bytes, gpu.index))
+
+
+def _deadline(need: Need, now_s: float) -> float | None:
+    if need.objectives.ttft_s is None:
+        return None
+    return (need.oldest_s if need.oldest_s is not None else now_s) + need.objectives.ttft_s
+
+
+def _reason(need: Need, stages: Sequence[StageChoice], prediction: Prediction) -> str:
+    where = ", ".join(f"[{stage.start}, {stage.end}) on {stage.node}" for stage in stages)
+    if need.objectives == Objectives():
+        verdict = "it has no objectives"
+    elif prediction.meets_ttft and prediction.meets_tpot:
+        verdict = "the cheapest that meets its objectives"
+    else:
+        verdict = "no plan meets its objectives, this is the best"
+    waiting = "1 waits" if need.waiting == 1 else f"{need.waiting} wait"
+    return f"{waiting}: layers {where}; ready in {prediction.ready_s:.2f} s, {verdict}"

@@ -1,0 +1,158 @@
+"""How long what is loaded stays, layer by layer: weights, then the runtime without them. Pure.
+
+RainbowCake's rule: a layer stays as long as its next use is likely soon, by the arrivals of all
+who share it, and no longer than keeping it costs less than making it anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, log
+
+from paraserve_scheduler.planner.fleet import (
+    Fleet,
+    Need,
+    ReplicaLoad,
+    ReplicaPhase,
+)
+
+#: Arrivals that make a rate, as in RainbowCake's code.
+_WINDOW = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepAliveConfig:
+    #: The chance with which the next arrival comes within the time a layer is kept.
+    quantile: float = 0.8
+    #: What a second of a user's waiting is worth in byte · seconds of GPU memory.
+    wait_price_byte_s: float = 60e9
+    least_s: float = 2.0
+    most_s: float = 60.0
+    #: For a deployment whose arrivals are not known yet.
+    unknown_s: float = 15.0
+
+
+def rate_of(arrivals_s: Sequence[float], now_s: float) -> float | None:
+    """Arrivals per second since the oldest of the last few; None with fewer than two."""
+    window = arrivals_s[-_WINDOW:]
+    if len(window) < 2 or now_s <= window[0]:
+        return None
+    return len(window) / (now_s - window[0])
+
+
+def union_rate(rates: Iterable[float | None]) -> float:
+    """The rate of a layer that several share: arrivals of independent users add up."""
+    return sum(rate for rate in rates if rate is not None)
+
+
+def time_to_live_s(
+    *, rate: float | None, saved_s: float, held_bytes: float, config: KeepAliveConfig
+) -> float:
+    """RainbowCake: min(quantile of the time to the next arrival, break-even time).
+
+    The quantile of a Poisson process is -ln(1 - p) / rate. The break-even time is when what the
+    layer's memory has cost equals the worth of the `saved_s` seconds that one start takes longer
+    without it.
+    """
+    if rate is None:
+        return config.unknown_s
+    live_s = min(_next_use_s(rate, config), _break_even_s(saved_s, held_bytes, config))
+    return min(max(live_s, config.least_s), config.most_s)
+
+
+def _next_use_s(rate: float, config: KeepAliveConfig) -> float:
+    return -log(1 - config.quantile) / rate if rate > 0 else inf
+
+
+def _break_even_s(saved_s: float, held_bytes: float, config: KeepAliveConfig) -> float:
+    return saved_s * config.wait_price_byte_s / held_bytes if held_bytes > 0 else inf
+
+
+def is_used_in_time(
+    *, rate: float, saved_s: float, held_bytes: float, config: KeepAliveConfig
+) -> bool:
+    """Whether a layer's next use is likely before its memory has cost what a start would."""
+    return _next_use_s(rate, config) <= _break_even_s(saved_s, held_bytes, config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Eviction:
+    """Idle replicas that make room on one GPU when they go."""
+
+    node: str
+    gpu: int
+    replicas: tuple[str, ...]
+    freed_bytes: Mapping[tuple[str, int], int]
+
+
+def evictions(fleet: Fleet, needed_bytes: int, now_s: float) -> list[Eviction]:
+    """For every GPU the idle replicas to evict for `needed_bytes` there, the best choice first.
+
+    On each GPU those go first whose next request is least likely soon for the memory they hold.
+    Of the GPUs the best is the one that loses the lowest priorities, then the fewest requests.
+    """
+    idle = _idle_by_gpu(fleet.needs, now_s)
+    if not idle:
+        return []
+    ranked = []
+    for node in fleet.nodes:
+        for gpu in node.gpus:
+            chosen = _enough(idle.get((node.name, gpu.index), []), needed_bytes - gpu.free_bytes)
+            if chosen:
+                loss = (max(it.priority for it in chosen), sum(it.rate for it in chosen))
+                ranked.append((loss, node.name, gpu.index, chosen))
+    ranked.sort(key=lambda entry: entry[:3])
+    return [_eviction(node, gpu, chosen) for _, node, gpu, chosen in ranked]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Idle:
+    replica: ReplicaLoad
+    priority: int
+    rate: float
+
+    @property
+    def held_bytes(self) -> int:
+        return max(1, sum(self.replica.reserved_bytes.values()))
+
+
+def _idle_by_gpu(needs: Iterable[Need], now_s: float) -> dict[tuple[str, int], list[_Idle]]:
+    found: dict[tuple[str, int], list[_Idle]] = {}
+    for need in needs:
+        if need.waiting:
+            continue
+        for replica in need.replicas:
+            if is_idle(replica):
+                rate = rate_of(need.arrivals_s, now_s) or 0.0
+                idle = _Idle(replica=replica, priority=need.priority, rate=rate)
+                for place in replica.reserved_bytes:
+                    found.setdefault(place, []).append(idle)
+    return found
+
+
+def is_idle(replica: ReplicaLoad) -> bool:
+    """Nothing runs on it, and it is not on the way to anything."""
+    is_serving = replica.phase is ReplicaPhase.READY
+    return is_serving and replica.in_flight == 0 and not replica.is_growing
+
+
+def _enough(idle: list[_Idle], lacking_bytes: int) -> list[_Idle]:
+    """The first of them that free so much together; none if all do not."""
+    idle.sort(key=lambda it: (it.priority, it.rate / it.held_bytes, it.replica.idle_since_s or 0.0))
+    chosen: list[_Idle] = []
+    for it in idle:
+        if lacking_bytes <= 0:
+            break
+        chosen.append(it)
+        lacking_bytes -= it.held_bytes
+    return chosen if lacking_bytes <= 0 else []
+
+
+def _eviction(node: str, gpu: int, chosen: Sequence[_Idle]) -> Eviction:
+    freed: dict[tuple[str, int], int] = {}
+    for it in chosen:
+        for place, size in it.replica.reserved_bytes.items():
+            freed[place] = freed.get(place, 0) + size
+    names = tuple(it.replica.name for it in chosen)
+    return Eviction(node=node, gpu=gpu, replicas=names, freed_bytes=freed)

@@ -1,0 +1,40 @@
+"""The policies by name, each with the kind of worker process it commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paraserve_backend.errors import InvalidRequest
+from paraserve_scheduler.planner.fleet import Admission, Strategy
+from paraserve_scheduler.policies import hydraserve, serverless_vllm, serverlessllm
+from paraserve_scheduler.policies import paraserve as strategy
+from paraserve_scheduler.policies.autoscaling import admits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    name: str
+    decide: Strategy
+    #: Which of a node kind's measured start methods its workers have.
+    worker: str
+    #: None: it lets everything wait.
+    admits: Admission | None = None
+
+
+_POLICIES = (
+    Policy(name="paraserve", decide=strategy.decide, worker="paraserve", admits=admits),
+    Policy(name="serverless-vllm", decide=serverless_vllm.decide, worker="serverless-vllm"),
+    Policy(name="serverlessllm", decide=serverlessllm.decide, worker="serverlessllm"),
+    Policy(name="hydraserve", decide=hydraserve.decide, worker="hydraserve"),
+    Policy(name="hydraserve-cache", decide=hydraserve.decide_with_cache, worker="hydraserve"),
+    Policy(name="oracle", decide=strategy.decide, worker="oracle"),
+)
+POLICIES = {policy.name: policy for policy in _POLICIES}
+
+
+def find_policy(name: str) -> Policy:
+    """Raises `InvalidRequest` for a name that is none."""
+    if name not in POLICIES:
+        known = ", ".join(sorted(POLICIES))
+        raise InvalidRequest(f"There is no policy '{name}'; there are {known}.")
+    return POLICIES[name]

@@ -1,0 +1,362 @@
+"""The scheduler's view of the cluster as policies see it. Pure.
+
+A policy knows fleets only, so that the simulator can ask it the same question; here is where the
+real cluster becomes one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+
+from paraserve_backend.architectures.tensors import kv_bytes_per_token
+from paraserve_backend.protocol.names import LayerRange
+from paraserve_backend.weights.checkpoint.fetch_plan import stage_tensors
+from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
+from paraserve_scheduler.control_plane.config import PlacementConfig, PolicyConfig
+from paraserve_scheduler.planner.bandwidth import Claim
+from paraserve_scheduler.planner.cost import (
+    ModelShape,
+    NodeKind,
+    Speed,
+    StartMethod,
+)
+from paraserve_scheduler.planner.fleet import (
+    Fleet,
+    Gpu,
+    Need,
+    Node,
+    Objectives,
+    ReplicaLoad,
+    ReplicaPhase,
+)
+from paraserve_scheduler.reconciler.capacity import device_of, is_usable
+from paraserve_scheduler.reconciler.placement import LEAST_PORTS, least_kv_blocks
+from paraserve_scheduler.state.calibration import Calibration
+from paraserve_scheduler.state.plans import Deployment
+from paraserve_scheduler.state.view import (
+    ClusterView,
+    DeploymentState,
+    NodeState,
+    Phase,
+    Replica,
+    TierObject,
+)
+
+#: Until measured: what a device reads of weights per second for a token, by kind of device, and how
+#: many times more of them it works on per second when it reads a prompt.
+_DECODE_BYTES_PER_S = {"cpu": 10e9, "cuda": 1.5e12}
+_PREFILL_GAIN = {"cpu": 50.0, "cuda": 300.0}
+#: Nobody tells how long prompts are; what first tokens really took is measured for this many.
+_PROMPT_TOKENS = 256
+
+
+def fleet_of(
+    view: ClusterView, now_s: float, config: PolicyConfig, held_back: Collection[str] = ()
+) -> Fleet:
+    """Return what policies may know of `view`; of deployments `held_back` nothing waits."""
+    replicas = _by_node(view)
+    active = [state for state in view.deployments.values() if _is_active(view, state, held_back)]
+    nodes = [
+        node
+        for _, node in sorted(view.nodes.items())
+        if is_usable(view, node, now_s, config) and _has_ports(node, replicas[node.info.name])
+    ]
+    of_kind = {_kind_key(node): node for node in nodes}
+    kinds = {key: _kind(view, node, active, config.placement) for key, node in of_kind.items()}
+    seen = tuple(
+        _node(view, node, kinds[_kind_key(node)], replicas[node.info.name], active)
+        for node in nodes
+    )
+    most_bytes = max((gpu.free_bytes for node in seen for gpu in node.gpus), default=0)
+    return Fleet(
+        nodes=seen,
+        needs=tuple(
+            _need(view, state, most_bytes, config.placement, held_back) for state in active
+        ),
+        leaving_bytes=_leaving_bytes(view),
+    )
+
+
+def _leaving_bytes(view: ClusterView) -> Mapping[tuple[str, int], int]:
+    leaving: Counter[tuple[str, int]] = Counter()
+    for replica in view.live_replicas():
+        if replica.phase is Phase.STOPPING:
+            for stage in replica.plan.stages:
+                leaving[stage.node, 0] += stage.reserved_bytes
+    return leaving
+
+
+def _has_ports(node: NodeState, replicas: Sequence[Replica]) -> bool:
+    start, end = node.info.channel_ports
+    used = sum(len(replica.plan.ports_on(node.info.name)) for replica in replicas)
+    return end - start - used >= LEAST_PORTS
+
+
+def _by_node(view: ClusterView) -> Mapping[str, list[Replica]]:
+    found: defaultdict[str, list[Replica]] = defaultdict(list)
+    for replica in view.live_replicas():
+        for stage in replica.plan.stages:
+            found[stage.node].append(replica)
+    return found
+
+
+def _is_active(view: ClusterView, state: DeploymentState, held_back: Collection[str]) -> bool:
+    if state.deleting:
+        return False
+    is_wanted = view.waiting(state.name) > 0 or state.deployment.spec.min_replicas > 0
+    return (is_wanted and state.name not in held_back) or bool(view.live_replicas(state.name))
+
+
+# ---- nodes ----
+
+
+def _kind_key(node: NodeState) -> tuple[str, bool]:
+    return node.info.kind, node.info.max_slots > 0
+
+
+def _kind(
+    view: ClusterView, node: NodeState, active: Sequence[DeploymentState], config: PlacementConfig
+) -> NodeKind:
+    known = view.calibrations.get(node.info.kind, Calibration())
+    return NodeKind(
+        name=node.info.kind,
+        start=StartMethod(
+            runtime_s=_or(known.runtime_s, config.runtime_s),
+            tail_s=_or(known.tail_s, config.tail_s),
+            load_s_per_byte=0.0,
+            slot_runtime_s=_or(known.slot_runtime_s, 0.0) if node.info.max_slots else None,
+            slot_bytes=node.slots_bytes,
+        ),
+        speeds={state.name: _speed(state, node, known) for state in active},
+        disk_bytes_per_s=config.disk_bytes_per_s,
+        shares_gpus=False,
+    )
+
+
+def _or(measured: float | None, guess: float) -> float:
+    return guess if measured is None else measured
+
+
+def _speed(state: DeploymentState, node: NodeState, known: Calibration) -> Speed:
+    deployment = state.deployment
+    device = (device_of(node, deployment.spec.device) or "cpu").partition(":")[0]
+    decode_s = deployment.index.size_bytes / _DECODE_BYTES_PER_S[device]
+    first_pass_s = _or(state.first_pass_s, _PROMPT_TOKENS * decode_s / _PREFILL_GAIN[device])
+    return Speed(
+        prefill_s_per_token=first_pass_s / _PROMPT_TOKENS,
+        decode_s=decode_s * _or(known.decode_ratio, 1.0),
+    )
+
+
+def _node(
+    view: ClusterView,
+    node: NodeState,
+    kind: NodeKind,
+    replicas: Sequence[Replica],
+    active: Sequence[DeploymentState],
+) -> Node:
+    info = node.info
+    free_bytes = max(0, info.memory_bytes - view.reserved_by(replicas, info.name))
+    gpu = Gpu(
+        index=0, capacity_bytes=info.memory_bytes, free_bytes=free_bytes, slots=node.idle_slots
+    )
+    return Node(
+        name=info.name,
+        kind=kind,
+        nic_bytes_per_s=min(info.nic_bytes_per_s, node.fetch_bytes_per_s or info.nic_bytes_per_s),
+        gpus=(gpu,),
+        claims=_claims(view, info.name, replicas),
+        cached=_held(node, active, on_disk=False),
+        on_disk=_held(node, active, on_disk=True),
+        zone=info.zone,
+        devices=frozenset(device.partition(":")[0] for device in info.devices),
+    )
+
+
+def _claims(view: ClusterView, node: str, replicas: Sequence[Replica]) -> tuple[Claim, ...]:
+    """What replicas that requests wait for still have to fetch to this node."""
+    return tuple(
+        Claim(remaining_bytes=remaining, deadline_s=_deadline_s(view, replica))
+        for replica in replicas
+        if replica.phase is Phase.STARTING and replica.plan.succeeds is None
+        for stage, part in replica.stage_plans
+        if stage.node == node
+        and part.phase is Phase.STARTING
+        and (remaining := (part.total_bytes or stage.weight_bytes) - part.fetched_bytes) > 0
+    )
+
+
+def _deadline_s(view: ClusterView, replica: Replica) -> float | None:
+    slo_s = view.deployments[replica.deployment].deployment.spec.ttft_slo_s
+    return None if slo_s is None else replica.requested_s + slo_s
+
+
+def _held(
+    node: NodeState, active: Sequence[DeploymentState], *, on_disk: bool
+) -> dict[str, tuple[tuple[int, int], ...]]:
+    """By checkpoint, the layers that lie in the node's host memory, or on its disk."""
+    if not node.tier:
+        return {}
+    return {
+        state.deployment.spec.source: spans
+        for state in active
+        if (spans := held_layers(state.deployment, node.tier, on_disk=on_disk))
+    }
+
+
+@lru_cache(maxsize=4096)
+def held_layers(
+    deployment: Deployment, tier: tuple[TierObject, ...], *, on_disk: bool
+) -> tuple[tuple[int, int], ...]:
+    """Layers `[start, end)` all of whose tensors are in a tier, as disjoint ranges."""
+    index = deployment.index
+    keys = {f"{index.source_uri}/{it.key}": (it.key, it.version) for it in index.objects}
+    landed = {
+        keys[held.key][0]: held.on_disk if on_disk else held.landed
+        for held in tier
+        if held.key in keys and keys[held.key][1] == held.version
+    }
+    if not any(landed.values()):
+        return ()
+    return _ranges(
+        [
+            layer
+            for layer, places in enumerate(_layer_places(deployment))
+            if all(
+                any(low <= start and end <= high for low, high in landed.get(key, ()))
+                for key, start, end in places
+            )
+        ]
+    )
+
+
+@lru_cache(maxsize=1024)
+def _layer_places(deployment: Deployment) -> tuple[tuple[tuple[str, int, int], ...], ...]:
+    """Of every layer the object, start and end of its tensors."""
+    total = deployment.model.num_layers
+    return tuple(
+        tuple(
+            (tensor.object_key, tensor.start, tensor.end)
+            for tensor in _tensors(deployment, LayerRange(start=layer, end=layer + 1, total=total))
+        )
+        for layer in range(total)
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending numbers as half-open ranges."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = (ranges[-1][0], number + 1)
+        else:
+            ranges.append((number, number + 1))
+    return tuple(ranges)
+
+
+# ---- needs ----
+
+
+def _need(
+    view: ClusterView,
+    state: DeploymentState,
+    most_bytes: int,
+    config: PlacementConfig,
+    held_back: Collection[str],
+) -> Need:
+    spec = state.deployment.spec
+    model = shape_of(
+        state.deployment, least_kv_blocks(state.deployment, config) * config.kv_block_size
+    )
+    replicas = [it for it in view.live_replicas(state.name) if it.is_wanted]
+    leading = [it for it in replicas if view.wanted_predecessor(it) is None]
+    loads = [_load(view, state, it, is_only=len(leading) == 1) for it in leading]
+    is_held_back = state.name in held_back
+    return Need(
+        name=state.name,
+        weights=spec.source,
+        model=model,
+        objectives=Objectives(ttft_s=spec.ttft_slo_s, tpot_s=spec.tpot_slo_s),
+        waiting=0 if is_held_back else _waiting(view, state, replicas),
+        oldest_s=state.waiting_since_s,
+        replicas=tuple(loads),
+        arrivals_s=state.history.arrivals_s,
+        # What a pipeline may become counts.
+        max_replicas=spec.max_replicas - sum(_instances(state, it) - 1 for it in leading),
+        min_replicas=0 if is_held_back else spec.min_replicas,
+        priority=spec.priority,
+        max_sequences=spec.max_sequences,
+        max_stages=spec.max_stages or config.max_stages,
+        prompt_tokens=_PROMPT_TOKENS,
+        service_s=state.history.service_s,
+        device=spec.device,
+        # Better a pipeline that stays one than none.
+        must_grow=spec.consolidate and model.full_bytes <= most_bytes,
+        keep_alive_s=spec.keep_alive_s,
+    )
+
+
+def _waiting(view: ClusterView, state: DeploymentState, replicas: Sequence[Replica]) -> int:
+    """Requests that no replica works on: held by gateways, or queued in a replica that is full."""
+    queued = sum(max(0, view.replica_in_flight(it) - it.plan.max_sequences) for it in replicas)
+    return view.waiting(state.name) + queued
+
+
+def _load(
+    view: ClusterView, state: DeploymentState, replica: Replica, *, is_only: bool
+) -> ReplicaLoad:
+    """A replica with the successors that take over from it as one."""
+    is_ready = replica.phase is Phase.READY
+    successors = view.successors(replica)
+    in_flight = sum(map(view.replica_in_flight, (replica, *successors)))
+    if is_only:
+        in_flight = sum(demand.in_flight for demand in view.demands(state.name))
+    is_idle = is_ready and not in_flight
+    # A deployment's own time also knows of requests that came and went between two reports.
+    busy_s = state.last_active_s if is_only else replica.last_busy_s or replica.ready_s
+    return ReplicaLoad(
+        name=replica.id,
+        deployment=replica.deployment,
+        phase=ReplicaPhase.READY if is_ready else ReplicaPhase.STARTING,
+        capacity=replica.plan.max_sequences * max(_instances(state, replica), len(successors)),
+        in_flight=in_flight,
+        reserved_bytes={(stage.node, 0): stage.reserved_bytes for stage in replica.plan.stages},
+        idle_since_s=busy_s if is_idle else None,
+        # One that nobody uses any more need not become anything.
+        is_growing=bool(successors) and not is_idle,
+    )
+
+
+def _instances(state: DeploymentState, replica: Replica) -> int:
+    """What it may become under load, which is sooner than a further replica."""
+    spec = state.deployment.spec
+    return min(len(replica.plan.stages), spec.max_replicas) if spec.consolidate else 1
+
+
+@lru_cache(maxsize=1024)
+def shape_of(deployment: Deployment, kv_tokens: int) -> ModelShape:
+    """Bytes of a checkpoint by layer: the embedding is of the first, the head of the last."""
+    model, total = deployment.model, deployment.model.num_layers
+    sizes = [_tensor_bytes(deployment, layer, layer + 1) for layer in range(total)]
+    tied_bytes = sum(sizes) - _tensor_bytes(deployment, 0, total)
+    whole = LayerRange(start=0, end=total, total=total)
+    return ModelShape(
+        name=deployment.name,
+        layer_bytes=(*sizes[:-1], sizes[-1] - tied_bytes),
+        kv_bytes=kv_tokens * kv_bytes_per_token(model, whole),
+        tied_bytes=tied_bytes,
+    )
+
+
+def _tensor_bytes(deployment: Deployment, start: int, end: int) -> int:
+    layers = LayerRange(start=start, end=end, total=deployment.model.num_layers)
+    return sum(tensor.size_bytes for tensor in _tensors(deployment, layers))
+
+
+def _tensors(deployment: Deployment, layers: LayerRange) -> tuple[TensorEntry, ...]:
+    model = deployment.model
+    return stage_tensors(
+        deployment.index, model.names, tied=model.tie_word_embeddings, layers=layers
+    )

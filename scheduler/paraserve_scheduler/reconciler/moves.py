@@ -1,0 +1,180 @@
+"""Moves that users order: a deployment to another node, and everything off a node. Pure.
+
+What follows from an order is left to the rules of `consolidation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from paraserve_backend.errors import (
+    AlreadyExists,
+    InsufficientCapacity,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
+from paraserve_scheduler.control_plane.config import PolicyConfig
+from paraserve_scheduler.reconciler.capacity import is_alive, node_trouble, successor_spaces
+from paraserve_scheduler.reconciler.consolidation import (
+    evacuation,
+    listed,
+    may_move,
+    pause_s,
+    successor_plan,
+)
+from paraserve_scheduler.reconciler.placement import NodeSpace
+from paraserve_scheduler.state.actions import StartReplica, StopReplica
+from paraserve_scheduler.state.fold import begin
+from paraserve_scheduler.state.view import ClusterView, Phase, Replica
+
+
+def migrate(
+    view: ClusterView, deployment: str, node: str, now_s: float, config: PolicyConfig
+) -> tuple[tuple[StopReplica, ...], StartReplica]:
+    """What moves the only replica of `deployment` to `node`: first the stops, then the start.
+
+    Raises:
+        NotFound: there is no such node.
+        InvalidRequest, AlreadyExists: there is nothing to move, or it is there.
+        Unavailable: the replica or the node is not ready for it.
+        InsufficientCapacity: says how much is missing on the node.
+    """
+    replica = _movable_replica(view, deployment, node)
+    reason = f"a user moves {replica.id} to {node}"
+    stops = tuple(
+        StopReplica(replica=other.id, reason=reason) for other in view.successors(replica)
+    )
+    for stop in stops:
+        view = begin(view, stop, now_s)
+    space = _space_on(view, replica, node, now_s, config)
+    plan = successor_plan(view, replica, space, config)
+    return stops, StartReplica(plan=plan, requested_s=now_s, reason=reason)
+
+
+def check_drain(view: ClusterView, node: str, now_s: float, config: PolicyConfig) -> None:
+    """Check that everything on `node` could go elsewhere, or is idle and may just end.
+
+    Raises:
+        InsufficientCapacity: names a replica and says how much is missing.
+    """
+    view = replace(view, cordoned=view.cordoned | {node})
+    for replica in view.replicas_on(node):
+        if may_move(view, replica) and not view.successors(replica):
+            try:
+                plan = evacuation(view, replica, now_s, config)
+            except InsufficientCapacity as shortage:
+                if not view.is_idle(replica.deployment):
+                    raise InsufficientCapacity(
+                        f"Node {node} cannot be drained: {shortage}"
+                    ) from None
+            else:
+                start = StartReplica(plan=plan, requested_s=now_s, reason="drained")
+                view = begin(view, start, now_s)
+
+
+def drain_progress(
+    view: ClusterView, node: str, now_s: float, config: PolicyConfig
+) -> tuple[tuple[str, str], ...]:
+    """What is still on a drained node: names of replicas, and what is done about each."""
+    there = view.replicas_on(node)
+    known = {replica.id for replica in there}
+    state = view.nodes.get(node)
+    leftovers = {part.replica for part in state.parts} - known if state else set()
+    if state is not None and not is_alive(view, state, now_s, config):
+        leftovers = set()
+    return (
+        *((replica.id, _progress(view, replica, now_s, config)) for replica in there),
+        *((name, "is being removed") for name in sorted(leftovers)),
+    )
+
+
+def require_node(view: ClusterView, node: str) -> None:
+    """Check that there is such a node, or was when it was drained; raises `NotFound`."""
+    if node not in view.nodes and node not in view.cordoned:
+        known = ", ".join(sorted(view.nodes)) or "none"
+        raise NotFound(f"There is no node '{node}'. Nodes: {known}.")
+
+
+def _movable_replica(view: ClusterView, deployment: str, node: str) -> Replica:
+    require_node(view, node)
+    routed = view.routed_replicas(deployment)
+    if not routed:
+        raise Unavailable(
+            f"'{deployment}' has no replica that is ready: send it a request, then migrate it."
+        )
+    if len(routed) > 1:
+        names = listed(tuple(replica.id for replica in routed))
+        raise InvalidRequest(
+            f"'{deployment}' has several replicas ({names}): drain the node of the one to move."
+        )
+    (replica,) = routed
+    predecessor = view.wanted_predecessor(replica)
+    if predecessor is not None:
+        raise Unavailable(
+            f"{replica.id} is still taking over from {predecessor.id}: retry when that has ended."
+        )
+    there = [
+        each.id
+        for each in (replica, *view.successors(replica))
+        if len(each.plan.stages) == 1 and each.plan.head.node == node
+    ]
+    if there:
+        raise AlreadyExists(f"'{deployment}' is already on node {node}, as {there[0]}.")
+    return replica
+
+
+def _space_on(
+    view: ClusterView, replica: Replica, node: str, now_s: float, config: PolicyConfig
+) -> NodeSpace:
+    if node in view.cordoned:
+        raise InvalidRequest(
+            f"Node {node} is drained: end that with paraserve drain {node} --undo."
+        )
+    space = successor_spaces(view, replica, now_s, config).get(node)
+    if space is not None:
+        return space
+    trouble = node_trouble(view, node, now_s, config)
+    if trouble is not None:
+        raise Unavailable(trouble)
+    if view.orphans(view.nodes[node]):
+        raise Unavailable(f"Node {node} is still removing what it had: retry shortly.")
+    device = view.deployments[replica.deployment].deployment.spec.device
+    raise InvalidRequest(f"Node {node} has no device {device}, which '{replica.deployment}' needs.")
+
+
+def _progress(view: ClusterView, replica: Replica, now_s: float, config: PolicyConfig) -> str:
+    """What is being done to get a replica off a drained node, or what that waits for."""
+    running = view.replica_in_flight(replica)
+    if replica.phase is Phase.STOPPING:
+        return "is being removed" if replica.removing else f"ends its requests, {running} left"
+    if replica.phase is Phase.STARTING:
+        return "is starting, and moves when it is ready"
+    takers = view.takers(replica)
+    if takers:
+        return f"hands its requests over to {listed(_places(takers))}, {running} left"
+    successors = view.successors(replica)
+    if successors:
+        return f"waits for {listed(_places(successors))} to be ready"
+    predecessor = view.wanted_predecessor(replica)
+    if predecessor is not None:
+        return f"still takes over from {predecessor.id}"
+    left_s = pause_s(replica, now_s, config)
+    if left_s > 0:
+        return f"waits {left_s:.0f} s, for its last successor failed"
+    return _shortage(view, replica, now_s, config) or "moves at once"
+
+
+def _shortage(
+    view: ClusterView, replica: Replica, now_s: float, config: PolicyConfig
+) -> str | None:
+    try:
+        evacuation(view, replica, now_s, config)
+    except InsufficientCapacity as shortage:
+        return f"has no room elsewhere and stays until it is idle: {shortage}"
+    return None
+
+
+def _places(replicas: Sequence[Replica]) -> tuple[str, ...]:
+    return tuple(f"{replica.id} on {replica.plan.head.node}" for replica in replicas)

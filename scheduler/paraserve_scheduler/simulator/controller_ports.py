@@ -1,0 +1,323 @@
+"""The simulated cluster behind the real controller's ports: its clock, its agents, a gateway.
+
+So that the real control loop can run in virtual time on the simulator's physics. What is served and
+how fast, and which bytes are where, is as in `world`; slots, hand-overs and disks are not here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from paraserve_backend.protocol.names import LayerRange
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, stage_tensors
+from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
+from paraserve_scheduler.control_plane.controller.loop import Controller
+from paraserve_scheduler.planner.fleet import StageChoice, Start
+from paraserve_scheduler.simulator import replicas as lives
+from paraserve_scheduler.simulator.clock import Heap
+from paraserve_scheduler.simulator.description import DeploymentDescription, NodeDescription
+from paraserve_scheduler.simulator.memory import (
+    GpuMemory,
+    Meter,
+    NodeMemory,
+    Shelf,
+)
+from paraserve_scheduler.simulator.network import INTO, Network
+from paraserve_scheduler.simulator.replicas import SimReplica
+from paraserve_scheduler.simulator.serving import Batch
+from paraserve_scheduler.simulator.trace import Trace
+from paraserve_scheduler.simulator.workload import Request
+from paraserve_scheduler.state.events import DemandReported, NodeRegistered, NodeReported
+from paraserve_scheduler.state.plans import Deployment
+from paraserve_scheduler.state.view import (
+    Demand,
+    NodeInfo,
+    PartState,
+    Phase,
+    Replica,
+    TierObject,
+)
+
+#: Where virtual time begins, in seconds since the Unix epoch.
+EPOCH_S = 1_000.0
+#: How often agents and the gateway report.
+_REPORT_S = 0.25
+#: Turns of the event loop in which everything happens that needs no time.
+_TURNS = 40
+
+
+class VirtualClock:
+    """`Clock` over a heap of events."""
+
+    def __init__(self, heap: Heap) -> None:
+        self._heap = heap
+
+    def now_s(self) -> float:
+        return EPOCH_S + self._heap.now_s
+
+    async def wait(self, event: asyncio.Event, timeout_s: float) -> float:
+        over = asyncio.Event()
+        self._heap.after(timeout_s, over.set)
+        waits = [asyncio.create_task(each.wait()) for each in (event, over)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """One deployment as the controller and as the simulator know it."""
+
+    deployment: Deployment
+    description: DeploymentDescription
+
+    def tensors(self, start: int, end: int) -> tuple[TensorEntry, ...]:
+        model = self.deployment.model
+        layers = LayerRange(start=start, end=end, total=model.num_layers)
+        tied = model.tie_word_embeddings
+        return stage_tensors(self.deployment.index, model.names, tied=tied, layers=layers)
+
+    def layers_of(self, plan: FetchPlan) -> tuple[int, int]:
+        """The layers that a fetch brings."""
+        wanted = {tensor.name for tensor in plan.tensors}
+        numbers = [
+            layer
+            for layer in range(self.deployment.model.num_layers)
+            if wanted.issuperset(tensor.name for tensor in self.tensors(layer, layer + 1))
+        ]
+        return numbers[0], numbers[-1] + 1
+
+
+class SimulatedAgents:
+    """`Agents` of nodes that exist only in a simulation; an agent's address is its node's name."""
+
+    def __init__(
+        self, heap: Heap, nodes: Iterable[NodeDescription], models: Iterable[Model]
+    ) -> None:
+        self.heap = heap
+        self.trace = Trace()
+        self.models = {model.deployment.name: model for model in models}
+        meter = Meter(heap)
+        self.nodes = {
+            node.name: NodeMemory(
+                description=node,
+                gpus=[GpuMemory(size, 0, meter) for size in node.gpu_bytes],
+                memory=Shelf(node.memory_bytes),
+                disk=Shelf(0),
+            )
+            for node in nodes
+        }
+        self.network = Network(
+            heap,
+            {
+                (INTO, it.name): it.nic_bytes_per_s
+                for it in (n.description for n in self.nodes.values())
+            },
+        )
+        #: By node and replica, with the stage's number and the bytes of its weights.
+        self._parts: dict[tuple[str, str], _Part] = {}
+
+    def info(self, node: str) -> NodeInfo:
+        it = self.nodes[node].description
+        return NodeInfo(
+            name=node,
+            agent_address=node,
+            triton_grpc_address=f"{node}:8001",
+            memory_bytes=it.gpu_bytes[0],
+            nic_bytes_per_s=it.nic_bytes_per_s,
+            run_dir=f"/run/{node}",
+            channel_host=node,
+            channel_ports=(9_000, 10_000),
+            devices=("cpu",),
+            kind=it.kind.name,
+        )
+
+    async def apply(self, address: str, part: pb.Part) -> AsyncIterator[PartState]:
+        running = self._begin(address, part)
+        yield running.state(self.network)
+        await running.ready.wait()
+        yield running.state(self.network)
+
+    async def remove(self, address: str, replica: str, deadline_s: float) -> None:
+        del deadline_s
+        part = self._parts.pop((address, replica), None)
+        if part is not None:
+            part.life.is_gone = True
+            for transfer in part.life.transfers:
+                self.network.cancel(transfer)
+            (stage,) = part.life.stages
+            self.nodes[address].gpus[0].release(stage.reserved_bytes)
+
+    async def hand_over(self, address: str, replica: str, targets: Mapping[str, str]) -> None:
+        raise NotImplementedError("replicas here stay as they are")
+
+    async def keep_slots(self, address: str, idle_slots: int) -> None:
+        raise NotImplementedError("nodes here have no slots")
+
+    def report(self, node: str, at_s: float) -> NodeReported:
+        """The node's heartbeat."""
+        self.network.claims()
+        parts = [part for (name, _), part in self._parts.items() if name == node]
+        return NodeReported(
+            node=node,
+            triton_live=True,
+            parts=tuple(part.state(self.network) for part in parts),
+            tier_used_bytes=0,
+            tier=tuple(self._tier(node)),
+            at_s=at_s,
+        )
+
+    def _tier(self, node: str) -> Iterable[TierObject]:
+        for name, spans in self.nodes[node].memory.records().items():
+            index = self.models[name].deployment.index
+            tensors = [it for start, end in spans for it in self.models[name].tensors(start, end)]
+            for stored in index.objects:
+                landed = sorted((it.start, it.end) for it in tensors if it.object_key == stored.key)
+                if landed:
+                    yield TierObject(
+                        key=f"{index.source_uri}/{stored.key}",
+                        version=stored.version,
+                        landed_bytes=sum(end - start for start, end in landed),
+                        landed=tuple(dict.fromkeys(landed)),
+                    )
+
+    def _begin(self, node: str, message: pb.Part) -> _Part:
+        model = self.models[message.deployment]
+        start, end = model.layers_of(FetchPlan.from_json(message.fetch.plan_json))
+        stage = StageChoice(
+            node=node, gpu=0, start=start, end=end, reserved_bytes=message.fetch.reserved_bytes
+        )
+        life = SimReplica(
+            name=message.replica,
+            deployment=model.description,
+            start=Start(
+                deployment=message.deployment, stages=(stage,), reason="", keeps_in_memory=True
+            ),
+            stages=[stage],
+            started_s=self.heap.now_s,
+        )
+        part = _Part(stage=message.stage, life=life)
+        self._parts[node, message.replica] = part
+        self.nodes[node].gpus[0].reserve(stage.reserved_bytes)
+        lives.begin(life, self, lambda _: part.ready.set())
+        return part
+
+
+@dataclass(slots=True, kw_only=True)
+class _Part:
+    stage: int
+    life: SimReplica
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def state(self, network: Network) -> PartState:
+        (stage,) = self.life.stages
+        size = self.life.model.bytes_of(stage.start, stage.end)
+        left = sum(network.remaining_bytes(transfer) for transfer in self.life.transfers)
+        return PartState(
+            replica=self.life.name,
+            stage=self.stage,
+            phase=Phase.READY if self.ready.is_set() else Phase.STARTING,
+            fetched_bytes=size - round(left),
+            total_bytes=size,
+        )
+
+
+class SimulatedGateway:
+    """Holds requests until the controller has a replica for them; reports every change."""
+
+    def __init__(self, agents: SimulatedAgents, controller: Controller) -> None:
+        self._agents = agents
+        self._controller = controller
+        self._queues: dict[str, deque[Request]] = {name: deque() for name in agents.models}
+        self._arrived = dict.fromkeys(agents.models, 0)
+        self._batches: dict[str, Batch] = {}
+
+    def arrive(self, request: Request) -> None:
+        self._queues[request.deployment].append(request)
+        self._arrived[request.deployment] += 1
+        self.report()
+
+    def look(self) -> None:
+        """Send what is held to replicas that have become ready, as far as they have room."""
+        for name, queue in self._queues.items():
+            for replica in self._controller.view.routed_replicas(name) if queue else ():
+                batch = self._batch(replica)
+                while queue and batch.running < replica.plan.max_sequences:
+                    request = queue.popleft()
+                    request.admitted_s = self._agents.heap.now_s
+                    batch.add(request)
+                    self.report()
+
+    def report(self) -> None:
+        now_s = self._controller.now_s()
+        for node in self._agents.nodes:
+            self._controller.tell(self._agents.report(node, now_s))
+        demands = tuple(self._demand(name) for name in self._queues)
+        self._controller.tell(DemandReported(gateway="g", demands=demands, at_s=now_s))
+
+    def _demand(self, name: str) -> Demand:
+        running = {
+            replica: batch.running
+            for replica, batch in self._batches.items()
+            if replica.rpartition(".")[0] == name and batch.running
+        }
+        return Demand(
+            deployment=name,
+            waiting=len(self._queues[name]),
+            in_flight=sum(running.values()),
+            arrived=self._arrived[name],
+            replica_in_flight=running,
+        )
+
+    def _batch(self, replica: Replica) -> Batch:
+        if replica.id not in self._batches:
+            kinds = [self._agents.nodes[it.node].description.kind for it in replica.plan.stages]
+            name = self._agents.models[replica.deployment].description.model.name
+            self._batches[replica.id] = Batch(
+                self._agents.heap,
+                max((kind.speeds[name] for kind in kinds), key=lambda speed: speed.decode_s),
+                stages=len(kinds),
+                full=len(kinds),
+                hop_s=max(kind.hop_s for kind in kinds),
+                ended=lambda _: self.report(),
+            )
+        return self._batches[replica.id]
+
+
+async def drive(
+    controller: Controller, agents: SimulatedAgents, requests: Iterable[Request], until_s: float
+) -> list[Replica]:
+    """Run the controller over `requests` until `until_s`; returns the replicas it started."""
+    heap, gateway = agents.heap, SimulatedGateway(agents, controller)
+    for node in agents.nodes:
+        controller.tell(NodeRegistered(info=agents.info(node), at_s=controller.now_s()))
+    for request in requests:
+        heap.at(request.arrival_s, gateway.arrive, request)
+
+    def report() -> None:
+        gateway.report()
+        heap.after(_REPORT_S, report)
+
+    report()
+    started: dict[str, Replica] = {}
+    loop = asyncio.create_task(controller.run(), name="controller")
+    try:
+        while heap.now_s < until_s:
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
+            gateway.look()
+            started |= {it.id: it for it in controller.view.live_replicas() if it.id not in started}
+            if loop.done():
+                await loop
+            heap.step()
+    finally:
+        loop.cancel()
+        await asyncio.gather(loop, return_exceptions=True)
+    return list(started.values())

@@ -1,0 +1,390 @@
+"""How what happens, and what is done about it, changes the view of the cluster. Pure.
+
+`fold` takes in an event, `begin` an action the moment it starts, so that the next decision already
+reckons with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from paraserve_scheduler.state.actions import (
+    Action,
+    DropDeployment,
+    FailDeployment,
+    HandOver,
+    KeepSlots,
+    RemovePart,
+    RemoveReplica,
+    StartReplica,
+    StopReplica,
+)
+from paraserve_scheduler.state.events import (
+    DeletionRequested,
+    DemandReported,
+    DeploymentAdded,
+    Event,
+    HandOverFailed,
+    HandOverTold,
+    NodeCordoned,
+    NodeRegistered,
+    NodeReported,
+    PartRemoved,
+    PartReported,
+    ReplicaRemoved,
+    SchedulerStalled,
+    SlotsRefused,
+)
+from paraserve_scheduler.state.fold_reports import demand_reported
+from paraserve_scheduler.state.measurements import measured_decode, measured_part, measured_ready
+from paraserve_scheduler.state.view import (
+    ClusterView,
+    DeploymentState,
+    FailedStart,
+    Failure,
+    GatewayState,
+    NodeState,
+    PartState,
+    Phase,
+    Replica,
+)
+
+#: Stopped replicas of each deployment that stay in the view, for their timelines.
+KEPT_REPLICAS = 5
+
+_Value = TypeVar("_Value")
+
+
+def fold(view: ClusterView, event: Event) -> ClusterView:
+    """The view after `event`. What concerns nobody known any more changes nothing."""
+    match event:
+        case NodeRegistered():
+            node = NodeState(info=event.info, last_seen_s=event.at_s)
+            return replace(view, nodes=_with(view.nodes, event.info.name, node))
+        case NodeReported():
+            return _node_reported(view, event)
+        case PartReported():
+            return _part_reported(view, event)
+        case DemandReported():
+            return demand_reported(view, event)
+        case DeploymentAdded():
+            return _deployment_added(view, event)
+        case DeletionRequested():
+            return _change_deployment(view, event.deployment, lambda it: replace(it, deleting=True))
+        case ReplicaRemoved():
+            return _replica_removed(view, event)
+        case PartRemoved():
+            return _part_removed(view, event)
+        case HandOverTold() | HandOverFailed():
+            return _hand_over_answered(view, event)
+        case SlotsRefused():
+            return _change_node(view, event.node, lambda it: replace(it, wanted_slots=None))
+        case NodeCordoned():
+            others = view.cordoned - {event.node}
+            return replace(view, cordoned=others | {event.node} if event.cordoned else others)
+        case SchedulerStalled():
+            return replace(view, listening_since_s=event.at_s)
+
+
+def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:
+    """The view when `action` has been started, before anything has come of it."""
+    match action:
+        case StartReplica():
+            return _replica_started(view, action, at_s)
+        case StopReplica():
+            return _replica_stopping(view, action, at_s)
+        case RemoveReplica():
+            return _change_replica(view, action.replica, lambda it: replace(it, removing=True))
+        case RemovePart():
+            pair = (action.node, action.replica)
+            return replace(view, removing_parts=view.removing_parts | {pair})
+        case FailDeployment():
+            return _deployment_failed(view, action)
+        case HandOver():
+            return _hand_over_begun(view, action, at_s)
+        case KeepSlots():
+            return _change_node(
+                view, action.node, lambda it: replace(it, wanted_slots=action.idle_slots)
+            )
+        case DropDeployment():
+            return replace(
+                view,
+                deployments=_without(view.deployments, action.deployment),
+                replicas={
+                    key: replica
+                    for key, replica in view.replicas.items()
+                    if replica.deployment != action.deployment
+                },
+            )
+
+
+# ---- nodes and their parts ----
+
+
+def _node_reported(view: ClusterView, event: NodeReported) -> ClusterView:
+    node = replace(
+        view.nodes[event.node],
+        last_seen_s=event.at_s,
+        triton_live=event.triton_live,
+        parts=event.parts,
+        tier_used_bytes=event.tier_used_bytes,
+        tier=event.tier,
+        idle_slots=event.idle_slots,
+        slots_bytes=event.slots_bytes,
+    )
+    view = replace(view, nodes=_with(view.nodes, event.node, node))
+    reported = {(part.replica, part.stage): part for part in event.parts}
+    for replica in view.live_replicas():
+        stage = replica.plan.stage_on(event.node)
+        if stage is not None and replica.is_wanted:
+            part = reported.get((replica.id, stage)) or _missing(replica, stage)
+            if part is not None:
+                view = _take_part(view, replica, replace(part, confirmed=True), event.at_s)
+    return view
+
+
+def _missing(replica: Replica, stage: int) -> PartState | None:
+    """What it means that a heartbeat does not list a part; `None` if it may not be there yet."""
+    part = replica.parts[stage]
+    if not (part.confirmed or replica.recovered):
+        return None
+    node = replica.plan.stages[stage].node
+    failure = Failure(grpc_code="UNAVAILABLE", message=f"Node {node} no longer has {replica.id}.")
+    return replace(part, phase=Phase.FAILED, failure=failure)
+
+
+def _part_reported(view: ClusterView, event: PartReported) -> ClusterView:
+    replica = view.replicas.get(event.part.replica)
+    if replica is None or not replica.is_wanted:
+        return view
+    return _take_part(view, replica, event.part, event.at_s)
+
+
+def _take_part(view: ClusterView, replica: Replica, part: PartState, at_s: float) -> ClusterView:
+    parts = list(replica.parts)
+    parts[part.stage] = _newer(parts[part.stage], part)
+    was_ready = replica.parts[part.stage].phase is Phase.READY
+    replica = replace(replica, parts=tuple(parts))
+    if parts[part.stage].phase is Phase.READY and not (was_ready or replica.recovered):
+        known = replace(view, replicas=_with(view.replicas, replica.id, replica))
+        view = measured_part(known, replica, part.stage)
+    became_ready = replica.phase is Phase.STARTING and all(
+        part.phase is Phase.READY for part in parts
+    )
+    if became_ready:
+        if not replica.recovered:
+            view = measured_ready(view, replica, at_s)
+        replica = replace(
+            replica, phase=Phase.READY, ready_s=replica.ready_s or at_s, recovered=False
+        )
+        view = _change_deployment(
+            view, replica.deployment, partial(_with_ready, replica=replica, at_s=at_s)
+        )
+    return replace(view, replicas=_with(view.replicas, replica.id, replica))
+
+
+def _with_ready(state: DeploymentState, *, replica: Replica, at_s: float) -> DeploymentState:
+    # Nobody asked for a successor: it must not prolong the life of an idle deployment.
+    active_s = at_s if replica.plan.succeeds is None else state.last_active_s
+    return replace(state, failed_starts=(), failure=None, last_active_s=active_s)
+
+
+def _newer(known: PartState, reported: PartState) -> PartState:
+    """The later of two reports; a heartbeat may have been written before what is known."""
+    confirmed = known.confirmed or reported.confirmed
+    is_older = known.phase is Phase.READY and reported.phase is Phase.STARTING
+    if is_older or known.phase is Phase.FAILED:
+        return replace(known, confirmed=confirmed)
+    return replace(reported, confirmed=confirmed)
+
+
+def _part_removed(view: ClusterView, event: PartRemoved) -> ClusterView:
+    removing = view.removing_parts - {(event.node, event.replica)}
+    view = replace(view, removing_parts=removing)
+    node = view.nodes.get(event.node)
+    if node is None:
+        return view
+    return replace(view, nodes=_with(view.nodes, event.node, node.without({event.replica})))
+
+
+# ---- deployments and replicas ----
+
+
+def _deployment_added(view: ClusterView, event: DeploymentAdded) -> ClusterView:
+    state = DeploymentState(
+        deployment=event.deployment,
+        deployed_s=event.at_s,
+        last_number=event.last_number,
+        last_active_s=event.at_s,
+        failure_number=event.failure_number,
+    )
+    return replace(view, deployments=_with(view.deployments, state.name, state))
+
+
+def _replica_started(view: ClusterView, action: StartReplica, at_s: float) -> ClusterView:
+    plan = action.plan
+    replica = Replica(
+        plan=plan,
+        phase=Phase.STARTING,
+        parts=tuple(
+            PartState(replica=plan.replica, stage=stage, phase=Phase.STARTING)
+            for stage in range(len(plan.stages))
+        ),
+        requested_s=action.requested_s,
+        planned_s=at_s,
+        reason=action.reason,
+        prediction=action.prediction,
+    )
+    view = _change_deployment(
+        view, plan.deployment, lambda it: replace(it, last_number=plan.number)
+    )
+    return replace(view, replicas=_with(view.replicas, replica.id, replica))
+
+
+def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> ClusterView:
+    replica = view.replicas[action.replica]
+    view = measured_decode(view, replica)
+    if action.failure is not None:
+        view = _note_failure(view, replica, action.failure, at_s)
+    view = _change_replica(
+        view,
+        action.replica,
+        lambda it: replace(
+            it,
+            phase=Phase.STOPPING,
+            stopping_s=at_s,
+            stop_reason=action.reason,
+            failure=action.failure,
+        ),
+    )
+    predecessor = view.predecessor(replica)
+    if predecessor is not None and not view.takers(predecessor):
+        # It serves again, so that the time without a request counts from the next hand-over on.
+        view = _change_replica(view, predecessor.id, lambda it: replace(it, hand_over_s=None))
+    return view
+
+
+def _note_failure(
+    view: ClusterView, replica: Replica, failure: Failure, at_s: float
+) -> ClusterView:
+    predecessor = view.predecessor(replica)
+    if predecessor is not None:
+        return _change_replica(view, predecessor.id, partial(_with_failed_successor, at_s=at_s))
+    failed = FailedStart(at_s=at_s, failure=failure)
+    return _change_deployment(
+        view,
+        replica.deployment,
+        lambda it: replace(it, failed_starts=(*it.failed_starts, failed)),
+    )
+
+
+def _with_failed_successor(replica: Replica, *, at_s: float) -> Replica:
+    return replace(
+        replica, failed_successors=replica.failed_successors + 1, successor_failed_s=at_s
+    )
+
+
+def _hand_over_begun(view: ClusterView, action: HandOver, at_s: float) -> ClusterView:
+    return _change_replica(
+        view,
+        action.replica,
+        lambda it: replace(
+            it,
+            telling=True,
+            hand_over_s=(it.hand_over_s or at_s) if action.targets else it.hand_over_s,
+        ),
+    )
+
+
+def _hand_over_answered(view: ClusterView, event: HandOverTold | HandOverFailed) -> ClusterView:
+    if isinstance(event, HandOverTold):
+        answered = partial(replace, targets=event.targets, telling_failed_s=None)
+    else:
+        answered = partial(replace, telling_failed_s=event.at_s)
+    return _change_replica(view, event.replica, lambda it: answered(it, telling=False))
+
+
+def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:
+    view = _change_replica(
+        view,
+        event.replica,
+        lambda it: replace(it, phase=Phase.STOPPED, removed_s=event.at_s, removing=False),
+    )
+    deployment = view.replicas[event.replica].deployment
+    stopped = [
+        name
+        for name, replica in view.replicas.items()
+        if replica.deployment == deployment and replica.phase is Phase.STOPPED
+    ]
+    forgotten = set(stopped[:-KEPT_REPLICAS])
+    kept = {name: replica for name, replica in view.replicas.items() if name not in forgotten}
+    # What a node could not remove, its next heartbeat will list again.
+    nodes = {name: node.without({event.replica}) for name, node in view.nodes.items()}
+    return replace(view, replicas=kept, nodes=nodes)
+
+
+def _deployment_failed(view: ClusterView, action: FailDeployment) -> ClusterView:
+    view = _change_deployment(
+        view,
+        action.deployment,
+        lambda it: replace(
+            it,
+            failure=action.failure,
+            failure_number=it.failure_number + 1,
+            waiting_since_s=None,
+        ),
+    )
+    # The gateways will say so themselves, but until then these requests would fail it again.
+    gateways = {
+        name: _nothing_waiting(gateway, action.deployment)
+        for name, gateway in view.gateways.items()
+    }
+    return replace(view, gateways=gateways)
+
+
+def _nothing_waiting(gateway: GatewayState, deployment: str) -> GatewayState:
+    demand = gateway.demands.get(deployment)
+    if demand is None:
+        return gateway
+    return replace(gateway, demands=_with(gateway.demands, deployment, replace(demand, waiting=0)))
+
+
+# ---- helpers ----
+
+
+def _with(values: Mapping[str, _Value], key: str, value: _Value) -> dict[str, _Value]:
+    return {**values, key: value}
+
+
+def _without(values: Mapping[str, _Value], key: str) -> dict[str, _Value]:
+    return {other: value for other, value in values.items() if other != key}
+
+
+def _change_deployment(
+    view: ClusterView, name: str, change: Callable[[DeploymentState], DeploymentState]
+) -> ClusterView:
+    state = view.deployments.get(name)
+    if state is None:
+        return view
+    return replace(view, deployments=_with(view.deployments, name, change(state)))
+
+
+def _change_node(
+    view: ClusterView, name: str, change: Callable[[NodeState], NodeState]
+) -> ClusterView:
+    node = view.nodes.get(name)
+    if node is None:
+        return view
+    return replace(view, nodes=_with(view.nodes, name, change(node)))
+
+
+def _change_replica(
+    view: ClusterView, name: str, change: Callable[[Replica], Replica]
+) -> ClusterView:
+    replica = view.replicas.get(name)
+    if replica is None:
+        return view
+    return replace(view, replicas=_with(view.replicas, name, change(replica)))

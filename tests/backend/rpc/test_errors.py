@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, NoReturn
+
+import grpc
+import pytest
+
+from paraserve_backend.errors import NotFound
+from paraserve_backend.rpc.errors import errors_to, sentence
+
+
+class Aborted(Exception):
+    pass
+
+
+class FakeContext:
+    def __init__(self) -> None:
+        self.answers: list[tuple[grpc.StatusCode, str]] = []
+
+    async def abort(self, code: grpc.StatusCode, text: str) -> NoReturn:
+        self.answers.append((code, text))
+        raise Aborted
+
+
+def answer_to(error: Exception) -> tuple[grpc.StatusCode, str]:
+    context: Any = FakeContext()
+
+    async def call() -> None:
+        async with errors_to(context):
+            raise error
+
+    with pytest.raises(Aborted):
+        asyncio.run(call())
+    (answer,) = context.answers
+    return answer  # type: ignore[no-any-return]  # the context is any
+
+
+def test_an_error_of_ours_ends_the_call_with_its_code_and_sentence() -> None:
+    assert answer_to(NotFound("no x")) == (grpc.StatusCode.NOT_FOUND, "no x")
+
+
+def test_a_bug_is_only_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        code, text = answer_to(ValueError("/srv/secret"))
+    assert (code, "secret" in text) == (grpc.StatusCode.INTERNAL, False)
+    assert "/srv/secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a → b", "a → b"),
+        ("\x1b[2J\n", "\\x1b[2J\\n"),
+        ("\ud800", "\\ud800"),
+        ("x" * 1001, "x" * 997 + "..."),
+    ],
+)
+def test_a_text_is_one_line_of_bounded_length(text: str, shown: str) -> None:
+    assert sentence(text) == shown

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paraserve_backend.errors import (
+    InvalidCheckpoint,
+    InvalidRequest,
+    NotFound,
+    UnsupportedModel,
+)
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.control_plane.api.admission import read_deployment, validated_spec
+from paraserve_scheduler.control_plane.config import DeploymentDefaults
+from tests.support.views import make_spec, write_model
+
+DEFAULTS = DeploymentDefaults(max_sequences=8, max_replicas=3, max_waiting=50)
+
+
+def test_what_the_user_leaves_out_is_filled_in() -> None:
+    spec = validated_spec(pb.DeploymentSpec(name="tiny", source="/models/tiny"), DEFAULTS)
+    assert spec == make_spec(
+        source="/models/tiny",
+        keep_alive_s=None,
+        max_sequences=8,
+        max_replicas=3,
+        max_waiting=50,
+        consolidate=True,
+    )
+
+
+def test_more_replicas_may_be_kept_than_there_are_by_default() -> None:
+    message = pb.DeploymentSpec(name="tiny", min_replicas=7)
+    assert validated_spec(message, DEFAULTS).max_replicas == 7
+
+
+def test_less_replicas_at_most_than_at_least_are_refused() -> None:
+    message = pb.DeploymentSpec(name="tiny", min_replicas=3, max_replicas=2)
+    with pytest.raises(InvalidRequest, match="max_replicas 2 is less than min_replicas 3"):
+        validated_spec(message, DEFAULTS)
+
+
+@pytest.mark.parametrize("name", ["a", "0", "llama-3-8b", "a" * 63])
+def test_names_that_may_be_used(name: str) -> None:
+    assert validated_spec(pb.DeploymentSpec(name=name), DEFAULTS).name == name
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a-", "A", "a.b", "a_b", "a" * 64, "é", "a\n", "a/b"])
+def test_names_that_may_not_be_used(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="Deployment name"):
+        validated_spec(pb.DeploymentSpec(name=name), DEFAULTS)
+
+
+@pytest.mark.parametrize("field", ["ttft_slo_s", "tpot_slo_s", "keep_alive_s"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_durations_must_be_finite_and_positive(field: str, value: float) -> None:
+    message = pb.DeploymentSpec(name="tiny")
+    setattr(message, field, value)
+    with pytest.raises(InvalidRequest, match=f"{field} is .*finite number of seconds"):
+        validated_spec(message, DEFAULTS)
+
+
+def test_an_engine_that_we_do_not_know_is_refused() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        validated_spec(pb.DeploymentSpec(name="tiny", engine="vlm"), DEFAULTS)
+    assert str(caught.value) == "engine 'vlm' is not one of paraserve, vllm, tensorrt-llm."
+
+
+def test_a_device_of_no_known_kind_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="device 'tpu' is not one of cpu, cuda"):
+        validated_spec(pb.DeploymentSpec(name="tiny", device="tpu"), DEFAULTS)
+
+
+def test_a_good_checkpoint_becomes_a_deployment(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    deployment = read_deployment(make_spec(source=str(folder)))
+    assert deployment.model.architecture == "LlamaForCausalLM"
+    assert deployment.model.num_layers == 4
+    assert len(deployment.index.tensors) == 4 * 9 + 3
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, UnsupportedModel, "GPT2LMHeadModel is not supp"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            UnsupportedModel,
+            "supported are .*LlamaFor",
+        ),
+        ({"num_hidden_layers": 5}, InvalidCheckpoint, "lacks the tensor 'model.layers.4"),
+        ({"intermediate_size": 65}, InvalidCheckpoint, "has shape"),
+        ({"without": "model.norm.weight"}, InvalidCheckpoint, "lacks the tensor 'model.norm"),
+    ],
+)
+def test_checkpoints_we_cannot_run_are_refused(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    folder = write_model(tmp_path / "model", **change)
+    with pytest.raises(error, match=sentence):
+        read_deployment(make_spec(source=str(folder)))
+
+
+def test_weights_of_integers_are_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    shard = folder / "model.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b'"dtype": "F32"', b'"dtype": "I32"', 1))
+    with pytest.raises(InvalidCheckpoint, match="has data type I32; weights are stored as one of"):
+        read_deployment(make_spec(source=str(folder)))
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InvalidCheckpoint, match=r"has no tokenizer\.json"):
+        read_deployment(make_spec(source=str(folder)))
+
+
+def test_a_context_longer_than_the_model_allows_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    with pytest.raises(InvalidRequest, match="max_context 513 is more than the 512 tokens"):
+        read_deployment(make_spec(source=str(folder), max_context=513))
+
+
+def test_a_source_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        read_deployment(make_spec(source=str(tmp_path / "nowhere")))

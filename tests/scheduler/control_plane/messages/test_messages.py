@@ -1,0 +1,66 @@
+"""Who a fetch may read from, and where requests go, as nodes tell it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.control_plane.messages.wire import (
+    node_info,
+    node_reported,
+    part_state,
+    peer_addresses,
+    route_table,
+)
+from paraserve_scheduler.state.events import NodeRegistered, PartReported
+from paraserve_scheduler.state.fold import fold
+from paraserve_scheduler.state.plans import Deployment
+from paraserve_scheduler.state.view import ClusterView
+from tests.support.histories import History
+from tests.support.views import NOW_S, make_deployment
+
+
+def heard(deployment: Deployment, landed_bytes: dict[str, int], version: str | None) -> ClusterView:
+    """A view after heartbeats of nodes that hold so much of the deployment's one object."""
+    (stored,) = deployment.index.objects
+    view = ClusterView(started_s=NOW_S, listening_since_s=NOW_S)
+    for number, (name, size_bytes) in enumerate(landed_bytes.items()):
+        info = node_info(pb.NodeInfo(name=name, peer_address=f"10.0.0.{number}:1"))
+        view = fold(view, NodeRegistered(info=info, at_s=NOW_S))
+        held = pb.TierObject(
+            key=f"{deployment.index.source_uri}/{stored.key}",
+            version=version or stored.version,
+            landed_bytes=size_bytes,
+        )
+        status = pb.NodeStatus(name=name, triton_live=True, tier=[held])
+        view = fold(view, node_reported(status, NOW_S))
+    return view
+
+
+def test_nodes_that_have_most_come_first_and_the_node_itself_not_at_all() -> None:
+    deployment = make_deployment()
+    view = heard(deployment, {"a": 5, "b": 0, "c": 9, "d": 7, "e": 1, "f": 6}, None)
+    assert peer_addresses(view, deployment, "c") == ("10.0.0.3:1", "10.0.0.5:1", "10.0.0.0:1")
+
+
+def test_another_version_is_nothing() -> None:
+    deployment = make_deployment()
+    view = heard(deployment, {"a": 5}, "another")
+    assert peer_addresses(view, deployment, "b") == ()
+
+
+def test_a_node_that_serves_nobody_is_no_peer() -> None:
+    deployment = make_deployment()
+    view = heard(deployment, {"a": 5}, None)
+    silent = replace(view.nodes["a"], info=replace(view.nodes["a"].info, peer_address=""))
+    assert peer_addresses(replace(view, nodes={"a": silent}), deployment, "b") == ()
+
+
+def test_requests_for_a_replica_in_a_slot_go_to_the_slots_model() -> None:
+    history = History()
+    replica = history.serves()
+    bound = pb.PartStatus(replica=replica, phase=pb.READY, slots={replica: "slot-3.front"})
+    history.happens(PartReported(part=part_state(bound), at_s=NOW_S))
+    (route,) = route_table(history.view).routes
+    (endpoint,) = route.endpoints
+    assert (endpoint.replica, endpoint.model) == (replica, "slot-3.front")

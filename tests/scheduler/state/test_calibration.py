@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from paraserve_backend.telemetry.spans import Span
+from paraserve_scheduler.state.calibration import Calibration, stage_times
+from paraserve_scheduler.state.events import DemandReported, PartReported
+from paraserve_scheduler.state.view import PartState, Phase
+from tests.support.histories import History
+from tests.support.views import make_demand, make_node_info
+
+_MB = 1_000_000
+
+
+def _spans(*, fetch_s: float, process_s: float, ready_s: float, load: str = "load") -> list[Span]:
+    return [
+        Span(name="fetch", start_s=100.0, end_s=100 + fetch_s, size_bytes=0),
+        Span(name=f"{load} tiny.1", start_s=100.1, end_s=100 + ready_s, size_bytes=0),
+        Span(name="adopt weights", start_s=100 + process_s, end_s=100 + ready_s, size_bytes=0),
+    ]
+
+
+def test_a_stages_times_count_from_its_first_span() -> None:
+    times = stage_times(_spans(fetch_s=2.0, process_s=1.5, ready_s=2.4), 100 * _MB)
+    assert times.runtime_s == pytest.approx(1.5)
+    assert times.fetch_s == pytest.approx(2.0)
+    assert times.ready_s == pytest.approx(2.4)
+    assert times.bytes_per_s == pytest.approx(50 * _MB)
+    assert not times.used_slot
+
+
+def test_a_small_fetch_says_nothing_about_bandwidth() -> None:
+    assert stage_times(_spans(fetch_s=2, process_s=1, ready_s=3), _MB).bytes_per_s is None
+
+
+def test_a_fetch_that_had_help_says_nothing_about_the_network() -> None:
+    helped = Span(name="fetch from peers", start_s=100.0, end_s=101.0, size_bytes=_MB)
+    spans = [*_spans(fetch_s=2, process_s=1, ready_s=3), helped]
+    assert stage_times(spans, 100 * _MB).bytes_per_s is None
+
+
+def test_of_nothing_nothing_is_known() -> None:
+    times = stage_times([], 0)
+    assert (times.runtime_s, times.fetch_s, times.ready_s) == (None, None, None)
+
+
+def test_a_measurement_counts_a_third_after_the_first() -> None:
+    known = Calibration().with_tail(3.0)
+    assert known.tail_s == 3.0
+    assert known.with_tail(6.0).tail_s == pytest.approx(4.0)
+
+
+def _started(load: str = "load") -> History:
+    """A replica of one stage whose start is told as measured on a node of kind "k"."""
+    history = History(nodes=[make_node_info("n0", kind="k")])
+    history.demand(waiting=1)
+    history.decides()
+    history.passes(4)
+    part = PartState(
+        replica="tiny.1",
+        stage=0,
+        phase=Phase.READY,
+        spans=tuple(_spans(fetch_s=2.0, process_s=3.0, ready_s=3.5, load=load)),
+        fetched_bytes=100 * _MB,
+    )
+    history.happens(PartReported(part=part, at_s=history.now_s))
+    return history
+
+
+def test_a_cold_start_corrects_the_constants_of_its_kind_of_node() -> None:
+    view = _started().view
+    known = view.calibrations["k"]
+    assert known.runtime_s == pytest.approx(3.0)
+    assert known.tail_s == pytest.approx(1.0), "it was ready 4 s after its plan"
+    assert view.nodes["n0"].fetch_bytes_per_s == pytest.approx(50 * _MB)
+
+
+def test_the_next_prediction_reckons_with_them() -> None:
+    history = _started()
+    history.demand()
+    history.passes(60)
+    history.decides()
+    history.demand(waiting=1)
+    history.decides()
+    prediction = history.view.replicas["tiny.2"].prediction
+    assert prediction is not None
+    assert prediction.ready_s == pytest.approx(4.0)
+
+
+def test_a_process_from_a_slot_says_nothing_about_a_fresh_one() -> None:
+    known = _started("bind slot.0").view.calibrations["k"]
+    assert known.runtime_s is None
+    assert known.slot_runtime_s == pytest.approx(3.0)
+
+
+def test_a_time_per_token_that_was_twice_the_predicted_doubles_the_next_prediction() -> None:
+    history = _started()
+    predicted = history.view.replicas["tiny.1"].prediction
+    assert predicted is not None
+    demand = replace(make_demand(), tpot_s={"tiny.1": 2 * predicted.tpot_s})
+    history.happens(DemandReported(gateway="g0", demands=(demand,), at_s=history.now_s))
+    history.passes(60)
+    history.decides()
+    history.demand(waiting=1)
+    history.decides()
+    second = history.view.replicas["tiny.2"].prediction
+    assert second is not None
+    assert second.tpot_s == pytest.approx(2 * predicted.tpot_s)
+
+
+def test_the_first_token_of_a_start_is_what_the_next_one_is_expected_to_take() -> None:
+    history = _started()
+    ready_s = history.view.replicas["tiny.1"].ready_s
+    assert ready_s is not None
+    demand = replace(make_demand(), first_token_s={"tiny.1": ready_s + 0.7})
+    history.happens(DemandReported(gateway="g0", demands=(demand,), at_s=history.now_s))
+    history.passes(60)
+    history.decides()
+    history.demand(waiting=1)
+    history.decides()
+    second = history.view.replicas["tiny.2"].prediction
+    assert second is not None
+    assert second.ttft_s - second.ready_s == pytest.approx(0.7)
