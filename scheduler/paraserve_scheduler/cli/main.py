@@ -78,5 +78,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _interrupt(_number: int, _frame: object) -> None:
     # Ends like Ctrl-C, so that what was begun is taken back.
     raise KeyboardInterrupt
-
-
