@@ -37,3 +37,14 @@ def sentence(text: str) -> str:
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
     return shown if len(shown) <= _MAX_CHARACTERS else f"{shown[: _MAX_CHARACTERS - 3]}..."
+
+
+#: gRPC's own words for a stream that was open when its connection was closed.
+_STREAM_REMOVED = "Stream removed"
+
+
+def is_connection_lost(error: grpc.aio.AioRpcError) -> bool:
+    """Whether nobody answered, or no longer: gRPC says so under either of two codes."""
+    if error.code() is grpc.StatusCode.UNKNOWN:
+        return (error.details() or "").startswith(_STREAM_REMOVED)
+    return error.code() is grpc.StatusCode.UNAVAILABLE

@@ -26,7 +26,7 @@ from paraserve_backend.errors import (
 )
 from paraserve_backend.protocol.names import REPLICA_PARAMETER
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.rpc.connection import is_connection_lost
+from paraserve_backend.rpc.errors import is_connection_lost
 from paraserve_scheduler.gateway.kserve.errors import ReplicaLost, clean_message, error_from_code
 
 if TYPE_CHECKING:

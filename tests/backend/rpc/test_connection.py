@@ -4,7 +4,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from paraserve_backend.rpc.connection import is_connection_lost
+from paraserve_backend.rpc.errors import is_connection_lost
 
 _UNAVAILABLE, _UNKNOWN = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN
 

@@ -24,7 +24,7 @@ from paraserve_backend.errors import (
     read_coded,
 )
 from paraserve_backend.protocol.names import REPLICA_PARAMETER
-from paraserve_backend.rpc.connection import is_connection_lost
+from paraserve_backend.rpc.errors import is_connection_lost
 from paraserve_backend.tritonserver.host.load_error import load_error
 
 #: For calls that Triton answers at once; loads and unloads may take as long as the model does.

@@ -12,7 +12,7 @@ import grpc.aio
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
-from paraserve_backend.rpc.connection import is_connection_lost
+from paraserve_backend.rpc.errors import is_connection_lost
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
 from paraserve_scheduler.control_plane.messages.wire import part_state
 from paraserve_scheduler.state.view import Failure, PartState, Phase
