@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
-from paraserve_backend.architectures.config_json import Config
+from paraserve_backend.architectures.config_json import (
+    Config,
+    read_activation,
+    read_kv_heads,
+    split_hidden,
+)
 from paraserve_backend.architectures.decoder import decoder_spec
-from paraserve_backend.architectures.fields import read_activation, read_kv_heads, split_hidden
 from paraserve_backend.architectures.layout import LayerSizes
 from paraserve_backend.architectures.rope import read_rope
 from paraserve_backend.architectures.spec import (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from paraserve_backend.architectures.config_json import Config
-from paraserve_backend.architectures.fields import read_dtype
+from paraserve_backend.architectures.config_json import Config, read_dtype
 from paraserve_backend.architectures.layout import LayerSizes, layer_modules
 from paraserve_backend.architectures.rope import context_length
 from paraserve_backend.architectures.spec import (

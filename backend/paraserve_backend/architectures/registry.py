@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from paraserve_backend.architectures.config_json import Config
+from paraserve_backend.architectures.config_json import Config, check_not_quantized
 from paraserve_backend.architectures.families.falcon import read_falcon
 from paraserve_backend.architectures.families.gemma2 import read_gemma2
 from paraserve_backend.architectures.families.llama import read_llama
@@ -13,7 +13,6 @@ from paraserve_backend.architectures.families.mistral import read_mistral
 from paraserve_backend.architectures.families.opt import read_opt
 from paraserve_backend.architectures.families.phi3 import read_phi3
 from paraserve_backend.architectures.families.qwen import read_qwen2, read_qwen3
-from paraserve_backend.architectures.fields import check_not_quantized
 from paraserve_backend.architectures.spec import ModelSpec
 from paraserve_backend.errors import UnsupportedModel
 

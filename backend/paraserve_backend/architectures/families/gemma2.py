@@ -6,8 +6,7 @@ import math
 from dataclasses import replace
 
 from paraserve_backend.architectures.common import ATTENTION, MODULES, read_spec
-from paraserve_backend.architectures.config_json import Config
-from paraserve_backend.architectures.fields import read_activation, read_windows
+from paraserve_backend.architectures.config_json import Config, read_activation, read_windows
 from paraserve_backend.architectures.spec import ModelSpec, Module, Normalisation
 from paraserve_backend.errors import UnsupportedModel
 

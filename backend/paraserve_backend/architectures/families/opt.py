@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from paraserve_backend.architectures.config_json import Config
+from paraserve_backend.architectures.config_json import Config, read_activation, split_hidden
 from paraserve_backend.architectures.decoder import decoder_spec
-from paraserve_backend.architectures.fields import read_activation, split_hidden
 from paraserve_backend.architectures.layout import LayerSizes
 from paraserve_backend.architectures.spec import (
     LearnedPositions,

@@ -10,8 +10,7 @@ from paraserve_backend.architectures.common import (
     QKV,
     read_spec,
 )
-from paraserve_backend.architectures.config_json import Config
-from paraserve_backend.architectures.fields import read_windows
+from paraserve_backend.architectures.config_json import Config, read_windows
 from paraserve_backend.architectures.spec import ModelSpec, Module
 
 _QWEN3_MODULES = {
