@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from paraserve_backend.architectures.common import ATTENTION, MODULES, read_spec
 from paraserve_backend.architectures.config_json import Config, read_activation, read_windows
+from paraserve_backend.architectures.decoder import ATTENTION, MODULES, read_spec
 from paraserve_backend.architectures.spec import ModelSpec, Module, Normalisation
 from paraserve_backend.errors import UnsupportedModel
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from paraserve_backend.architectures.common import ATTENTION, MLP, read_spec
 from paraserve_backend.architectures.config_json import Config
+from paraserve_backend.architectures.decoder import ATTENTION, MLP, read_spec
 from paraserve_backend.architectures.spec import ModelSpec, Module
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from paraserve_backend.architectures.common import read_spec
 from paraserve_backend.architectures.config_json import Config
+from paraserve_backend.architectures.decoder import read_spec
 from paraserve_backend.architectures.rope import read_rope, rope_section
 from paraserve_backend.architectures.spec import (
     ModelSpec,

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from paraserve_backend.architectures.common import (
-    ATTENTION,
-    MODULES,
-    QKV,
-    read_spec,
-)
 from paraserve_backend.architectures.config_json import Config, read_windows
+from paraserve_backend.architectures.decoder import ATTENTION, MODULES, QKV, read_spec
 from paraserve_backend.architectures.spec import ModelSpec, Module
 
 _QWEN3_MODULES = {
