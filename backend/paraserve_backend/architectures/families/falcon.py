@@ -14,8 +14,7 @@ from paraserve_backend.architectures.config_json import (
     read_kv_heads,
     split_hidden,
 )
-from paraserve_backend.architectures.decoder import decoder_spec
-from paraserve_backend.architectures.layout import LayerSizes
+from paraserve_backend.architectures.decoder import LayerSizes, decoder_spec
 from paraserve_backend.architectures.rope import read_rope
 from paraserve_backend.architectures.spec import (
     ModelSpec,

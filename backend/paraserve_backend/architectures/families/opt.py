@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from paraserve_backend.architectures.config_json import Config, read_activation, split_hidden
-from paraserve_backend.architectures.decoder import decoder_spec
-from paraserve_backend.architectures.layout import LayerSizes
+from paraserve_backend.architectures.decoder import LayerSizes, decoder_spec
 from paraserve_backend.architectures.spec import (
     LearnedPositions,
     ModelSpec,
