@@ -11,8 +11,11 @@ from pathlib import Path
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.roles.weights import Fetched
-from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
-from paraserve_backend.weights.checkpoint.whole import has_whole_objects, model_tensors
+from paraserve_backend.weights.checkpoint.fetch_plan import (
+    FetchPlan,
+    has_whole_objects,
+    model_tensors,
+)
 from paraserve_backend.weights.tiers.layout import FILES
 
 _FOLDER = "engine"

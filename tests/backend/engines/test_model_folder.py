@@ -15,13 +15,14 @@ from paraserve_backend.engines.model_folder import link_model
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.roles.weights import Fetched
 from paraserve_backend.telemetry.spans import SpanFile
-from paraserve_backend.weights.checkpoint.fetch_plan import coalesce, plan_fetch
-from paraserve_backend.weights.checkpoint.index import read_index
-from paraserve_backend.weights.checkpoint.whole import (
+from paraserve_backend.weights.checkpoint.fetch_plan import (
+    coalesce,
     has_whole_objects,
     model_tensors,
+    plan_fetch,
     whole_objects,
 )
+from paraserve_backend.weights.checkpoint.index import read_index
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.reader import TierReader

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 
@@ -273,3 +273,49 @@ def _check_tensors(plan: FetchPlan) -> None:
         if key not in sizes or not ends[key] <= tensor.start <= tensor.end <= sizes[key]:
             raise ValueError(f"tensor {tensor.name} overlaps another or is outside its object")
         ends[key] = tensor.end
+
+
+#: Begins the names of bytes that are no tensor of the model, as no tensor's name does.
+_FILLER = "\0bytes/"
+
+
+def whole_objects(index: CheckpointIndex) -> tuple[TensorEntry, ...]:
+    """Return the index's tensors as they are stored, and entries for all bytes between them.
+
+    It takes the place of `stage_tensors` in `plan_fetch`: the objects of such a plan have no holes.
+    """
+    return tuple(entry for stored in index.objects for entry in _entries(index, stored))
+
+
+def model_tensors(plan: FetchPlan) -> Iterator[TensorEntry]:
+    """Yield what `plan` has of the model itself."""
+    return (entry for entry in plan.tensors if not entry.name.startswith(_FILLER))
+
+
+def has_whole_objects(plan: FetchPlan) -> bool:
+    size_bytes = sum(stored.size_bytes for stored in plan.objects)
+    # Tensors of a plan never overlap.
+    return plan.total_bytes == size_bytes
+
+
+def _entries(index: CheckpointIndex, stored: StoredObject) -> Iterator[TensorEntry]:
+    tensors = [tensor for tensor in index.tensors.values() if tensor.object_key == stored.key]
+    position = 0
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.start > position:
+            yield _filler(stored, position, tensor.start)
+        yield tensor
+        position = tensor.end
+    if position < stored.size_bytes:
+        yield _filler(stored, position, stored.size_bytes)
+
+
+def _filler(stored: StoredObject, start: int, end: int) -> TensorEntry:
+    return TensorEntry(
+        name=f"{_FILLER}{stored.key}/{start}",
+        dtype="U8",
+        shape=(end - start,),
+        object_key=stored.key,
+        start=start,
+        end=end,
+    )
