@@ -32,7 +32,7 @@ from paraserve_backend.weights.tiers.disk_format import (
     whole_blocks,
     write_extent,
 )
-from paraserve_backend.weights.tiers.folders import lock_folder
+from paraserve_backend.weights.tiers.filesystem import lock_folder
 from paraserve_backend.weights.tiers.holdings import TierObject
 from paraserve_backend.weights.tiers.layout import OBJECTS
 

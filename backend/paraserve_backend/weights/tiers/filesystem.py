@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 from pathlib import Path
 
 from paraserve_backend.byte_ranges import Span
+from paraserve_backend.errors import AlreadyExists
 
 # From linux/falloc.h; the os module has no call for it.
 _FALLOC_FL_KEEP_SIZE = 1
@@ -53,3 +55,19 @@ def free_bytes(directory: Path) -> int:
 def used_bytes(path: Path) -> int:
     """Return the memory or disk that a file takes, holes not counted."""
     return path.stat().st_blocks * 512
+
+
+def lock_folder(directory: Path) -> int:
+    """Return what holds the lock until it is closed, or the process ends.
+
+    Raises `AlreadyExists` where another process has it.
+    """
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise AlreadyExists(
+            f"another agent uses the tier {directory}: give each agent its own"
+        ) from None
+    return fd

@@ -38,9 +38,9 @@ from paraserve_backend.weights.tiers.filesystem import (
     first_hole,
     free_bytes,
     free_span,
+    lock_folder,
     used_bytes,
 )
-from paraserve_backend.weights.tiers.folders import lock_folder
 from paraserve_backend.weights.tiers.holdings import (
     Claim,
     Holding,
