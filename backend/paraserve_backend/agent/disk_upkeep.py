@@ -14,8 +14,12 @@ from contextlib import suppress
 from paraserve_backend.byte_ranges import Span, cut, subtract
 from paraserve_backend.errors import NotFound
 from paraserve_backend.weights.tiers.disk import DiskTier
-from paraserve_backend.weights.tiers.disk_folder import Held
-from paraserve_backend.weights.tiers.disk_format import EXTENT_BYTES, DamagedExtent, aligned_buffer
+from paraserve_backend.weights.tiers.disk_format import (
+    EXTENT_BYTES,
+    DamagedExtent,
+    Held,
+    aligned_buffer,
+)
 from paraserve_backend.weights.tiers.holdings import TierObject
 from paraserve_backend.weights.tiers.memory import Tier
 

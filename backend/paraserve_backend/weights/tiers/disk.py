@@ -17,19 +17,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from paraserve_backend.byte_ranges import Span, merge, within
-from paraserve_backend.weights.tiers.disk_folder import (
+from paraserve_backend.weights.tiers.disk_format import (
+    DamagedExtent,
+    DiskExtent,
     Held,
     Identity,
     disk_problems,
     object_folders,
-    strange_files,
-    whole_extents,
-)
-from paraserve_backend.weights.tiers.disk_format import (
-    DamagedExtent,
-    DiskExtent,
     read_extent,
+    strange_files,
     whole_blocks,
+    whole_extents,
     write_extent,
 )
 from paraserve_backend.weights.tiers.filesystem import lock_folder

@@ -7,19 +7,22 @@ Which extents there are, and which go first, is `paraserve_backend.weights.tiers
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from paraserve_backend.byte_ranges import Span
 from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES
+from paraserve_backend.weights.sources.base import StoredObject, check_key
+from paraserve_backend.weights.tiers.layout import OBJECTS, object_name, write_atomically
 
 #: Extents end at multiples of this in their object, as a fetch's parts do.
 EXTENT_BYTES = DEFAULT_PART_BYTES
@@ -168,3 +171,81 @@ def _write_all(fd: int, view: memoryview) -> None:
 def whole_blocks(size_bytes: int) -> int:
     """Return what a file of `size_bytes` takes."""
     return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+_OBJECT = "object.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """One extent of the object with this file name."""
+
+    name: str
+    extent: DiskExtent
+
+    def path(self, directory: Path) -> Path:
+        return directory / OBJECTS / self.name / self.extent.file_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """The object version that a folder is for."""
+
+    source_uri: str
+    stored: StoredObject
+
+    @property
+    def name(self) -> str:
+        return object_name(self.source_uri, self.stored)
+
+    def make_folder(self, directory: Path) -> Path:
+        """Make the folder for this object's extents, if it is not there."""
+        folder = directory / OBJECTS / self.name
+        if not (folder / _OBJECT).exists():
+            folder.mkdir(exist_ok=True)
+            write_atomically(folder / _OBJECT, json.dumps(asdict(self)).encode())
+        return folder
+
+    @classmethod
+    def read(cls, folder: Path) -> Identity | None:
+        """Return what `make_folder` wrote; `None` where the folder is not one of these."""
+        try:
+            fields = json.loads((folder / _OBJECT).read_bytes())
+            stored = StoredObject(**fields["stored"])
+            check_key(stored.key)
+            found = cls(source_uri=fields["source_uri"], stored=stored)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return found if found.name == folder.name else None
+
+
+def object_folders(directory: Path) -> list[Path]:
+    return sorted((directory / OBJECTS).iterdir())
+
+
+def whole_extents(folder: Path) -> Iterator[tuple[int, Held]]:
+    """Yield when each extent of an object was used (ns) and it, if its file has the right size."""
+    for path in folder.iterdir():
+        extent = DiskExtent.parse(path.name)
+        if extent is not None and path.stat().st_size == extent.size_bytes:
+            yield path.stat().st_mtime_ns, Held(name=folder.name, extent=extent)
+
+
+def strange_files(folder: Path, known: Iterable[Held]) -> list[Path]:
+    """Return the files in an object's folder that are neither `known` nor its identity."""
+    expected = {_OBJECT, *(held.extent.file_name for held in known if held.name == folder.name)}
+    return sorted(path for path in folder.iterdir() if path.name not in expected)
+
+
+def disk_problems(directory: Path, known: Iterable[Held]) -> Iterator[str]:
+    """Yield one sentence for everything in the folder that is not as `known` says."""
+    known = tuple(known)
+    for folder in object_folders(directory):
+        for path in strange_files(folder, known):
+            yield f"{path} is no whole extent that is known"
+    for held in known:
+        path = held.path(directory)
+        if not path.exists():
+            yield f"{path} is missing"
+        elif path.stat().st_size != held.extent.size_bytes:
+            yield f"{path} has {path.stat().st_size} bytes"

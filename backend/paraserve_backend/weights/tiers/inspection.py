@@ -11,14 +11,16 @@ from paraserve_backend.byte_ranges import Span, merge
 from paraserve_backend.errors import NotFound
 from paraserve_backend.weights.sources.base import StoredObject
 from paraserve_backend.weights.tiers.cache_index import CACHE, CachedObject
-from paraserve_backend.weights.tiers.disk_folder import (
+from paraserve_backend.weights.tiers.disk_format import (
+    DamagedExtent,
     Held,
     Identity,
+    aligned_buffer,
     object_folders,
+    read_extent,
     strange_files,
     whole_extents,
 )
-from paraserve_backend.weights.tiers.disk_format import DamagedExtent, aligned_buffer, read_extent
 from paraserve_backend.weights.tiers.filesystem import used_bytes
 from paraserve_backend.weights.tiers.holdings import TierObject, object_problems
 from paraserve_backend.weights.tiers.layout import (
