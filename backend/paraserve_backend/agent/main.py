@@ -18,7 +18,7 @@ from typing import Any
 import grpc.aio
 
 from paraserve_backend.agent.config import AgentConfig
-from paraserve_backend.agent.disk_upkeep import DiskUpkeep
+from paraserve_backend.agent.disk_upkeep import DiskUpkeep, Upkeep
 from paraserve_backend.agent.fetches import Fetches, FetchLimits
 from paraserve_backend.agent.hardware import devices_of, node_info, usable_bytes
 from paraserve_backend.agent.parts.models import Node
@@ -27,7 +27,6 @@ from paraserve_backend.agent.peer_server import PeerServer, RateLimit
 from paraserve_backend.agent.registration import Registration, SchedulerClient
 from paraserve_backend.agent.service import AgentService
 from paraserve_backend.agent.slots import SlotLimits, Slots
-from paraserve_backend.agent.upkeep import Upkeep
 from paraserve_backend.agent.watchdog import Watchdog
 from paraserve_backend.channel.keys import KeyStore
 from paraserve_backend.daemon.settings import parse_arguments, read_token

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from paraserve_backend.agent.disk_upkeep import DiskUpkeep
-from paraserve_backend.agent.upkeep import Upkeep
+from paraserve_backend.agent.disk_upkeep import DiskUpkeep, Upkeep
 from paraserve_backend.weights.tiers.disk import DiskTier
 from paraserve_backend.weights.tiers.disk_format import EXTENT_BYTES
 from paraserve_backend.weights.tiers.memory import Tier
