@@ -20,8 +20,7 @@ import torch
 
 from paraserve_backend.engines.native.model.dtypes import TORCH_DTYPE
 from paraserve_backend.engines.native.model.kv_cache import BLOCK_SIZE, KvCache
-from paraserve_backend.engines.native.model.stage import StageModel
-from paraserve_backend.engines.native.model.stage_model import StageEngine
+from paraserve_backend.engines.native.model.stage import StageEngine, StageModel
 from paraserve_backend.protocol.forward import (
     ForwardBatch,
     ForwardResult,

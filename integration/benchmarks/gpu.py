@@ -39,7 +39,7 @@ from paraserve_backend.agent.hardware import available_bytes
 from paraserve_backend.architectures.spec import ModelSpec
 from paraserve_backend.engines.native.model.kv_cache import BLOCK_SIZE, KvCache
 from paraserve_backend.engines.native.model.kv_transfer import KvExporter, KvImporter
-from paraserve_backend.engines.native.model.stage_model import StageEngine
+from paraserve_backend.engines.native.model.stage import StageEngine
 from paraserve_backend.engines.native.model.weights import WeightLoader
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.protocol.forward import Export

@@ -16,8 +16,7 @@ from transformers.utils import logging as transformers_logging
 from paraserve_backend.architectures.registry import model_spec
 from paraserve_backend.architectures.spec import ModelSpec
 from paraserve_backend.engines.native.model.kv_cache import KvCache
-from paraserve_backend.engines.native.model.stage import StageModel
-from paraserve_backend.engines.native.model.stage_model import StageEngine
+from paraserve_backend.engines.native.model.stage import StageEngine, StageModel
 from paraserve_backend.protocol.forward import (
     ForwardBatch,
     ForwardResult,

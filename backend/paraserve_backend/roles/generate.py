@@ -36,7 +36,7 @@ from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.roles.weights import Fetched, open_weights, read_spec
 
 if TYPE_CHECKING:
-    from paraserve_backend.engines.native.model.stage_model import StageEngine
+    from paraserve_backend.engines.native.model.stage import StageEngine
 
 
 class GenerateRole:

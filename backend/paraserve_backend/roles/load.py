@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 
 from paraserve_backend.engines.native.model.kv_cache import KvCache
-from paraserve_backend.engines.native.model.stage import StageModel
-from paraserve_backend.engines.native.model.stage_model import StageEngine
+from paraserve_backend.engines.native.model.stage import StageEngine, StageModel
 from paraserve_backend.engines.native.model.weights import WeightLoader
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.names import LayerRange

@@ -24,8 +24,9 @@ from paraserve_backend.engines.native.model.kv_cache import KvCache
 from paraserve_backend.engines.native.model.layers import DecoderLayer, LayerParameters
 from paraserve_backend.engines.native.model.ops import Parameters
 from paraserve_backend.engines.native.model.rope import RotaryTable
+from paraserve_backend.engines.native.model.sampler import sample
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
-from paraserve_backend.protocol.forward import ForwardBatch
+from paraserve_backend.protocol.forward import ForwardBatch, ForwardResult
 from paraserve_backend.protocol.names import LayerRange
 
 
@@ -185,4 +186,25 @@ def _check_length(spec: ModelSpec, batch: ForwardBatch) -> None:
     if end > spec.context_length:
         raise InvalidRequest(
             f"A row ends at position {end}, but the model has {spec.context_length} positions."
+        )
+
+
+class StageEngine:
+    def __init__(self, model: StageModel) -> None:
+        self.model = model
+
+    def step(self, batch: ForwardBatch, inputs: torch.Tensor) -> torch.Tensor | ForwardResult:
+        """One forward pass; arguments and errors are those of `StageModel.forward`.
+
+        Returns:
+            Hidden states for the next stage, or on the last stage the chosen tokens.
+        """
+        outputs = self.model.forward(batch, inputs)
+        if not self.model.layers.is_last:
+            return outputs
+        sampled = [(row, row.sampling) for row in batch.rows if row.sampling is not None]
+        return sample(
+            outputs,
+            [sampling for _, sampling in sampled],
+            [row.start + row.num_tokens for row, _ in sampled],
         )
