@@ -19,9 +19,13 @@ from paraserve_backend.architectures.tensors import (
 from paraserve_backend.engines.native.model.attention import CachedAttention
 from paraserve_backend.engines.native.model.attention_metadata import plan_attention
 from paraserve_backend.engines.native.model.dtypes import TORCH_DTYPE
-from paraserve_backend.engines.native.model.ends import Embedding, Head
 from paraserve_backend.engines.native.model.kv_cache import KvCache
-from paraserve_backend.engines.native.model.layers import DecoderLayer, LayerParameters
+from paraserve_backend.engines.native.model.layers import (
+    DecoderLayer,
+    Embedding,
+    Head,
+    LayerParameters,
+)
 from paraserve_backend.engines.native.model.ops import Parameters
 from paraserve_backend.engines.native.model.rope import RotaryTable
 from paraserve_backend.engines.native.model.sampler import sample
