@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from paraserve_backend.engines.native.model.dtypes import TORCH_DTYPE
 from paraserve_backend.engines.native.model.kv_cache import BLOCK_SIZE, KvCache
 from paraserve_backend.engines.native.model.stage import StageEngine, StageModel
+from paraserve_backend.engines.native.model.tensors import TORCH_DTYPE
 from paraserve_backend.protocol.forward import (
     ForwardBatch,
     ForwardResult,

@@ -21,9 +21,12 @@ from paraserve_backend.channel.transport import (
     FrameKind,
     relay,
 )
-from paraserve_backend.engines.native.model.dtypes import TORCH_DTYPE
 from paraserve_backend.engines.native.model.kv_transfer import KvExporter
-from paraserve_backend.engines.native.model.tensors import hidden_from_bytes, hidden_to_bytes
+from paraserve_backend.engines.native.model.tensors import (
+    TORCH_DTYPE,
+    hidden_from_bytes,
+    hidden_to_bytes,
+)
 from paraserve_backend.errors import InvalidRequest, ParaServeError
 from paraserve_backend.protocol.forward import Export, ForwardBatch, ForwardResult
 from paraserve_backend.protocol.forward_codec import decode_batch, encode_result

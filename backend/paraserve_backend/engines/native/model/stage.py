@@ -18,7 +18,6 @@ from paraserve_backend.architectures.tensors import (
 )
 from paraserve_backend.engines.native.model.attention import CachedAttention
 from paraserve_backend.engines.native.model.attention_metadata import plan_attention
-from paraserve_backend.engines.native.model.dtypes import TORCH_DTYPE
 from paraserve_backend.engines.native.model.kv_cache import KvCache
 from paraserve_backend.engines.native.model.layers import (
     DecoderLayer,
@@ -29,6 +28,7 @@ from paraserve_backend.engines.native.model.layers import (
 from paraserve_backend.engines.native.model.ops import Parameters
 from paraserve_backend.engines.native.model.rope import RotaryTable
 from paraserve_backend.engines.native.model.sampler import sample
+from paraserve_backend.engines.native.model.tensors import TORCH_DTYPE
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.protocol.forward import ForwardBatch, ForwardResult
 from paraserve_backend.protocol.names import LayerRange

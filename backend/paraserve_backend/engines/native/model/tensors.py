@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from paraserve_backend.protocol.names import Dtype
+
 
 def hidden_to_bytes(hidden: torch.Tensor) -> npt.NDArray[np.uint8]:
     """Return the tensor's own memory where it lies on the CPU."""
@@ -36,3 +38,10 @@ def hidden_from_bytes(
     # torch has no read-only tensors and warns; frames and Triton's tensors are writable.
     owned = flat if flat.flags.writeable else flat.copy()
     return torch.frombuffer(owned, dtype=dtype).view(tokens, hidden_size)
+
+
+TORCH_DTYPE = {
+    Dtype.FLOAT32: torch.float32,
+    Dtype.BFLOAT16: torch.bfloat16,
+    Dtype.FLOAT16: torch.float16,
+}
