@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING
 from paraserve_backend.architectures.spec import ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.channel.mailbox import open_mailbox
-from paraserve_backend.engines.native.batcher import Batcher, BatchingLimits, ScheduledBatch
-from paraserve_backend.engines.native.block_pool import BlockPool
+from paraserve_backend.engines.native.batcher import (
+    Batcher,
+    BatchingLimits,
+    BlockPool,
+    ScheduledBatch,
+)
 from paraserve_backend.engines.native.handover_source import Departures
 from paraserve_backend.engines.native.handover_target import Arrivals, Write
 from paraserve_backend.engines.native.loop import (

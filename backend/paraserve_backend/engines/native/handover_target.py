@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from paraserve_backend.engines.native.block_pool import BlockPool
+from paraserve_backend.engines.native.batcher import BlockPool
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.hand_over import (
     Accepted,

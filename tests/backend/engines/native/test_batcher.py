@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraserve_backend.engines.native.batcher import Batcher, BatchingLimits, ScheduledBatch
-from paraserve_backend.engines.native.block_pool import BlockPool
+from paraserve_backend.engines.native.batcher import (
+    Batcher,
+    BatchingLimits,
+    BlockPool,
+    ScheduledBatch,
+)
 from paraserve_backend.generation.history import History
 from paraserve_backend.generation.sequence import Sequence
 from paraserve_backend.protocol.forward import ForwardResult, Sampling, Steering

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from paraserve_backend.engines.native.block_pool import BlockPool
+from paraserve_backend.engines.native.batcher import BlockPool
 from paraserve_backend.engines.native.handover_target import Arrivals
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.hand_over import (

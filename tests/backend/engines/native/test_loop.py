@@ -13,8 +13,12 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from paraserve_backend.engines.native.batcher import Batcher, BatchingLimits, ScheduledBatch
-from paraserve_backend.engines.native.block_pool import BlockPool
+from paraserve_backend.engines.native.batcher import (
+    Batcher,
+    BatchingLimits,
+    BlockPool,
+    ScheduledBatch,
+)
 from paraserve_backend.engines.native.handover_source import Departures
 from paraserve_backend.engines.native.handover_target import Arrivals
 from paraserve_backend.engines.native.loop import GenerateLoop, LoopState, Request
