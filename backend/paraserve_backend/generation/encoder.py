@@ -12,8 +12,7 @@ from tokenizers import Tokenizer
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.answer import Answer
-from paraserve_backend.generation.history import History
-from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.generation.sequence import History, Sequence
 from paraserve_backend.generation.text import Detokenizer, StopWords
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume

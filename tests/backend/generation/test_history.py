@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from paraserve_backend.engines.native.model.sampler import steer
-from paraserve_backend.generation.history import History
+from paraserve_backend.generation.sequence import History
 from paraserve_backend.protocol.forward import Sampling, Steering
 
 VOCAB_SIZE = 6

@@ -15,8 +15,7 @@ from paraserve_backend.engines.native.batcher import (
     BlockPool,
     ScheduledBatch,
 )
-from paraserve_backend.generation.history import History
-from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.generation.sequence import History, Sequence
 from paraserve_backend.protocol.forward import ForwardResult, Sampling, Steering
 
 BLOCK_SIZE = 4
