@@ -14,8 +14,7 @@ from contextlib import ExitStack
 from paraserve_backend.architectures.spec import ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.engines.base import Engine, EngineSettings
-from paraserve_backend.engines.host import EngineHost
-from paraserve_backend.engines.jobs import Job, engine_request
+from paraserve_backend.engines.host import EngineHost, Job, engine_request
 from paraserve_backend.engines.model_folder import link_model
 from paraserve_backend.engines.native.loop import Gauges, Reply
 from paraserve_backend.engines.process_guard import ProcessGuard
