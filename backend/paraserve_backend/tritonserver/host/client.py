@@ -5,6 +5,7 @@ Knows nothing of parts. One call is one request; waiting and clean-up are in `un
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +16,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as service
 
+from paraserve_backend import errors
 from paraserve_backend.errors import (
     BY_CODE,
     DeadlineExceeded,
@@ -25,7 +27,6 @@ from paraserve_backend.errors import (
 )
 from paraserve_backend.protocol.names import REPLICA_PARAMETER
 from paraserve_backend.rpc.errors import is_connection_lost
-from paraserve_backend.tritonserver.host.load_error import load_error
 
 #: For calls that Triton answers at once; loads and unloads may take as long as the model does.
 _ANSWER_TIMEOUT_S = 5.0
@@ -218,3 +219,38 @@ def _key_metadata(key: str | None) -> tuple[tuple[str, str], ...]:
         return ()
     name, _, secret = key.partition("=")
     return ((f"triton-grpc-protocol-{name}", secret),)
+
+
+# What Triton 2.51 says: "load failed for model 'm': version 1 is at UNAVAILABLE state: Internal:
+# TritonModelException: INVALID_ARGUMENT: Tensor x is missing.\n\nAt:\n  /.../model.py(7): ...\n;\n"
+_PREAMBLE = re.compile(r"^load failed for model '[^']*': (?:version \d+ is at \w+ state: )?")
+_STATUS = re.compile(r"^(?:Internal|Invalid argument|Unavailable|Not found|Unsupported): ")
+_EXCEPTION = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Z]\w*): ")
+_DEAD_STUB = re.compile(r"Stub process '[^']*' is not healthy")
+_OWN: dict[str, type[errors.ParaServeError]] = {
+    name: value
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, errors.ParaServeError)
+}
+
+
+def load_error(model: str, details: str) -> errors.ParaServeError:
+    """Return what made `model` fail: our own exception again where the model raised one."""
+    if _DEAD_STUB.search(details):
+        return errors.Unavailable(f"The process of model {model} died while it loaded.")
+    text = _STATUS.sub("", _PREAMBLE.sub("", _without_traceback(details)))
+    exception = _EXCEPTION.match(text)
+    kind = exception.group(1) if exception else ""
+    if kind in _OWN and exception:
+        return _OWN[kind](text[exception.end() :])
+    if kind == "TritonModelException" and exception:
+        text = text[exception.end() :]
+    coded = errors.read_coded(text)
+    if coded and coded[0] in errors.BY_CODE:
+        return errors.BY_CODE[coded[0]](coded[1])
+    return errors.ParaServeError(f"Model {model} failed to load: {text}")
+
+
+def _without_traceback(details: str) -> str:
+    text = details.partition("\n\nAt:\n")[0]
+    return " ".join(text.split()).rstrip(";").strip()

@@ -10,7 +10,7 @@ from paraserve_backend.errors import (
     SourceUnavailable,
     Unavailable,
 )
-from paraserve_backend.tritonserver.host.load_error import load_error
+from paraserve_backend.tritonserver.host.client import load_error
 
 _PREAMBLE = "load failed for model 'm': version 1 is at UNAVAILABLE state: "
 
