@@ -28,8 +28,8 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
 from paraserve_backend.tritonserver.host.client import TritonClient
+from paraserve_backend.tritonserver.host.model_config import places, slot_files
 from paraserve_backend.tritonserver.host.repository import ModelRepository
-from paraserve_backend.tritonserver.host.slot_models import places, slot_files
 from paraserve_backend.tritonserver.host.stubs import ProcessTable
 
 FIRST, SECOND = "llama-sharded", "qwen3-odd"

@@ -19,8 +19,8 @@ from typing import NoReturn
 
 from paraserve_backend.daemon.tasks import finish_all, in_thread
 from paraserve_backend.errors import ParaServeError
+from paraserve_backend.tritonserver.host.model_config import SlotPlace, places, slot_files
 from paraserve_backend.tritonserver.host.repository import ModelRepository
-from paraserve_backend.tritonserver.host.slot_models import SlotPlace, places, slot_files
 from paraserve_backend.tritonserver.host.stubs import Stub
 from paraserve_backend.tritonserver.host.unloader import Unloader
 

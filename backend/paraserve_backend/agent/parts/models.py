@@ -20,8 +20,8 @@ from paraserve_backend.daemon.tasks import finish_all, in_thread
 from paraserve_backend.errors import DeadlineExceeded, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.tritonserver.host.client import ModelState
+from paraserve_backend.tritonserver.host.model_config import slotted_model, with_steps
 from paraserve_backend.tritonserver.host.repository import ModelRepository
-from paraserve_backend.tritonserver.host.slot_models import slotted_model, with_steps
 from paraserve_backend.tritonserver.host.stubs import Stub
 from paraserve_backend.tritonserver.host.unloader import Unloader
 

@@ -11,7 +11,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from paraserve_backend.protocol.names import SlotKind
 from paraserve_backend.protocol.parameters import SlotConfig, read_config
-from paraserve_backend.tritonserver.host.slot_models import (
+from paraserve_backend.tritonserver.host.model_config import (
     SlotPlace,
     places,
     slot_files,
