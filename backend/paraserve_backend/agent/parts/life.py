@@ -11,9 +11,8 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from paraserve_backend.agent.fetches import Fetching, FetchRequest
-from paraserve_backend.agent.parts.failure import failure_of, first_cause
 from paraserve_backend.agent.parts.models import Node, PartModels
-from paraserve_backend.agent.parts.progress import Progress
+from paraserve_backend.agent.parts.progress import Progress, failure_of, first_cause
 from paraserve_backend.daemon.tasks import in_thread
 from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from paraserve_backend.agent.parts.failure import failure_of, first_cause
+from paraserve_backend.agent.parts.progress import failure_of, first_cause
 from paraserve_backend.errors import (
     InvalidCheckpoint,
     InvalidRequest,
