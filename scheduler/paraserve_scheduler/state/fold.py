@@ -38,8 +38,12 @@ from paraserve_scheduler.state.events import (
     SchedulerStalled,
     SlotsRefused,
 )
-from paraserve_scheduler.state.fold_reports import demand_reported
-from paraserve_scheduler.state.measurements import measured_decode, measured_part, measured_ready
+from paraserve_scheduler.state.fold_reports import (
+    demand_reported,
+    measured_decode,
+    measured_part,
+    measured_ready,
+)
 from paraserve_scheduler.state.view import (
     ClusterView,
     DeploymentState,

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from paraserve_scheduler.state.calibration import (
+    Calibration,
+    StageTimes,
+    blend,
+    stage_times,
+)
 from paraserve_scheduler.state.events import DemandReported
 from paraserve_scheduler.state.learned import DemandHistory
-from paraserve_scheduler.state.measurements import measured_first_token, measured_tpot
 from paraserve_scheduler.state.view import (
     ClusterView,
     Demand,
     DeploymentState,
     GatewayState,
+    Phase,
+    Replica,
 )
 
 
@@ -92,3 +99,84 @@ def _history(
         elapsed_s=elapsed_s,
         at_s=at_s,
     )
+
+
+def times_of(replica: Replica, stage: int) -> StageTimes:
+    part = replica.parts[stage]
+    return stage_times(part.spans, part.fetched_bytes)
+
+
+def measured_part(view: ClusterView, replica: Replica, stage: int) -> ClusterView:
+    """The view once a stage is ready: how long its process took, and how fast its fetch was."""
+    times, name = times_of(replica, stage), replica.plan.stages[stage].node
+    node = view.nodes.get(name)
+    if node is None:
+        return view
+    if times.runtime_s is not None:
+        known = view.calibrations.get(node.info.kind, Calibration())
+        view = _with(
+            view, node.info.kind, known.with_runtime(times.runtime_s, used_slot=times.used_slot)
+        )
+    # Fetches at the same time share the card, and those in the background hold back.
+    is_alone = not view.running_fetches(name) and not replica.plan.background
+    if times.bytes_per_s is None or not is_alone:
+        return view
+    measured = replace(node, fetch_bytes_per_s=blend(node.fetch_bytes_per_s, times.bytes_per_s))
+    return replace(view, nodes={**view.nodes, name: measured})
+
+
+def measured_ready(view: ClusterView, replica: Replica, at_s: float) -> ClusterView:
+    """The view once all stages are ready: what came after the last bytes and processes."""
+    stages = [times_of(replica, stage) for stage in range(len(replica.parts))]
+    needed_s = max(max(it.runtime_s or 0.0, it.fetch_s or 0.0) for it in stages)
+    if needed_s == 0:
+        return view
+    tail_s = max(0.0, at_s - replica.planned_s - needed_s)
+    for kind in _kinds(view, replica):
+        known = view.calibrations.get(kind, Calibration())
+        view = _with(view, kind, known.with_tail(tail_s))
+    return view
+
+
+def measured_first_token(view: ClusterView, name: str, time_s: float) -> ClusterView:
+    """The view after a gateway has told when a replica's first token came."""
+    replica = view.replicas.get(name)
+    if replica is None or replica.first_token_s is not None:
+        return view
+    changed = replace(replica, first_token_s=time_s)
+    view = replace(view, replicas={**view.replicas, name: changed})
+    if replica.ready_s is None or replica.plan.succeeds is not None:
+        return view
+    # Clocks of two machines may differ a little.
+    took_s = max(0.0, time_s - replica.ready_s)
+    state = view.deployments[replica.deployment]
+    state = replace(state, first_pass_s=blend(state.first_pass_s, took_s))
+    return replace(view, deployments={**view.deployments, state.name: state})
+
+
+def measured_tpot(view: ClusterView, name: str, tpot_s: float) -> ClusterView:
+    """The view after a gateway has told how fast a replica's tokens come."""
+    replica = view.replicas.get(name)
+    if replica is None or replica.phase is not Phase.READY:
+        return view
+    return replace(view, replicas={**view.replicas, name: replace(replica, tpot_s=tpot_s)})
+
+
+def measured_decode(view: ClusterView, replica: Replica) -> ClusterView:
+    """The view when a replica stops: how well its time per token was predicted."""
+    if replica.prediction is None or replica.tpot_s is None:
+        return view
+    for kind in _kinds(view, replica):
+        known = view.calibrations.get(kind, Calibration())
+        ratio = (known.decode_ratio or 1.0) * replica.tpot_s / replica.prediction.tpot_s
+        view = _with(view, kind, known.with_decode_ratio(ratio))
+    return view
+
+
+def _kinds(view: ClusterView, replica: Replica) -> set[str]:
+    nodes = [view.nodes[stage.node] for stage in replica.plan.stages if stage.node in view.nodes]
+    return {node.info.kind for node in nodes}
+
+
+def _with(view: ClusterView, kind: str, calibration: Calibration) -> ClusterView:
+    return replace(view, calibrations={**view.calibrations, kind: calibration})
