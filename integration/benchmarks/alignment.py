@@ -62,7 +62,7 @@ from paraserve_scheduler.simulator.description import (
 )
 from paraserve_scheduler.simulator.workload import Lengths, Request, Tokens
 from paraserve_scheduler.simulator.world import Simulation
-from paraserve_scheduler.state.calibration import StageTimes
+from paraserve_scheduler.state.learned import StageTimes
 from paraserve_scheduler.state.plans import DeploymentSpec
 
 #: 1 GB in bf16.

@@ -33,7 +33,7 @@ from paraserve_scheduler.planner.fleet import (
 )
 from paraserve_scheduler.reconciler.capacity import device_of, is_usable
 from paraserve_scheduler.reconciler.placement import LEAST_PORTS, least_kv_blocks
-from paraserve_scheduler.state.calibration import Calibration
+from paraserve_scheduler.state.learned import Calibration
 from paraserve_scheduler.state.plans import Deployment
 from paraserve_scheduler.state.view import (
     ClusterView,

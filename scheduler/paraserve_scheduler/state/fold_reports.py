@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from paraserve_scheduler.state.calibration import (
+from paraserve_scheduler.state.events import DemandReported
+from paraserve_scheduler.state.learned import (
     Calibration,
+    DemandHistory,
     StageTimes,
     blend,
     stage_times,
 )
-from paraserve_scheduler.state.events import DemandReported
-from paraserve_scheduler.state.learned import DemandHistory
 from paraserve_scheduler.state.view import (
     ClusterView,
     Demand,

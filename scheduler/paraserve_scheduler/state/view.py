@@ -12,8 +12,7 @@ from enum import StrEnum
 
 from paraserve_backend.telemetry.spans import Span
 from paraserve_scheduler.planner.fleet import Prediction
-from paraserve_scheduler.state.calibration import Calibration
-from paraserve_scheduler.state.learned import DemandHistory
+from paraserve_scheduler.state.learned import Calibration, DemandHistory
 from paraserve_scheduler.state.plans import Deployment, ReplicaPlan, StagePlan
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.telemetry.spans import Span
-from paraserve_scheduler.state.calibration import StageTimes, stage_times
+from paraserve_scheduler.state.learned import StageTimes, stage_times
 
 _MB = 1e6
 
