@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paraserve_scheduler.planner.bandwidth import Claim, LinkForecast
-from paraserve_scheduler.planner.fetch_time import Amounts, Inflow
-from paraserve_scheduler.planner.holders import Holders
+from paraserve_scheduler.planner.fetch_time import Amounts, Holders, Inflow
 from tests.support.fleets import GB, make_model
 
 _RATES = st.floats(0.5, 20)
