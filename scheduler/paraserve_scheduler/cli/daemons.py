@@ -10,7 +10,7 @@ from collections.abc import Sequence
 DAEMONS = {
     "agent": ("paraserve_backend.agent.main", "on every node beside its Triton server"),
     "scheduler": ("paraserve_scheduler.control_plane.main", "once per cluster; runs a gateway too"),
-    "gateway": ("paraserve_scheduler.gateway.main", "the address clients talk to"),
+    "gateway": ("paraserve_scheduler.gateway.server", "the address clients talk to"),
 }
 
 

@@ -96,7 +96,7 @@ def _listen(address: str, token: str | None) -> tuple[grpc.aio.Server, int]:
 
 async def _run_gateway(config: SchedulerConfig, port: int) -> None:
     # A scheduler without a gateway needs none of its packages.
-    from paraserve_scheduler.gateway.main import run as run_gateway
+    from paraserve_scheduler.gateway.server import run as run_gateway
 
     own = GatewayConfig(scheduler_address=f"127.0.0.1:{port}", token_file=config.token_file)
     await run_gateway(config.gateway or own)

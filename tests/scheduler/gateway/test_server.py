@@ -102,7 +102,7 @@ def test_a_gateway_process_serves_until_it_is_told_to_stop(tmp_path: Path) -> No
     config.write_text(
         f"scheduler_address: 127.0.0.1:1\nhttp_address: 127.0.0.1:{port}\n", encoding="utf-8"
     )
-    code = "import sys; from paraserve_scheduler.gateway.main import main; main(sys.argv[1:])"
+    code = "import sys; from paraserve_scheduler.gateway.server import main; main(sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "--config", str(config), "--grpc-address", "127.0.0.1:0"],
         stderr=subprocess.PIPE,
