@@ -19,8 +19,7 @@ from paraserve_backend.daemon.settings import parse_arguments, read_token
 from paraserve_backend.errors import InvalidRequest
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
-from paraserve_scheduler.gateway.frontends.grpc_health import HealthCheck
-from paraserve_scheduler.gateway.frontends.grpc_service import GrpcService
+from paraserve_scheduler.gateway.frontends.grpc_service import GrpcService, HealthCheck
 from paraserve_scheduler.gateway.frontends.http_service import HttpService
 from paraserve_scheduler.gateway.frontends.request_reader import RequestReader, server_options
 from paraserve_scheduler.gateway.kserve.statistics import Statistics

@@ -16,7 +16,7 @@ import pytest
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
-from paraserve_scheduler.gateway.frontends.grpc_health import NOT_SERVING, SERVING
+from paraserve_scheduler.gateway.frontends.grpc_service import NOT_SERVING, SERVING
 from paraserve_scheduler.gateway.server import Gateway, split_address
 from tests.support.gateway import (
     DEPLOYMENT,
