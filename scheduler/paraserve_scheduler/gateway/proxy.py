@@ -16,9 +16,8 @@ from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
 from paraserve_scheduler.gateway.kserve import normalisation as batch_dimension
 from paraserve_scheduler.gateway.kserve.errors import ReplicaLost
-from paraserve_scheduler.gateway.kserve.normalisation import Send
+from paraserve_scheduler.gateway.kserve.normalisation import Send, take_time_limit_us, time_limit
 from paraserve_scheduler.gateway.kserve.statistics import RequestTimes, Statistics
-from paraserve_scheduler.gateway.kserve.time_limit import take_time_limit_us, time_limit
 from paraserve_scheduler.gateway.kserve.validation import validate
 from paraserve_scheduler.gateway.resumption import Journey
 from paraserve_scheduler.gateway.routes import Routes

@@ -14,7 +14,7 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import DeadlineExceeded
-from paraserve_scheduler.gateway.kserve.time_limit import take_time_limit_us, time_limit
+from paraserve_scheduler.gateway.kserve.normalisation import take_time_limit_us, time_limit
 from tests.support.gateway import (
     DEPLOYMENT,
     Cluster,

@@ -4,12 +4,15 @@ frontend send: off the inputs, as replicas take them, and back onto the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from tritonclient.grpc import service_pb2 as kserve
 
-from paraserve_backend.errors import InvalidRequest
-from paraserve_scheduler.gateway.kserve.validation import INPUT_SPECS, PROMPTS
+from paraserve_backend.errors import DeadlineExceeded, InvalidRequest
+from paraserve_backend.protocol.request_settings import Settings
+from paraserve_scheduler.gateway.kserve.validation import INPUT_SPECS, PROMPTS, parameter_value
 
 #: Takes one response to the client; returns when the client can take more.
 Send = Callable[[kserve.ModelInferResponse], Awaitable[None]]
@@ -45,3 +48,42 @@ def put_on(send: Send) -> Send:
         await send(response)
 
     return send_batch_of_one
+
+
+_NAME = "timeout"
+_MAX_US = 2**63 - 1
+
+
+def take_time_limit_us(request: kserve.ModelInferRequest) -> int | None:
+    """Take the limit out of a request's parameters; 0 is none, as in Triton.
+
+    Raises:
+        InvalidRequest: it is no whole number, or negative.
+    """
+    if _NAME not in request.parameters:
+        return None
+    given = Settings({}, {_NAME: parameter_value(request.parameters[_NAME])})
+    limit_us = given.optional_integer(_NAME, low=0, high=_MAX_US)
+    # It is kept here, and Triton's gRPC service takes it in one of its forms only.
+    del request.parameters[_NAME]
+    return limit_us or None
+
+
+@contextlib.asynccontextmanager
+async def time_limit(limit_us: int | None) -> AsyncIterator[None]:
+    """Cancel the body when it takes longer.
+
+    Raises:
+        DeadlineExceeded: it did.
+    """
+    limit = asyncio.timeout(None if limit_us is None else limit_us / 1e6)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(
+            f"The request was not answered within its '{_NAME}' of {limit_us} microseconds, which "
+            "include a cold start; allow more or leave it out."
+        ) from None
