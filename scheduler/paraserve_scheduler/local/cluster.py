@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import SystemRandom
 from typing import IO, Any
 
@@ -300,3 +301,15 @@ def _wait_for_end(files: ClusterFiles) -> None:
                 f"The cluster did not stop within {_STOP_TIMEOUT_S:.0f} s; see {files.logs}."
             )
         time.sleep(_POLL_S)
+
+
+def sweep(shm: Path, prefix: str) -> tuple[str, ...]:
+    """Remove everything in `shm` whose name starts with `prefix`; return the names."""
+    removed = []
+    for path in sorted(shm.glob(f"{prefix}*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path.name)
+    return tuple(removed)
