@@ -12,7 +12,7 @@ from paraserve_scheduler.simulator.description import (
     DeploymentDescription,
     NodeDescription,
 )
-from paraserve_scheduler.simulator.outcome import Outcome
+from paraserve_scheduler.simulator.results import Outcome
 from paraserve_scheduler.simulator.workload import Lengths, Request, Tokens
 from paraserve_scheduler.simulator.world import Simulation
 from tests.support.fleets import (

@@ -38,8 +38,8 @@ from paraserve_scheduler.simulator.network import (
     Network,
 )
 from paraserve_scheduler.simulator.observation import NodeRecords, Served, need_of
-from paraserve_scheduler.simulator.outcome import ColdStart, Outcome
 from paraserve_scheduler.simulator.replicas import SimReplica
+from paraserve_scheduler.simulator.results import ColdStart, Outcome
 from paraserve_scheduler.simulator.serving import Batch
 from paraserve_scheduler.simulator.trace import Trace
 from paraserve_scheduler.simulator.workload import Request

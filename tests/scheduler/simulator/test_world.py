@@ -18,8 +18,7 @@ from paraserve_scheduler.planner.fleet import (
 )
 from paraserve_scheduler.policies.registry import POLICIES
 from paraserve_scheduler.simulator.description import FailureFile
-from paraserve_scheduler.simulator.outcome import Outcome
-from paraserve_scheduler.simulator.results import percentile, summarize
+from paraserve_scheduler.simulator.results import Outcome, percentile, summarize
 from paraserve_scheduler.simulator.workload import Request
 from paraserve_scheduler.simulator.world import Simulation
 from tests.support.fleets import GB, make_kind, make_method
