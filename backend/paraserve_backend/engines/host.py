@@ -20,7 +20,7 @@ from paraserve_backend.engines.base import Engine, EngineDead, EngineRequest, En
 from paraserve_backend.engines.native.loop import Gauges, LoopState, Reply
 from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
 from paraserve_backend.generation.answer import Answer
-from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import ChosenToken, Steering
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
@@ -32,7 +32,7 @@ _SEED_RANGE = 2**63
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
     request: EngineRequest
-    sequence: Sequence
+    sequence: TokenSequence
     answer: Answer
     reply: Reply
     #: All its tokens so far, for whoever goes on with it.
@@ -63,7 +63,7 @@ class Job:
         )
 
 
-def engine_request(request: GenerateRequest, sequence: Sequence) -> EngineRequest:
+def engine_request(request: GenerateRequest, sequence: TokenSequence) -> EngineRequest:
     """Return what the engine shall run: the tokens `sequence` has count as prompt."""
     num_done = len(sequence.output_ids)
     steering = request.sampling.steering or Steering()

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.answer import Answer
-from paraserve_backend.generation.sequence import History, Sequence
+from paraserve_backend.generation.sequence import History, TokenSequence
 from paraserve_backend.generation.text import Detokenizer, StopWords
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
@@ -27,7 +27,7 @@ class RequestEncoder:
     #: Tokens of prompt and answer together.
     max_context: int
 
-    def sequence(self, request: GenerateRequest) -> Sequence:
+    def sequence(self, request: GenerateRequest) -> TokenSequence:
         """Return the sequence to run.
 
         Raises:
@@ -36,7 +36,7 @@ class RequestEncoder:
         prompt_ids = self._prompt_ids(request)
         end_ids = self._end_ids(request)
         needs_history = request.bad_words or request.min_tokens or request.sampling.steering
-        return Sequence(
+        return TokenSequence(
             prompt_ids=prompt_ids,
             sampling=request.sampling,
             history=self._history(request, prompt_ids, end_ids) if needs_history else None,
@@ -44,7 +44,7 @@ class RequestEncoder:
             end_ids=end_ids,
         )
 
-    def resumed(self, request: GenerateRequest, resume: Resume) -> Sequence:
+    def resumed(self, request: GenerateRequest, resume: Resume) -> TokenSequence:
         """Return the sequence with the tokens it has got elsewhere.
 
         Raises:

@@ -85,7 +85,7 @@ def _seen(steering: Steering, prompt_ids: Sequence[int]) -> dict[int, int] | Non
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Sequence:
+class TokenSequence:
     """Owned by the batcher; others only read it."""
 
     prompt_ids: list[int]

@@ -88,7 +88,7 @@ def _nothing() -> None:
 
 def _fetch_here(config: WeightsConfig, uri: str, *, whole_objects: bool) -> Fetched:
     # Only a standalone model needs these; boto3 alone takes 0.3 s to import.
-    from paraserve_backend.weights.checkpoint import whole
+    from paraserve_backend.weights.checkpoint import fetch_plan
     from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch, stage_tensors
     from paraserve_backend.weights.checkpoint.index import read_index
     from paraserve_backend.weights.fetching.fetch import fetch
@@ -100,7 +100,7 @@ def _fetch_here(config: WeightsConfig, uri: str, *, whole_objects: bool) -> Fetc
     spec = model_spec(index.config)
     layers = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
     tensors = (
-        whole.whole_objects(index)
+        fetch_plan.whole_objects(index)
         if whole_objects
         else stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
     )

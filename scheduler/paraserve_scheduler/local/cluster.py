@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from random import SystemRandom
 from typing import IO, Any
 
@@ -23,7 +22,6 @@ from paraserve_backend.errors import (
     NotFound,
     Unavailable,
 )
-from paraserve_scheduler.local import leftovers
 from paraserve_scheduler.local.children import log_tail
 from paraserve_scheduler.local.layout import (
     SHM,
@@ -34,6 +32,7 @@ from paraserve_scheduler.local.layout import (
     check_name,
     read_running,
     state_root,
+    sweep,
 )
 from paraserve_scheduler.local.lock import locked, owner
 from paraserve_scheduler.local.ports import PortPicker, is_free
@@ -166,7 +165,7 @@ def down(files: ClusterFiles, *, delete: bool = False) -> bool:
     if files.state_dir.exists():
         with locked(files.lock) as is_ours:
             if is_ours:
-                leftovers.sweep(SHM, files.shm_prefix)
+                sweep(SHM, files.shm_prefix)
                 files.cluster.unlink(missing_ok=True)
                 if delete:
                     shutil.rmtree(files.state_dir)
@@ -301,15 +300,3 @@ def _wait_for_end(files: ClusterFiles) -> None:
                 f"The cluster did not stop within {_STOP_TIMEOUT_S:.0f} s; see {files.logs}."
             )
         time.sleep(_POLL_S)
-
-
-def sweep(shm: Path, prefix: str) -> tuple[str, ...]:
-    """Remove everything in `shm` whose name starts with `prefix`; return the names."""
-    removed = []
-    for path in sorted(shm.glob(f"{prefix}*")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        removed.append(path.name)
-    return tuple(removed)

@@ -11,12 +11,15 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from paraserve_backend.daemon.settings import load_config
-from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.errors import (
+    InvalidRequest,
+)
 
 SHM = Path("/dev/shm")
 #: Bucket of the embedded S3 server.
@@ -188,3 +191,15 @@ def _write_once(path: Path, content: str) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(content)
     temporary.replace(path)
+
+
+def sweep(shm: Path, prefix: str) -> tuple[str, ...]:
+    """Remove everything in `shm` whose name starts with `prefix`; return the names."""
+    removed = []
+    for path in sorted(shm.glob(f"{prefix}*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path.name)
+    return tuple(removed)

@@ -21,7 +21,6 @@ from paraserve_backend.daemon.settings import load_config
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.tritonserver.host.install import find_triton
 from paraserve_scheduler.client.scheduler import SchedulerClient
-from paraserve_scheduler.local import leftovers
 from paraserve_scheduler.local.children import (
     Child,
     ProcessSpec,
@@ -34,6 +33,7 @@ from paraserve_scheduler.local.layout import (
     Process,
     RunningCluster,
     ensure_secrets,
+    sweep,
     write_running,
 )
 from paraserve_scheduler.local.lock import locked
@@ -75,7 +75,7 @@ class Supervisor:
     def _start(self) -> None:
         machine = this_machine(find_triton(), os.environ)
         ensure_secrets(self._layout.files)
-        leftovers.sweep(SHM, self._layout.files.shm_prefix)
+        sweep(SHM, self._layout.files.shm_prefix)
         write_files(self._layout, machine)
         for specs in process_waves(self._layout, machine):
             self._start_wave(specs)
@@ -145,7 +145,7 @@ class Supervisor:
         # Agents first: they take their models out of Triton.
         for wave in reversed(self._waves):
             stop(wave, _STOP_GRACE_S)
-        removed = leftovers.sweep(SHM, files.shm_prefix)
+        removed = sweep(SHM, files.shm_prefix)
         logger.info("stopped name=%s swept=%d", self._layout.name, len(removed))
 
 

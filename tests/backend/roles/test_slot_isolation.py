@@ -15,7 +15,7 @@ import torch
 from paraserve_backend.engines.native.loop import GenerateLoop, Request
 from paraserve_backend.engines.native.model.kv_cache import KvCache
 from paraserve_backend.generation.answer import Answer
-from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol import forward_codec as batch_codec
 from paraserve_backend.protocol.forward import ForwardBatch, Sampling
 from paraserve_backend.protocol.names import SlotKind
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 #: Whoever holds one of these knows something of a replica or its requests.
 TELLING = (
     *(StageRole, GenerateRole, GenerateLoop, GenerateConfig, KvCache, torch.Tensor),
-    *(Answer, ForwardBatch, GenerateRequest, Request, Sequence),
+    *(Answer, ForwardBatch, GenerateRequest, Request, TokenSequence),
 )
 
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from paraserve_backend.errors import InvalidRequest, Unavailable
 from paraserve_backend.tritonserver.host.install import find_triton
-from paraserve_scheduler.local import leftovers
 from paraserve_scheduler.local.children import (
     Child,
     ProcessSpec,
@@ -44,6 +43,7 @@ from paraserve_scheduler.local.layout import (
     ensure_secrets,
     read_running,
     read_s3_key,
+    sweep,
     write_running,
 )
 from paraserve_scheduler.local.lock import locked, owner
@@ -185,7 +185,7 @@ def test_no_secret_is_in_arguments_or_settings_files(tmp_path: Path) -> None:
     assert key.secret_key not in repr(key)
     for path in (layout.files.token, layout.files.s3_key):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    leftovers.sweep(SHM, layout.files.shm_prefix)
+    sweep(SHM, layout.files.shm_prefix)
 
 
 def test_secrets_are_made_once(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_sweep_takes_only_what_carries_the_prefix(tmp_path: Path) -> None:
     (tmp_path / "mine-run" / "node1").mkdir(parents=True)
     (tmp_path / "mine-uuid").write_bytes(b"x")
     (tmp_path / "other-uuid").write_bytes(b"x")
-    assert leftovers.sweep(tmp_path, "mine-") == ("mine-run", "mine-uuid")
+    assert sweep(tmp_path, "mine-") == ("mine-run", "mine-uuid")
     assert [path.name for path in tmp_path.iterdir()] == ["other-uuid"]
 
 

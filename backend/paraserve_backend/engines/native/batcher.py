@@ -8,11 +8,10 @@ the stages of a pipeline work at the same time; a sequence is in at most one bat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import (
     ChosenToken,
     Export,
@@ -65,23 +64,23 @@ class ScheduledBatch:
     forward: ForwardBatch
     token_ids: tuple[int, ...]
     #: One per row of `forward`.
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[TokenSequence, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advance:
     """A sequence and the token it just got."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     token: ChosenToken
 
 
-def _no_exports(_rows: Iterable[tuple[Sequence, int]]) -> tuple[Export, ...]:
+def _no_exports(_rows: Iterable[tuple[TokenSequence, int]]) -> tuple[Export, ...]:
     return ()
 
 
 #: What a pass shall send elsewhere, by its sequences and where each will end.
-Exports = Callable[[Iterable[tuple[Sequence, int]]], tuple[Export, ...]]
+Exports = Callable[[Iterable[tuple[TokenSequence, int]]], tuple[Export, ...]]
 
 
 class Batcher:
@@ -93,14 +92,14 @@ class Batcher:
         self._limits = limits
         self.pool = pool
         self._exports = exports
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: deque[TokenSequence] = deque()
         #: In order of admission: the last is the first to give its blocks up.
-        self.running: list[Sequence] = []
+        self.running: list[TokenSequence] = []
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         self.waiting.append(sequence)
 
-    def adopt(self, sequence: Sequence, blocks: list[int] | None) -> None:
+    def adopt(self, sequence: TokenSequence, blocks: list[int] | None) -> None:
         """Go on with a sequence of another replica; it is the next to run.
 
         Args:
@@ -119,7 +118,7 @@ class Batcher:
     def is_empty(self) -> bool:
         return not self.waiting and not self.running
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: TokenSequence) -> None:
         """Take a sequence out; its blocks are free at once, or when its batch returns."""
         sequence.is_dropped = True
         if sequence in self.waiting:
@@ -131,7 +130,7 @@ class Batcher:
     def schedule(self) -> ScheduledBatch | None:
         """Put together the next forward pass, or `None` when nothing can run now."""
         self._admit()
-        chosen: list[tuple[Sequence, int]] = []
+        chosen: list[tuple[TokenSequence, int]] = []
         budget = self._limits.max_batch_tokens
         for sequence in self._candidates():
             count = min(sequence.num_remaining, budget)
@@ -157,14 +156,14 @@ class Batcher:
                 self._leave(sequence)
         return advances
 
-    def fail(self, batch: ScheduledBatch) -> tuple[Sequence, ...]:
+    def fail(self, batch: ScheduledBatch) -> tuple[TokenSequence, ...]:
         """Drop every sequence of a batch whose forward pass failed."""
         for sequence in batch.sequences:
             sequence.in_flight = False
             self.drop(sequence)
         return batch.sequences
 
-    def check_integrity(self, kept: Seq[int] = ()) -> None:
+    def check_integrity(self, kept: Sequence[int] = ()) -> None:
         """Assert that no block is lost or owned twice; `kept` are those of sequences to come."""
         sequences = (*self.running, *self.waiting)
         owned = [block for sequence in sequences for block in sequence.block_table]
@@ -185,13 +184,15 @@ class Batcher:
             for sequence in self.running
         )
 
-    def _candidates(self) -> list[Sequence]:
+    def _candidates(self) -> list[TokenSequence]:
         """Idle sequences, decoding ones first, at most one batch's share of all that run."""
         idle = [s for s in self.running if not s.in_flight and not s.is_held]
         idle.sort(key=lambda sequence: sequence.num_remaining > 1)
         return idle[: -(-len(self.running) // self._limits.batches_in_flight)]
 
-    def _reserve(self, sequence: Sequence, count: int, chosen: Seq[tuple[Sequence, int]]) -> bool:
+    def _reserve(
+        self, sequence: TokenSequence, count: int, chosen: Sequence[tuple[TokenSequence, int]]
+    ) -> bool:
         """Make sure it owns blocks for `count` more tokens, at younger ones' cost if need be."""
         missing = self._blocks_for(sequence.num_computed + count) - len(sequence.block_table)
         while missing > self.pool.num_free:
@@ -202,7 +203,7 @@ class Batcher:
         sequence.block_table.extend(self.pool.take(max(0, missing)) or [])
         return True
 
-    def _victim(self, chosen: Seq[tuple[Sequence, int]]) -> Sequence | None:
+    def _victim(self, chosen: Sequence[tuple[TokenSequence, int]]) -> TokenSequence | None:
         """The youngest sequence that holds blocks and is neither busy nor chosen."""
         busy = {id(sequence) for sequence, _ in chosen}
         for sequence in reversed(self.running):
@@ -211,21 +212,21 @@ class Batcher:
                 return sequence
         return None
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: TokenSequence) -> None:
         """Send it back to the queue; it will be prefilled again with what it has generated."""
         self._leave(sequence)
         self.waiting.appendleft(sequence)
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: TokenSequence) -> None:
         self.running.remove(sequence)
         self._free(sequence)
 
-    def _free(self, sequence: Sequence) -> None:
+    def _free(self, sequence: TokenSequence) -> None:
         self.pool.give_back(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed = 0
 
-    def _build(self, chosen: list[tuple[Sequence, int]]) -> ScheduledBatch:
+    def _build(self, chosen: list[tuple[TokenSequence, int]]) -> ScheduledBatch:
         rows, ids, ends = [], [], []
         for sequence, count in chosen:
             sequence.in_flight = True

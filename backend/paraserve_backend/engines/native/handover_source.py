@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import Export
 from paraserve_backend.protocol.hand_over import (
     Accepted,
@@ -56,7 +56,7 @@ class _Step(Enum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Departure:
-    sequence: Sequence
+    sequence: TokenSequence
     target: Target
     ticket: int
     step: _Step
@@ -70,7 +70,7 @@ class _Departure:
 class Moved:
     """A sequence whose KV blocks the target has."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     target: Target
     ticket: int
 
@@ -115,10 +115,10 @@ class Departures:
         self._now_s = now_s
         self._targets: tuple[Target, ...] = ()
         self._turn = 0
-        self._departures: dict[Sequence, _Departure] = {}
+        self._departures: dict[TokenSequence, _Departure] = {}
         self._by_ticket: dict[int, _Departure] = {}
         #: Until when a sequence that could not leave is left alone.
-        self._rests: dict[Sequence, float] = {}
+        self._rests: dict[TokenSequence, float] = {}
         self.counts = DepartureCounts()
 
     @property
@@ -143,7 +143,7 @@ class Departures:
         self._turn += 1
         return self._targets[self._turn % len(self._targets)]
 
-    def offer(self, sequences: Iterable[Sequence]) -> None:
+    def offer(self, sequences: Iterable[TokenSequence]) -> None:
         """Offer those decoding sequences that are not on their way yet."""
         now_s = self._now_s()
         for sequence in sequences:
@@ -162,7 +162,7 @@ class Departures:
             self._by_ticket[departure.ticket] = departure
             self._send_offer(departure)
 
-    def exports(self, rows: Iterable[tuple[Sequence, int]]) -> tuple[Export, ...]:
+    def exports(self, rows: Iterable[tuple[TokenSequence, int]]) -> tuple[Export, ...]:
         """Return what a pass shall send; `rows` are its sequences and where each will end."""
         if not self._departures:
             return ()
@@ -178,7 +178,7 @@ class Departures:
                 exports.append(export)
         return tuple(exports)
 
-    def returned(self, sequence: Sequence) -> None:
+    def returned(self, sequence: TokenSequence) -> None:
         """Hold a sequence whose last pass has come back."""
         departure = self._departures.get(sequence)
         if departure is None or departure.step is not _Step.LAST_PASS:
@@ -205,7 +205,7 @@ class Departures:
                 return self._completed(departure, message.layer_blocks)
         return None
 
-    def gone(self, sequence: Sequence) -> None:
+    def gone(self, sequence: TokenSequence) -> None:
         """Forget a sequence that has ended or lost its blocks here; it may be offered again."""
         self._rests.pop(sequence, None)
         departure = self._departures.get(sequence)

@@ -20,7 +20,7 @@ from paraserve_backend.engines.native.handover_source import Departures
 from paraserve_backend.engines.native.handover_target import Arrivals
 from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
 from paraserve_backend.generation.answer import Answer, Delta
-from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import ChosenToken, ForwardResult
 from paraserve_backend.protocol.hand_over import (
     Accepted,
@@ -78,7 +78,7 @@ class Gauges(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    sequence: Sequence
+    sequence: TokenSequence
     answer: Answer
     reply: Reply
     #: All its tokens so far, for whoever goes on with it.
@@ -123,7 +123,7 @@ class GenerateLoop:
         self._departures = departures
         self._arrivals = arrivals
         self._num_in_flight = 0
-        self._requests: dict[Sequence, Request] = {}
+        self._requests: dict[TokenSequence, Request] = {}
         self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._thread.start()
@@ -210,12 +210,12 @@ class GenerateLoop:
         for sequence in leaving:
             self._move(sequence, self._departures.next_target(), ticket=0)
 
-    def _may_leave(self, sequence: Sequence) -> bool:
+    def _may_leave(self, sequence: TokenSequence) -> bool:
         request = self._requests.get(sequence)
         is_decoding = bool(sequence.output_ids)
         return is_decoding and request is not None and request.is_resumable
 
-    def _move(self, sequence: Sequence, target: Target, ticket: int) -> None:
+    def _move(self, sequence: TokenSequence, target: Target, ticket: int) -> None:
         request = self._requests.pop(sequence)
         self._departures.gone(sequence)
         self._batcher.drop(sequence)
@@ -284,7 +284,7 @@ class GenerateLoop:
             self._end(sequence, Cancelled("The client cancelled the request."))
         return bool(cancelled)
 
-    def _end(self, sequence: Sequence, error: ParaServeError) -> None:
+    def _end(self, sequence: TokenSequence, error: ParaServeError) -> None:
         request = self._requests.pop(sequence, None)
         self._departures.gone(sequence)
         if request is not None:

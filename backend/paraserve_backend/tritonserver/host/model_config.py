@@ -218,7 +218,7 @@ def slot_files(name: str, place: SlotPlace, run_dir: str) -> Mapping[str, bytes]
         output=[
             ModelOutput(name=it.name, data_type=_datatype(it), dims=it.shape) for it in outputs
         ],
-        instance_group=[_instance(place.device)],
+        instance_group=[_instance_group(place.device)],
         model_transaction_policy=ModelTransactionPolicy(decoupled=place.kind is SlotKind.FRONT),
     )
     settings = {
@@ -253,7 +253,7 @@ def _datatype(tensor: TensorSpec) -> DataType.ValueType:
     return DataType.Value(tensor.config_datatype)
 
 
-def _instance(device: str) -> ModelInstanceGroup:
+def _instance_group(device: str) -> ModelInstanceGroup:
     kind, _, index = device.partition(":")
     if kind == "cpu":
         return ModelInstanceGroup(count=1, kind=ModelInstanceGroup.KIND_CPU)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +15,7 @@ from paraserve_backend.engines.native.batcher import (
     BlockPool,
     ScheduledBatch,
 )
-from paraserve_backend.generation.sequence import History, Sequence
+from paraserve_backend.generation.sequence import History, TokenSequence
 from paraserve_backend.protocol.forward import ForwardResult, Sampling, Steering
 
 BLOCK_SIZE = 4
@@ -37,10 +37,10 @@ def make_batcher(
     return Batcher(limits, BlockPool(num_blocks))
 
 
-def make_remembering_sequence(prompt: Seq[int], max_tokens: int) -> Sequence:
+def make_remembering_sequence(prompt: Sequence[int], max_tokens: int) -> TokenSequence:
     """A sequence whose rows say which tokens it has seen how often."""
     sampling = Sampling(steering=Steering(repetition_penalty=2.0))
-    return Sequence(
+    return TokenSequence(
         prompt_ids=list(prompt),
         sampling=sampling,
         history=History(sampling, prompt),
@@ -49,14 +49,14 @@ def make_remembering_sequence(prompt: Seq[int], max_tokens: int) -> Sequence:
 
 
 def make_sequence(
-    prompt: Seq[int] = (1, 2, 3), max_tokens: int = 4, eos: frozenset[int] = frozenset()
-) -> Sequence:
-    return Sequence(
+    prompt: Sequence[int] = (1, 2, 3), max_tokens: int = 4, eos: frozenset[int] = frozenset()
+) -> TokenSequence:
+    return TokenSequence(
         prompt_ids=list(prompt), sampling=Sampling(), max_tokens=max_tokens, end_ids=eos
     )
 
 
-def next_token(ids: Seq[int]) -> int:
+def next_token(ids: Sequence[int]) -> int:
     """What the stand-in model answers: it depends on every token so far."""
     value = 7
     for token in ids:
@@ -64,14 +64,14 @@ def next_token(ids: Seq[int]) -> int:
     return value
 
 
-def solo(prompt: Seq[int], max_tokens: int) -> list[int]:
+def solo(prompt: Sequence[int], max_tokens: int) -> list[int]:
     ids = list(prompt)
     for _ in range(max_tokens):
         ids.append(next_token(ids))
     return ids[len(prompt) :]
 
 
-def solo_remembering(prompt: Seq[int], max_tokens: int) -> list[int]:
+def solo_remembering(prompt: Sequence[int], max_tokens: int) -> list[int]:
     ids = list(prompt)
     for _ in range(max_tokens):
         output = ids[len(prompt) :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from paraserve_backend.engines.native.handover_source import Departures
-from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import Export, Sampling
 from paraserve_backend.protocol.hand_over import (
     Accepted,
@@ -49,10 +49,10 @@ class Bench:
         return taken
 
 
-def make_sequence(num_tokens: int) -> Sequence:
+def make_sequence(num_tokens: int) -> TokenSequence:
     """A decoding sequence: all but its newest token is in the cache."""
     blocks = -(-num_tokens // BLOCK_SIZE)
-    return Sequence(
+    return TokenSequence(
         prompt_ids=[1] * (num_tokens - 1),
         sampling=Sampling(),
         max_tokens=100,
@@ -62,7 +62,7 @@ def make_sequence(num_tokens: int) -> Sequence:
     )
 
 
-def step(departures: Departures, sequence: Sequence) -> tuple[Export, ...]:
+def step(departures: Departures, sequence: TokenSequence) -> tuple[Export, ...]:
     """One decoding pass, up to its return."""
     exports = departures.exports([(sequence, sequence.num_tokens)])
     sequence.num_computed += 1
@@ -110,7 +110,7 @@ def test_a_sequence_moves_block_by_block_and_waits_only_for_its_last_ones() -> N
     assert (departures.counts.blocks_ahead, departures.counts.blocks_held) == (4, 2)
 
 
-def held(bench: Bench, departures: Departures, sequence: Sequence) -> int:
+def held(bench: Bench, departures: Departures, sequence: TokenSequence) -> int:
     """Bring a short sequence to its last step; returns its ticket."""
     departures.offer([sequence])
     ticket = ticket_of(bench)

@@ -29,7 +29,7 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_backend.generation.answer import Answer, Delta
-from paraserve_backend.generation.sequence import Sequence
+from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.generation.text import Detokenizer, StopWords
 from paraserve_backend.protocol.forward import ForwardResult, Sampling
 from paraserve_backend.protocol.hand_over import Message
@@ -107,7 +107,7 @@ class Bench:
             prefix="",
             num_input_tokens=1,
         )
-        sequence = Sequence(prompt_ids=[0], sampling=Sampling(), max_tokens=max_tokens)
+        sequence = TokenSequence(prompt_ids=[0], sampling=Sampling(), max_tokens=max_tokens)
         self.loop.add(Request(sequence=sequence, answer=answer, reply=reply))
         return reply
 
