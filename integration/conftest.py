@@ -12,7 +12,7 @@ from rich.console import Console
 from integration.support.bucket import upload
 from integration.support.logs import log_tails
 from integration.support.tiny_cluster import MODELS, Cluster, write_models
-from paraserve_backend.agent.hardware import available_bytes
+from paraserve_backend.machine.memory import available_bytes
 from paraserve_scheduler.client.scheduler import SchedulerClient
 from paraserve_scheduler.local.cluster import (
     UpOptions,

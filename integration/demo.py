@@ -30,8 +30,8 @@ from integration.support.scenario import (
     cold_start,
     wait_for_zero,
 )
-from paraserve_backend.agent.hardware import available_bytes
 from paraserve_backend.errors import ParaServeError
+from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.cli.views import timeline
 from paraserve_scheduler.client.generate import stream

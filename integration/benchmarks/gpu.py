@@ -35,13 +35,13 @@ from integration.benchmarks.tier.whole_model import fetch_whole
 from integration.support.bucket import put_into_bucket
 from integration.support.checkpoints import LlamaShape, llama_bytes, write_raw_bf16
 from integration.support.scenario import ask, cold_start, wait_for_zero
-from paraserve_backend.agent.hardware import available_bytes
 from paraserve_backend.architectures.spec import ModelSpec
 from paraserve_backend.engines.native.model.kv_cache import BLOCK_SIZE, KvCache
 from paraserve_backend.engines.native.model.kv_transfer import KvExporter, KvImporter
 from paraserve_backend.engines.native.model.stage import StageEngine
 from paraserve_backend.engines.native.model.weights import WeightLoader
 from paraserve_backend.errors import ParaServeError
+from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.protocol.forward import Export
 from paraserve_backend.protocol.hand_over import KvBlocks, Message
 from paraserve_backend.protocol.names import LayerRange

@@ -14,7 +14,7 @@ from math import ceil
 from pathlib import Path
 
 from integration.support.namespaces import processes_in
-from paraserve_backend.agent.hardware import available_bytes
+from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.tritonserver.host.install import STUB_NAME
 from paraserve_scheduler.cli.doctor.machine import huge_pages_of
 from paraserve_scheduler.local.layout import SHM, NodeLayout

@@ -36,8 +36,8 @@ from integration.system.test_consolidation import (
     serving,
     wait_until_gone,
 )
-from paraserve_backend.agent.hardware import available_bytes
 from paraserve_backend.errors import Unavailable
+from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.client.scheduler import SchedulerClient
 from paraserve_scheduler.local.cluster import (

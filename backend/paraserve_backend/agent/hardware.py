@@ -6,6 +6,7 @@ from pathlib import Path
 
 from paraserve_backend.agent.config import AgentConfig
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.rpc import paraserve_pb2 as pb
 
 #: The rest is left to Triton, the agent and the Python processes themselves.
@@ -59,14 +60,6 @@ def _field(path: Path, name: str) -> str:
 def usable_bytes(proc: Path, tier_bytes: int = 0) -> int:
     """Return what replicas may use: the tier's `tier_bytes` give way to them."""
     return int((available_bytes(proc) + tier_bytes) * _MEMORY_SHARE)
-
-
-def available_bytes(proc: Path) -> int:
-    """Return the memory the kernel could give out now (MemAvailable)."""
-    for line in (proc / "meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise InvalidRequest("This kernel does not tell its free memory: set memory_bytes.")
 
 
 def devices_of(config: AgentConfig, dev: Path) -> tuple[str, ...]:

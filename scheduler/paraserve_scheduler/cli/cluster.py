@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from paraserve_backend.agent.hardware import available_bytes
+from paraserve_backend.machine.memory import available_bytes
 from paraserve_scheduler.cli.parsing import size_bytes, whole
 from paraserve_scheduler.local.cluster import (
     Progress,

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from paraserve_backend.agent.config import AgentConfig
-from paraserve_backend.agent.hardware import available_bytes, find_devices, node_info
+from paraserve_backend.agent.hardware import find_devices, node_info
 from paraserve_backend.daemon.settings import load_config
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.tritonserver.host.client import read_key
 
 _MEMINFO = "MemTotal:       2048 kB\nMemFree:   10 kB\nMemAvailable:    1000 kB\n"

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from paraserve_backend.agent.hardware import available_bytes, find_devices
+from paraserve_backend.agent.hardware import find_devices
 from paraserve_backend.errors import NotFound
+from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.tritonserver.host.install import find_libpython, find_triton
 from paraserve_scheduler.local.layout import SHM
 from paraserve_scheduler.local.ports import is_free
