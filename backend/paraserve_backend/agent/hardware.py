@@ -6,6 +6,7 @@ from pathlib import Path
 
 from paraserve_backend.agent.config import AgentConfig
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.machine.devices import find_devices, hardware_kind
 from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.rpc import paraserve_pb2 as pb
 
@@ -38,25 +39,6 @@ def node_info(config: AgentConfig, bound_port: int, *, proc: Path, dev: Path) ->
     )
 
 
-def hardware_kind(proc: Path) -> str:
-    """Return what tells nodes of equal speed from others: the GPU's model, else the processor's."""
-    for path in sorted((proc / "driver" / "nvidia" / "gpus").glob("*/information")):
-        model = _field(path, "Model")
-        if model:
-            return model
-    return _field(proc / "cpuinfo", "model name")
-
-
-def _field(path: Path, name: str) -> str:
-    """The value of the first `name: value` line of a kernel's file; empty where there is none."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return ""
-    pairs = (line.partition(":") for line in lines)
-    return next((value.strip() for key, _, value in pairs if key.strip() == name), "")
-
-
 def usable_bytes(proc: Path, tier_bytes: int = 0) -> int:
     """Return what replicas may use: the tier's `tier_bytes` give way to them."""
     return int((available_bytes(proc) + tier_bytes) * _MEMORY_SHARE)
@@ -65,16 +47,6 @@ def usable_bytes(proc: Path, tier_bytes: int = 0) -> int:
 def devices_of(config: AgentConfig, dev: Path) -> tuple[str, ...]:
     """Return what models of this node may compute on."""
     return config.devices or find_devices(dev)
-
-
-def find_devices(dev: Path) -> tuple[str, ...]:
-    """Return "cuda:<i>" for each NVIDIA device file, or "cpu"; torch is not asked, it is slow."""
-    numbers = sorted(
-        int(path.name.removeprefix("nvidia"))
-        for path in dev.glob("nvidia*")
-        if path.name.removeprefix("nvidia").isdecimal()
-    )
-    return tuple(f"cuda:{index}" for index in range(len(numbers))) or ("cpu",)
 
 
 def _own_address(listen: str, bound_port: int) -> str:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from paraserve_backend.agent.config import AgentConfig
-from paraserve_backend.agent.hardware import find_devices, node_info
+from paraserve_backend.agent.hardware import node_info
 from paraserve_backend.daemon.settings import load_config
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.machine.devices import find_devices
 from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.tritonserver.host.client import read_key
 

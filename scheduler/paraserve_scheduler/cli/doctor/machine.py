@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from paraserve_backend.agent.hardware import find_devices
 from paraserve_backend.errors import NotFound
+from paraserve_backend.machine.devices import find_devices
 from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.tritonserver.host.install import find_libpython, find_triton
 from paraserve_scheduler.local.layout import SHM
