@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
+from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 
 
@@ -30,3 +32,19 @@ class KeyStore:
 
     def clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CurveKeys:
+    """One deployment's key pair, Z85."""
+
+    public: bytes
+    secret: bytes
+
+    @classmethod
+    def read(cls, path: Path) -> CurveKeys:
+        """Read the file the agent wrote: the public key, then the secret one, a line each."""
+        lines = path.read_bytes().split()
+        if len(lines) != 2:
+            raise InvalidRequest("The channel's key file is malformed; remove the replica.")
+        return cls(public=lines[0], secret=lines[1])

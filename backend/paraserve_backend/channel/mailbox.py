@@ -9,8 +9,9 @@ import logging
 import threading
 from collections.abc import Callable
 
+from paraserve_backend.channel.keys import CurveKeys
 from paraserve_backend.channel.messages import Post, from_frame
-from paraserve_backend.channel.transport import CurveKeys, Inbox
+from paraserve_backend.channel.transport import Inbox
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.hand_over import (
     Expect,

@@ -6,13 +6,8 @@ import logging
 import struct
 import threading
 
-from paraserve_backend.channel.transport import (
-    Buffer,
-    CurveKeys,
-    Frame,
-    FrameKind,
-    Outbox,
-)
+from paraserve_backend.channel.keys import CurveKeys
+from paraserve_backend.channel.transport import Buffer, Frame, FrameKind, Outbox
 from paraserve_backend.errors import Unavailable
 from paraserve_backend.protocol.hand_over import (
     Accepted,

@@ -12,12 +12,12 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 
 import zmq
 import zmq.auth.thread
 
-from paraserve_backend.errors import InvalidRequest, Unavailable
+from paraserve_backend.channel.keys import CurveKeys
+from paraserve_backend.errors import Unavailable
 
 _HEADER = struct.Struct("<HBxIQ")
 _MAGIC = 0x5053
@@ -55,22 +55,6 @@ class Frame:
     number: int
     body: Buffer
     payload: Buffer = b""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class CurveKeys:
-    """One deployment's key pair, Z85."""
-
-    public: bytes
-    secret: bytes
-
-    @classmethod
-    def read(cls, path: Path) -> CurveKeys:
-        """Read the file the agent wrote: the public key, then the secret one, a line each."""
-        lines = path.read_bytes().split()
-        if len(lines) != 2:
-            raise InvalidRequest("The channel's key file is malformed; remove the replica.")
-        return cls(public=lines[0], secret=lines[1])
 
 
 class _OnlyUs:

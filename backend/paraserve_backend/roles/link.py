@@ -16,13 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from paraserve_backend.channel.transport import (
-    Buffer,
-    Channel,
-    CurveKeys,
-    Frame,
-    FrameKind,
-)
+from paraserve_backend.channel.keys import CurveKeys
+from paraserve_backend.channel.transport import Buffer, Channel, Frame, FrameKind
 from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
 from paraserve_backend.protocol.parameters import LinkConfig
 

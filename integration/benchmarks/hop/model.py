@@ -19,13 +19,8 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 from tritonclient.grpc import InferenceServerClient, InferInput
 
-from paraserve_backend.channel.transport import (
-    Channel,
-    CurveKeys,
-    Frame,
-    FrameKind,
-    relay,
-)
+from paraserve_backend.channel.keys import CurveKeys
+from paraserve_backend.channel.transport import Channel, Frame, FrameKind, relay
 from paraserve_backend.protocol.names import (
     FORWARD_BATCH,
     FORWARD_HIDDEN,

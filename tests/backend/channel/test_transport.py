@@ -11,13 +11,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from paraserve_backend.channel.transport import (
-    Channel,
-    CurveKeys,
-    Frame,
-    FrameKind,
-    relay,
-)
+from paraserve_backend.channel.keys import CurveKeys
+from paraserve_backend.channel.transport import Channel, Frame, FrameKind, relay
 from paraserve_backend.errors import InvalidRequest
 
 
