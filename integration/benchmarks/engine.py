@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from paraserve_backend.architectures.spec import Dtype, LayerRange
 from paraserve_backend.engines.native.model.kv_cache import BLOCK_SIZE, KvCache
 from paraserve_backend.engines.native.model.stage import StageEngine, StageModel
 from paraserve_backend.engines.native.model.tensors import TORCH_DTYPE
@@ -27,7 +28,6 @@ from paraserve_backend.protocol.forward import (
     Row,
     Sampling,
 )
-from paraserve_backend.protocol.names import Dtype, LayerRange
 from tests.support.models import TinyModel, write_model
 
 PROMPT_TOKENS = 256

@@ -35,7 +35,7 @@ from integration.benchmarks.tier.whole_model import fetch_whole
 from integration.support.bucket import put_into_bucket
 from integration.support.checkpoints import LlamaShape, llama_bytes, write_raw_bf16
 from integration.support.scenario import ask, cold_start, wait_for_zero
-from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.engines.native.model.kv_cache import BLOCK_SIZE, KvCache
 from paraserve_backend.engines.native.model.kv_transfer import KvExporter, KvImporter
 from paraserve_backend.engines.native.model.stage import StageEngine
@@ -44,7 +44,6 @@ from paraserve_backend.errors import ParaServeError
 from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.protocol.forward import Export
 from paraserve_backend.protocol.hand_over import KvBlocks, Message
-from paraserve_backend.protocol.names import LayerRange
 from paraserve_backend.protocol.parameters import KvConfig
 from paraserve_backend.roles.load import load_engine
 from paraserve_backend.roles.weights import Fetched, read_spec

@@ -9,7 +9,7 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 
-from paraserve_backend.protocol.names import LayerRange, TensorNames
+from paraserve_backend.architectures.spec import LayerRange, TensorNames
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, plan_fetch, stage_tensors
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex, read_index
 from paraserve_backend.weights.checkpoint.safetensors import ITEM_BYTES, TensorEntry

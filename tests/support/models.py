@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from paraserve_backend.architectures.registry import model_spec
-from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.engines.native.model.kv_cache import KvCache
 from paraserve_backend.engines.native.model.stage import StageEngine, StageModel
 from paraserve_backend.protocol.forward import (
@@ -23,7 +23,6 @@ from paraserve_backend.protocol.forward import (
     Row,
     Sampling,
 )
-from paraserve_backend.protocol.names import LayerRange
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from paraserve_backend.architectures.registry import model_spec
+from paraserve_backend.architectures.spec import Dtype, LayerRange
 from paraserve_backend.architectures.tensors import expected_tensors
-from paraserve_backend.protocol.names import Dtype, LayerRange
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
 from paraserve_backend.weights.sources.base import StoredObject

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeGuard
 
-from paraserve_backend.architectures.spec import Activation
+from paraserve_backend.architectures.spec import Activation, Dtype
 from paraserve_backend.errors import InvalidCheckpoint, UnsupportedModel
-from paraserve_backend.protocol.names import Dtype
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS = {

@@ -21,8 +21,8 @@ from paraserve_backend.architectures.spec import (
     Module,
     Normalisation,
     Rope,
+    TensorNames,
 )
-from paraserve_backend.protocol.names import TensorNames
 
 
 def decoder_spec(

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
-from paraserve_backend.protocol.names import Dtype, TensorNames
-
 
 class Module(StrEnum):
     """The modules a decoder layer can have, under one name for all families."""
@@ -195,3 +193,57 @@ class ModelSpec:
     names: TensorNames
     layer_modules: tuple[LayerModule, ...]
     qkv_order: QkvOrder = QkvOrder.BLOCKS
+
+
+class Dtype(StrEnum):
+    """Weight and activation types, spelt as `torch_dtype` in a Hugging Face config.json."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+#: Bytes of one element.
+DTYPE_BYTES = {Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2, Dtype.FLOAT16: 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRange:
+    """Decoder layers `[start, end)` of a model with `total` layers: one stage.
+
+    The stage that starts at 0 also holds the embedding; the one that ends at `total` also holds
+    the final norm and the head.
+    """
+
+    start: int
+    end: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= self.total:
+            raise ValueError(f"no layers in [{self.start}, {self.end}) of {self.total}")
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == self.total
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorNames:
+    """Where a model family keeps its tensors inside a checkpoint."""
+
+    #: Prefix of a layer's tensors up to its number, e.g. `model.layers.`.
+    layer_prefix: str
+    #: Tensors the first stage needs, e.g. `model.embed_tokens.weight`.
+    embedding: tuple[str, ...]
+    #: Tensors the last stage needs besides the head, e.g. `model.norm.weight`.
+    final: tuple[str, ...]
+    #: The output head; a model with tied embeddings uses `embedding[0]` instead.
+    head: str

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from paraserve_backend.architectures.spec import LayerModule, LearnedPositions, ModelSpec
+from paraserve_backend.architectures.spec import (
+    DTYPE_BYTES,
+    LayerModule,
+    LayerRange,
+    LearnedPositions,
+    ModelSpec,
+)
 from paraserve_backend.errors import InvalidCheckpoint
-from paraserve_backend.protocol.names import DTYPE_BYTES, LayerRange
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -12,13 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.names import (
-    EngineName,
-    LayerRange,
-    Role,
-    SlotKind,
-)
+from paraserve_backend.protocol.names import EngineName, Role, SlotKind
 
 _LAYERS = re.compile(r"(\d+):(\d+)/(\d+)")
 

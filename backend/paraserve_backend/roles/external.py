@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
-from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.engines.base import Engine, EngineSettings
 from paraserve_backend.engines.host import EngineHost, Job, engine_request
@@ -25,7 +25,6 @@ from paraserve_backend.generation.encoder import RequestEncoder
 from paraserve_backend.generation.text import read_tokenizer
 from paraserve_backend.protocol.abilities import check
 from paraserve_backend.protocol.hand_over import Target
-from paraserve_backend.protocol.names import LayerRange
 from paraserve_backend.protocol.parameters import GenerateConfig
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.channel.mailbox import open_mailbox
 from paraserve_backend.engines.native.batcher import (
@@ -33,7 +33,6 @@ from paraserve_backend.generation.encoder import RequestEncoder
 from paraserve_backend.generation.text import read_tokenizer
 from paraserve_backend.protocol.forward import ForwardResult
 from paraserve_backend.protocol.hand_over import PostMessage, Target
-from paraserve_backend.protocol.names import LayerRange
 from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
+from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.engines.native.model.kv_cache import KvCache
 from paraserve_backend.engines.native.model.stage import StageEngine, StageModel
 from paraserve_backend.engines.native.model.weights import WeightLoader
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.names import LayerRange
 from paraserve_backend.protocol.parameters import KvConfig
 from paraserve_backend.roles.weights import Fetched, read_spec
 

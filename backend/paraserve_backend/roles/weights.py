@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from paraserve_backend.architectures.registry import model_spec
-from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.errors import InvalidRequest, NotFound, ParaServeError
-from paraserve_backend.protocol.names import LayerRange
 from paraserve_backend.protocol.parameters import WeightsConfig
 from paraserve_backend.telemetry.spans import SpanFile
 from paraserve_backend.weights.tiers.reader import TierReader

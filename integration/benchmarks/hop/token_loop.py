@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from integration.support.checkpoints import LlamaShape, write_raw_bf16
+from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.engines.native.batcher import ScheduledBatch
 from paraserve_backend.engines.native.loop import LoopState
 from paraserve_backend.engines.native.model.stage import StageEngine
@@ -26,7 +27,6 @@ from paraserve_backend.errors import ParaServeError
 from paraserve_backend.generation.answer import Delta
 from paraserve_backend.protocol.forward import ForwardResult
 from paraserve_backend.protocol.hand_over import Message
-from paraserve_backend.protocol.names import LayerRange
 from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig, WeightsConfig
 from paraserve_backend.protocol.request import parse_request
 from paraserve_backend.protocol.resume import Resume

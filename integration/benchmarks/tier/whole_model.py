@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from paraserve_backend.architectures.registry import model_spec
-from paraserve_backend.protocol.names import LayerRange
+from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch, stage_tensors
 from paraserve_backend.weights.checkpoint.index import read_index
 from paraserve_backend.weights.fetching.fetch import fetch

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.errors import InsufficientCapacity
-from paraserve_backend.protocol.names import LayerRange
 from paraserve_scheduler.control_plane.config import PolicyConfig
 from paraserve_scheduler.planner.fleet import (
     Decision,

@@ -10,8 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
+from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
-from paraserve_backend.protocol.names import LayerRange
 from paraserve_backend.weights.checkpoint.fetch_plan import stage_tensors
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
 from paraserve_scheduler.control_plane.config import PlacementConfig, PolicyConfig

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from paraserve_backend.protocol.names import LayerRange
+from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, stage_tensors
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from paraserve_backend.architectures.spec import ModelSpec
-from paraserve_backend.protocol.names import EngineName, LayerRange
+from paraserve_backend.architectures.spec import LayerRange, ModelSpec
+from paraserve_backend.protocol.names import EngineName
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex
 
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from paraserve_backend.architectures.registry import FAMILIES, model_spec
 from paraserve_backend.architectures.spec import (
+    Dtype,
+    LayerRange,
     LearnedPositions,
     ModelSpec,
     Module,
@@ -25,7 +27,6 @@ from paraserve_backend.architectures.tensors import (
     kv_bytes_per_token,
 )
 from paraserve_backend.errors import InvalidCheckpoint, UnsupportedModel
-from paraserve_backend.protocol.names import Dtype, LayerRange
 from tests.support.models import CONFIGS, write_model
 from tests.support.parameters import make_config
 from tests.support.shapes import odd_shape

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.errors import InsufficientCapacity
-from paraserve_backend.protocol.names import LayerRange
 from paraserve_scheduler.control_plane.config import PlacementConfig
 from paraserve_scheduler.reconciler.placement import (
     NodeSpace,

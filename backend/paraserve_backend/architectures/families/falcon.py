@@ -22,9 +22,9 @@ from paraserve_backend.architectures.spec import (
     Normalisation,
     QkvOrder,
     Residual,
+    TensorNames,
 )
 from paraserve_backend.errors import UnsupportedModel
-from paraserve_backend.protocol.names import TensorNames
 
 _NAMES = TensorNames(
     layer_prefix="transformer.h.",

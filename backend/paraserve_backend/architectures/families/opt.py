@@ -12,9 +12,9 @@ from paraserve_backend.architectures.spec import (
     Module,
     Normalisation,
     Residual,
+    TensorNames,
 )
 from paraserve_backend.errors import UnsupportedModel
-from paraserve_backend.protocol.names import TensorNames
 
 _MODULES = {
     Module.ATTENTION_NORM: "self_attn_layer_norm",

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 
+from paraserve_backend.architectures.spec import LayerRange, TensorNames
 from paraserve_backend.byte_ranges import cut
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
-from paraserve_backend.protocol.names import LayerRange, TensorNames
 from paraserve_backend.weights.checkpoint.index import (
     CheckpointIndex,
     tensor_from_row,

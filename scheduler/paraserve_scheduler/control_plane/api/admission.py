@@ -9,10 +9,10 @@ import math
 import re
 
 from paraserve_backend.architectures.registry import model_spec
-from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.architectures.tensors import check_tensors, expected_tensors
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
-from paraserve_backend.protocol.names import EngineName, LayerRange
+from paraserve_backend.protocol.names import EngineName
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex, read_index
 from paraserve_backend.weights.sources.open import open_source

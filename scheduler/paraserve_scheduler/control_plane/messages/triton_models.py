@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.spec import DTYPE_BYTES, ModelSpec
 from paraserve_backend.protocol.names import (
-    DTYPE_BYTES,
     FORWARD_BATCH,
     FORWARD_HIDDEN,
     FORWARD_RESULT,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
-from paraserve_backend.protocol.names import LayerRange
 from paraserve_backend.weights.checkpoint.fetch_plan import (
     FetchPlan,
     coalesce,

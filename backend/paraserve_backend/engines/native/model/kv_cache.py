@@ -13,9 +13,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.engines.native.model.tensors import TORCH_DTYPE
-from paraserve_backend.protocol.names import LayerRange
 
 #: Positions per block, unless the deployment says otherwise.
 BLOCK_SIZE = 16

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.engines.native.model.kv_cache import KvCache
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.forward import Export
 from paraserve_backend.protocol.hand_over import KvBlocks, PostMessage
-from paraserve_backend.protocol.names import LayerRange
 
 
 class KvExporter:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from paraserve_backend.architectures.spec import ModelSpec, Rope
+from paraserve_backend.architectures.spec import LayerRange, ModelSpec, Rope
 from paraserve_backend.architectures.tensors import (
     expected_tensors,
     head_tensor_name,
@@ -31,7 +31,6 @@ from paraserve_backend.engines.native.model.sampler import sample
 from paraserve_backend.engines.native.model.tensors import TORCH_DTYPE
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.protocol.forward import ForwardBatch, ForwardResult
-from paraserve_backend.protocol.names import LayerRange
 
 
 class Weights(Protocol):

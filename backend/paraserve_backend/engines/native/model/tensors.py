@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paraserve_backend.protocol.names import Dtype
+from paraserve_backend.architectures.spec import Dtype
 
 
 def hidden_to_bytes(hidden: torch.Tensor) -> npt.NDArray[np.uint8]:

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paraserve_backend.architectures.registry import model_spec
-from paraserve_backend.architectures.spec import ModelSpec
+from paraserve_backend.architectures.spec import DTYPE_BYTES, Dtype, LayerRange, ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.engines.native.model.kv_cache import KvCache
-from paraserve_backend.protocol.names import DTYPE_BYTES, Dtype, LayerRange
 
 KV_HEADS, HEAD_DIM = 2, 4
 
