@@ -22,12 +22,8 @@ from paraserve_backend.architectures.spec import Dtype, LayerRange
 from paraserve_backend.engines.native.model.kv_cache import BLOCK_SIZE, KvCache
 from paraserve_backend.engines.native.model.stage import StageEngine, StageModel
 from paraserve_backend.engines.native.model.tensors import TORCH_DTYPE
-from paraserve_backend.protocol.forward import (
-    ForwardBatch,
-    ForwardResult,
-    Row,
-    Sampling,
-)
+from paraserve_backend.protocol.forward import ForwardBatch, ForwardResult, Row
+from paraserve_backend.protocol.sampling import Sampling
 from tests.support.models import TinyModel, write_model
 
 PROMPT_TOKENS = 256

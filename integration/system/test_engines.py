@@ -26,8 +26,8 @@ from integration.bad_input.single_models import (
 from integration.support.tiny_cluster import prompts, write_words
 from integration.support.transformers_engine import MODEL_PY
 from integration.support.triton_server import TritonServer, free_ports
-from paraserve_backend.protocol.forward import ChosenToken
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.sampling import ChosenToken
 from tests.support.models import TinyModel, write_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -26,11 +26,11 @@ from paraserve_backend.engines.native.loop import LoopState
 from paraserve_backend.engines.signatures import VLLM, differences
 from paraserve_backend.errors import Cancelled, InvalidRequest, ParaServeError
 from paraserve_backend.generation.answer import Delta
-from paraserve_backend.protocol.forward import ChosenToken, Sampling, Steering
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig
 from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.sampling import ChosenToken, Sampling, Steering
 from paraserve_backend.roles.external import ExternalRole
 from tests.support.generate_settings import make_generate_config, weights_from
 from tests.support.models import VOCAB_SIZE, TinyModel, write_model

@@ -21,8 +21,8 @@ from integration.bad_input.single_models import (
 )
 from integration.support.tiny_cluster import prompts, wait_until, write_words
 from integration.support.triton_server import TritonServer
-from paraserve_backend.protocol.forward import ChosenToken
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.sampling import ChosenToken
 from paraserve_backend.tritonserver.host.stubs import ProcessTable
 from tests.support.models import TinyModel, write_model
 

@@ -17,12 +17,8 @@ from paraserve_backend.architectures.registry import model_spec
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.engines.native.model.kv_cache import KvCache
 from paraserve_backend.engines.native.model.stage import StageEngine, StageModel
-from paraserve_backend.protocol.forward import (
-    ForwardBatch,
-    ForwardResult,
-    Row,
-    Sampling,
-)
+from paraserve_backend.protocol.forward import ForwardBatch, ForwardResult, Row
+from paraserve_backend.protocol.sampling import Sampling
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 

@@ -26,7 +26,7 @@ from paraserve_backend.engines.native.batcher import ScheduledBatch
 from paraserve_backend.engines.native.loop import Forward, LoopState
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.generation.answer import Delta
-from paraserve_backend.protocol.forward import ForwardResult, Sampling
+from paraserve_backend.protocol.forward import ForwardResult
 from paraserve_backend.protocol.forward_codec import decode_result, encode_batch
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import (
@@ -39,6 +39,7 @@ from paraserve_backend.protocol.parameters import (
 )
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.sampling import Sampling
 from paraserve_backend.roles.generate import GenerateRole
 from paraserve_backend.roles.link import LinkRole
 from paraserve_backend.roles.stage import StageRole

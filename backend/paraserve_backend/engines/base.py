@@ -13,7 +13,7 @@ from typing import Protocol
 
 from paraserve_backend.errors import Unavailable
 from paraserve_backend.protocol.abilities import Abilities
-from paraserve_backend.protocol.forward import ChosenToken, Ranking, Sampling
+from paraserve_backend.protocol.sampling import ChosenToken, Ranking, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

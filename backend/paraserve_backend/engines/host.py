@@ -21,10 +21,10 @@ from paraserve_backend.engines.native.loop import Gauges, LoopState, Reply
 from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
 from paraserve_backend.generation.answer import Answer
 from paraserve_backend.generation.sequence import TokenSequence
-from paraserve_backend.protocol.forward import ChosenToken, Steering
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.sampling import ChosenToken, Steering
 
 _SEED_RANGE = 2**63
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from paraserve_backend.generation.text import Detokenizer, StopWords
-from paraserve_backend.protocol.forward import ChosenToken
+from paraserve_backend.protocol.sampling import ChosenToken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from paraserve_backend.protocol.forward import Sampling, Steering
+from paraserve_backend.protocol.sampling import Sampling, Steering
 
 #: Steering that changes nothing.
 _NEUTRAL = Steering()

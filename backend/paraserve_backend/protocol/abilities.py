@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.forward import Steering
 from paraserve_backend.protocol.request import GenerateRequest
+from paraserve_backend.protocol.sampling import Steering
 
 
 class Setting(StrEnum):

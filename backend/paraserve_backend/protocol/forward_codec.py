@@ -13,15 +13,8 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 
-from paraserve_backend.protocol.forward import (
-    Export,
-    ForwardBatch,
-    ForwardResult,
-    Ranking,
-    Row,
-    Sampling,
-    Steering,
-)
+from paraserve_backend.protocol.forward import Export, ForwardBatch, ForwardResult, Row
+from paraserve_backend.protocol.sampling import Ranking, Sampling, Steering
 
 # magic with the version as its last byte, rows, block numbers of all rows together, steered rows,
 # token ids and counts of all steered rows together, bytes of all exports together

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.forward import Sampling, Steering
 from paraserve_backend.protocol.request_settings import INT32_MAX, Settings, text
+from paraserve_backend.protocol.sampling import Sampling, Steering
 
 _DEFAULT_MAX_TOKENS = 16  # as vLLM's
 _SEED_MAX = 2**64 - 1

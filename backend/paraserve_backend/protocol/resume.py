@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.forward import ChosenToken, ForwardResult
+from paraserve_backend.protocol.forward import ForwardResult
 from paraserve_backend.protocol.forward_codec import decode_result, encode_result
+from paraserve_backend.protocol.sampling import ChosenToken
 
 #: Request parameter with an encoded `Resume`; also an output of the response that moves a request.
 #: Whoever sends one can follow the request to another replica.

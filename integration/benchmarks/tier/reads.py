@@ -26,8 +26,9 @@ from safetensors.torch import load_file
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.engines.native.model.weights import WeightLoader
 from paraserve_backend.errors import SourceUnavailable
-from paraserve_backend.protocol.forward import ForwardBatch, Row, Sampling
+from paraserve_backend.protocol.forward import ForwardBatch, Row
 from paraserve_backend.protocol.parameters import KvConfig
+from paraserve_backend.protocol.sampling import Sampling
 from paraserve_backend.roles.load import load_engine
 from paraserve_backend.roles.weights import Fetched, read_spec
 from paraserve_backend.telemetry.spans import SpanFile

@@ -10,9 +10,9 @@ import struct
 
 from tritonclient.grpc import service_pb2 as kserve
 
-from paraserve_backend.protocol.forward import ChosenToken
 from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
 from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
+from paraserve_backend.protocol.sampling import ChosenToken
 from paraserve_scheduler.gateway.kserve.raw_tensors import string_bounds
 
 _IDS = "output_ids"

@@ -22,12 +22,7 @@ from paraserve_backend.engines.signatures import TENSORRT_LLM, VLLM, Table
 from paraserve_backend.engines.tensorrt_llm.engine import TensorRtLlmEngine
 from paraserve_backend.engines.vllm.engine import VllmEngine
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.forward import (
-    ChosenToken,
-    Ranking,
-    Sampling,
-    Steering,
-)
+from paraserve_backend.protocol.sampling import ChosenToken, Ranking, Sampling, Steering
 from tests.support.fake_engines import (
     Seen,
     answer,

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 
 from paraserve_backend.engines.native.model.sampler import steer
 from paraserve_backend.generation.sequence import History
-from paraserve_backend.protocol.forward import Sampling, Steering
+from paraserve_backend.protocol.sampling import Sampling, Steering
 
 VOCAB_SIZE = 6
 IDS = st.integers(0, VOCAB_SIZE - 1)

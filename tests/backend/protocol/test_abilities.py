@@ -11,8 +11,8 @@ from paraserve_backend.protocol.abilities import (
     can_be_carried,
     check,
 )
-from paraserve_backend.protocol.forward import Sampling, Steering
 from paraserve_backend.protocol.request import GenerateRequest
+from paraserve_backend.protocol.sampling import Sampling, Steering
 
 #: A request that uses one setting.
 USES: dict[Setting, dict[str, Any]] = {

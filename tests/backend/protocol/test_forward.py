@@ -8,14 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paraserve_backend.protocol.forward import (
-    ChosenToken,
     Export,
     ForwardBatch,
     ForwardResult,
-    Ranking,
     Row,
-    Sampling,
-    Steering,
     chosen_tokens,
 )
 from paraserve_backend.protocol.forward_codec import (
@@ -24,6 +20,7 @@ from paraserve_backend.protocol.forward_codec import (
     encode_batch,
     encode_result,
 )
+from paraserve_backend.protocol.sampling import ChosenToken, Ranking, Sampling, Steering
 
 UINT32 = st.integers(0, 2**32 - 1)
 SEEN = st.lists(st.tuples(UINT32, UINT32), max_size=5)

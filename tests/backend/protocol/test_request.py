@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.forward import Steering
 from paraserve_backend.protocol.request import (
     UNSUPPORTED,
     GenerateRequest,
     WantedOutputs,
     parse_request,
 )
+from paraserve_backend.protocol.sampling import Steering
 
 
 def parse(

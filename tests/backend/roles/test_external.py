@@ -28,11 +28,11 @@ from paraserve_backend.errors import (
 )
 from paraserve_backend.generation.answer import Delta
 from paraserve_backend.protocol.abilities import Abilities, Setting
-from paraserve_backend.protocol.forward import ChosenToken, Sampling, Steering
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig
 from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.sampling import ChosenToken, Sampling, Steering
 from paraserve_backend.roles.external import ENGINES, ExternalRole, visible_devices
 from tests.support.generate_settings import make_generate_config, weights_from
 from tests.support.models import write_model

@@ -10,15 +10,10 @@ import pytest
 
 from paraserve_backend.engines.native import handover_source as departures
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.forward import (
-    ChosenToken,
-    Ranking,
-    Sampling,
-    Steering,
-)
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import KvConfig
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.sampling import ChosenToken, Ranking, Sampling, Steering
 from tests.support.models import VOCAB_SIZE, TinyModel
 from tests.support.replicas import (
     KV,

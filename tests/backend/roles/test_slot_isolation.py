@@ -17,7 +17,7 @@ from paraserve_backend.engines.native.model.kv_cache import KvCache
 from paraserve_backend.generation.answer import Answer
 from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol import forward_codec as batch_codec
-from paraserve_backend.protocol.forward import ForwardBatch, Sampling
+from paraserve_backend.protocol.forward import ForwardBatch
 from paraserve_backend.protocol.names import SlotKind
 from paraserve_backend.protocol.parameters import (
     GenerateConfig,
@@ -27,6 +27,7 @@ from paraserve_backend.protocol.parameters import (
     format_layers,
 )
 from paraserve_backend.protocol.request import GenerateRequest
+from paraserve_backend.protocol.sampling import Sampling
 from paraserve_backend.roles.generate import GenerateRole
 from paraserve_backend.roles.slot import SlotRole
 from paraserve_backend.roles.stage import StageRole

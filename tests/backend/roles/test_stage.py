@@ -3,12 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paraserve_backend.protocol.forward import (
-    ForwardBatch,
-    ForwardResult,
-    Row,
-    Sampling,
-)
+from paraserve_backend.protocol.forward import ForwardBatch, ForwardResult, Row
+from paraserve_backend.protocol.sampling import Sampling
 from tests.support.models import Chain, TinyModel, write_model
 
 PROMPT = [7, 11, 13, 17, 19, 23]

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 import pytest
 from tritonclient.grpc import service_pb2 as kserve
 
-from paraserve_backend.protocol.forward import ChosenToken
 from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
+from paraserve_backend.protocol.sampling import ChosenToken
 from tests.support.gateway import (
     Cluster,
     make_request,

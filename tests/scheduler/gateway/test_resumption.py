@@ -7,9 +7,9 @@ import struct
 import pytest
 from tritonclient.grpc import service_pb2 as kserve
 
-from paraserve_backend.protocol.forward import ChosenToken, Sampling
 from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
 from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
+from paraserve_backend.protocol.sampling import ChosenToken, Sampling
 from paraserve_scheduler.gateway.resumption import Journey
 
 NO_LOGPROB = 0.0

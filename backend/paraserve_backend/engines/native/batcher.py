@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import (
-    ChosenToken,
     Export,
     ForwardBatch,
     ForwardResult,
     Row,
     chosen_tokens,
 )
+from paraserve_backend.protocol.sampling import ChosenToken
 
 
 class BlockPool:

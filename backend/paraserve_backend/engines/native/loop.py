@@ -21,7 +21,7 @@ from paraserve_backend.engines.native.handover_target import Arrivals
 from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
 from paraserve_backend.generation.answer import Answer, Delta
 from paraserve_backend.generation.sequence import TokenSequence
-from paraserve_backend.protocol.forward import ChosenToken, ForwardResult
+from paraserve_backend.protocol.forward import ForwardResult
 from paraserve_backend.protocol.hand_over import (
     Accepted,
     Complete,
@@ -32,6 +32,7 @@ from paraserve_backend.protocol.hand_over import (
     Word,
 )
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.sampling import ChosenToken
 
 _log = logging.getLogger(__name__)
 #: How often cancellation is looked for while no forward pass returns.

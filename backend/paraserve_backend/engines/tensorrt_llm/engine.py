@@ -19,7 +19,7 @@ from paraserve_backend.engines.base import (
 )
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.abilities import TENSORRT_LLM
-from paraserve_backend.protocol.forward import ChosenToken
+from paraserve_backend.protocol.sampling import ChosenToken
 
 #: How long it may wait for statistics of an iteration that is under way.
 _STATS_TIMEOUT_S = 0.05

@@ -20,7 +20,7 @@ from paraserve_backend.engines.base import (
 )
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.abilities import VLLM
-from paraserve_backend.protocol.forward import ChosenToken, Steering
+from paraserve_backend.protocol.sampling import ChosenToken, Steering
 
 #: It rounds its KV cache down to blocks of at most so many tokens, and keeps one for itself.
 _LARGEST_BLOCK_TOKENS = 128

@@ -16,7 +16,8 @@ from paraserve_backend.engines.native.batcher import (
     ScheduledBatch,
 )
 from paraserve_backend.generation.sequence import History, TokenSequence
-from paraserve_backend.protocol.forward import ForwardResult, Sampling, Steering
+from paraserve_backend.protocol.forward import ForwardResult
+from paraserve_backend.protocol.sampling import Sampling, Steering
 
 BLOCK_SIZE = 4
 

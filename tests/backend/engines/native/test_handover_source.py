@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from paraserve_backend.engines.native.handover_source import Departures
 from paraserve_backend.generation.sequence import TokenSequence
-from paraserve_backend.protocol.forward import Export, Sampling
+from paraserve_backend.protocol.forward import Export
 from paraserve_backend.protocol.hand_over import (
     Accepted,
     Complete,
@@ -17,6 +17,7 @@ from paraserve_backend.protocol.hand_over import (
     Target,
     Withdraw,
 )
+from paraserve_backend.protocol.sampling import Sampling
 
 BLOCK_SIZE = 4
 LAYERS = 3

@@ -31,9 +31,10 @@ from paraserve_backend.errors import (
 from paraserve_backend.generation.answer import Answer, Delta
 from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.generation.text import Detokenizer, StopWords
-from paraserve_backend.protocol.forward import ForwardResult, Sampling
+from paraserve_backend.protocol.forward import ForwardResult
 from paraserve_backend.protocol.hand_over import Message
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.sampling import Sampling
 
 TIMEOUT_S = 20
 WORDS = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))

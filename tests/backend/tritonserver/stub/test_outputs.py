@@ -11,8 +11,8 @@ from tokenizers.models import WordLevel
 
 from paraserve_backend.generation.answer import Answer, Delta
 from paraserve_backend.generation.text import Detokenizer, StopWords
-from paraserve_backend.protocol.forward import ChosenToken, Ranking
 from paraserve_backend.protocol.request import WantedOutputs
+from paraserve_backend.protocol.sampling import ChosenToken, Ranking
 from paraserve_backend.protocol.tensors import INPUTS, OUTPUTS, TensorSpec
 from paraserve_backend.tritonserver.stub.outputs import output_tensors
 

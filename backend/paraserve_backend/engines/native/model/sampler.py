@@ -16,12 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from paraserve_backend.protocol.forward import (
-    ForwardResult,
-    Ranking,
-    Sampling,
-    Steering,
-)
+from paraserve_backend.protocol.forward import ForwardResult
+from paraserve_backend.protocol.sampling import Ranking, Sampling, Steering
 
 #: One less than a float64 has, so that a fraction of a sum stays below the sum when rounded.
 _FRACTION_BITS = 52

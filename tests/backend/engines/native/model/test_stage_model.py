@@ -14,7 +14,8 @@ from paraserve_backend.architectures.tensors import expected_tensors
 from paraserve_backend.engines.native.model.kv_cache import KvCache
 from paraserve_backend.engines.native.model.stage import StageModel
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
-from paraserve_backend.protocol.forward import ForwardBatch, Row, Sampling
+from paraserve_backend.protocol.forward import ForwardBatch, Row
+from paraserve_backend.protocol.sampling import Sampling
 from tests.support.models import (
     CONFIGS,
     VOCAB_SIZE,
