@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable
 
 from paraserve_backend.channel.keys import CurveKeys
-from paraserve_backend.channel.messages import Post, from_frame
-from paraserve_backend.channel.transport import Inbox
-from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.channel.messages import _QUEUED_FRAMES, _log, from_frame, to_frame
+from paraserve_backend.channel.transport import Inbox, Outbox
+from paraserve_backend.errors import InvalidRequest, Unavailable
 from paraserve_backend.protocol.hand_over import (
     Expect,
     KvBlocks,
@@ -97,3 +97,34 @@ def open_mailbox(config: HandOverConfig | None) -> Mailbox | NoMailbox:
         InvalidRequest: the key file is malformed.
     """
     return NoMailbox() if config is None else Mailbox(config)
+
+
+class Post:
+    """Sends messages to any inbox of the deployment; may be used by several threads."""
+
+    def __init__(self, keys: CurveKeys) -> None:
+        self._keys = keys
+        self._lock = threading.Lock()
+        self._outboxes: dict[str, Outbox] = {}
+
+    def __call__(self, address: str, message: Message) -> None:
+        """Queue a message without waiting.
+
+        One that cannot be queued is lost: whoever waits for its answer gives up in time.
+        """
+        with self._lock:
+            outbox = self._outboxes.get(address)
+            if outbox is None:
+                outbox = self._outboxes[address] = Outbox(
+                    address=address, keys=self._keys, queued_frames=_QUEUED_FRAMES, timeout_s=0.0
+                )
+            try:
+                outbox.send(to_frame(message))
+            except Unavailable:
+                _log.warning("%s takes no messages", address)
+
+    def close(self) -> None:
+        with self._lock:
+            for outbox in self._outboxes.values():
+                outbox.close()
+            self._outboxes.clear()

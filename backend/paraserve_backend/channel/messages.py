@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import struct
-import threading
 
-from paraserve_backend.channel.keys import CurveKeys
-from paraserve_backend.channel.transport import Buffer, Frame, FrameKind, Outbox
-from paraserve_backend.errors import Unavailable
+from paraserve_backend.channel.transport import Buffer, Frame, FrameKind
 from paraserve_backend.protocol.hand_over import (
     Accepted,
     Complete,
@@ -88,34 +85,3 @@ def from_frame(frame: Frame) -> Message:
                 raise ValueError(f"a frame of kind {frame.kind.name} hands nothing over")
     except struct.error as error:
         raise ValueError(f"a {frame.kind.name} frame is malformed: {error}") from None
-
-
-class Post:
-    """Sends messages to any inbox of the deployment; may be used by several threads."""
-
-    def __init__(self, keys: CurveKeys) -> None:
-        self._keys = keys
-        self._lock = threading.Lock()
-        self._outboxes: dict[str, Outbox] = {}
-
-    def __call__(self, address: str, message: Message) -> None:
-        """Queue a message without waiting.
-
-        One that cannot be queued is lost: whoever waits for its answer gives up in time.
-        """
-        with self._lock:
-            outbox = self._outboxes.get(address)
-            if outbox is None:
-                outbox = self._outboxes[address] = Outbox(
-                    address=address, keys=self._keys, queued_frames=_QUEUED_FRAMES, timeout_s=0.0
-                )
-            try:
-                outbox.send(to_frame(message))
-            except Unavailable:
-                _log.warning("%s takes no messages", address)
-
-    def close(self) -> None:
-        with self._lock:
-            for outbox in self._outboxes.values():
-                outbox.close()
-            self._outboxes.clear()

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from paraserve_backend.channel.keys import CurveKeys
-from paraserve_backend.channel.messages import Post
+from paraserve_backend.channel.mailbox import Post
 from paraserve_backend.channel.transport import Channel, Frame, FrameKind, relay
 from paraserve_backend.engines.native.model.kv_transfer import KvExporter
 from paraserve_backend.engines.native.model.tensors import (
