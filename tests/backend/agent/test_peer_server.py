@@ -15,7 +15,7 @@ import pytest
 from paraserve_backend.agent.peer_server import PeerServer, RateLimit
 from paraserve_backend.errors import Cancelled, InvalidRequest, SourceUnavailable
 from paraserve_backend.weights.fetching.fetch import FetchReport, fetch
-from paraserve_backend.weights.sources.base import Connection, Source, StoredObject
+from paraserve_backend.weights.sources.base import Connection, Holding, Source, StoredObject
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.sources.peer import (
     OBJECTS_PATH,
@@ -24,7 +24,6 @@ from paraserve_backend.weights.sources.peer import (
     is_signed,
     sign,
 )
-from paraserve_backend.weights.tiers.holdings import Holding
 from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.reader import TierReader
 from tests.support.checkpoints import (

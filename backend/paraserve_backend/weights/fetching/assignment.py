@@ -21,7 +21,8 @@ from paraserve_backend.weights.fetching.tasks import (
     Taker,
     Task,
 )
-from paraserve_backend.weights.tiers.holdings import Claim, Holding
+from paraserve_backend.weights.sources.base import Holding
+from paraserve_backend.weights.tiers.holdings import Claim
 from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.writer import TierFetch
 

@@ -14,12 +14,11 @@ from paraserve_backend.byte_ranges import merge, within
 from paraserve_backend.errors import Cancelled, ParaServeError, SourceUnavailable
 from paraserve_backend.weights.fetching.assignment import Allotment
 from paraserve_backend.weights.fetching.tasks import Supply, Task
-from paraserve_backend.weights.sources.base import BrokenTransfer, Connection, Source
+from paraserve_backend.weights.sources.base import BrokenTransfer, Connection, Holding, Source
 from paraserve_backend.weights.sources.peer import Peer
 from paraserve_backend.weights.sources.retry import Retrier
 from paraserve_backend.weights.tiers.disk import DiskTier
 from paraserve_backend.weights.tiers.disk_format import DamagedExtent, aligned_buffer
-from paraserve_backend.weights.tiers.holdings import Holding
 
 _log = logging.getLogger(__name__)
 

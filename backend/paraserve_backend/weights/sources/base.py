@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from paraserve_backend.byte_ranges import Span
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredObject:
@@ -84,3 +86,11 @@ def check_key(key: str) -> None:
     """Refuse a key that would leave its folder; raises `ValueError`."""
     if not key or "/" in key or "\0" in key or key in {".", ".."}:
         raise ValueError(f"{key!r} is not the name of a file in a model folder")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """Bytes of one object version that are in place, and those that a running fetch will bring."""
+
+    landed: tuple[Span, ...]
+    coming: tuple[Span, ...]

@@ -19,9 +19,8 @@ from typing import Protocol
 from urllib.parse import parse_qs, urlsplit
 
 from paraserve_backend.errors import SourceUnavailable
-from paraserve_backend.weights.sources.base import Connection
+from paraserve_backend.weights.sources.base import Connection, Holding
 from paraserve_backend.weights.sources.http import HttpConnection, UrlSigner
-from paraserve_backend.weights.tiers.holdings import Holding
 
 OBJECTS_PATH = "/objects/"
 HOLDINGS_PATH = "/holdings/"

@@ -15,9 +15,9 @@ from paraserve_backend.byte_ranges import (
     within,
 )
 from paraserve_backend.errors import NotFound
-from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.sources.base import Holding, StoredObject
 from paraserve_backend.weights.tiers.cache_index import CacheIndex
-from paraserve_backend.weights.tiers.holdings import Holding, TierObject
+from paraserve_backend.weights.tiers.holdings import TierObject
 from paraserve_backend.weights.tiers.layout import FILES, OBJECTS, FetchStatus
 from paraserve_backend.weights.tiers.writer import TierFetch
 

@@ -31,14 +31,6 @@ class TierObject:
         return sum(end - start for start, end in self.landed)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holding:
-    """Bytes of one object version that are in place, and those that a running fetch will bring."""
-
-    landed: tuple[Span, ...]
-    coming: tuple[Span, ...]
-
-
 class Claim(Enum):
     """What came of the wish to bring some bytes."""
 

@@ -26,7 +26,7 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES, FetchPlan
-from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.sources.base import Holding, StoredObject
 from paraserve_backend.weights.tiers.cache_index import (
     CACHE,
     CacheIndex,
@@ -41,12 +41,7 @@ from paraserve_backend.weights.tiers.filesystem import (
     lock_folder,
     used_bytes,
 )
-from paraserve_backend.weights.tiers.holdings import (
-    Claim,
-    Holding,
-    TierObject,
-    object_problems,
-)
+from paraserve_backend.weights.tiers.holdings import Claim, TierObject, object_problems
 from paraserve_backend.weights.tiers.layout import (
     FETCHES,
     FILES,

@@ -15,8 +15,7 @@ from paraserve_backend.weights.fetching.tasks import (
     Taker,
     Task,
 )
-from paraserve_backend.weights.sources.base import StoredObject
-from paraserve_backend.weights.tiers.holdings import Holding
+from paraserve_backend.weights.sources.base import Holding, StoredObject
 from paraserve_backend.weights.tiers.memory import Tier
 from tests.support.checkpoints import make_plan
 
