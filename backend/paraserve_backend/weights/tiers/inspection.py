@@ -10,7 +10,7 @@ from pathlib import Path
 from paraserve_backend.byte_ranges import Span, merge
 from paraserve_backend.errors import NotFound
 from paraserve_backend.weights.sources.base import StoredObject
-from paraserve_backend.weights.tiers.cache_index import CACHE, CachedObject
+from paraserve_backend.weights.tiers.cache_index import CACHE, CachedObject, whole_pages
 from paraserve_backend.weights.tiers.disk_format import (
     DamagedExtent,
     Held,
@@ -21,8 +21,8 @@ from paraserve_backend.weights.tiers.disk_format import (
     strange_files,
     whole_extents,
 )
-from paraserve_backend.weights.tiers.filesystem import used_bytes
-from paraserve_backend.weights.tiers.holdings import TierObject, object_problems
+from paraserve_backend.weights.tiers.filesystem import first_hole, used_bytes
+from paraserve_backend.weights.tiers.holdings import TierObject
 from paraserve_backend.weights.tiers.layout import (
     FETCHES,
     OBJECTS,
@@ -138,3 +138,27 @@ def _damage(directory: Path, found: list[Held]) -> Iterator[str]:
         except DamagedExtent as damage:
             if path.exists():
                 yield f"{path} {damage}"
+
+
+def object_problems(path: Path, found: TierObject, *, growing: bool) -> list[str]:
+    """Return one sentence for everything that is not as `found` says.
+
+    A `growing` file may have bytes that are not known yet.
+    """
+    key = found.stored.key
+    if not path.exists():
+        return [f"the file of {key} is missing"]
+    file = path.stat()
+    if file.st_size != found.stored.size_bytes:
+        return [f"the file of {key} has {file.st_size} bytes"]
+    holes = [(span, first_hole(path, span)) for span in found.landed]
+    problems = [
+        f"{key} has no bytes at {hole} in {span}" for span, hole in holes if hole is not None
+    ]
+    # What the file system gives at once: 2 MiB where it has huge pages.
+    known_bytes = sum(whole_pages(span, file.st_blksize) for span in found.landed)
+    if not growing and used_bytes(path) > known_bytes:
+        problems.append(
+            f"the file of {key} takes {used_bytes(path)} bytes, {known_bytes} are known"
+        )
+    return problems

@@ -41,7 +41,8 @@ from paraserve_backend.weights.tiers.filesystem import (
     lock_folder,
     used_bytes,
 )
-from paraserve_backend.weights.tiers.holdings import Claim, TierObject, object_problems
+from paraserve_backend.weights.tiers.holdings import Claim, TierObject
+from paraserve_backend.weights.tiers.inspection import object_problems
 from paraserve_backend.weights.tiers.layout import (
     FETCHES,
     FILES,
