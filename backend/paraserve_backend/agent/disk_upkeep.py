@@ -17,6 +17,7 @@ from typing import NoReturn
 from paraserve_backend.byte_ranges import Span, cut, subtract
 from paraserve_backend.daemon.tasks import in_thread
 from paraserve_backend.errors import NotFound
+from paraserve_backend.weights.tiers.contents import TierObject
 from paraserve_backend.weights.tiers.disk import DiskTier
 from paraserve_backend.weights.tiers.disk_format import (
     EXTENT_BYTES,
@@ -24,7 +25,6 @@ from paraserve_backend.weights.tiers.disk_format import (
     Held,
     aligned_buffer,
 )
-from paraserve_backend.weights.tiers.holdings import TierObject
 from paraserve_backend.weights.tiers.memory import Tier
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from paraserve_backend.byte_ranges import Span
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.weights.tiers.contents import TierObject
 from paraserve_backend.weights.tiers.disk import DiskTier
-from paraserve_backend.weights.tiers.holdings import TierObject
 from paraserve_backend.weights.tiers.memory import Tier
 
 

@@ -22,7 +22,7 @@ from paraserve_backend.weights.fetching.tasks import (
     Task,
 )
 from paraserve_backend.weights.sources.base import Holding
-from paraserve_backend.weights.tiers.holdings import Claim
+from paraserve_backend.weights.tiers.contents import Claim
 from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.writer import TierFetch
 

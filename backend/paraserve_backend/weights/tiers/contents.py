@@ -6,6 +6,8 @@ Not thread-safe: `paraserve_backend.weights.tiers.memory` asks with its lock hel
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from paraserve_backend.byte_ranges import (
@@ -17,8 +19,7 @@ from paraserve_backend.byte_ranges import (
 from paraserve_backend.errors import NotFound
 from paraserve_backend.weights.sources.base import Holding, StoredObject
 from paraserve_backend.weights.tiers.cache_index import CacheIndex
-from paraserve_backend.weights.tiers.holdings import TierObject
-from paraserve_backend.weights.tiers.layout import FILES, OBJECTS, FetchStatus
+from paraserve_backend.weights.tiers.layout import FILES, OBJECTS, FetchStatus, object_name
 from paraserve_backend.weights.tiers.writer import TierFetch
 
 
@@ -135,3 +136,31 @@ class TierContents:
         for fetch in self.having(name):
             return fetch.object_names.get(name) or fetch.file_names[name]
         raise NotFound(f"there is no object {name} on this node")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierObject:
+    """One object version in the tier, and which of its bytes are in place (sorted, disjoint)."""
+
+    source_uri: str
+    stored: StoredObject
+    landed: tuple[Span, ...]
+
+    @property
+    def name(self) -> str:
+        """The object's file name in any tier."""
+        return object_name(self.source_uri, self.stored)
+
+    @property
+    def landed_bytes(self) -> int:
+        return sum(end - start for start, end in self.landed)
+
+
+class Claim(Enum):
+    """What came of the wish to bring some bytes."""
+
+    GRANTED = "granted"
+    #: Another fetch of this tier is bringing some of them right now.
+    BUSY = "busy"
+    #: They are in place.
+    LANDED = "landed"

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from paraserve_backend.byte_ranges import Span, merge, within
+from paraserve_backend.weights.tiers.contents import TierObject
 from paraserve_backend.weights.tiers.disk_format import (
     DamagedExtent,
     DiskExtent,
@@ -31,7 +32,6 @@ from paraserve_backend.weights.tiers.disk_format import (
     write_extent,
 )
 from paraserve_backend.weights.tiers.filesystem import lock_folder
-from paraserve_backend.weights.tiers.holdings import TierObject
 from paraserve_backend.weights.tiers.layout import OBJECTS
 
 _log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from paraserve_backend.byte_ranges import Span, merge
 from paraserve_backend.errors import NotFound
 from paraserve_backend.weights.sources.base import StoredObject
 from paraserve_backend.weights.tiers.cache_index import CACHE, CachedObject, whole_pages
+from paraserve_backend.weights.tiers.contents import TierObject
 from paraserve_backend.weights.tiers.disk_format import (
     DamagedExtent,
     Held,
@@ -22,7 +23,6 @@ from paraserve_backend.weights.tiers.disk_format import (
     whole_extents,
 )
 from paraserve_backend.weights.tiers.filesystem import first_hole, used_bytes
-from paraserve_backend.weights.tiers.holdings import TierObject
 from paraserve_backend.weights.tiers.layout import (
     FETCHES,
     OBJECTS,

@@ -33,7 +33,7 @@ from paraserve_backend.weights.tiers.cache_index import (
     page_span,
     whole_pages,
 )
-from paraserve_backend.weights.tiers.contents import TierContents
+from paraserve_backend.weights.tiers.contents import Claim, TierContents, TierObject
 from paraserve_backend.weights.tiers.filesystem import (
     first_hole,
     free_bytes,
@@ -41,7 +41,6 @@ from paraserve_backend.weights.tiers.filesystem import (
     lock_folder,
     used_bytes,
 )
-from paraserve_backend.weights.tiers.holdings import Claim, TierObject
 from paraserve_backend.weights.tiers.inspection import object_problems
 from paraserve_backend.weights.tiers.layout import (
     FETCHES,
