@@ -10,9 +10,10 @@ from math import prod
 from pathlib import Path
 
 from paraserve_backend.architectures.spec import LayerRange, TensorNames
-from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, plan_fetch, stage_tensors
+from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, plan_fetch
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex, read_index
 from paraserve_backend.weights.checkpoint.safetensors import ITEM_BYTES, TensorEntry
+from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_backend.weights.sources.base import Source, StoredObject
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.writer import TierFetch

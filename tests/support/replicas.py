@@ -44,8 +44,9 @@ from paraserve_backend.roles.generate import GenerateRole
 from paraserve_backend.roles.link import LinkRole
 from paraserve_backend.roles.stage import StageRole
 from paraserve_backend.roles.weights import open_weights
-from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch, split_layers, stage_tensors
+from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch
 from paraserve_backend.weights.checkpoint.index import read_index
+from paraserve_backend.weights.checkpoint.stages import split_layers, stage_tensors
 from paraserve_backend.weights.fetching.fetch import fetch
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.memory import Tier

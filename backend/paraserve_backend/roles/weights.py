@@ -88,8 +88,9 @@ def _nothing() -> None:
 def _fetch_here(config: WeightsConfig, uri: str, *, whole_objects: bool) -> Fetched:
     # Only a standalone model needs these; boto3 alone takes 0.3 s to import.
     from paraserve_backend.weights.checkpoint import fetch_plan
-    from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch, stage_tensors
+    from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch
     from paraserve_backend.weights.checkpoint.index import read_index
+    from paraserve_backend.weights.checkpoint.stages import stage_tensors
     from paraserve_backend.weights.fetching.fetch import fetch
     from paraserve_backend.weights.sources.open import open_source
     from paraserve_backend.weights.tiers.memory import Tier

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from paraserve_backend.architectures.registry import model_spec
 from paraserve_backend.architectures.spec import LayerRange
-from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch, stage_tensors
+from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch
 from paraserve_backend.weights.checkpoint.index import read_index
+from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_backend.weights.fetching.fetch import fetch
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.memory import Tier

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
-from paraserve_backend.weights.checkpoint.fetch_plan import stage_tensors
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
+from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_scheduler.control_plane.config import PlacementConfig, PolicyConfig
 from paraserve_scheduler.planner.bandwidth import Claim
 from paraserve_scheduler.planner.cost import (

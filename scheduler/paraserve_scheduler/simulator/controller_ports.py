@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, stage_tensors
+from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
+from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_scheduler.control_plane.controller.loop import Controller
 from paraserve_scheduler.planner.fleet import StageChoice, Start
 from paraserve_scheduler.simulator import replicas as lives

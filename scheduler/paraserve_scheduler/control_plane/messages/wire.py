@@ -5,7 +5,8 @@ from __future__ import annotations
 from paraserve_backend.protocol.names import EngineName
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.telemetry.spans import Span
-from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch, stage_tensors, whole_objects
+from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch, whole_objects
+from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_scheduler.control_plane.config import PolicyConfig
 from paraserve_scheduler.control_plane.messages.triton_models import (
     fetch_id,

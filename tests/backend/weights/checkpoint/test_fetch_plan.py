@@ -15,11 +15,10 @@ from paraserve_backend.weights.checkpoint.fetch_plan import (
     FetchPlan,
     coalesce,
     plan_fetch,
-    split_layers,
     split_parts,
-    stage_tensors,
 )
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex
+from paraserve_backend.weights.checkpoint.stages import split_layers, stage_tensors
 from paraserve_backend.weights.sources.base import ObjectRange
 from tests.support.checkpoints import NAMES, make_index, make_plan
 
