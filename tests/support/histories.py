@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from paraserve_scheduler.control_plane.config import PolicyConfig
+from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.decide import decide
 from paraserve_scheduler.state.actions import Action
 from paraserve_scheduler.state.events import (

@@ -13,7 +13,7 @@ from paraserve_backend.architectures.tensors import expected_tensors
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
 from paraserve_backend.weights.sources.base import StoredObject
-from paraserve_scheduler.control_plane.config import PlacementConfig, PolicyConfig
+from paraserve_scheduler.reconciler.config import PlacementConfig, PolicyConfig
 from paraserve_scheduler.reconciler.placement import NodeSpace, equal_split, lay_out
 from paraserve_scheduler.state.events import NodeRegistered, NodeReported
 from paraserve_scheduler.state.fold import fold

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from paraserve_scheduler.control_plane.config import PolicyConfig
+from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.placement import NodeSpace
 from paraserve_scheduler.state.plans import DeploymentSpec
 from paraserve_scheduler.state.view import ClusterView, NodeState, Replica

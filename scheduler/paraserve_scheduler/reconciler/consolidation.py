@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from paraserve_backend.errors import InsufficientCapacity
-from paraserve_scheduler.control_plane.config import PolicyConfig
 from paraserve_scheduler.policies.keep_alive import KeepAliveConfig
 from paraserve_scheduler.reconciler.capacity import successor_spaces
+from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.placement import NodeSpace, place_successor
 from paraserve_scheduler.state.actions import (
     Action,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.errors import InsufficientCapacity
-from paraserve_scheduler.control_plane.config import PolicyConfig
 from paraserve_scheduler.planner.fleet import (
     Decision,
     DropSlot,
@@ -28,6 +27,7 @@ from paraserve_scheduler.reconciler.capacity import (
     node_trouble,
     space_on,
 )
+from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.fleet_view import fleet_of
 from paraserve_scheduler.reconciler.placement import check_room, lay_out
 from paraserve_scheduler.state.actions import (

@@ -14,7 +14,6 @@ from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
 from paraserve_backend.weights.checkpoint.stages import stage_tensors
-from paraserve_scheduler.control_plane.config import PlacementConfig, PolicyConfig
 from paraserve_scheduler.planner.bandwidth import Claim
 from paraserve_scheduler.planner.cost import (
     ModelShape,
@@ -32,6 +31,7 @@ from paraserve_scheduler.planner.fleet import (
     ReplicaPhase,
 )
 from paraserve_scheduler.reconciler.capacity import device_of, is_usable
+from paraserve_scheduler.reconciler.config import PlacementConfig, PolicyConfig
 from paraserve_scheduler.reconciler.placement import LEAST_PORTS, least_kv_blocks
 from paraserve_scheduler.state.learned import Calibration
 from paraserve_scheduler.state.plans import Deployment

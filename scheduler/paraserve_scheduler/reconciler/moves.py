@@ -15,8 +15,8 @@ from paraserve_backend.errors import (
     NotFound,
     Unavailable,
 )
-from paraserve_scheduler.control_plane.config import PolicyConfig
 from paraserve_scheduler.reconciler.capacity import is_alive, node_trouble, successor_spaces
+from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.consolidation import (
     evacuation,
     listed,

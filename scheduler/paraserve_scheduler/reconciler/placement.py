@@ -11,7 +11,7 @@ from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.errors import InsufficientCapacity
 from paraserve_backend.protocol.names import EngineName
 from paraserve_backend.weights.checkpoint.stages import split_layers, stage_tensors
-from paraserve_scheduler.control_plane.config import PlacementConfig
+from paraserve_scheduler.reconciler.config import PlacementConfig
 from paraserve_scheduler.state.plans import (
     ChannelAddress,
     Deployment,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.errors import InsufficientCapacity
-from paraserve_scheduler.control_plane.config import PlacementConfig
+from paraserve_scheduler.reconciler.config import PlacementConfig
 from paraserve_scheduler.reconciler.placement import (
     NodeSpace,
     check_room,

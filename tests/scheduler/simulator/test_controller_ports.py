@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from paraserve_scheduler.control_plane.config import PolicyConfig, SchedulerConfig
+from paraserve_scheduler.control_plane.config import SchedulerConfig
 from paraserve_scheduler.control_plane.controller.loop import TICK_S, Controller
 from paraserve_scheduler.planner.cost import NodeKind, Speed, StartMethod
 from paraserve_scheduler.planner.fleet import (
@@ -19,6 +19,7 @@ from paraserve_scheduler.planner.fleet import (
     Start,
 )
 from paraserve_scheduler.policies.registry import find_policy
+from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.fleet_view import shape_of
 from paraserve_scheduler.reconciler.placement import least_kv_blocks
 from paraserve_scheduler.simulator.clock import Heap

@@ -11,7 +11,7 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.errors import Context, errors_to
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerServicer
 from paraserve_scheduler.control_plane.api.admission import read_deployment, validated_spec
-from paraserve_scheduler.control_plane.config import PolicyConfig, SchedulerConfig
+from paraserve_scheduler.control_plane.config import SchedulerConfig
 from paraserve_scheduler.control_plane.controller.loop import Controller
 from paraserve_scheduler.control_plane.messages.wire import (
     cluster_status,
@@ -22,6 +22,7 @@ from paraserve_scheduler.control_plane.messages.wire import (
     route_table,
 )
 from paraserve_scheduler.reconciler.capacity import is_alive, node_spaces
+from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.moves import (
     check_drain,
     drain_progress,

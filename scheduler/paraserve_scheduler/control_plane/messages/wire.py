@@ -7,7 +7,6 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.telemetry.spans import Span
 from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch, whole_objects
 from paraserve_backend.weights.checkpoint.stages import stage_tensors
-from paraserve_scheduler.control_plane.config import PolicyConfig
 from paraserve_scheduler.control_plane.messages.triton_models import (
     fetch_id,
     generate_model,
@@ -15,6 +14,7 @@ from paraserve_scheduler.control_plane.messages.triton_models import (
 )
 from paraserve_scheduler.planner.fleet import Prediction
 from paraserve_scheduler.reconciler.capacity import is_alive
+from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.state.events import NodeReported
 from paraserve_scheduler.state.plans import (
     ChannelKeys,

@@ -21,10 +21,11 @@ from paraserve_backend.rpc.paraserve_pb2_grpc import (
     add_SchedulerServicer_to_server,
 )
 from paraserve_scheduler.control_plane.api.service import SchedulerService
-from paraserve_scheduler.control_plane.config import PolicyConfig, SchedulerConfig
+from paraserve_scheduler.control_plane.config import SchedulerConfig
 from paraserve_scheduler.control_plane.controller.agents import AgentCallFailed, GrpcAgents
 from paraserve_scheduler.control_plane.controller.clock import SystemClock
 from paraserve_scheduler.control_plane.controller.loop import Controller
+from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.state.view import Phase
 from paraserve_scheduler.store.sqlite import SqliteStore
 from tests.support.views import make_node_info, write_model
