@@ -6,15 +6,8 @@ from dataclasses import replace
 
 from integration.experiments.paper_numbers import CHECKPOINTS, COLD_TTFT_S
 from paraserve_scheduler.planner.cost import ModelShape
-from paraserve_scheduler.planner.fleet import (
-    Decision,
-    Fleet,
-    Node,
-    Source,
-    StageChoice,
-    Start,
-    Strategy,
-)
+from paraserve_scheduler.planner.decisions import Decision, Source, StageChoice, Start, Strategy
+from paraserve_scheduler.planner.fleet import Fleet, Node
 from paraserve_scheduler.planner.partition import equal_bounds
 from paraserve_scheduler.policies import serverless_vllm, serverlessllm
 from paraserve_scheduler.simulator.description import (

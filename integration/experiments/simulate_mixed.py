@@ -24,12 +24,8 @@ from paraserve_scheduler.planner.cost import (
     prefill_s,
     uniform_model,
 )
-from paraserve_scheduler.planner.fleet import (
-    Decision,
-    Fleet,
-    Objectives,
-    Start,
-)
+from paraserve_scheduler.planner.decisions import Decision, Start
+from paraserve_scheduler.planner.fleet import Fleet, Objectives
 from paraserve_scheduler.policies.registry import find_policy
 from paraserve_scheduler.simulator.description import (
     ClusterDescription,

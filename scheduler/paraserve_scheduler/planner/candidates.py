@@ -10,13 +10,9 @@ from itertools import islice
 
 from paraserve_scheduler.planner.bandwidth import LinkForecast
 from paraserve_scheduler.planner.cost import ModelShape, runtime_s, stage_ready_s
+from paraserve_scheduler.planner.decisions import Source
 from paraserve_scheduler.planner.fetch_time import Amounts, Holders, Inflow
-from paraserve_scheduler.planner.fleet import (
-    Fleet,
-    Need,
-    Node,
-    Source,
-)
+from paraserve_scheduler.planner.fleet import Fleet, Need, Node
 
 #: Up to so many places every choice of them is tried.
 EXACT_SPOTS = 4

@@ -7,13 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from paraserve_scheduler.planner.bandwidth import Claim
-from paraserve_scheduler.planner.fleet import (
-    Fleet,
-    Node,
-    Source,
-    StageChoice,
-    Start,
-)
+from paraserve_scheduler.planner.decisions import Source, StageChoice, Start
+from paraserve_scheduler.planner.fleet import Fleet, Node
 
 
 def with_start(fleet: Fleet, start: Start) -> Fleet:

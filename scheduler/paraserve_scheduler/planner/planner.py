@@ -19,17 +19,8 @@ from paraserve_scheduler.planner.candidates import (
     find_spots,
     find_supply,
 )
-from paraserve_scheduler.planner.fleet import (
-    Fleet,
-    Gpu,
-    Growth,
-    Need,
-    Node,
-    Objectives,
-    Prediction,
-    StageChoice,
-    Start,
-)
+from paraserve_scheduler.planner.decisions import Growth, Prediction, StageChoice, Start
+from paraserve_scheduler.planner.fleet import Fleet, Gpu, Need, Node, Objectives
 from paraserve_scheduler.planner.partition import choose_places, cut, divisible_s
 from paraserve_scheduler.planner.prediction import predict, tpot_s
 

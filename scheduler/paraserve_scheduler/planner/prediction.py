@@ -12,12 +12,8 @@ from paraserve_scheduler.planner.cost import (
     prefill_s,
     runtime_s,
 )
-from paraserve_scheduler.planner.fleet import (
-    Need,
-    Prediction,
-    StageChoice,
-    StagePrediction,
-)
+from paraserve_scheduler.planner.decisions import Prediction, StageChoice, StagePrediction
+from paraserve_scheduler.planner.fleet import Need
 
 
 def predict(

@@ -6,12 +6,8 @@ from collections.abc import Iterator
 from math import ceil
 
 from paraserve_scheduler.planner.cost import ModelShape
-from paraserve_scheduler.planner.fleet import (
-    Fleet,
-    Need,
-    ReplicaPhase,
-    Stop,
-)
+from paraserve_scheduler.planner.decisions import Stop
+from paraserve_scheduler.planner.fleet import Fleet, Need, ReplicaPhase
 
 GB = 10**9
 KEEP_ALIVE_S = 30.0

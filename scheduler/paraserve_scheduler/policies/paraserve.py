@@ -10,16 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from paraserve_scheduler.planner.cost import StartMethod, stage_ready_s
-from paraserve_scheduler.planner.fleet import (
-    Decision,
-    DropSlot,
-    Fleet,
-    Need,
-    ReplicaLoad,
-    Start,
-    Stop,
-    WarmSlot,
-)
+from paraserve_scheduler.planner.decisions import Decision, DropSlot, Start, Stop, WarmSlot
+from paraserve_scheduler.planner.fleet import Fleet, Need, ReplicaLoad
 from paraserve_scheduler.planner.fleet_changes import with_freed, with_start, without
 from paraserve_scheduler.planner.planner import PlanningConfig, plan
 from paraserve_scheduler.policies.autoscaling import AutoscalingConfig, replicas_to_start

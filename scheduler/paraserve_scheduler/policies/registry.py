@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_scheduler.planner.fleet import Admission, Strategy
+from paraserve_scheduler.planner.decisions import Admission, Strategy
 from paraserve_scheduler.policies import hydraserve, serverless_vllm, serverlessllm
 from paraserve_scheduler.policies import paraserve as strategy
 from paraserve_scheduler.policies.autoscaling import admits

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from paraserve_scheduler.planner.fleet import (
-    Decision,
-    Fleet,
-    Need,
-    Source,
-    StageChoice,
-    Start,
-)
+from paraserve_scheduler.planner.decisions import Decision, Source, StageChoice, Start
+from paraserve_scheduler.planner.fleet import Fleet, Need
 from paraserve_scheduler.planner.fleet_changes import with_start
 from paraserve_scheduler.policies.baseline_rules import (
     by_arrival,

@@ -9,16 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import ceil
 
-from paraserve_scheduler.planner.fleet import (
-    Decision,
-    Fleet,
-    Gpu,
-    Need,
-    Node,
-    Source,
-    StageChoice,
-    Start,
-)
+from paraserve_scheduler.planner.decisions import Decision, Source, StageChoice, Start
+from paraserve_scheduler.planner.fleet import Fleet, Gpu, Need, Node
 from paraserve_scheduler.planner.fleet_changes import with_start
 from paraserve_scheduler.policies.baseline_rules import by_arrival, stop_idle
 

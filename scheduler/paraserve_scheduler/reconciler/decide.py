@@ -12,13 +12,7 @@ from collections.abc import Callable, Iterator
 
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.errors import InsufficientCapacity
-from paraserve_scheduler.planner.fleet import (
-    Decision,
-    DropSlot,
-    Start,
-    Stop,
-    WarmSlot,
-)
+from paraserve_scheduler.planner.decisions import Decision, DropSlot, Start, Stop, WarmSlot
 from paraserve_scheduler.policies.registry import find_policy
 from paraserve_scheduler.reconciler import consolidation
 from paraserve_scheduler.reconciler.capacity import (

@@ -17,7 +17,7 @@ from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
 from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_scheduler.control_plane.controller.loop import Controller
-from paraserve_scheduler.planner.fleet import StageChoice, Start
+from paraserve_scheduler.planner.decisions import StageChoice, Start
 from paraserve_scheduler.simulator import replicas as lives
 from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import DeploymentDescription, NodeDescription

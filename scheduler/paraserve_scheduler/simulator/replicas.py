@@ -10,12 +10,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from paraserve_scheduler.planner.cost import ModelShape, runtime_s
-from paraserve_scheduler.planner.fleet import (
-    ReplicaPhase,
-    Source,
-    StageChoice,
-    Start,
-)
+from paraserve_scheduler.planner.decisions import Source, StageChoice, Start
+from paraserve_scheduler.planner.fleet import ReplicaPhase
 from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import DeploymentDescription
 from paraserve_scheduler.simulator.memory import NodeMemory

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from paraserve_scheduler.planner.fleet import (
+from paraserve_scheduler.planner.decisions import (
     Admission,
     Decision,
     DropSlot,
-    Fleet,
-    ReplicaPhase,
     StageChoice,
     Start,
     Stop,
     Strategy,
     WarmSlot,
 )
+from paraserve_scheduler.planner.fleet import Fleet, ReplicaPhase
 from paraserve_scheduler.simulator import replicas as lives
 from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import ClusterDescription

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paraserve_scheduler.planner.fleet import Prediction
+from paraserve_scheduler.planner.decisions import Prediction
 from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.view import Failure
 

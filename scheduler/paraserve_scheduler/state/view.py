@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from paraserve_backend.telemetry.spans import Span
-from paraserve_scheduler.planner.fleet import Prediction
+from paraserve_scheduler.planner.decisions import Prediction
 from paraserve_scheduler.state.learned import Calibration, DemandHistory
 from paraserve_scheduler.state.plans import Deployment, ReplicaPlan, StagePlan
 

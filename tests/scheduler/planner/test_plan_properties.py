@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 from paraserve_scheduler.planner.bandwidth import Claim, offered_rate
 from paraserve_scheduler.planner.candidates import Spot, Supply, find_supply
 from paraserve_scheduler.planner.cost import Speed, decode_s, prefill_s
-from paraserve_scheduler.planner.fleet import (
-    Fleet,
-    Need,
-    Node,
-    Objectives,
-    Prediction,
-    Start,
-    Strategy,
-)
+from paraserve_scheduler.planner.decisions import Prediction, Start, Strategy
+from paraserve_scheduler.planner.fleet import Fleet, Need, Node, Objectives
 from paraserve_scheduler.planner.fleet_changes import with_start
 from paraserve_scheduler.planner.planner import PlanningConfig, plan
 from paraserve_scheduler.planner.prediction import slowest

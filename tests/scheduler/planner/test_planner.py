@@ -6,7 +6,8 @@ import pytest
 
 from paraserve_scheduler.planner.bandwidth import Claim
 from paraserve_scheduler.planner.cost import Speed
-from paraserve_scheduler.planner.fleet import Objectives, Prediction, Start
+from paraserve_scheduler.planner.decisions import Prediction, Start
+from paraserve_scheduler.planner.fleet import Objectives
 from paraserve_scheduler.planner.fleet_changes import with_freed, with_start
 from paraserve_scheduler.planner.planner import PlanningConfig, plan
 from tests.support.fleets import (

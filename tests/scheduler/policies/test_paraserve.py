@@ -8,16 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_scheduler.planner.fleet import (
-    Decision,
-    DropSlot,
-    Fleet,
-    Objectives,
-    ReplicaPhase,
-    Start,
-    Stop,
-    WarmSlot,
-)
+from paraserve_scheduler.planner.decisions import Decision, DropSlot, Start, Stop, WarmSlot
+from paraserve_scheduler.planner.fleet import Fleet, Objectives, ReplicaPhase
 from paraserve_scheduler.planner.fleet_changes import with_start
 from paraserve_scheduler.policies.autoscaling import (
     AutoscalingConfig,

@@ -4,12 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from paraserve_scheduler.planner.fleet import (
-    Fleet,
-    Node,
-    ReplicaPhase,
-    Start,
-)
+from paraserve_scheduler.planner.decisions import Start
+from paraserve_scheduler.planner.fleet import Fleet, Node, ReplicaPhase
 from paraserve_scheduler.policies.paraserve import decide
 from paraserve_scheduler.reconciler.capacity import node_spaces
 from paraserve_scheduler.reconciler.fleet_view import fleet_of, shape_of

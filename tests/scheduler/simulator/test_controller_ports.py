@@ -12,12 +12,8 @@ import pytest
 from paraserve_scheduler.control_plane.config import SchedulerConfig
 from paraserve_scheduler.control_plane.controller.loop import TICK_S, Controller
 from paraserve_scheduler.planner.cost import NodeKind, Speed, StartMethod
-from paraserve_scheduler.planner.fleet import (
-    Decision,
-    Fleet,
-    Objectives,
-    Start,
-)
+from paraserve_scheduler.planner.decisions import Decision, Start
+from paraserve_scheduler.planner.fleet import Fleet, Objectives
 from paraserve_scheduler.policies.registry import find_policy
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.fleet_view import shape_of

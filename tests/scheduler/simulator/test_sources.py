@@ -6,12 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paraserve_scheduler.planner.fleet import (
-    Decision,
-    Fleet,
-    Objectives,
-    Start,
-)
+from paraserve_scheduler.planner.decisions import Decision, Start
+from paraserve_scheduler.planner.fleet import Fleet, Objectives
 from paraserve_scheduler.policies.registry import POLICIES
 from paraserve_scheduler.simulator.memory import Shelf
 from paraserve_scheduler.simulator.world import Simulation

@@ -10,12 +10,8 @@ from hypothesis import strategies as st
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.cli.views import timeline
-from paraserve_scheduler.planner.fleet import (
-    Decision,
-    Fleet,
-    Need,
-    Objectives,
-)
+from paraserve_scheduler.planner.decisions import Decision
+from paraserve_scheduler.planner.fleet import Fleet, Need, Objectives
 from paraserve_scheduler.policies.registry import POLICIES
 from paraserve_scheduler.simulator.description import FailureFile
 from paraserve_scheduler.simulator.results import Outcome, percentile, summarize

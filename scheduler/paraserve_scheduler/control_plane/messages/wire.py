@@ -12,7 +12,7 @@ from paraserve_scheduler.control_plane.messages.triton_models import (
     generate_model,
     stage_models,
 )
-from paraserve_scheduler.planner.fleet import Prediction
+from paraserve_scheduler.planner.decisions import Prediction
 from paraserve_scheduler.reconciler.capacity import is_alive
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.state.events import NodeReported
