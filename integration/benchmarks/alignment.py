@@ -54,7 +54,7 @@ from paraserve_scheduler.planner.cost import (
 )
 from paraserve_scheduler.planner.fleet import Objectives
 from paraserve_scheduler.policies.registry import find_policy
-from paraserve_scheduler.reconciler.fleet_view import shape_of
+from paraserve_scheduler.reconciler.model_shapes import shape_of
 from paraserve_scheduler.simulator.description import (
     ClusterDescription,
     DeploymentDescription,

@@ -8,7 +8,8 @@ from paraserve_scheduler.planner.decisions import Start
 from paraserve_scheduler.planner.fleet import Fleet, Node, ReplicaPhase
 from paraserve_scheduler.policies.paraserve import decide
 from paraserve_scheduler.reconciler.capacity import node_spaces
-from paraserve_scheduler.reconciler.fleet_view import fleet_of, shape_of
+from paraserve_scheduler.reconciler.fleet_view import fleet_of
+from paraserve_scheduler.reconciler.model_shapes import shape_of
 from paraserve_scheduler.state.actions import StartReplica
 from paraserve_scheduler.state.events import DemandReported
 from paraserve_scheduler.state.fold import begin, fold

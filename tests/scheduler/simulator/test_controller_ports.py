@@ -16,7 +16,7 @@ from paraserve_scheduler.planner.decisions import Decision, Start
 from paraserve_scheduler.planner.fleet import Fleet, Objectives
 from paraserve_scheduler.policies.registry import find_policy
 from paraserve_scheduler.reconciler.config import PolicyConfig
-from paraserve_scheduler.reconciler.fleet_view import shape_of
+from paraserve_scheduler.reconciler.model_shapes import shape_of
 from paraserve_scheduler.reconciler.placement import least_kv_blocks
 from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.controller_ports import (

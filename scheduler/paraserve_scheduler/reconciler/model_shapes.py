@@ -1,0 +1,95 @@
+"""The shape of a deployment as the planner sees it: bytes of its layers, and which are where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from paraserve_backend.architectures.spec import LayerRange
+from paraserve_backend.architectures.tensors import kv_bytes_per_token
+from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
+from paraserve_backend.weights.checkpoint.stages import stage_tensors
+from paraserve_scheduler.planner.cost import (
+    ModelShape,
+)
+from paraserve_scheduler.state.plans import Deployment
+from paraserve_scheduler.state.view import (
+    TierObject,
+)
+
+
+@lru_cache(maxsize=4096)
+def held_layers(
+    deployment: Deployment, tier: tuple[TierObject, ...], *, on_disk: bool
+) -> tuple[tuple[int, int], ...]:
+    """Layers `[start, end)` all of whose tensors are in a tier, as disjoint ranges."""
+    index = deployment.index
+    keys = {f"{index.source_uri}/{it.key}": (it.key, it.version) for it in index.objects}
+    landed = {
+        keys[held.key][0]: held.on_disk if on_disk else held.landed
+        for held in tier
+        if held.key in keys and keys[held.key][1] == held.version
+    }
+    if not any(landed.values()):
+        return ()
+    return _ranges(
+        [
+            layer
+            for layer, places in enumerate(_layer_places(deployment))
+            if all(
+                any(low <= start and end <= high for low, high in landed.get(key, ()))
+                for key, start, end in places
+            )
+        ]
+    )
+
+
+@lru_cache(maxsize=1024)
+def _layer_places(deployment: Deployment) -> tuple[tuple[tuple[str, int, int], ...], ...]:
+    """Of every layer the object, start and end of its tensors."""
+    total = deployment.model.num_layers
+    return tuple(
+        tuple(
+            (tensor.object_key, tensor.start, tensor.end)
+            for tensor in _tensors(deployment, LayerRange(start=layer, end=layer + 1, total=total))
+        )
+        for layer in range(total)
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending numbers as half-open ranges."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = (ranges[-1][0], number + 1)
+        else:
+            ranges.append((number, number + 1))
+    return tuple(ranges)
+
+
+@lru_cache(maxsize=1024)
+def shape_of(deployment: Deployment, kv_tokens: int) -> ModelShape:
+    """Bytes of a checkpoint by layer: the embedding is of the first, the head of the last."""
+    model, total = deployment.model, deployment.model.num_layers
+    sizes = [_tensor_bytes(deployment, layer, layer + 1) for layer in range(total)]
+    tied_bytes = sum(sizes) - _tensor_bytes(deployment, 0, total)
+    whole = LayerRange(start=0, end=total, total=total)
+    return ModelShape(
+        name=deployment.name,
+        layer_bytes=(*sizes[:-1], sizes[-1] - tied_bytes),
+        kv_bytes=kv_tokens * kv_bytes_per_token(model, whole),
+        tied_bytes=tied_bytes,
+    )
+
+
+def _tensor_bytes(deployment: Deployment, start: int, end: int) -> int:
+    layers = LayerRange(start=start, end=end, total=deployment.model.num_layers)
+    return sum(tensor.size_bytes for tensor in _tensors(deployment, layers))
+
+
+def _tensors(deployment: Deployment, layers: LayerRange) -> tuple[TensorEntry, ...]:
+    model = deployment.model
+    return stage_tensors(
+        deployment.index, model.names, tied=model.tie_word_embeddings, layers=layers
+    )
