@@ -8,6 +8,7 @@ from typing import Any
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.decide import decide
 from paraserve_scheduler.state.actions import Action
+from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.events import (
     DemandReported,
     Event,
@@ -15,7 +16,7 @@ from paraserve_scheduler.state.events import (
     PartReported,
     ReplicaRemoved,
 )
-from paraserve_scheduler.state.fold import begin, fold
+from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.view import (
     ClusterView,
     DeploymentState,

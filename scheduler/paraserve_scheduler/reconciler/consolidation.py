@@ -22,7 +22,7 @@ from paraserve_scheduler.state.actions import (
     StartReplica,
     StopReplica,
 )
-from paraserve_scheduler.state.fold import begin
+from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.view import (
     ClusterView,

@@ -34,7 +34,7 @@ from paraserve_scheduler.state.actions import (
     StartReplica,
     StopReplica,
 )
-from paraserve_scheduler.state.fold import begin
+from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.view import (
     ClusterView,
     DeploymentState,

@@ -26,7 +26,7 @@ from paraserve_scheduler.reconciler.consolidation import (
 )
 from paraserve_scheduler.reconciler.placement import NodeSpace
 from paraserve_scheduler.state.actions import StartReplica, StopReplica
-from paraserve_scheduler.state.fold import begin
+from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.view import ClusterView, Phase, Replica
 
 

@@ -11,17 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from paraserve_scheduler.state.actions import (
-    Action,
-    DropDeployment,
-    FailDeployment,
-    HandOver,
-    KeepSlots,
-    RemovePart,
-    RemoveReplica,
-    StartReplica,
-    StopReplica,
-)
 from paraserve_scheduler.state.events import (
     DeletionRequested,
     DemandReported,
@@ -40,16 +29,13 @@ from paraserve_scheduler.state.events import (
 )
 from paraserve_scheduler.state.fold_reports import (
     demand_reported,
-    measured_decode,
     measured_part,
     measured_ready,
 )
 from paraserve_scheduler.state.view import (
     ClusterView,
     DeploymentState,
-    FailedStart,
     Failure,
-    GatewayState,
     NodeState,
     PartState,
     Phase,
@@ -91,38 +77,6 @@ def fold(view: ClusterView, event: Event) -> ClusterView:
             return replace(view, cordoned=others | {event.node} if event.cordoned else others)
         case SchedulerStalled():
             return replace(view, listening_since_s=event.at_s)
-
-
-def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:
-    """The view when `action` has been started, before anything has come of it."""
-    match action:
-        case StartReplica():
-            return _replica_started(view, action, at_s)
-        case StopReplica():
-            return _replica_stopping(view, action, at_s)
-        case RemoveReplica():
-            return _change_replica(view, action.replica, lambda it: replace(it, removing=True))
-        case RemovePart():
-            pair = (action.node, action.replica)
-            return replace(view, removing_parts=view.removing_parts | {pair})
-        case FailDeployment():
-            return _deployment_failed(view, action)
-        case HandOver():
-            return _hand_over_begun(view, action, at_s)
-        case KeepSlots():
-            return _change_node(
-                view, action.node, lambda it: replace(it, wanted_slots=action.idle_slots)
-            )
-        case DropDeployment():
-            return replace(
-                view,
-                deployments=_without(view.deployments, action.deployment),
-                replicas={
-                    key: replica
-                    for key, replica in view.replicas.items()
-                    if replica.deployment != action.deployment
-                },
-            )
 
 
 # ---- nodes and their parts ----
@@ -228,81 +182,6 @@ def _deployment_added(view: ClusterView, event: DeploymentAdded) -> ClusterView:
     return replace(view, deployments=_with(view.deployments, state.name, state))
 
 
-def _replica_started(view: ClusterView, action: StartReplica, at_s: float) -> ClusterView:
-    plan = action.plan
-    replica = Replica(
-        plan=plan,
-        phase=Phase.STARTING,
-        parts=tuple(
-            PartState(replica=plan.replica, stage=stage, phase=Phase.STARTING)
-            for stage in range(len(plan.stages))
-        ),
-        requested_s=action.requested_s,
-        planned_s=at_s,
-        reason=action.reason,
-        prediction=action.prediction,
-    )
-    view = _change_deployment(
-        view, plan.deployment, lambda it: replace(it, last_number=plan.number)
-    )
-    return replace(view, replicas=_with(view.replicas, replica.id, replica))
-
-
-def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> ClusterView:
-    replica = view.replicas[action.replica]
-    view = measured_decode(view, replica)
-    if action.failure is not None:
-        view = _note_failure(view, replica, action.failure, at_s)
-    view = _change_replica(
-        view,
-        action.replica,
-        lambda it: replace(
-            it,
-            phase=Phase.STOPPING,
-            stopping_s=at_s,
-            stop_reason=action.reason,
-            failure=action.failure,
-        ),
-    )
-    predecessor = view.predecessor(replica)
-    if predecessor is not None and not view.takers(predecessor):
-        # It serves again, so that the time without a request counts from the next hand-over on.
-        view = _change_replica(view, predecessor.id, lambda it: replace(it, hand_over_s=None))
-    return view
-
-
-def _note_failure(
-    view: ClusterView, replica: Replica, failure: Failure, at_s: float
-) -> ClusterView:
-    predecessor = view.predecessor(replica)
-    if predecessor is not None:
-        return _change_replica(view, predecessor.id, partial(_with_failed_successor, at_s=at_s))
-    failed = FailedStart(at_s=at_s, failure=failure)
-    return _change_deployment(
-        view,
-        replica.deployment,
-        lambda it: replace(it, failed_starts=(*it.failed_starts, failed)),
-    )
-
-
-def _with_failed_successor(replica: Replica, *, at_s: float) -> Replica:
-    return replace(
-        replica, failed_successors=replica.failed_successors + 1, successor_failed_s=at_s
-    )
-
-
-def _hand_over_begun(view: ClusterView, action: HandOver, at_s: float) -> ClusterView:
-    return _change_replica(
-        view,
-        action.replica,
-        lambda it: replace(
-            it,
-            telling=True,
-            hand_over_s=(it.hand_over_s or at_s) if action.targets else it.hand_over_s,
-        ),
-    )
-
-
 def _hand_over_answered(view: ClusterView, event: HandOverTold | HandOverFailed) -> ClusterView:
     if isinstance(event, HandOverTold):
         answered = partial(replace, targets=event.targets, telling_failed_s=None)
@@ -328,32 +207,6 @@ def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:
     # What a node could not remove, its next heartbeat will list again.
     nodes = {name: node.without({event.replica}) for name, node in view.nodes.items()}
     return replace(view, replicas=kept, nodes=nodes)
-
-
-def _deployment_failed(view: ClusterView, action: FailDeployment) -> ClusterView:
-    view = _change_deployment(
-        view,
-        action.deployment,
-        lambda it: replace(
-            it,
-            failure=action.failure,
-            failure_number=it.failure_number + 1,
-            waiting_since_s=None,
-        ),
-    )
-    # The gateways will say so themselves, but until then these requests would fail it again.
-    gateways = {
-        name: _nothing_waiting(gateway, action.deployment)
-        for name, gateway in view.gateways.items()
-    }
-    return replace(view, gateways=gateways)
-
-
-def _nothing_waiting(gateway: GatewayState, deployment: str) -> GatewayState:
-    demand = gateway.demands.get(deployment)
-    if demand is None:
-        return gateway
-    return replace(gateway, demands=_with(gateway.demands, deployment, replace(demand, waiting=0)))
 
 
 # ---- helpers ----

@@ -11,8 +11,9 @@ from paraserve_scheduler.reconciler.capacity import node_spaces
 from paraserve_scheduler.reconciler.fleet_view import fleet_of
 from paraserve_scheduler.reconciler.model_shapes import shape_of
 from paraserve_scheduler.state.actions import StartReplica
+from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.events import DemandReported
-from paraserve_scheduler.state.fold import begin, fold
+from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.view import ClusterView, TierObject
 from tests.support.views import (
     CONFIG,

@@ -25,8 +25,8 @@ from paraserve_scheduler.state.actions import (
     StartReplica,
     StopReplica,
 )
+from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.events import NodeCordoned, NodeRegistered, PartRemoved
-from paraserve_scheduler.state.fold import begin
 from paraserve_scheduler.state.view import PartState, Phase
 from tests.support.histories import LOST_PROCESS, History
 from tests.support.views import (

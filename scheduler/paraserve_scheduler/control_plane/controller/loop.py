@@ -28,6 +28,7 @@ from paraserve_scheduler.state.actions import (
     RemoveReplica,
     StartReplica,
 )
+from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.events import (
     DeletionRequested,
     DeploymentAdded,
@@ -40,7 +41,7 @@ from paraserve_scheduler.state.events import (
     SchedulerStalled,
     SlotsRefused,
 )
-from paraserve_scheduler.state.fold import begin, fold
+from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.plans import Deployment, ReplicaPlan
 from paraserve_scheduler.state.view import ClusterView, PartState, Phase
 from paraserve_scheduler.store.sqlite import Store
