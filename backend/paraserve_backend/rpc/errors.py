@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from paraserve_backend.errors import ParaServeError
+from paraserve_backend.errors import (
+    BY_CODE,
+    InvalidRequest,
+    ParaServeError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,3 +52,23 @@ def is_connection_lost(error: grpc.aio.AioRpcError) -> bool:
     if error.code() is grpc.StatusCode.UNKNOWN:
         return (error.details() or "").startswith(_STREAM_REMOVED)
     return error.code() is grpc.StatusCode.UNAVAILABLE
+
+
+class Unimplemented(ParaServeError):
+    """A call of the inference protocol that a gateway does not offer."""
+
+    grpc_code = "UNIMPLEMENTED"
+    http_status = 501
+
+
+_BY_CODE: Mapping[str, type[ParaServeError]] = {
+    **BY_CODE,
+    # What our models and scheduler never say, but gRPC and Triton do.
+    "OUT_OF_RANGE": InvalidRequest,
+    "UNIMPLEMENTED": Unimplemented,
+}
+
+
+def error_from_code(code: str, message: str) -> ParaServeError:
+    """Return the error for the name of a `grpc.StatusCode`; an unknown one is INTERNAL."""
+    return _BY_CODE.get(code, ParaServeError)(message)

@@ -17,8 +17,8 @@ from paraserve_backend.errors import (
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
+from paraserve_backend.rpc.errors import error_from_code
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
-from paraserve_scheduler.gateway.kserve.errors import error_from_code
 
 _CONNECT_TIMEOUT_S = 5.0
 #: Deploying reads the headers of a checkpoint from its store.

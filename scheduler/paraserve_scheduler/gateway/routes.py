@@ -19,8 +19,9 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.rpc.errors import error_from_code
 from paraserve_scheduler.gateway.demand import Demand
-from paraserve_scheduler.gateway.kserve.errors import ReplicaLost, error_from_code
+from paraserve_scheduler.gateway.kserve.errors import ReplicaLost
 from paraserve_scheduler.gateway.kserve.metadata import MODEL_VERSION
 
 _NAMES_IN_ERROR = 20

@@ -26,8 +26,8 @@ from paraserve_backend.errors import (
 )
 from paraserve_backend.protocol.names import REPLICA_PARAMETER
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.rpc.errors import is_connection_lost
-from paraserve_scheduler.gateway.kserve.errors import ReplicaLost, clean_message, error_from_code
+from paraserve_backend.rpc.errors import error_from_code, is_connection_lost
+from paraserve_scheduler.gateway.kserve.errors import ReplicaLost, clean_message
 
 if TYPE_CHECKING:
     from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceAsyncStub

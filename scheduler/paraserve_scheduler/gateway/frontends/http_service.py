@@ -12,6 +12,7 @@ from aiohttp import web
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest, ParaServeError
+from paraserve_backend.rpc.errors import Unimplemented
 from paraserve_scheduler.gateway.frontends.refused_calls import PER_NODE, REPOSITORY, SHARED_MEMORY
 from paraserve_scheduler.gateway.kserve import metadata
 from paraserve_scheduler.gateway.kserve.compression import (
@@ -20,12 +21,7 @@ from paraserve_scheduler.gateway.kserve.compression import (
     pack,
     unpack,
 )
-from paraserve_scheduler.gateway.kserve.errors import (
-    INTERNAL_ERROR,
-    TooLarge,
-    Unimplemented,
-    UnsupportedCoding,
-)
+from paraserve_scheduler.gateway.kserve.errors import INTERNAL_ERROR, TooLarge, UnsupportedCoding
 from paraserve_scheduler.gateway.kserve.json_codec import (
     generate_request,
     generate_response,

@@ -10,8 +10,7 @@ from tritonclient.grpc import service_pb2 as kserve
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceServicer
 
 from paraserve_backend.errors import ParaServeError
-from paraserve_backend.rpc.errors import sentence
-from paraserve_scheduler.gateway.kserve.errors import Unimplemented
+from paraserve_backend.rpc.errors import Unimplemented, sentence
 
 REPOSITORY = "Models are not loaded through a gateway: deploy with `paraserve deploy`."
 SHARED_MEMORY = "A gateway has no shared memory with its replicas: send tensors inside the request."

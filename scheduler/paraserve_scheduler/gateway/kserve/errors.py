@@ -5,10 +5,8 @@ one sentence, no traceback, no path of the machine it came from.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 from paraserve_backend.errors import (
-    BY_CODE,
     InvalidRequest,
     ParaServeError,
     Unavailable,
@@ -16,13 +14,6 @@ from paraserve_backend.errors import (
 
 #: All a client learns of an error of our own; the log has the rest.
 INTERNAL_ERROR = "internal error"
-
-
-class Unimplemented(ParaServeError):
-    """A call of the inference protocol that a gateway does not offer."""
-
-    grpc_code = "UNIMPLEMENTED"
-    http_status = 501
 
 
 class ReplicaLost(Unavailable):
@@ -49,13 +40,6 @@ class UnsupportedCoding(InvalidRequest):
     http_status = 415
 
 
-_BY_CODE: Mapping[str, type[ParaServeError]] = {
-    **BY_CODE,
-    # What our models and scheduler never say, but gRPC and Triton do.
-    "OUT_OF_RANGE": InvalidRequest,
-    "UNIMPLEMENTED": Unimplemented,
-}
-
 _PREFIX = re.compile(
     r"^(?:\[request id: [^\]]*\] )?"
     r"(?:Failed to process the request\(s\) for model (?:instance )?'[^']*', message: )?"
@@ -63,11 +47,6 @@ _PREFIX = re.compile(
 _TRACEBACK = re.compile(r"\s*(?:\n\s*At:|Traceback \(most recent call last\)).*", re.DOTALL)
 _PATH = re.compile(r"(?:/[\w.+-]+){2,}(?:\(\d+\))?")
 _MAX_LENGTH = 500
-
-
-def error_from_code(code: str, message: str) -> ParaServeError:
-    """Return the error for the name of a `grpc.StatusCode`; an unknown one is INTERNAL."""
-    return _BY_CODE.get(code, ParaServeError)(message)
 
 
 def clean_message(text: str) -> str:
