@@ -8,8 +8,8 @@ from integration.experiments.paper_numbers import CHECKPOINTS, COLD_TTFT_S
 from paraserve_scheduler.planner.cost import ModelShape
 from paraserve_scheduler.planner.decisions import Decision, Source, StageChoice, Start, Strategy
 from paraserve_scheduler.planner.fleet import Fleet, Node
-from paraserve_scheduler.planner.partition import equal_bounds
 from paraserve_scheduler.policies import serverless_vllm, serverlessllm
+from paraserve_scheduler.policies.baseline_rules import equal_bounds
 from paraserve_scheduler.simulator.description import (
     ClusterFile,
     DeploymentFile,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
@@ -257,24 +256,3 @@ def _enough_by(
     others = [index for index in order if index not in best_heads]
     chosen = best_heads + others[: stages - full]
     return chosen if sum(amounts[index] for index in chosen) >= total_bytes else None
-
-
-@lru_cache(maxsize=1024)
-def equal_bounds(layer_bytes: tuple[int, ...], stages: int) -> tuple[int, ...]:
-    """Cut by bytes as equally as whole layers allow, as HydraServe does offline.
-
-    Each layer goes to the lightest stage, ties to the later one; the counts are then put in order.
-    """
-    sizes = [0.0] * stages
-    counts = [0] * stages
-    common = min(layer_bytes)
-    sizes[0] += layer_bytes[0] - common
-    sizes[-1] += layer_bytes[-1] - common
-    for _ in layer_bytes:
-        lightest = min(range(stages), key=lambda stage: (sizes[stage], -stage))
-        sizes[lightest] += common
-        counts[lightest] += 1
-    bounds = [0]
-    for count in counts:
-        bounds.append(bounds[-1] + count)
-    return tuple(bounds)

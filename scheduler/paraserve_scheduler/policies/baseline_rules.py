@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from math import ceil
 
 from paraserve_scheduler.planner.cost import ModelShape
@@ -45,3 +46,24 @@ def stop_idle(fleet: Fleet, now_s: float) -> Iterator[Stop]:
             since_s = replica.idle_since_s
             if since_s is not None and not replica.is_growing and now_s - since_s > keep_alive_s:
                 yield Stop(replica=replica.name, reason=f"idle for {keep_alive_s:g} s")
+
+
+@lru_cache(maxsize=1024)
+def equal_bounds(layer_bytes: tuple[int, ...], stages: int) -> tuple[int, ...]:
+    """Cut by bytes as equally as whole layers allow, as HydraServe does offline.
+
+    Each layer goes to the lightest stage, ties to the later one; the counts are then put in order.
+    """
+    sizes = [0.0] * stages
+    counts = [0] * stages
+    common = min(layer_bytes)
+    sizes[0] += layer_bytes[0] - common
+    sizes[-1] += layer_bytes[-1] - common
+    for _ in layer_bytes:
+        lightest = min(range(stages), key=lambda stage: (sizes[stage], -stage))
+        sizes[lightest] += common
+        counts[lightest] += 1
+    bounds = [0]
+    for count in counts:
+        bounds.append(bounds[-1] + count)
+    return tuple(bounds)

@@ -13,9 +13,9 @@ from paraserve_scheduler.planner.cost import pipeline_factor
 from paraserve_scheduler.planner.decisions import Decision, Growth, Source, StageChoice, Start
 from paraserve_scheduler.planner.fleet import Fleet, Gpu, Need, Node
 from paraserve_scheduler.planner.fleet_changes import with_start
-from paraserve_scheduler.planner.partition import equal_bounds
 from paraserve_scheduler.policies.baseline_rules import (
     by_arrival,
+    equal_bounds,
     instances_lacking,
     reserved_bytes,
     stop_idle,

@@ -7,12 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraserve_scheduler.planner.partition import (
-    choose_places,
-    cut,
-    divisible_s,
-    equal_bounds,
-)
+from paraserve_scheduler.planner.partition import choose_places, cut, divisible_s
+from paraserve_scheduler.policies.baseline_rules import equal_bounds
 
 LAYER = 10
 
