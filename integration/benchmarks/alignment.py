@@ -63,7 +63,7 @@ from paraserve_scheduler.simulator.description import (
 from paraserve_scheduler.simulator.workload import Lengths, Request, Tokens
 from paraserve_scheduler.simulator.world import Simulation
 from paraserve_scheduler.state.learned import StageTimes
-from paraserve_scheduler.state.plans import DeploymentSpec
+from paraserve_scheduler.state.spec import DeploymentSpec
 
 #: 1 GB in bf16.
 SHAPE = LlamaShape(layers=16, hidden=1792, intermediate=4352, heads=28, kv_heads=4, spread=0.02)

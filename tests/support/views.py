@@ -17,7 +17,8 @@ from paraserve_scheduler.reconciler.config import PlacementConfig, PolicyConfig
 from paraserve_scheduler.reconciler.placement import NodeSpace, equal_split, lay_out
 from paraserve_scheduler.state.events import NodeRegistered, NodeReported
 from paraserve_scheduler.state.fold import fold
-from paraserve_scheduler.state.plans import Deployment, DeploymentSpec, ReplicaPlan
+from paraserve_scheduler.state.plans import ReplicaPlan
+from paraserve_scheduler.state.spec import Deployment, DeploymentSpec
 from paraserve_scheduler.state.view import (
     ClusterView,
     Demand,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.placement import NodeSpace
-from paraserve_scheduler.state.plans import DeploymentSpec
+from paraserve_scheduler.state.spec import DeploymentSpec
 from paraserve_scheduler.state.view import ClusterView, NodeState, Replica
 
 

@@ -12,7 +12,7 @@ from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_scheduler.planner.cost import (
     ModelShape,
 )
-from paraserve_scheduler.state.plans import Deployment
+from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.state.view import (
     TierObject,
 )

@@ -12,12 +12,8 @@ from paraserve_backend.errors import InsufficientCapacity
 from paraserve_backend.protocol.names import EngineName
 from paraserve_backend.weights.checkpoint.stages import split_layers, stage_tensors
 from paraserve_scheduler.reconciler.config import PlacementConfig
-from paraserve_scheduler.state.plans import (
-    ChannelAddress,
-    Deployment,
-    ReplicaPlan,
-    StagePlan,
-)
+from paraserve_scheduler.state.plans import ChannelAddress, ReplicaPlan, StagePlan
+from paraserve_scheduler.state.spec import Deployment
 
 #: Channel ports of a node that any stage can do with: a head binds one for hand-overs, that of a
 #: pipeline another for results, every other stage one.

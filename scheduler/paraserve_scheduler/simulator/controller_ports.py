@@ -33,7 +33,7 @@ from paraserve_scheduler.simulator.serving import Batch
 from paraserve_scheduler.simulator.trace import Trace
 from paraserve_scheduler.simulator.workload import Request
 from paraserve_scheduler.state.events import DemandReported, NodeRegistered, NodeReported
-from paraserve_scheduler.state.plans import Deployment
+from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.state.view import (
     Demand,
     NodeInfo,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paraserve_scheduler.state.plans import Deployment
+from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.state.view import (
     Demand,
     NodeInfo,

@@ -13,7 +13,8 @@ from enum import StrEnum
 from paraserve_backend.telemetry.spans import Span
 from paraserve_scheduler.planner.decisions import Prediction
 from paraserve_scheduler.state.learned import Calibration, DemandHistory
-from paraserve_scheduler.state.plans import Deployment, ReplicaPlan, StagePlan
+from paraserve_scheduler.state.plans import ReplicaPlan, StagePlan
+from paraserve_scheduler.state.spec import Deployment
 
 
 class Phase(StrEnum):

@@ -14,7 +14,8 @@ from paraserve_scheduler.reconciler.placement import (
     lay_out,
     place_successor,
 )
-from paraserve_scheduler.state.plans import Deployment, ReplicaPlan
+from paraserve_scheduler.state.plans import ReplicaPlan
+from paraserve_scheduler.state.spec import Deployment
 from tests.support.views import lay_out_equally, make_deployment, make_space
 
 CONFIG = PlacementConfig()

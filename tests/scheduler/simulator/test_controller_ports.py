@@ -33,7 +33,7 @@ from paraserve_scheduler.simulator.description import (
 )
 from paraserve_scheduler.simulator.workload import Lengths, Request, Tokens
 from paraserve_scheduler.simulator.world import Simulation
-from paraserve_scheduler.state.plans import Deployment
+from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.store.sqlite import SqliteStore
 from tests.support.views import make_deployment
 

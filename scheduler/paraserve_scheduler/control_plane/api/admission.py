@@ -17,7 +17,7 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex, read_index
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_scheduler.control_plane.config import DeploymentDefaults
-from paraserve_scheduler.state.plans import Deployment, DeploymentSpec
+from paraserve_scheduler.state.spec import Deployment, DeploymentSpec
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DEVICES = ("cpu", "cuda")

@@ -31,7 +31,7 @@ from paraserve_scheduler.reconciler.moves import (
 )
 from paraserve_scheduler.reconciler.placement import check_room
 from paraserve_scheduler.state.events import DemandReported, NodeCordoned, NodeRegistered
-from paraserve_scheduler.state.plans import Deployment, DeploymentSpec
+from paraserve_scheduler.state.spec import Deployment, DeploymentSpec
 from paraserve_scheduler.state.view import ClusterView, DeploymentState, NodeInfo
 
 

@@ -42,7 +42,8 @@ from paraserve_scheduler.state.events import (
     SlotsRefused,
 )
 from paraserve_scheduler.state.fold import fold
-from paraserve_scheduler.state.plans import Deployment, ReplicaPlan
+from paraserve_scheduler.state.plans import ReplicaPlan
+from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.state.view import ClusterView, PartState, Phase
 from paraserve_scheduler.store.sqlite import Store
 

@@ -16,12 +16,8 @@ from paraserve_scheduler.planner.decisions import Prediction
 from paraserve_scheduler.reconciler.capacity import is_alive
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.state.events import NodeReported
-from paraserve_scheduler.state.plans import (
-    ChannelKeys,
-    Deployment,
-    DeploymentSpec,
-    ReplicaPlan,
-)
+from paraserve_scheduler.state.plans import ReplicaPlan
+from paraserve_scheduler.state.spec import ChannelKeys, Deployment, DeploymentSpec
 from paraserve_scheduler.state.view import (
     ClusterView,
     Demand,

@@ -14,7 +14,7 @@ from paraserve_scheduler.control_plane.messages.wire import (
 )
 from paraserve_scheduler.state.events import NodeRegistered, PartReported
 from paraserve_scheduler.state.fold import fold
-from paraserve_scheduler.state.plans import Deployment
+from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.state.view import ClusterView
 from tests.support.histories import History
 from tests.support.views import NOW_S, make_deployment

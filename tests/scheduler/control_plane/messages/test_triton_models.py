@@ -23,7 +23,8 @@ from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, has_whole
 from paraserve_scheduler.control_plane.messages.triton_models import TritonModel, stage_models
 from paraserve_scheduler.control_plane.messages.wire import part_message
 from paraserve_scheduler.reconciler.config import PlacementConfig
-from paraserve_scheduler.state.plans import ChannelKeys, Deployment, ReplicaPlan
+from paraserve_scheduler.state.plans import ReplicaPlan
+from paraserve_scheduler.state.spec import ChannelKeys, Deployment
 from tests.support.views import lay_out_equally, make_deployment, make_space
 
 
