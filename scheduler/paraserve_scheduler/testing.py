@@ -12,12 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.controller.agents import AgentCallFailed
 from paraserve_scheduler.state.events import NodeRegistered, NodeReported
-from paraserve_scheduler.state.view import (
-    Failure,
-    NodeInfo,
-    PartState,
-    Phase,
-)
+from paraserve_scheduler.state.records import Failure, NodeInfo, PartState, Phase
 
 
 class ManualClock:

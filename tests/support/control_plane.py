@@ -11,7 +11,7 @@ from typing import Any
 from paraserve_scheduler.control_plane.config import SchedulerConfig
 from paraserve_scheduler.control_plane.controller.loop import Controller
 from paraserve_scheduler.state.events import DemandReported
-from paraserve_scheduler.state.view import Phase, Replica
+from paraserve_scheduler.state.records import Phase, Replica
 from paraserve_scheduler.store.sqlite import SqliteStore
 from paraserve_scheduler.testing import FakeAgents, FakeNode, ManualClock
 from tests.support.views import make_demand, make_deployment, make_node_info

@@ -17,14 +17,8 @@ from paraserve_scheduler.state.events import (
     ReplicaRemoved,
 )
 from paraserve_scheduler.state.fold import fold
-from paraserve_scheduler.state.view import (
-    ClusterView,
-    DeploymentState,
-    Failure,
-    NodeInfo,
-    PartState,
-    Phase,
-)
+from paraserve_scheduler.state.records import DeploymentState, Failure, NodeInfo, PartState, Phase
+from paraserve_scheduler.state.view import ClusterView
 from tests.support.views import (
     CONFIG,
     NOW_S,

@@ -18,15 +18,9 @@ from paraserve_scheduler.reconciler.placement import NodeSpace, equal_split, lay
 from paraserve_scheduler.state.events import NodeRegistered, NodeReported
 from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.plans import ReplicaPlan
+from paraserve_scheduler.state.records import Demand, DeploymentState, NodeInfo, PartState, Replica
 from paraserve_scheduler.state.spec import Deployment, DeploymentSpec
-from paraserve_scheduler.state.view import (
-    ClusterView,
-    Demand,
-    DeploymentState,
-    NodeInfo,
-    PartState,
-    Replica,
-)
+from paraserve_scheduler.state.view import ClusterView
 from tests.support.checkpoints import write_shard
 
 NOW_S = 1_000.0

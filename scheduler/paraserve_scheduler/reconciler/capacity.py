@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.placement import NodeSpace
+from paraserve_scheduler.state.records import NodeState, Replica
 from paraserve_scheduler.state.spec import DeploymentSpec
-from paraserve_scheduler.state.view import ClusterView, NodeState, Replica
+from paraserve_scheduler.state.view import ClusterView
 
 
 def is_alive(view: ClusterView, node: NodeState, now_s: float, config: PolicyConfig) -> bool:

@@ -24,12 +24,8 @@ from paraserve_scheduler.state.actions import (
 )
 from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.plans import ReplicaPlan
-from paraserve_scheduler.state.view import (
-    ClusterView,
-    DeploymentState,
-    Phase,
-    Replica,
-)
+from paraserve_scheduler.state.records import DeploymentState, Phase, Replica
+from paraserve_scheduler.state.view import ClusterView
 
 #: Failures beyond which the pause before the next successor grows no more.
 _MOST_DOUBLINGS = 6

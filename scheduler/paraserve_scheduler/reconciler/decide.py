@@ -25,12 +25,8 @@ from paraserve_scheduler.state.actions import (
     StopReplica,
 )
 from paraserve_scheduler.state.begin import begin
-from paraserve_scheduler.state.view import (
-    ClusterView,
-    Failure,
-    Phase,
-    Replica,
-)
+from paraserve_scheduler.state.records import Failure, Phase, Replica
+from paraserve_scheduler.state.view import ClusterView
 
 
 def decide(view: ClusterView, now_s: float, config: PolicyConfig) -> tuple[Action, ...]:

@@ -29,13 +29,8 @@ from paraserve_scheduler.reconciler.config import PlacementConfig, PolicyConfig
 from paraserve_scheduler.reconciler.model_shapes import held_layers, shape_of
 from paraserve_scheduler.reconciler.placement import LEAST_PORTS, least_kv_blocks
 from paraserve_scheduler.state.learned import Calibration
-from paraserve_scheduler.state.view import (
-    ClusterView,
-    DeploymentState,
-    NodeState,
-    Phase,
-    Replica,
-)
+from paraserve_scheduler.state.records import DeploymentState, NodeState, Phase, Replica
+from paraserve_scheduler.state.view import ClusterView
 
 #: Until measured: what a device reads of weights per second for a token, by kind of device, and how
 #: many times more of them it works on per second when it reads a prompt.

@@ -12,10 +12,8 @@ from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_scheduler.planner.cost import (
     ModelShape,
 )
+from paraserve_scheduler.state.records import TierObject
 from paraserve_scheduler.state.spec import Deployment
-from paraserve_scheduler.state.view import (
-    TierObject,
-)
 
 
 @lru_cache(maxsize=4096)

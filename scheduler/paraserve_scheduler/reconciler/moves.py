@@ -27,7 +27,8 @@ from paraserve_scheduler.reconciler.consolidation import (
 from paraserve_scheduler.reconciler.placement import NodeSpace
 from paraserve_scheduler.state.actions import StartReplica, StopReplica
 from paraserve_scheduler.state.begin import begin
-from paraserve_scheduler.state.view import ClusterView, Phase, Replica
+from paraserve_scheduler.state.records import Phase, Replica
+from paraserve_scheduler.state.view import ClusterView
 
 
 def migrate(

@@ -23,14 +23,8 @@ from paraserve_scheduler.state.actions import (
     StopReplica,
 )
 from paraserve_scheduler.state.begin import begin
-from paraserve_scheduler.state.view import (
-    ClusterView,
-    DeploymentState,
-    FailedStart,
-    Failure,
-    Phase,
-    Replica,
-)
+from paraserve_scheduler.state.records import DeploymentState, FailedStart, Failure, Phase, Replica
+from paraserve_scheduler.state.view import ClusterView
 
 #: Failures that another try would only repeat.
 _PERMANENT = frozenset(

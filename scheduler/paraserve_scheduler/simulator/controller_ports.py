@@ -33,8 +33,7 @@ from paraserve_scheduler.simulator.serving import Batch
 from paraserve_scheduler.simulator.trace import Trace
 from paraserve_scheduler.simulator.workload import Request
 from paraserve_scheduler.state.events import DemandReported, NodeRegistered, NodeReported
-from paraserve_scheduler.state.spec import Deployment
-from paraserve_scheduler.state.view import (
+from paraserve_scheduler.state.records import (
     Demand,
     NodeInfo,
     PartState,
@@ -42,6 +41,7 @@ from paraserve_scheduler.state.view import (
     Replica,
     TierObject,
 )
+from paraserve_scheduler.state.spec import Deployment
 
 #: Where virtual time begins, in seconds since the Unix epoch.
 EPOCH_S = 1_000.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from paraserve_scheduler.planner.decisions import Prediction
 from paraserve_scheduler.state.plans import ReplicaPlan
-from paraserve_scheduler.state.view import Failure
+from paraserve_scheduler.state.records import Failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,7 @@ from paraserve_scheduler.state.fold import (
 from paraserve_scheduler.state.fold_reports import (
     measured_decode,
 )
-from paraserve_scheduler.state.view import (
-    ClusterView,
+from paraserve_scheduler.state.records import (
     FailedStart,
     Failure,
     GatewayState,
@@ -35,6 +34,7 @@ from paraserve_scheduler.state.view import (
     Phase,
     Replica,
 )
+from paraserve_scheduler.state.view import ClusterView
 
 
 def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from paraserve_scheduler.state.records import Demand, NodeInfo, PartState, TierObject
 from paraserve_scheduler.state.spec import Deployment
-from paraserve_scheduler.state.view import (
-    Demand,
-    NodeInfo,
-    PartState,
-    TierObject,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

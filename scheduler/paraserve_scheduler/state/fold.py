@@ -32,8 +32,7 @@ from paraserve_scheduler.state.fold_reports import (
     measured_part,
     measured_ready,
 )
-from paraserve_scheduler.state.view import (
-    ClusterView,
+from paraserve_scheduler.state.records import (
     DeploymentState,
     Failure,
     NodeState,
@@ -41,6 +40,7 @@ from paraserve_scheduler.state.view import (
     Phase,
     Replica,
 )
+from paraserve_scheduler.state.view import ClusterView
 
 #: Stopped replicas of each deployment that stay in the view, for their timelines.
 KEPT_REPLICAS = 5

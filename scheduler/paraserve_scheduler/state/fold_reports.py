@@ -12,14 +12,8 @@ from paraserve_scheduler.state.learned import (
     blend,
     stage_times,
 )
-from paraserve_scheduler.state.view import (
-    ClusterView,
-    Demand,
-    DeploymentState,
-    GatewayState,
-    Phase,
-    Replica,
-)
+from paraserve_scheduler.state.records import Demand, DeploymentState, GatewayState, Phase, Replica
+from paraserve_scheduler.state.view import ClusterView
 
 
 def demand_reported(view: ClusterView, event: DemandReported) -> ClusterView:

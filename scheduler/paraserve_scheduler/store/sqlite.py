@@ -20,8 +20,8 @@ import zmq
 from paraserve_backend.architectures.registry import model_spec
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex
+from paraserve_scheduler.state.records import Replica
 from paraserve_scheduler.state.spec import ChannelKeys, Deployment, DeploymentSpec
-from paraserve_scheduler.state.view import Replica
 from paraserve_scheduler.store.records import dump, load
 
 _SCHEMA_VERSION = 2

@@ -15,7 +15,7 @@ from paraserve_scheduler.state.actions import (
     StopReplica,
 )
 from paraserve_scheduler.state.events import DeletionRequested, HandOverFailed
-from paraserve_scheduler.state.view import NodeInfo, Phase
+from paraserve_scheduler.state.records import NodeInfo, Phase
 from tests.support.histories import (
     LOST_PROCESS,
     NO_OBJECT,

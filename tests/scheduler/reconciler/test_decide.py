@@ -28,13 +28,7 @@ from paraserve_scheduler.state.events import (
     PartRemoved,
     SlotsRefused,
 )
-from paraserve_scheduler.state.view import (
-    DeploymentState,
-    Failure,
-    NodeInfo,
-    PartState,
-    Phase,
-)
+from paraserve_scheduler.state.records import DeploymentState, Failure, NodeInfo, PartState, Phase
 from tests.support.histories import (
     LOST_PROCESS,
     NO_OBJECT,

@@ -14,7 +14,8 @@ from paraserve_scheduler.state.actions import StartReplica
 from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.events import DemandReported
 from paraserve_scheduler.state.fold import fold
-from paraserve_scheduler.state.view import ClusterView, TierObject
+from paraserve_scheduler.state.records import TierObject
+from paraserve_scheduler.state.view import ClusterView
 from tests.support.views import (
     CONFIG,
     NOW_S,

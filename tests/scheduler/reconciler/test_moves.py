@@ -27,7 +27,7 @@ from paraserve_scheduler.state.actions import (
 )
 from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.events import NodeCordoned, NodeRegistered, PartRemoved
-from paraserve_scheduler.state.view import PartState, Phase
+from paraserve_scheduler.state.records import PartState, Phase
 from tests.support.histories import LOST_PROCESS, History
 from tests.support.views import (
     CONFIG,

@@ -7,7 +7,7 @@ import pytest
 from paraserve_backend.telemetry.spans import Span
 from paraserve_scheduler.state.events import DemandReported, PartReported
 from paraserve_scheduler.state.learned import Calibration, stage_times
-from paraserve_scheduler.state.view import PartState, Phase
+from paraserve_scheduler.state.records import PartState, Phase
 from tests.support.histories import History
 from tests.support.views import make_demand, make_node_info
 

@@ -9,7 +9,7 @@ import pytest
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.telemetry.spans import Span
-from paraserve_scheduler.state.view import Failure, Phase, Replica
+from paraserve_scheduler.state.records import Failure, Phase, Replica
 from paraserve_scheduler.store.records import dump, load
 from paraserve_scheduler.store.sqlite import Counters, SqliteStore
 from tests.support.histories import History

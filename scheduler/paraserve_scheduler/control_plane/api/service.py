@@ -31,8 +31,9 @@ from paraserve_scheduler.reconciler.moves import (
 )
 from paraserve_scheduler.reconciler.placement import check_room
 from paraserve_scheduler.state.events import DemandReported, NodeCordoned, NodeRegistered
+from paraserve_scheduler.state.records import DeploymentState, NodeInfo
 from paraserve_scheduler.state.spec import Deployment, DeploymentSpec
-from paraserve_scheduler.state.view import ClusterView, DeploymentState, NodeInfo
+from paraserve_scheduler.state.view import ClusterView
 
 
 class SchedulerService(SchedulerServicer):

@@ -15,7 +15,7 @@ from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.errors import is_connection_lost
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
 from paraserve_scheduler.control_plane.messages.wire import part_state
-from paraserve_scheduler.state.view import Failure, PartState, Phase
+from paraserve_scheduler.state.records import Failure, PartState, Phase
 
 if TYPE_CHECKING:
     from paraserve_backend.rpc.paraserve_pb2_grpc import AgentAsyncStub

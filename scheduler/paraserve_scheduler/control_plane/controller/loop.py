@@ -43,8 +43,9 @@ from paraserve_scheduler.state.events import (
 )
 from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.plans import ReplicaPlan
+from paraserve_scheduler.state.records import PartState, Phase
 from paraserve_scheduler.state.spec import Deployment
-from paraserve_scheduler.state.view import ClusterView, PartState, Phase
+from paraserve_scheduler.state.view import ClusterView
 from paraserve_scheduler.store.sqlite import Store
 
 logger = logging.getLogger(__name__)

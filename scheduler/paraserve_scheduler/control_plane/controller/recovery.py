@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from paraserve_scheduler.state.view import (
-    ClusterView,
-    DeploymentState,
-    Phase,
-    Replica,
-)
+from paraserve_scheduler.state.records import DeploymentState, Phase, Replica
+from paraserve_scheduler.state.view import ClusterView
 from paraserve_scheduler.store.sqlite import Counters, Store, StoredDeployment
 
 

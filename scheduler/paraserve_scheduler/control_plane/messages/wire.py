@@ -17,9 +17,7 @@ from paraserve_scheduler.reconciler.capacity import is_alive
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.state.events import NodeReported
 from paraserve_scheduler.state.plans import ReplicaPlan
-from paraserve_scheduler.state.spec import ChannelKeys, Deployment, DeploymentSpec
-from paraserve_scheduler.state.view import (
-    ClusterView,
+from paraserve_scheduler.state.records import (
     Demand,
     DeploymentState,
     Failure,
@@ -30,6 +28,8 @@ from paraserve_scheduler.state.view import (
     Replica,
     TierObject,
 )
+from paraserve_scheduler.state.spec import ChannelKeys, Deployment, DeploymentSpec
+from paraserve_scheduler.state.view import ClusterView
 
 #: Nodes that a fetch is told of.
 _MOST_PEERS = 3

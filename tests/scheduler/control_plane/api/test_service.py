@@ -26,7 +26,7 @@ from paraserve_scheduler.control_plane.controller.agents import AgentCallFailed,
 from paraserve_scheduler.control_plane.controller.clock import SystemClock
 from paraserve_scheduler.control_plane.controller.loop import Controller
 from paraserve_scheduler.reconciler.config import PolicyConfig
-from paraserve_scheduler.state.view import Phase
+from paraserve_scheduler.state.records import Phase
 from paraserve_scheduler.store.sqlite import SqliteStore
 from tests.support.views import make_node_info, write_model
 

@@ -16,7 +16,7 @@ from paraserve_scheduler.control_plane.controller.loop import Controller
 from paraserve_scheduler.control_plane.messages.wire import route_table
 from paraserve_scheduler.state.actions import StopReplica
 from paraserve_scheduler.state.events import NodeCordoned
-from paraserve_scheduler.state.view import Phase
+from paraserve_scheduler.state.records import Phase
 from paraserve_scheduler.store.sqlite import SqliteStore
 from paraserve_scheduler.testing import FakeAgents, FakeNode
 from tests.support.control_plane import Cluster, running
