@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from paraserve_backend.engines.native.loop import LoopState
+from paraserve_backend.engines.base import LoopState
 from paraserve_backend.engines.signatures import VLLM, differences
 from paraserve_backend.errors import Cancelled, InvalidRequest, ParaServeError
 from paraserve_backend.generation.answer import Delta

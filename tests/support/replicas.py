@@ -22,8 +22,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from paraserve_backend.channel.transport import Buffer
+from paraserve_backend.engines.base import LoopState
 from paraserve_backend.engines.native.batcher import ScheduledBatch
-from paraserve_backend.engines.native.loop import Forward, LoopState
+from paraserve_backend.engines.native.loop import Forward
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.generation.answer import Delta
 from paraserve_backend.protocol.forward import ForwardResult

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from paraserve_backend.errors import Unavailable
+from paraserve_backend.errors import ParaServeError, Unavailable
+from paraserve_backend.generation.answer import Delta
 from paraserve_backend.protocol.abilities import Abilities
+from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken, Ranking, Sampling
 
 
@@ -125,3 +127,33 @@ def chosen_token(
             logprobs=tuple(candidate.logprob for _, candidate in best),
         )
     return ChosenToken(token_id=token_id, logprob=own.logprob, ranking=ranking)
+
+
+class Reply(Protocol):
+    """Where one request's answer goes; used by the loop's thread alone."""
+
+    def send(self, delta: Delta) -> None: ...
+
+    def fail(self, error: ParaServeError) -> None: ...
+
+    def move(self, replica: str, resume: Resume) -> None:
+        """End the answer here: that replica goes on with it."""
+
+    def is_cancelled(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopState:
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    #: Since the start: requests that went to another replica, and KV blocks sent for them.
+    requests_moved: int = 0
+    kv_blocks_sent_ahead: int = 0
+    kv_blocks_sent_held: int = 0
+
+
+class Gauges(Protocol):
+    """Receives the loop's state after every turn."""
+
+    def update(self, state: LoopState) -> None: ...

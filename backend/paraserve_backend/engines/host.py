@@ -16,8 +16,15 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from paraserve_backend.engines.base import Engine, EngineDead, EngineRequest, EngineSettings
-from paraserve_backend.engines.native.loop import Gauges, LoopState, Reply
+from paraserve_backend.engines.base import (
+    Engine,
+    EngineDead,
+    EngineRequest,
+    EngineSettings,
+    Gauges,
+    LoopState,
+    Reply,
+)
 from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
 from paraserve_backend.generation.answer import Answer
 from paraserve_backend.generation.sequence import TokenSequence

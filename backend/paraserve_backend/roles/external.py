@@ -13,10 +13,9 @@ from contextlib import ExitStack
 
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
-from paraserve_backend.engines.base import Engine, EngineSettings
+from paraserve_backend.engines.base import Engine, EngineSettings, Gauges, Reply
 from paraserve_backend.engines.host import EngineHost, Job, engine_request
 from paraserve_backend.engines.model_folder import link_model
-from paraserve_backend.engines.native.loop import Gauges, Reply
 from paraserve_backend.engines.process_guard import ProcessGuard
 from paraserve_backend.engines.tensorrt_llm.engine import TensorRtLlmEngine
 from paraserve_backend.engines.vllm.engine import VllmEngine

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.channel.mailbox import open_mailbox
+from paraserve_backend.engines.base import Gauges, Reply
 from paraserve_backend.engines.native.batcher import (
     Batcher,
     BatchingLimits,
@@ -21,13 +22,7 @@ from paraserve_backend.engines.native.batcher import (
 )
 from paraserve_backend.engines.native.handover_source import Departures
 from paraserve_backend.engines.native.handover_target import Arrivals, Write
-from paraserve_backend.engines.native.loop import (
-    Forward,
-    Gauges,
-    GenerateLoop,
-    Reply,
-    Request,
-)
+from paraserve_backend.engines.native.loop import Forward, GenerateLoop, Request
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.encoder import RequestEncoder
 from paraserve_backend.generation.text import read_tokenizer

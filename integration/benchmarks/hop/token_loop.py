@@ -20,8 +20,8 @@ import torch
 
 from integration.support.checkpoints import LlamaShape, write_raw_bf16
 from paraserve_backend.architectures.spec import LayerRange
+from paraserve_backend.engines.base import LoopState
 from paraserve_backend.engines.native.batcher import ScheduledBatch
-from paraserve_backend.engines.native.loop import LoopState
 from paraserve_backend.engines.native.model.stage import StageEngine
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.generation.answer import Delta

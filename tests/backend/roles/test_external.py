@@ -18,8 +18,8 @@ from paraserve_backend.engines.base import (
     EngineRequest,
     EngineSettings,
     EngineStats,
+    LoopState,
 )
-from paraserve_backend.engines.native.loop import LoopState
 from paraserve_backend.errors import (
     Cancelled,
     InvalidRequest,

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol
 
+from paraserve_backend.engines.base import Gauges, LoopState, Reply
 from paraserve_backend.engines.native.batcher import Advance, Batcher, ScheduledBatch
 from paraserve_backend.engines.native.handover_source import Departures
 from paraserve_backend.engines.native.handover_target import Arrivals
 from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
-from paraserve_backend.generation.answer import Answer, Delta
+from paraserve_backend.generation.answer import Answer
 from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import ForwardResult
 from paraserve_backend.protocol.hand_over import (
@@ -45,36 +46,6 @@ class Forward(Protocol):
     def submit(self, batch: ScheduledBatch) -> Future[ForwardResult]: ...
 
     def close(self) -> None: ...
-
-
-class Reply(Protocol):
-    """Where one request's answer goes; used by the loop's thread alone."""
-
-    def send(self, delta: Delta) -> None: ...
-
-    def fail(self, error: ParaServeError) -> None: ...
-
-    def move(self, replica: str, resume: Resume) -> None:
-        """End the answer here: that replica goes on with it."""
-
-    def is_cancelled(self) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopState:
-    running: int = 0
-    waiting: int = 0
-    kv_blocks_used: int = 0
-    #: Since the start: requests that went to another replica, and KV blocks sent for them.
-    requests_moved: int = 0
-    kv_blocks_sent_ahead: int = 0
-    kv_blocks_sent_held: int = 0
-
-
-class Gauges(Protocol):
-    """Receives the loop's state after every turn."""
-
-    def update(self, state: LoopState) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from paraserve_backend.engines.native.loop import LoopState
+from paraserve_backend.engines.base import LoopState
 
 #: Name (after the prefix `paraserve_`) to description.
 GAUGES = {

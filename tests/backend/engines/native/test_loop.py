@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from paraserve_backend.engines.base import LoopState
 from paraserve_backend.engines.native.batcher import (
     Batcher,
     BatchingLimits,
@@ -21,7 +22,7 @@ from paraserve_backend.engines.native.batcher import (
 )
 from paraserve_backend.engines.native.handover_source import Departures
 from paraserve_backend.engines.native.handover_target import Arrivals
-from paraserve_backend.engines.native.loop import GenerateLoop, LoopState, Request
+from paraserve_backend.engines.native.loop import GenerateLoop, Request
 from paraserve_backend.errors import (
     Cancelled,
     DeadlineExceeded,
