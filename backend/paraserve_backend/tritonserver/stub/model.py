@@ -6,7 +6,6 @@ is always answered, never raised from `execute`: a raising stub leaks shared mem
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -63,18 +62,13 @@ from paraserve_backend.tritonserver.stub.outputs import output_tensors
 if TYPE_CHECKING:
     from paraserve_backend.roles.external import ExternalRole
     from paraserve_backend.roles.generate import GenerateRole
-
-_log = logging.getLogger(__name__)
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-# By name: the stub adds TritonError to its module only after it has imported this one.
-_TRITON_CODES = {
-    "INVALID_ARGUMENT": "INVALID_ARG",
-    "NOT_FOUND": "NOT_FOUND",
-    "ALREADY_EXISTS": "ALREADY_EXISTS",
-    "CANCELLED": "CANCELLED",
-    "UNAVAILABLE": "UNAVAILABLE",
-    "DEADLINE_EXCEEDED": "UNAVAILABLE",  # Triton has no such code
-}
+from paraserve_backend.tritonserver.stub.responses import (
+    _FINAL,
+    _error_response,
+    _fail,
+    _log,
+    _parameters,
+)
 
 
 class _Adapter(Protocol):
@@ -179,11 +173,6 @@ def _generate_role(config: GenerateConfig) -> GenerateRole | ExternalRole:
     return GenerateRole(config, forward, gauges)
 
 
-def _parameters(request: pb_utils.InferenceRequest) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(request.parameters() or "{}")
-    return parsed
-
-
 class _Reply:
     def __init__(self, sender: pb_utils.ResponseSender, wanted: WantedOutputs) -> None:
         self._sender = sender
@@ -214,10 +203,6 @@ class _Reply:
 
     def is_cancelled(self) -> bool:
         return self._sender.is_cancelled()
-
-
-def _fail(sender: pb_utils.ResponseSender, error: ParaServeError) -> None:
-    sender.send(_error_response(error), flags=_FINAL)
 
 
 class _EnsembleForward:
@@ -387,10 +372,3 @@ def _failed_pass(error: Exception) -> pb_utils.InferenceResponse:
         return _error_response(error)
     _log.exception("a forward pass failed")
     return _error_response(Unavailable("A forward pass failed; see the server's log."))
-
-
-def _error_response(error: ParaServeError) -> pb_utils.InferenceResponse:
-    code = getattr(pb_utils.TritonError, _TRITON_CODES.get(error.grpc_code, "INTERNAL"))
-    # In the text too: a stream's errors have no code, unless its client asks for them by a header
-    # that makes tritonserver 2.51 crash now and then.
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(coded(error), code))

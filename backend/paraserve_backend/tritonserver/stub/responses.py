@@ -1,0 +1,46 @@
+"""Responses, errors and parameters as Triton wants them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+import triton_python_backend_utils as pb_utils
+
+from paraserve_backend.errors import (
+    ParaServeError,
+    coded,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+_log = logging.getLogger(__name__)
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+# By name: the stub adds TritonError to its module only after it has imported this one.
+_TRITON_CODES = {
+    "INVALID_ARGUMENT": "INVALID_ARG",
+    "NOT_FOUND": "NOT_FOUND",
+    "ALREADY_EXISTS": "ALREADY_EXISTS",
+    "CANCELLED": "CANCELLED",
+    "UNAVAILABLE": "UNAVAILABLE",
+    "DEADLINE_EXCEEDED": "UNAVAILABLE",  # Triton has no such code
+}
+
+
+def _parameters(request: pb_utils.InferenceRequest) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(request.parameters() or "{}")
+    return parsed
+
+
+def _fail(sender: pb_utils.ResponseSender, error: ParaServeError) -> None:
+    sender.send(_error_response(error), flags=_FINAL)
+
+
+def _error_response(error: ParaServeError) -> pb_utils.InferenceResponse:
+    code = getattr(pb_utils.TritonError, _TRITON_CODES.get(error.grpc_code, "INTERNAL"))
+    # In the text too: a stream's errors have no code, unless its client asks for them by a header
+    # that makes tritonserver 2.51 crash now and then.
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(coded(error), code))
