@@ -1,0 +1,105 @@
+"""Roles `stage` and `link` inside Triton: one forward pass per request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from paraserve_backend.channel.transport import Buffer
+from paraserve_backend.errors import (
+    ParaServeError,
+    Unavailable,
+)
+from paraserve_backend.protocol.names import (
+    FORWARD_BATCH,
+    FORWARD_HIDDEN,
+    FORWARD_RESULT,
+    FORWARD_TOKEN_IDS,
+)
+from paraserve_backend.protocol.parameters import (
+    LinkConfig,
+    StageConfig,
+)
+from paraserve_backend.roles.weights import open_weights
+
+if TYPE_CHECKING:
+    pass
+from paraserve_backend.tritonserver.stub.responses import (
+    _FINAL,
+    _error_response,
+    _log,
+)
+
+
+class _StageAdapter:
+    def __init__(self, config: StageConfig) -> None:
+        fetched = open_weights(config.weights)
+        with fetched.spans.span("import torch"):
+            from paraserve_backend.roles.stage import StageRole
+
+        self._role = StageRole(config, fetched)
+        self._input = FORWARD_TOKEN_IDS if config.layers.is_first else FORWARD_HIDDEN
+        self._output = FORWARD_RESULT if config.layers.is_last else FORWARD_HIDDEN
+
+    def execute(
+        self, requests: list[pb_utils.InferenceRequest]
+    ) -> list[pb_utils.InferenceResponse]:
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
+        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        try:
+            output = self._role.step(tensors[FORWARD_BATCH].tobytes(), tensors[self._input])
+        except Exception as error:
+            return _failed_pass(error)
+        return pb_utils.InferenceResponse([pb_utils.Tensor(self._output, output)])
+
+    def close(self) -> None:
+        self._role.close()
+
+
+class _LinkAdapter:
+    def __init__(self, config: LinkConfig) -> None:
+        from paraserve_backend.roles.link import LinkRole
+
+        self._role = LinkRole(config)
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
+        for request in requests:
+            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            self._role.forward(
+                tensors[FORWARD_BATCH].tobytes(),
+                tensors[FORWARD_HIDDEN],
+                _answer(request.get_response_sender()),
+            )
+
+    def close(self) -> None:
+        self._role.close()
+
+
+def _answer(sender: pb_utils.ResponseSender) -> Callable[[Buffer | ParaServeError], None]:
+    def answer(outcome: Buffer | ParaServeError) -> None:
+        if isinstance(outcome, ParaServeError):
+            response = _error_response(outcome)
+        else:
+            result = _bytes_tensor(FORWARD_RESULT, outcome)
+            response = pb_utils.InferenceResponse([result])
+        sender.send(response, flags=_FINAL)
+
+    return answer
+
+
+def _bytes_tensor(name: str, data: Buffer) -> pb_utils.Tensor:
+    value: npt.NDArray[np.uint8] = np.frombuffer(data, np.uint8)
+    return pb_utils.Tensor(name, value)
+
+
+def _failed_pass(error: Exception) -> pb_utils.InferenceResponse:
+    if isinstance(error, ParaServeError):
+        return _error_response(error)
+    _log.exception("a forward pass failed")
+    return _error_response(Unavailable("A forward pass failed; see the server's log."))
