@@ -8,32 +8,20 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from paraserve_backend.engines.native.batcher import ScheduledBatch
 from paraserve_backend.errors import (
     NotFound,
     ParaServeError,
-    Unavailable,
     coded,
 )
-from paraserve_backend.generation.answer import Delta
-from paraserve_backend.protocol.forward import ForwardResult
-from paraserve_backend.protocol.forward_codec import decode_result, encode_batch
-from paraserve_backend.protocol.hand_over import read_targets
 from paraserve_backend.protocol.names import (
-    FORWARD_BATCH,
-    FORWARD_RESULT,
-    FORWARD_TOKEN_IDS,
     REPLICA_PARAMETER,
-    EngineName,
 )
 from paraserve_backend.protocol.parameters import (
     GenerateConfig,
@@ -42,8 +30,6 @@ from paraserve_backend.protocol.parameters import (
     StageConfig,
     read_config,
 )
-from paraserve_backend.protocol.request import WantedOutputs, parse_request
-from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
 from paraserve_backend.roles.slot import (
     SlotCommand,
     SlotRole,
@@ -51,11 +37,10 @@ from paraserve_backend.roles.slot import (
     read_slot_command,
 )
 from paraserve_backend.tritonserver.stub.metrics import GAUGES, RateLimitedGauges
-from paraserve_backend.tritonserver.stub.outputs import output_tensors
 
 if TYPE_CHECKING:
-    from paraserve_backend.roles.external import ExternalRole
-    from paraserve_backend.roles.generate import GenerateRole
+    pass
+from paraserve_backend.tritonserver.stub.generate import _GenerateAdapter
 from paraserve_backend.tritonserver.stub.pipeline import _LinkAdapter, _StageAdapter
 from paraserve_backend.tritonserver.stub.responses import (
     _FINAL,
@@ -114,121 +99,6 @@ def _adapter(config: RoleConfig) -> _Adapter:
 
 
 # ---- role generate ----
-
-
-class _GenerateAdapter:
-    def __init__(self, config: GenerateConfig) -> None:
-        self._role = _generate_role(config)
-
-    def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._add(request, sender)
-            except ParaServeError as error:
-                _fail(sender, error)
-            except Exception:
-                _log.exception("a request could not be read")
-                unreadable = Unavailable("The request could not be read; see the server's log.")
-                _fail(sender, unreadable)
-
-    def _add(self, request: pb_utils.InferenceRequest, sender: pb_utils.ResponseSender) -> None:
-        tensors = {t.name(): t.as_numpy().ravel().tolist() for t in request.inputs()}
-        parameters = _parameters(request)
-        parameters.pop(REPLICA_PARAMETER, None)
-        command = parameters.get("command")
-        if command is not None and not tensors:
-            self._role.hand_over(read_targets(command))
-            sender.send(flags=_FINAL)
-            return
-        encoded = parameters.pop(RESUME, None)
-        resume = Resume.decode(encoded) if encoded is not None else None
-        fresh_seed = resume.seed if resume else secrets.randbits(63)
-        parsed = parse_request(tensors, parameters, fresh_seed=fresh_seed)
-        reply = _Reply(sender, parsed.wanted)
-        self._role.add(parsed, reply, resume)
-
-    def close(self) -> None:
-        self._role.close()
-
-
-def _generate_role(config: GenerateConfig) -> GenerateRole | ExternalRole:
-    gauges = _triton_gauges(config)
-    if config.engine != EngineName.PARASERVE:
-        from paraserve_backend.roles.external import ExternalRole
-
-        return ExternalRole(config.engine, config, gauges)
-    from paraserve_backend.roles.generate import GenerateRole
-
-    forward = None
-    if config.forward_model is not None:
-        forward = _EnsembleForward(
-            config.forward_model, config.batches_in_flight, replica=config.replica
-        )
-    return GenerateRole(config, forward, gauges)
-
-
-class _Reply:
-    def __init__(self, sender: pb_utils.ResponseSender, wanted: WantedOutputs) -> None:
-        self._sender = sender
-        self._wanted = wanted
-
-    def send(self, delta: Delta) -> None:
-        tensors = output_tensors(delta, self._wanted)
-        response = pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, values) for name, values in tensors.items()]
-        )
-        if delta.finish_reason is None:
-            self._sender.send(response)
-        else:
-            self._sender.send(response, flags=_FINAL)
-
-    def fail(self, error: ParaServeError) -> None:
-        _fail(self._sender, error)
-
-    def move(self, replica: str, resume: Resume) -> None:
-        outputs = {HAND_OVER_TO: replica, RESUME: resume.encode()}
-        response = pb_utils.InferenceResponse(
-            [
-                pb_utils.Tensor(name, np.array([value.encode()], np.object_))
-                for name, value in outputs.items()
-            ]
-        )
-        self._sender.send(response, flags=_FINAL)
-
-    def is_cancelled(self) -> bool:
-        return self._sender.is_cancelled()
-
-
-class _EnsembleForward:
-    """One forward pass = one BLS call of the ensemble; a call blocks, so each has its thread."""
-
-    def __init__(self, model: str, batches_in_flight: int, *, replica: str) -> None:
-        self._model = model
-        # Ensembles hand parameters on to their steps, which may be slots.
-        self._parameters: dict[str, str | int | bool] = {REPLICA_PARAMETER: replica}
-        self._threads = ThreadPoolExecutor(batches_in_flight, thread_name_prefix="forward")
-
-    def submit(self, batch: ScheduledBatch) -> Future[ForwardResult]:
-        return self._threads.submit(self._call, batch)
-
-    def _call(self, batch: ScheduledBatch) -> ForwardResult:
-        encoded = np.frombuffer(encode_batch(batch.forward), np.uint8)
-        response = pb_utils.InferenceRequest(
-            model_name=self._model,
-            requested_output_names=[FORWARD_RESULT],
-            inputs=[
-                pb_utils.Tensor(FORWARD_BATCH, encoded),
-                pb_utils.Tensor(FORWARD_TOKEN_IDS, np.array(batch.token_ids, np.int32)),
-            ],
-            parameters=self._parameters,
-        ).exec()
-        if response.has_error():
-            raise Unavailable(response.error().message())
-        return decode_result(response.output_tensors()[0].as_numpy().tobytes())
-
-    def close(self) -> None:
-        self._threads.shutdown()
 
 
 def _triton_gauges(config: GenerateConfig) -> RateLimitedGauges:
