@@ -35,7 +35,7 @@ from paraserve_backend.tritonserver.stub.outputs import output_tensors
 if TYPE_CHECKING:
     from paraserve_backend.roles.external import ExternalRole
     from paraserve_backend.roles.generate import GenerateRole
-from paraserve_backend.tritonserver.stub.model import _triton_gauges
+from paraserve_backend.tritonserver.stub.metrics import _triton_gauges
 from paraserve_backend.tritonserver.stub.responses import (
     _FINAL,
     _fail,

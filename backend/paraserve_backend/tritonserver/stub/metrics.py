@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import triton_python_backend_utils as pb_utils
 
 from paraserve_backend.engines.base import LoopState
+from paraserve_backend.protocol.parameters import (
+    GenerateConfig,
+)
+
+if TYPE_CHECKING:
+    pass
 
 #: Name (after the prefix `paraserve_`) to description.
 GAUGES = {
@@ -46,3 +56,20 @@ class RateLimitedGauges:
             if self._last.get(name) != value:
                 self._setters[name](value)
                 self._last[name] = value
+
+
+def _triton_gauges(config: GenerateConfig) -> RateLimitedGauges:
+    labels = {"deployment": config.deployment, "replica": config.replica}
+    setters = {}
+    for name, description in GAUGES.items():
+        family = pb_utils.MetricFamily(
+            name=f"paraserve_{name}", description=description, kind=pb_utils.MetricFamily.GAUGE
+        )
+        # Kept with its setter: a family that is collected takes its metrics along.
+        metric = family.Metric(labels=labels)
+        setters[name] = partial(_set_metric, family, metric)
+    return RateLimitedGauges(setters)
+
+
+def _set_metric(_family: pb_utils.MetricFamily, metric: pb_utils.Metric, value: float) -> None:
+    metric.set(value)

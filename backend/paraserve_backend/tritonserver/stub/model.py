@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import triton_python_backend_utils as pb_utils
@@ -25,7 +24,6 @@ from paraserve_backend.protocol.parameters import (
     StageConfig,
     read_config,
 )
-from paraserve_backend.tritonserver.stub.metrics import GAUGES, RateLimitedGauges
 
 if TYPE_CHECKING:
     pass
@@ -85,23 +83,6 @@ def _adapter(config: RoleConfig) -> _Adapter:
 
 
 # ---- role generate ----
-
-
-def _triton_gauges(config: GenerateConfig) -> RateLimitedGauges:
-    labels = {"deployment": config.deployment, "replica": config.replica}
-    setters = {}
-    for name, description in GAUGES.items():
-        family = pb_utils.MetricFamily(
-            name=f"paraserve_{name}", description=description, kind=pb_utils.MetricFamily.GAUGE
-        )
-        # Kept with its setter: a family that is collected takes its metrics along.
-        metric = family.Metric(labels=labels)
-        setters[name] = partial(_set_metric, family, metric)
-    return RateLimitedGauges(setters)
-
-
-def _set_metric(_family: pb_utils.MetricFamily, metric: pb_utils.Metric, value: float) -> None:
-    metric.set(value)
 
 
 # ---- roles stage and link ----
