@@ -29,7 +29,7 @@ from paraserve_backend.errors import InvalidRequest, NotFound
 from paraserve_backend.weights.sources.peer import HOLDINGS_PATH, OBJECTS_PATH, is_signed
 from paraserve_backend.weights.tiers.memory import Tier
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 #: Bytes sent at a time: how finely the rate is kept.
@@ -147,7 +147,7 @@ class _Server(ThreadingHTTPServer):
                 self._open.remove(connection)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        _log.debug("peer connection broke client=%s", client_address, exc_info=True)
+        logger.debug("peer connection broke client=%s", client_address, exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):

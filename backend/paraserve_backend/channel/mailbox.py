@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 from paraserve_backend.channel.keys import CurveKeys
-from paraserve_backend.channel.messages import _QUEUED_FRAMES, _log, from_frame, to_frame
+from paraserve_backend.channel.messages import from_frame, to_frame
 from paraserve_backend.channel.transport import Inbox, Outbox
 from paraserve_backend.errors import InvalidRequest, Unavailable
 from paraserve_backend.protocol.hand_over import (
@@ -21,9 +21,11 @@ from paraserve_backend.protocol.hand_over import (
 )
 from paraserve_backend.protocol.parameters import HandOverConfig
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 #: Bounds one part of a frame.
 _MAX_BYTES = 1 << 30
+#: KV blocks of whole sequences may wait for a slow network: they take no more than the cache does.
+_QUEUED_FRAMES = 10_000
 
 
 class Mailbox:
@@ -69,7 +71,7 @@ class Mailbox:
                     hear(message)
             except (ValueError, InvalidRequest) as error:
                 # The sender gets no answer and keeps its sequence.
-                _log.warning("a message of another replica was refused: %s", error)
+                logger.warning("a message of another replica was refused: %s", error)
 
 
 class NoMailbox:
@@ -121,7 +123,7 @@ class Post:
             try:
                 outbox.send(to_frame(message))
             except Unavailable:
-                _log.warning("%s takes no messages", address)
+                logger.warning("%s takes no messages", address)
 
     def close(self) -> None:
         with self._lock:

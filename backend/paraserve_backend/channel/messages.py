@@ -1,8 +1,7 @@
-"""Messages between replicas as frames, and the way to their inboxes."""
+"""Messages between replicas as frames."""
 
 from __future__ import annotations
 
-import logging
 import struct
 
 from paraserve_backend.channel.transport import Buffer, Frame, FrameKind
@@ -17,10 +16,6 @@ from paraserve_backend.protocol.hand_over import (
     Withdraw,
 )
 
-_log = logging.getLogger(__name__)
-
-#: KV blocks of whole sequences may wait for a slow network: they take no more than the cache does.
-_QUEUED_FRAMES = 10_000
 _OFFER = struct.Struct("<I")
 # first layer, end layer, first block, blocks
 _KV = struct.Struct("<IIII")

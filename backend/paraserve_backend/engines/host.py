@@ -98,7 +98,7 @@ def _wants_logprobs(wanted: WantedOutputs) -> bool:
     return wanted.cumulative_logprob or wanted.log_probs
 
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 #: How often cancellation is looked for.
 _CHECK_S = 0.1
 #: Asking an engine costs milliseconds.
@@ -180,7 +180,7 @@ class EngineHost:
             self._started.set_exception(error)
             return False
         except Exception as error:
-            _log.exception("the engine did not start")
+            logger.exception("the engine did not start")
             name = self._engine.abilities.name
             self._started.set_exception(
                 Unavailable(f"The engine {name} did not start: {type(error).__name__}: {error}")
@@ -256,7 +256,7 @@ class EngineHost:
             self._death = error
             self._stopping.set()
         except Exception:
-            _log.exception("the engine failed on a request")
+            logger.exception("the engine failed on a request")
             job.reply.fail(Unavailable("The engine failed on this request; see the server's log."))
         finally:
             del self._jobs[job]

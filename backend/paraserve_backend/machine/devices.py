@@ -1,4 +1,4 @@
-"""Which devices this host has, and of which kind. Reads only what the kernel says; torch is slow."""
+"""Which devices this host has, and of which kind, as its kernel says."""
 
 from __future__ import annotations
 

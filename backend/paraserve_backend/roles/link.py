@@ -21,7 +21,7 @@ from paraserve_backend.channel.transport import Buffer, Channel, Frame, FrameKin
 from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
 from paraserve_backend.protocol.parameters import LinkConfig
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 #: A result frame holds a few bytes per sequence.
 _MAX_RESULT_BYTES = 64 * 1024 * 1024
 
@@ -98,6 +98,6 @@ class LinkRole:
         with self._lock:
             pending = self._pending.pop(number, None)
         if pending is None:
-            _log.warning("a result came for forward pass %d after its time limit", number)
+            logger.warning("a result came for forward pass %d after its time limit", number)
             return
         pending.answer(outcome)

@@ -29,7 +29,7 @@ from paraserve_backend.protocol.parameters import ChannelConfig, StageConfig
 from paraserve_backend.roles.load import load_engine
 from paraserve_backend.roles.weights import Fetched
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 #: Largest frame a stage takes: the hidden states of the largest batch, and its block tables.
 _MAX_FRAME_BYTES = 1 << 30
 
@@ -121,7 +121,7 @@ class _Relay:
         except ParaServeError as error:
             return _error_frame(frame, str(error))
         except Exception:
-            _log.exception("a forward pass failed")
+            logger.exception("a forward pass failed")
             return _error_frame(frame, "A forward pass failed; see the server's log.")
         if isinstance(output, ForwardResult):
             return Frame(kind=FrameKind.RESULT, number=frame.number, body=encode_result(output))

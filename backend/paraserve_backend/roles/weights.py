@@ -24,7 +24,7 @@ from paraserve_backend.protocol.parameters import WeightsConfig
 from paraserve_backend.telemetry.spans import SpanFile
 from paraserve_backend.weights.tiers.reader import TierReader
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 #: A fetch has its own, shorter limits; this one only ends a wait for a writer that vanished.
 _TIMEOUT_S = 3600.0
 _HOST_MEMORY = Path("/dev/shm")
@@ -115,7 +115,7 @@ def _fetch_here(config: WeightsConfig, uri: str, *, whole_objects: bool) -> Fetc
             fetch(plan, source, tier, timeout_s=_TIMEOUT_S, cancel=cancel)
         except ParaServeError as error:
             # The reader raises it again where the weights are waited for.
-            _log.error("the fetch of %s failed: %s", uri, error)
+            logger.error("the fetch of %s failed: %s", uri, error)
 
     thread = threading.Thread(target=run, name="fetch", daemon=True)
     thread.start()

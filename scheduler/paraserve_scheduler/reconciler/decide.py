@@ -16,7 +16,7 @@ from paraserve_scheduler.reconciler.capacity import (
     node_trouble,
 )
 from paraserve_scheduler.reconciler.config import PolicyConfig
-from paraserve_scheduler.reconciler.starts import _follow_policy
+from paraserve_scheduler.reconciler.starts import follow_policy
 from paraserve_scheduler.state.actions import (
     Action,
     DropDeployment,
@@ -157,7 +157,7 @@ _RULES: tuple[_Rule, ...] = (
     _remove_replicas,
     _remove_orphans,
     # What requests wait for gets room first.
-    _follow_policy,
+    follow_policy,
     consolidation.start_successors,
     consolidation.hand_over,
     _drop_deployments,

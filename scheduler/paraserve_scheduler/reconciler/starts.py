@@ -40,7 +40,7 @@ _PERMANENT = frozenset(
 )
 
 
-def _follow_policy(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[Action]:
+def follow_policy(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[Action]:
     failures = tuple(_refuse_starts(view, now_s, config))
     for failed in failures:
         yield failed

@@ -16,12 +16,12 @@ from paraserve_scheduler.state.actions import (
     StartReplica,
     StopReplica,
 )
-from paraserve_scheduler.state.fold import (
-    _change_deployment,
-    _change_node,
-    _change_replica,
-    _with,
-    _without,
+from paraserve_scheduler.state.changes import (
+    change_deployment,
+    change_node,
+    change_replica,
+    with_item,
+    without_item,
 )
 from paraserve_scheduler.state.fold_reports import (
     measured_decode,
@@ -45,7 +45,7 @@ def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:
         case StopReplica():
             return _replica_stopping(view, action, at_s)
         case RemoveReplica():
-            return _change_replica(view, action.replica, lambda it: replace(it, removing=True))
+            return change_replica(view, action.replica, lambda it: replace(it, removing=True))
         case RemovePart():
             pair = (action.node, action.replica)
             return replace(view, removing_parts=view.removing_parts | {pair})
@@ -54,13 +54,13 @@ def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:
         case HandOver():
             return _hand_over_begun(view, action, at_s)
         case KeepSlots():
-            return _change_node(
+            return change_node(
                 view, action.node, lambda it: replace(it, wanted_slots=action.idle_slots)
             )
         case DropDeployment():
             return replace(
                 view,
-                deployments=_without(view.deployments, action.deployment),
+                deployments=without_item(view.deployments, action.deployment),
                 replicas={
                     key: replica
                     for key, replica in view.replicas.items()
@@ -83,10 +83,8 @@ def _replica_started(view: ClusterView, action: StartReplica, at_s: float) -> Cl
         reason=action.reason,
         prediction=action.prediction,
     )
-    view = _change_deployment(
-        view, plan.deployment, lambda it: replace(it, last_number=plan.number)
-    )
-    return replace(view, replicas=_with(view.replicas, replica.id, replica))
+    view = change_deployment(view, plan.deployment, lambda it: replace(it, last_number=plan.number))
+    return replace(view, replicas=with_item(view.replicas, replica.id, replica))
 
 
 def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> ClusterView:
@@ -94,7 +92,7 @@ def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> Cl
     view = measured_decode(view, replica)
     if action.failure is not None:
         view = _note_failure(view, replica, action.failure, at_s)
-    view = _change_replica(
+    view = change_replica(
         view,
         action.replica,
         lambda it: replace(
@@ -108,7 +106,7 @@ def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> Cl
     predecessor = view.predecessor(replica)
     if predecessor is not None and not view.takers(predecessor):
         # It serves again, so that the time without a request counts from the next hand-over on.
-        view = _change_replica(view, predecessor.id, lambda it: replace(it, hand_over_s=None))
+        view = change_replica(view, predecessor.id, lambda it: replace(it, hand_over_s=None))
     return view
 
 
@@ -117,9 +115,9 @@ def _note_failure(
 ) -> ClusterView:
     predecessor = view.predecessor(replica)
     if predecessor is not None:
-        return _change_replica(view, predecessor.id, partial(_with_failed_successor, at_s=at_s))
+        return change_replica(view, predecessor.id, partial(_with_failed_successor, at_s=at_s))
     failed = FailedStart(at_s=at_s, failure=failure)
-    return _change_deployment(
+    return change_deployment(
         view,
         replica.deployment,
         lambda it: replace(it, failed_starts=(*it.failed_starts, failed)),
@@ -133,7 +131,7 @@ def _with_failed_successor(replica: Replica, *, at_s: float) -> Replica:
 
 
 def _hand_over_begun(view: ClusterView, action: HandOver, at_s: float) -> ClusterView:
-    return _change_replica(
+    return change_replica(
         view,
         action.replica,
         lambda it: replace(
@@ -145,7 +143,7 @@ def _hand_over_begun(view: ClusterView, action: HandOver, at_s: float) -> Cluste
 
 
 def _deployment_failed(view: ClusterView, action: FailDeployment) -> ClusterView:
-    view = _change_deployment(
+    view = change_deployment(
         view,
         action.deployment,
         lambda it: replace(
@@ -167,4 +165,6 @@ def _nothing_waiting(gateway: GatewayState, deployment: str) -> GatewayState:
     demand = gateway.demands.get(deployment)
     if demand is None:
         return gateway
-    return replace(gateway, demands=_with(gateway.demands, deployment, replace(demand, waiting=0)))
+    return replace(
+        gateway, demands=with_item(gateway.demands, deployment, replace(demand, waiting=0))
+    )

@@ -6,11 +6,15 @@ reckons with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
+from paraserve_scheduler.state.changes import (
+    change_deployment,
+    change_node,
+    change_replica,
+    with_item,
+)
 from paraserve_scheduler.state.events import (
     DeletionRequested,
     DemandReported,
@@ -45,15 +49,13 @@ from paraserve_scheduler.state.view import ClusterView
 #: Stopped replicas of each deployment that stay in the view, for their timelines.
 KEPT_REPLICAS = 5
 
-_Value = TypeVar("_Value")
-
 
 def fold(view: ClusterView, event: Event) -> ClusterView:
     """The view after `event`. What concerns nobody known any more changes nothing."""
     match event:
         case NodeRegistered():
             node = NodeState(info=event.info, last_seen_s=event.at_s)
-            return replace(view, nodes=_with(view.nodes, event.info.name, node))
+            return replace(view, nodes=with_item(view.nodes, event.info.name, node))
         case NodeReported():
             return _node_reported(view, event)
         case PartReported():
@@ -63,7 +65,7 @@ def fold(view: ClusterView, event: Event) -> ClusterView:
         case DeploymentAdded():
             return _deployment_added(view, event)
         case DeletionRequested():
-            return _change_deployment(view, event.deployment, lambda it: replace(it, deleting=True))
+            return change_deployment(view, event.deployment, lambda it: replace(it, deleting=True))
         case ReplicaRemoved():
             return _replica_removed(view, event)
         case PartRemoved():
@@ -71,7 +73,7 @@ def fold(view: ClusterView, event: Event) -> ClusterView:
         case HandOverTold() | HandOverFailed():
             return _hand_over_answered(view, event)
         case SlotsRefused():
-            return _change_node(view, event.node, lambda it: replace(it, wanted_slots=None))
+            return change_node(view, event.node, lambda it: replace(it, wanted_slots=None))
         case NodeCordoned():
             others = view.cordoned - {event.node}
             return replace(view, cordoned=others | {event.node} if event.cordoned else others)
@@ -93,7 +95,7 @@ def _node_reported(view: ClusterView, event: NodeReported) -> ClusterView:
         idle_slots=event.idle_slots,
         slots_bytes=event.slots_bytes,
     )
-    view = replace(view, nodes=_with(view.nodes, event.node, node))
+    view = replace(view, nodes=with_item(view.nodes, event.node, node))
     reported = {(part.replica, part.stage): part for part in event.parts}
     for replica in view.live_replicas():
         stage = replica.plan.stage_on(event.node)
@@ -127,7 +129,7 @@ def _take_part(view: ClusterView, replica: Replica, part: PartState, at_s: float
     was_ready = replica.parts[part.stage].phase is Phase.READY
     replica = replace(replica, parts=tuple(parts))
     if parts[part.stage].phase is Phase.READY and not (was_ready or replica.recovered):
-        known = replace(view, replicas=_with(view.replicas, replica.id, replica))
+        known = replace(view, replicas=with_item(view.replicas, replica.id, replica))
         view = measured_part(known, replica, part.stage)
     became_ready = replica.phase is Phase.STARTING and all(
         part.phase is Phase.READY for part in parts
@@ -138,10 +140,10 @@ def _take_part(view: ClusterView, replica: Replica, part: PartState, at_s: float
         replica = replace(
             replica, phase=Phase.READY, ready_s=replica.ready_s or at_s, recovered=False
         )
-        view = _change_deployment(
+        view = change_deployment(
             view, replica.deployment, partial(_with_ready, replica=replica, at_s=at_s)
         )
-    return replace(view, replicas=_with(view.replicas, replica.id, replica))
+    return replace(view, replicas=with_item(view.replicas, replica.id, replica))
 
 
 def _with_ready(state: DeploymentState, *, replica: Replica, at_s: float) -> DeploymentState:
@@ -165,7 +167,7 @@ def _part_removed(view: ClusterView, event: PartRemoved) -> ClusterView:
     node = view.nodes.get(event.node)
     if node is None:
         return view
-    return replace(view, nodes=_with(view.nodes, event.node, node.without({event.replica})))
+    return replace(view, nodes=with_item(view.nodes, event.node, node.without({event.replica})))
 
 
 # ---- deployments and replicas ----
@@ -179,7 +181,7 @@ def _deployment_added(view: ClusterView, event: DeploymentAdded) -> ClusterView:
         last_active_s=event.at_s,
         failure_number=event.failure_number,
     )
-    return replace(view, deployments=_with(view.deployments, state.name, state))
+    return replace(view, deployments=with_item(view.deployments, state.name, state))
 
 
 def _hand_over_answered(view: ClusterView, event: HandOverTold | HandOverFailed) -> ClusterView:
@@ -187,11 +189,11 @@ def _hand_over_answered(view: ClusterView, event: HandOverTold | HandOverFailed)
         answered = partial(replace, targets=event.targets, telling_failed_s=None)
     else:
         answered = partial(replace, telling_failed_s=event.at_s)
-    return _change_replica(view, event.replica, lambda it: answered(it, telling=False))
+    return change_replica(view, event.replica, lambda it: answered(it, telling=False))
 
 
 def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:
-    view = _change_replica(
+    view = change_replica(
         view,
         event.replica,
         lambda it: replace(it, phase=Phase.STOPPED, removed_s=event.at_s, removing=False),
@@ -210,38 +212,3 @@ def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:
 
 
 # ---- helpers ----
-
-
-def _with(values: Mapping[str, _Value], key: str, value: _Value) -> dict[str, _Value]:
-    return {**values, key: value}
-
-
-def _without(values: Mapping[str, _Value], key: str) -> dict[str, _Value]:
-    return {other: value for other, value in values.items() if other != key}
-
-
-def _change_deployment(
-    view: ClusterView, name: str, change: Callable[[DeploymentState], DeploymentState]
-) -> ClusterView:
-    state = view.deployments.get(name)
-    if state is None:
-        return view
-    return replace(view, deployments=_with(view.deployments, name, change(state)))
-
-
-def _change_node(
-    view: ClusterView, name: str, change: Callable[[NodeState], NodeState]
-) -> ClusterView:
-    node = view.nodes.get(name)
-    if node is None:
-        return view
-    return replace(view, nodes=_with(view.nodes, name, change(node)))
-
-
-def _change_replica(
-    view: ClusterView, name: str, change: Callable[[Replica], Replica]
-) -> ClusterView:
-    replica = view.replicas.get(name)
-    if replica is None:
-        return view
-    return replace(view, replicas=_with(view.replicas, name, change(replica)))

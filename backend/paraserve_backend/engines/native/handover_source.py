@@ -27,7 +27,7 @@ from paraserve_backend.protocol.hand_over import (
     Withdraw,
 )
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 #: KV that one forward pass may send ahead: decoding must not wait for the network.
 _BYTES_PER_PASS = 4 << 20
@@ -199,7 +199,7 @@ class Departures:
                     departure.step = _Step.COPYING
                     departure.deadline_s = self._now_s() + _COPY_TIMEOUT_S
             case Refused():
-                _log.info("hand-over to %s refused: %s", departure.target.replica, message.reason)
+                logger.info("hand-over to %s refused: %s", departure.target.replica, message.reason)
                 self._withdraw(departure)
             case Complete():
                 return self._completed(departure, message.layer_blocks)
@@ -218,7 +218,7 @@ class Departures:
         now_s = self._now_s()
         for departure in list(self._departures.values()):
             if departure.step is not _Step.LAST_PASS and departure.deadline_s <= now_s:
-                _log.warning("hand-over to %s timed out", departure.target.replica)
+                logger.warning("hand-over to %s timed out", departure.target.replica)
                 self._withdraw(departure)
 
     def _completed(self, departure: _Departure, layer_blocks: int) -> Moved | None:

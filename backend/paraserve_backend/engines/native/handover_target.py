@@ -23,7 +23,7 @@ from paraserve_backend.protocol.hand_over import (
     Refused,
 )
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 #: Longer than a source waits for a copy, and than a gateway takes to follow.
 _UNCLAIMED_S = 60.0
@@ -116,7 +116,7 @@ class Arrivals:
         now_s = self._now_s()
         for ticket, arrival in list(self._arrivals.items()):
             if arrival.deadline_s <= now_s:
-                _log.warning("nobody has come for the KV blocks of ticket %d", ticket)
+                logger.warning("nobody has come for the KV blocks of ticket %d", ticket)
                 self.withdrawn(ticket)
 
     def _take(self, count: int) -> list[int] | None:

@@ -35,7 +35,7 @@ from paraserve_backend.protocol.hand_over import (
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 #: How often cancellation is looked for while no forward pass returns.
 _IDLE_CHECK_S = 0.1
 
@@ -215,7 +215,7 @@ class GenerateLoop:
 
     def _fail(self, batch: ScheduledBatch, error: BaseException) -> None:
         if not isinstance(error, ParaServeError):
-            _log.error("a forward pass failed", exc_info=error)
+            logger.error("a forward pass failed", exc_info=error)
             error = Unavailable("A forward pass failed inside the engine; see the server's log.")
         for sequence in self._batcher.fail(batch):
             self._end(sequence, error)

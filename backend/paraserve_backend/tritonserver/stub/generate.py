@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -35,16 +36,17 @@ from paraserve_backend.tritonserver.stub.outputs import output_tensors
 if TYPE_CHECKING:
     from paraserve_backend.roles.external import ExternalRole
     from paraserve_backend.roles.generate import GenerateRole
-from paraserve_backend.tritonserver.stub.metrics import _triton_gauges
+from paraserve_backend.tritonserver.stub.metrics import triton_gauges
 from paraserve_backend.tritonserver.stub.responses import (
-    _FINAL,
-    _fail,
-    _log,
-    _parameters,
+    FINAL,
+    fail,
+    request_parameters,
 )
 
+logger = logging.getLogger(__name__)
 
-class _GenerateAdapter:
+
+class GenerateAdapter:
     def __init__(self, config: GenerateConfig) -> None:
         self._role = _generate_role(config)
 
@@ -54,20 +56,20 @@ class _GenerateAdapter:
             try:
                 self._add(request, sender)
             except ParaServeError as error:
-                _fail(sender, error)
+                fail(sender, error)
             except Exception:
-                _log.exception("a request could not be read")
+                logger.exception("a request could not be read")
                 unreadable = Unavailable("The request could not be read; see the server's log.")
-                _fail(sender, unreadable)
+                fail(sender, unreadable)
 
     def _add(self, request: pb_utils.InferenceRequest, sender: pb_utils.ResponseSender) -> None:
         tensors = {t.name(): t.as_numpy().ravel().tolist() for t in request.inputs()}
-        parameters = _parameters(request)
+        parameters = request_parameters(request)
         parameters.pop(REPLICA_PARAMETER, None)
         command = parameters.get("command")
         if command is not None and not tensors:
             self._role.hand_over(read_targets(command))
-            sender.send(flags=_FINAL)
+            sender.send(flags=FINAL)
             return
         encoded = parameters.pop(RESUME, None)
         resume = Resume.decode(encoded) if encoded is not None else None
@@ -81,7 +83,7 @@ class _GenerateAdapter:
 
 
 def _generate_role(config: GenerateConfig) -> GenerateRole | ExternalRole:
-    gauges = _triton_gauges(config)
+    gauges = triton_gauges(config)
     if config.engine != EngineName.PARASERVE:
         from paraserve_backend.roles.external import ExternalRole
 
@@ -109,10 +111,10 @@ class _Reply:
         if delta.finish_reason is None:
             self._sender.send(response)
         else:
-            self._sender.send(response, flags=_FINAL)
+            self._sender.send(response, flags=FINAL)
 
     def fail(self, error: ParaServeError) -> None:
-        _fail(self._sender, error)
+        fail(self._sender, error)
 
     def move(self, replica: str, resume: Resume) -> None:
         outputs = {HAND_OVER_TO: replica, RESUME: resume.encode()}
@@ -122,7 +124,7 @@ class _Reply:
                 for name, value in outputs.items()
             ]
         )
-        self._sender.send(response, flags=_FINAL)
+        self._sender.send(response, flags=FINAL)
 
     def is_cancelled(self) -> bool:
         return self._sender.is_cancelled()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import triton_python_backend_utils as pb_utils
 
@@ -13,9 +12,6 @@ from paraserve_backend.engines.base import LoopState
 from paraserve_backend.protocol.parameters import (
     GenerateConfig,
 )
-
-if TYPE_CHECKING:
-    pass
 
 #: Name (after the prefix `paraserve_`) to description.
 GAUGES = {
@@ -58,7 +54,7 @@ class RateLimitedGauges:
                 self._last[name] = value
 
 
-def _triton_gauges(config: GenerateConfig) -> RateLimitedGauges:
+def triton_gauges(config: GenerateConfig) -> RateLimitedGauges:
     labels = {"deployment": config.deployment, "replica": config.replica}
     setters = {}
     for name, description in GAUGES.items():

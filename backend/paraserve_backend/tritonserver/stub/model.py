@@ -1,4 +1,4 @@
-"""The only file that knows Triton: tensors in and out, life cycle, errors to TritonError.
+"""The life of a model inside Triton: which role it has, and how it starts, answers and ends.
 
 Triton's Python stub imports `TritonPythonModel` through the backend's one-line model.py. An error
 is always answered, never raised from `execute`: a raising stub leaks shared memory.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
@@ -24,21 +24,11 @@ from paraserve_backend.protocol.parameters import (
     StageConfig,
     read_config,
 )
+from paraserve_backend.tritonserver.stub.generate import GenerateAdapter
+from paraserve_backend.tritonserver.stub.pipeline import LinkAdapter, StageAdapter
+from paraserve_backend.tritonserver.stub.slot import Adapter, SlotAdapter
 
-if TYPE_CHECKING:
-    pass
-from paraserve_backend.tritonserver.stub.generate import _GenerateAdapter
-from paraserve_backend.tritonserver.stub.pipeline import _LinkAdapter, _StageAdapter
-from paraserve_backend.tritonserver.stub.responses import (
-    _log,
-)
-from paraserve_backend.tritonserver.stub.slot import _SlotAdapter
-
-
-class _Adapter(Protocol):
-    def execute(self, requests: list[pb_utils.InferenceRequest]) -> Any: ...
-
-    def close(self) -> None: ...
+logger = logging.getLogger(__name__)
 
 
 class TritonPythonModel:
@@ -65,27 +55,18 @@ def _die_loudly(args: threading.ExceptHookArgs) -> None:
     """A dead thread would hang the clients: leave, so that the agent's watchdog acts."""
     name = args.thread.name if args.thread else "?"
     exc_info = (args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
-    _log.critical("thread %s died", name, exc_info=exc_info)
+    logger.critical("thread %s died", name, exc_info=exc_info)
     os._exit(70)
 
 
-def _model_adapter(model_config: str) -> _Adapter:
+def _model_adapter(model_config: str) -> Adapter:
     config = read_config(model_config)
-    return _SlotAdapter(config) if isinstance(config, SlotConfig) else _adapter(config)
+    return SlotAdapter(config, _adapter) if isinstance(config, SlotConfig) else _adapter(config)
 
 
-def _adapter(config: RoleConfig) -> _Adapter:
+def _adapter(config: RoleConfig) -> Adapter:
     if isinstance(config, GenerateConfig):
-        return _GenerateAdapter(config)
+        return GenerateAdapter(config)
     if isinstance(config, StageConfig):
-        return _StageAdapter(config)
-    return _LinkAdapter(config)
-
-
-# ---- role generate ----
-
-
-# ---- roles stage and link ----
-
-
-# ---- slots ----
+        return StageAdapter(config)
+    return LinkAdapter(config)

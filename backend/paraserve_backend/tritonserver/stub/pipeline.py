@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +25,15 @@ from paraserve_backend.protocol.parameters import (
     StageConfig,
 )
 from paraserve_backend.roles.weights import open_weights
-
-if TYPE_CHECKING:
-    pass
 from paraserve_backend.tritonserver.stub.responses import (
-    _FINAL,
-    _error_response,
-    _log,
+    FINAL,
+    error_response,
 )
 
+logger = logging.getLogger(__name__)
 
-class _StageAdapter:
+
+class StageAdapter:
     def __init__(self, config: StageConfig) -> None:
         fetched = open_weights(config.weights)
         with fetched.spans.span("import torch"):
@@ -62,7 +60,7 @@ class _StageAdapter:
         self._role.close()
 
 
-class _LinkAdapter:
+class LinkAdapter:
     def __init__(self, config: LinkConfig) -> None:
         from paraserve_backend.roles.link import LinkRole
 
@@ -84,11 +82,11 @@ class _LinkAdapter:
 def _answer(sender: pb_utils.ResponseSender) -> Callable[[Buffer | ParaServeError], None]:
     def answer(outcome: Buffer | ParaServeError) -> None:
         if isinstance(outcome, ParaServeError):
-            response = _error_response(outcome)
+            response = error_response(outcome)
         else:
             result = _bytes_tensor(FORWARD_RESULT, outcome)
             response = pb_utils.InferenceResponse([result])
-        sender.send(response, flags=_FINAL)
+        sender.send(response, flags=FINAL)
 
     return answer
 
@@ -100,6 +98,6 @@ def _bytes_tensor(name: str, data: Buffer) -> pb_utils.Tensor:
 
 def _failed_pass(error: Exception) -> pb_utils.InferenceResponse:
     if isinstance(error, ParaServeError):
-        return _error_response(error)
-    _log.exception("a forward pass failed")
-    return _error_response(Unavailable("A forward pass failed; see the server's log."))
+        return error_response(error)
+    logger.exception("a forward pass failed")
+    return error_response(Unavailable("A forward pass failed; see the server's log."))

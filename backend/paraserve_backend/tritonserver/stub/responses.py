@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
@@ -13,12 +12,7 @@ from paraserve_backend.errors import (
     coded,
 )
 
-if TYPE_CHECKING:
-    pass
-
-
-_log = logging.getLogger(__name__)
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # By name: the stub adds TritonError to its module only after it has imported this one.
 _TRITON_CODES = {
     "INVALID_ARGUMENT": "INVALID_ARG",
@@ -30,16 +24,16 @@ _TRITON_CODES = {
 }
 
 
-def _parameters(request: pb_utils.InferenceRequest) -> dict[str, Any]:
+def request_parameters(request: pb_utils.InferenceRequest) -> dict[str, Any]:
     parsed: dict[str, Any] = json.loads(request.parameters() or "{}")
     return parsed
 
 
-def _fail(sender: pb_utils.ResponseSender, error: ParaServeError) -> None:
-    sender.send(_error_response(error), flags=_FINAL)
+def fail(sender: pb_utils.ResponseSender, error: ParaServeError) -> None:
+    sender.send(error_response(error), flags=FINAL)
 
 
-def _error_response(error: ParaServeError) -> pb_utils.InferenceResponse:
+def error_response(error: ParaServeError) -> pb_utils.InferenceResponse:
     code = getattr(pb_utils.TritonError, _TRITON_CODES.get(error.grpc_code, "INTERNAL"))
     # In the text too: a stream's errors have no code, unless its client asks for them by a header
     # that makes tritonserver 2.51 crash now and then.

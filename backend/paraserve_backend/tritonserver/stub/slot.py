@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import triton_python_backend_utils as pb_utils
 
@@ -15,6 +17,7 @@ from paraserve_backend.protocol.names import (
     REPLICA_PARAMETER,
 )
 from paraserve_backend.protocol.parameters import (
+    RoleConfig,
     SlotConfig,
 )
 from paraserve_backend.roles.slot import (
@@ -23,23 +26,30 @@ from paraserve_backend.roles.slot import (
     import_all,
     read_slot_command,
 )
-
-if TYPE_CHECKING:
-    pass
-from paraserve_backend.tritonserver.stub.model import _adapter
 from paraserve_backend.tritonserver.stub.responses import (
-    _FINAL,
-    _error_response,
-    _fail,
-    _log,
-    _parameters,
+    FINAL,
+    error_response,
+    fail,
+    request_parameters,
 )
 
+logger = logging.getLogger(__name__)
 
-class _SlotAdapter:
-    def __init__(self, config: SlotConfig) -> None:
+
+class Adapter(Protocol):
+    """What answers the requests of one model, whatever its role."""
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class SlotAdapter:
+    """`build` makes the adapter of the role that the slot is bound as."""
+
+    def __init__(self, config: SlotConfig, build: Callable[[RoleConfig], Adapter]) -> None:
         import_all(config)
-        self._slot = SlotRole(config, _adapter)
+        self._slot = SlotRole(config, build)
         # A command takes as long as a load does; requests are refused meanwhile.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="slot-command")
 
@@ -49,7 +59,7 @@ class _SlotAdapter:
 
     def _answer(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse | None:
         """Return a response, or `None` where it goes to the request's own sender."""
-        parameters = _parameters(request)
+        parameters = request_parameters(request)
         command = read_slot_command(parameters.get("command"))
         if command is not None:
             self._threads.submit(self._obey, command, request.get_response_sender())
@@ -58,7 +68,7 @@ class _SlotAdapter:
             with self._slot.use(parameters.get(REPLICA_PARAMETER)) as adapter:
                 responses = adapter.execute([request])
         except NotFound as error:
-            _fail(request.get_response_sender(), error)
+            fail(request.get_response_sender(), error)
             return None
         return responses[0] if responses else None
 
@@ -70,11 +80,11 @@ class _SlotAdapter:
             else:
                 self._slot.bind(command.bind)
         except ParaServeError as error:
-            response = _error_response(error)
+            response = error_response(error)
         except Exception as error:
-            _log.exception("a slot's command failed")
-            response = _error_response(ParaServeError(f"The model failed to load: {error!r}"))
-        sender.send(response, flags=_FINAL)
+            logger.exception("a slot's command failed")
+            response = error_response(ParaServeError(f"The model failed to load: {error!r}"))
+        sender.send(response, flags=FINAL)
 
     def close(self) -> None:
         self._threads.shutdown()

@@ -18,7 +18,7 @@ from paraserve_backend.weights.checkpoint.index import (
     tensor_to_row,
 )
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
-from paraserve_backend.weights.checkpoint.stages import _total
+from paraserve_backend.weights.checkpoint.stages import total_bytes_of
 from paraserve_backend.weights.sources.base import ObjectRange, StoredObject, check_key
 
 DEFAULT_PART_BYTES = 8 << 20
@@ -92,7 +92,7 @@ class FetchPlan:
     @property
     def total_bytes(self) -> int:
         """Bytes of `tensors`; the small files are not counted."""
-        return _total(self.tensors)
+        return total_bytes_of(self.tensors)
 
     def to_json(self) -> bytes:
         fields = {

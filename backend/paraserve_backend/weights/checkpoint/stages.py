@@ -100,10 +100,12 @@ def _stage_sizes(
 ) -> Callable[[int, int], int]:
     """Return a function that gives the bytes of a stage with layers `[start, end)`."""
     by_layer = _tensors_by_layer(index, names)
-    sizes = [_total(_layer_tensors(index, names, by_layer, layer)) for layer in range(num_layers)]
+    sizes = [
+        total_bytes_of(_layer_tensors(index, names, by_layer, layer)) for layer in range(num_layers)
+    ]
     before = [0, *accumulate(sizes)]
-    first = _total(_named(index, names.embedding))
-    last = _total(_named(index, _last_names(names, tied=tied)))
+    first = total_bytes_of(_named(index, names.embedding))
+    last = total_bytes_of(_named(index, _last_names(names, tied=tied)))
 
     def size(start: int, end: int) -> int:
         return (
@@ -116,7 +118,7 @@ def _stage_sizes(
     return size
 
 
-def _total(tensors: Iterable[TensorEntry]) -> int:
+def total_bytes_of(tensors: Iterable[TensorEntry]) -> int:
     return sum(tensor.size_bytes for tensor in tensors)
 
 

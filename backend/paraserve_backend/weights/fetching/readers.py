@@ -20,7 +20,7 @@ from paraserve_backend.weights.sources.retry import Retrier
 from paraserve_backend.weights.tiers.disk import DiskTier
 from paraserve_backend.weights.tiers.disk_format import DamagedExtent, aligned_buffer
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class SupplyReader(Protocol):
@@ -151,7 +151,7 @@ class PeerReader:
         self._connection.close()
 
     def _give_up(self, error: Exception) -> None:
-        _log.info("peer given up reason=%s", error)
+        logger.info("peer given up reason=%s", error)
         self._allotment.lose(self._supply)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from paraserve_backend.errors import (
     AccessDenied,
@@ -17,9 +16,6 @@ from paraserve_backend.weights.sources.base import (
     check_key,
 )
 from paraserve_backend.weights.sources.store_errors import changed
-
-if TYPE_CHECKING:
-    pass
 
 
 class FolderSource:

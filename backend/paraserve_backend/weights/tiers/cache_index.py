@@ -16,7 +16,7 @@ from paraserve_backend.byte_ranges import Span, merge, subtract
 from paraserve_backend.weights.sources.base import StoredObject, check_key
 from paraserve_backend.weights.tiers.layout import object_name, write_atomically
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CACHE = "cache"
 PAGE_BYTES = 4096
@@ -95,7 +95,7 @@ class CacheIndex:
                 if path.name != found.name:
                     raise ValueError("it is another object's")
             except (ValueError, TypeError, KeyError) as error:
-                _log.warning("cache entry dropped name=%s reason=%s", path.name, error)
+                logger.warning("cache entry dropped name=%s reason=%s", path.name, error)
                 path.unlink()
             else:
                 objects[path.name] = found
@@ -169,7 +169,7 @@ class CacheIndex:
             write_atomically(path, found.to_json())
         except OSError as error:
             # The file system is full, which is when bytes are removed. Forgotten at a restart.
-            _log.warning("cache entry not written name=%s reason=%s", found.name, error.strerror)
+            logger.warning("cache entry not written name=%s reason=%s", found.name, error.strerror)
             path.unlink(missing_ok=True)
 
 

@@ -34,7 +34,7 @@ from paraserve_backend.weights.tiers.disk_format import (
 from paraserve_backend.weights.tiers.filesystem import lock_folder
 from paraserve_backend.weights.tiers.layout import OBJECTS
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 #: So long nothing is written after the disk has refused to take something.
 _REST_S = 600.0
@@ -136,7 +136,7 @@ class DiskTier:
         try:
             return read_extent(held.path(self.directory), held.extent, buffer)
         except DamagedExtent as damage:
-            _log.warning("damage on disk file=%s reason=%s", held.path(self.directory), damage)
+            logger.warning("damage on disk file=%s reason=%s", held.path(self.directory), damage)
             self._drop(held)
             raise
 
@@ -216,7 +216,7 @@ class DiskTier:
 
     def _rest(self, error: OSError) -> None:
         self._rests_until_s = self._now() + _REST_S
-        _log.warning(
+        logger.warning(
             "disk tier takes nothing for %g s dir=%s reason=%s; free some of that disk, or set a "
             "smaller disk_bytes",
             _REST_S,
