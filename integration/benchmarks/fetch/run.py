@@ -32,8 +32,7 @@ from integration.benchmarks.fetch.clients import (
     OBJECT,
     environment,
 )
-from integration.support import capped_cluster as cluster
-from integration.support import namespaces, static_server
+from integration.support import capped_cluster, namespaces, static_server
 from integration.support.memory import backed_memory, huge_pages
 from paraserve_backend.errors import ParaServeError
 from paraserve_scheduler.local.cluster import files_of
@@ -97,10 +96,10 @@ def missing_requirement() -> str | None:
 @contextmanager
 def capped_store(rate_bits_per_s: float, size_bytes: int) -> Iterator[tuple[ClusterLayout, Store]]:
     """Make the nodes' networks and serve one object in the hub; all is gone after the body."""
-    wanted = cluster.CappedCluster(
+    wanted = capped_cluster.CappedCluster(
         rates_bits_per_s=(rate_bits_per_s,) * NODES, node_memory_bytes=size_bytes, name="fetch"
     )
-    layout = cluster.capped_layout(wanted, files_of(wanted.name, os.environ))
+    layout = capped_cluster.capped_layout(wanted, files_of(wanted.name, os.environ))
     with ExitStack() as stack:
         stack.enter_context(huge_pages())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -14,7 +14,7 @@ from paraserve_backend.protocol.abilities import ABILITIES, can_be_carried, chec
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import Demand
-from paraserve_scheduler.gateway.kserve import normalisation as batch_dimension
+from paraserve_scheduler.gateway.kserve import normalisation
 from paraserve_scheduler.gateway.kserve.errors import ReplicaLost
 from paraserve_scheduler.gateway.kserve.normalisation import Send, take_time_limit_us, time_limit
 from paraserve_scheduler.gateway.kserve.statistics import RequestTimes, Statistics
@@ -134,7 +134,7 @@ class Proxy:
     async def _admit(self, request: kserve.ModelInferRequest) -> _Admitted:
         """Refuse what can only fail, before a replica is started for it."""
         await self._routes.require(request.model_name, request.model_version)
-        is_batch_of_one = batch_dimension.take_off(request)
+        is_batch_of_one = normalisation.take_off(request)
         asked = validate(request, fresh_seed=secrets.randbits(63))
         abilities = ABILITIES.get(self._routes.engine(request.model_name))
         if abilities is not None:
@@ -150,7 +150,7 @@ class Proxy:
         self, request: kserve.ModelInferRequest, send: Send, admitted: _Admitted
     ) -> None:
         if admitted.is_batch_of_one:
-            send = batch_dimension.put_on(send)
+            send = normalisation.put_on(send)
         with self._statistics.request(request.model_name) as times:
             await self._forward(request, send, times, admitted)
 

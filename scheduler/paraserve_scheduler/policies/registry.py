@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_scheduler.planner.decisions import Admission, Strategy
-from paraserve_scheduler.policies import hydraserve, serverless_vllm, serverlessllm
-from paraserve_scheduler.policies import paraserve as strategy
+from paraserve_scheduler.policies import hydraserve, paraserve, serverless_vllm, serverlessllm
 from paraserve_scheduler.policies.autoscaling import admits
 
 
@@ -22,12 +21,12 @@ class Policy:
 
 
 _POLICIES = (
-    Policy(name="paraserve", decide=strategy.decide, worker="paraserve", admits=admits),
+    Policy(name="paraserve", decide=paraserve.decide, worker="paraserve", admits=admits),
     Policy(name="serverless-vllm", decide=serverless_vllm.decide, worker="serverless-vllm"),
     Policy(name="serverlessllm", decide=serverlessllm.decide, worker="serverlessllm"),
     Policy(name="hydraserve", decide=hydraserve.decide, worker="hydraserve"),
     Policy(name="hydraserve-cache", decide=hydraserve.decide_with_cache, worker="hydraserve"),
-    Policy(name="oracle", decide=strategy.decide, worker="oracle"),
+    Policy(name="oracle", decide=paraserve.decide, worker="oracle"),
 )
 POLICIES = {policy.name: policy for policy in _POLICIES}
 

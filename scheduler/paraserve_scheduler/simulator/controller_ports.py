@@ -18,7 +18,7 @@ from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
 from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_scheduler.control_plane.controller.loop import Controller
 from paraserve_scheduler.planner.decisions import StageChoice, Start
-from paraserve_scheduler.simulator import replicas as lives
+from paraserve_scheduler.simulator import replicas
 from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import DeploymentDescription, NodeDescription
 from paraserve_scheduler.simulator.memory import (
@@ -207,7 +207,7 @@ class SimulatedAgents:
         part = _Part(stage=message.stage, life=life)
         self._parts[node, message.replica] = part
         self.nodes[node].gpus[0].reserve(stage.reserved_bytes)
-        lives.begin(life, self, lambda _: part.ready.set())
+        replicas.begin(life, self, lambda _: part.ready.set())
         return part
 
 

@@ -20,7 +20,7 @@ from paraserve_scheduler.planner.decisions import (
     WarmSlot,
 )
 from paraserve_scheduler.planner.fleet import Fleet, ReplicaPhase
-from paraserve_scheduler.simulator import replicas as lives
+from paraserve_scheduler.simulator import replicas
 from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import ClusterDescription
 from paraserve_scheduler.simulator.memory import (
@@ -225,7 +225,7 @@ class Simulation:
             started_s=self.heap.now_s,
         )
         self.trace.instant("plan", self.heap.now_s, replica=replica.name)
-        lives.begin(replica, self, self._replica_ready)
+        replicas.begin(replica, self, self._replica_ready)
         for stage in replica.stages:
             self._reserve(stage)
         served.replicas.append(replica)
@@ -266,7 +266,7 @@ class Simulation:
         )
         is_pipeline = len(replica.stages) > 1 and replica.deployment.consolidate
         if is_pipeline and any(stage.grows for stage in replica.stages):
-            lives.grow(replica, self, self._grown)
+            replicas.grow(replica, self, self._grown)
         self._drain(self._served[replica.deployment.name])
         self._wake_if_somebody_waits()
 

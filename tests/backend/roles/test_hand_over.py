@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from paraserve_backend.engines.native import handover_source as departures
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import KvConfig
@@ -35,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 @pytest.fixture
 def is_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no request stay at home because this machine was busy for a second."""
-    monkeypatch.setattr(departures, "_HELD_TIMEOUT_S", float(TIMEOUT_S))
+    monkeypatch.setattr(handover_source, "_HELD_TIMEOUT_S", float(TIMEOUT_S))
 
 
 @contextlib.contextmanager

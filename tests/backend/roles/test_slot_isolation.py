@@ -16,7 +16,7 @@ from paraserve_backend.engines.native.loop import GenerateLoop, Request
 from paraserve_backend.engines.native.model.kv_cache import KvCache
 from paraserve_backend.generation.answer import Answer
 from paraserve_backend.generation.sequence import TokenSequence
-from paraserve_backend.protocol import forward_codec as batch_codec
+from paraserve_backend.protocol import forward_codec
 from paraserve_backend.protocol.forward import ForwardBatch
 from paraserve_backend.protocol.names import SlotKind
 from paraserve_backend.protocol.parameters import (
@@ -118,7 +118,7 @@ def test_nothing_that_tells_of_a_replica_outlives_its_unbind(
     assert watched() is None
     assert telling_objects() - before == set()
     assert threading.active_count() == threads
-    assert batch_codec._sampling.cache_info().currsize == 0
+    assert forward_codec._sampling.cache_info().currsize == 0
 
 
 def test_the_next_replica_finds_an_empty_kv_cache(

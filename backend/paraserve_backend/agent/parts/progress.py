@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.telemetry import spans as trace
+from paraserve_backend.telemetry import spans
 
 #: Byte counts change all the time; followers get them at most this often.
 _NEWS_INTERVAL_S = 0.1
@@ -71,7 +71,7 @@ class Progress:
             span.end_s = self._now()
             self._tell()
 
-    def add_spans(self, spans: Iterable[trace.Span]) -> None:
+    def add_spans(self, spans: Iterable[spans.Span]) -> None:
         """Add the intervals that another process has measured."""
         for span in spans:
             self._status.spans.add(

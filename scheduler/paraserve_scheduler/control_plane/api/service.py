@@ -13,14 +13,9 @@ from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerServicer
 from paraserve_scheduler.control_plane.api.admission import read_deployment, validated_spec
 from paraserve_scheduler.control_plane.config import SchedulerConfig
 from paraserve_scheduler.control_plane.controller.loop import Controller
-from paraserve_scheduler.control_plane.messages.wire import (
-    cluster_status,
-    demand,
-    deployment_status,
-    node_info,
-    node_reported,
-    route_table,
-)
+from paraserve_scheduler.control_plane.messages.agents import node_info, node_reported
+from paraserve_scheduler.control_plane.messages.gateways import demand, route_table
+from paraserve_scheduler.control_plane.messages.status import cluster_status, deployment_status
 from paraserve_scheduler.reconciler.capacity import is_alive, node_spaces
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.moves import (

@@ -14,7 +14,7 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.errors import is_connection_lost
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
-from paraserve_scheduler.control_plane.messages.wire import part_state
+from paraserve_scheduler.control_plane.messages.agents import part_state
 from paraserve_scheduler.state.records import Failure, PartState, Phase
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import NoReturn, TypeVar
 from paraserve_backend.errors import Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.config import SchedulerConfig
-from paraserve_scheduler.control_plane.controller import recovery as durable
+from paraserve_scheduler.control_plane.controller import recovery
 from paraserve_scheduler.control_plane.controller.agents import AgentCallFailed, Agents
 from paraserve_scheduler.control_plane.controller.clock import Clock
-from paraserve_scheduler.control_plane.messages.wire import part_message, peer_addresses
+from paraserve_scheduler.control_plane.messages.agents import part_message, peer_addresses
 from paraserve_scheduler.reconciler.capacity import is_alive
 from paraserve_scheduler.reconciler.decide import decide
 from paraserve_scheduler.state.actions import (
@@ -68,7 +68,7 @@ class Controller:
         self._agents = agents
         self._clock = clock
         self._config = config
-        self._view = durable.recover(store, clock.now_s())
+        self._view = recovery.recover(store, clock.now_s())
         self._wake = asyncio.Event()
         #: Set at the next change, then replaced: everybody who waits for it gets to know.
         self._news = asyncio.Event()
@@ -143,7 +143,7 @@ class Controller:
                     self.tell(SchedulerStalled(at_s=self.now_s()))
 
     def _set_view(self, view: ClusterView) -> None:
-        durable.record(self._store, self._view, view)
+        recovery.record(self._store, self._view, view)
         self._view = view
         self._wake.set()
         self._news.set()

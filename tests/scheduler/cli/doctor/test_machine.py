@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from paraserve_backend.errors import NotFound
-from paraserve_scheduler.cli.doctor import machine as doctor
+from paraserve_scheduler.cli.doctor import machine
 from paraserve_scheduler.cli.doctor.machine import Finding, State
 from paraserve_scheduler.cli.main import main
 
@@ -14,22 +14,22 @@ from paraserve_scheduler.cli.main import main
 @pytest.mark.parametrize(
     ("finding", "state", "remedy"),
     [
-        (doctor.check_python((3, 10)), State.MISSING, "Python 3.11"),
-        (doctor.check_python((3, 11)), State.OK, ""),
-        (doctor.check_numpy(None), State.MISSING, "pip install 'numpy<2'"),
-        (doctor.check_numpy("2.4.6"), State.MISSING, "pip install 'numpy<2'"),
-        (doctor.check_numpy("1.26.4"), State.OK, ""),
-        (doctor.check_package("torch", None), State.MISSING, "pip install 'paraserve[worker]'"),
-        (doctor.check_shm(64 << 20), State.MISSING, "--shm-size"),
-        (doctor.check_huge_pages("never"), State.ABSENT, "remount,huge=within_size /dev/shm"),
-        (doctor.check_huge_pages("within_size"), State.OK, ""),
-        (doctor.check_memory(1 << 30), State.MISSING, "fewer nodes"),
-        (doctor.check_ports([8000]), State.ABSENT, "others"),
-        (doctor.check_root(False), State.ABSENT, "sudo"),
-        (doctor.check_gpu(("cpu",)), State.ABSENT, "CPU"),
-        (doctor.check_gpu(("cuda:0",)), State.OK, ""),
+        (machine.check_python((3, 10)), State.MISSING, "Python 3.11"),
+        (machine.check_python((3, 11)), State.OK, ""),
+        (machine.check_numpy(None), State.MISSING, "pip install 'numpy<2'"),
+        (machine.check_numpy("2.4.6"), State.MISSING, "pip install 'numpy<2'"),
+        (machine.check_numpy("1.26.4"), State.OK, ""),
+        (machine.check_package("torch", None), State.MISSING, "pip install 'paraserve[worker]'"),
+        (machine.check_shm(64 << 20), State.MISSING, "--shm-size"),
+        (machine.check_huge_pages("never"), State.ABSENT, "remount,huge=within_size /dev/shm"),
+        (machine.check_huge_pages("within_size"), State.OK, ""),
+        (machine.check_memory(1 << 30), State.MISSING, "fewer nodes"),
+        (machine.check_ports([8000]), State.ABSENT, "others"),
+        (machine.check_root(False), State.ABSENT, "sudo"),
+        (machine.check_gpu(("cpu",)), State.ABSENT, "CPU"),
+        (machine.check_gpu(("cuda:0",)), State.OK, ""),
         (
-            doctor.check_tool("tc", None, State.ABSENT, "apt-get install iproute2"),
+            machine.check_tool("tc", None, State.ABSENT, "apt-get install iproute2"),
             State.ABSENT,
             "apt",
         ),
@@ -49,7 +49,7 @@ def test_a_check_says_what_is_wrong_and_how_to_get_it(
 )
 def test_huge_pages_are_an_option_of_the_mount(options: str, huge: str) -> None:
     mounts = f"proc /proc proc rw 0 0\ntmpfs /dev/shm tmpfs {options} 0 0\n"
-    assert doctor.huge_pages_of(mounts) == huge
+    assert machine.huge_pages_of(mounts) == huge
 
 
 def failing(sentence: str) -> Callable[[], str]:
@@ -60,7 +60,9 @@ def failing(sentence: str) -> Callable[[], str]:
 
 
 def test_a_finder_that_finds_nothing_becomes_detail_and_remedy() -> None:
-    finding = doctor.check_found("libpython", failing("No libpython here: run apt-get install it."))
+    finding = machine.check_found(
+        "libpython", failing("No libpython here: run apt-get install it.")
+    )
     assert (finding.state, finding.detail) == (State.MISSING, "No libpython here")
     assert finding.remedy == "run apt-get install it"
 

@@ -13,7 +13,7 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_scheduler.control_plane.config import SchedulerConfig
 from paraserve_scheduler.control_plane.controller.loop import Controller
-from paraserve_scheduler.control_plane.messages.wire import route_table
+from paraserve_scheduler.control_plane.messages.gateways import route_table
 from paraserve_scheduler.state.actions import StopReplica
 from paraserve_scheduler.state.events import NodeCordoned
 from paraserve_scheduler.state.records import Phase

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_scheduler.control_plane.messages.wire import (
+from paraserve_scheduler.control_plane.messages.agents import (
     node_info,
     node_reported,
     part_state,
     peer_addresses,
-    route_table,
 )
+from paraserve_scheduler.control_plane.messages.gateways import route_table
 from paraserve_scheduler.state.events import NodeRegistered, PartReported
 from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.spec import Deployment

@@ -20,8 +20,8 @@ from paraserve_backend.protocol.parameters import (
 from paraserve_backend.protocol.tensors import HAND_OVER_OUTPUTS, INPUTS, OUTPUTS
 from paraserve_backend.tritonserver.host.model_config import Meaning, Tensor, render
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, has_whole_objects
+from paraserve_scheduler.control_plane.messages.agents import part_message
 from paraserve_scheduler.control_plane.messages.triton_models import TritonModel, stage_models
-from paraserve_scheduler.control_plane.messages.wire import part_message
 from paraserve_scheduler.reconciler.config import PlacementConfig
 from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.spec import ChannelKeys, Deployment

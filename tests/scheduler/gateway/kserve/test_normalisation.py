@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.tensors import INPUTS
-from paraserve_scheduler.gateway.kserve import normalisation as batch_dimension
+from paraserve_scheduler.gateway.kserve import normalisation
 from paraserve_scheduler.gateway.kserve.validation import validate
 from tests.support.gateway import (
     DEPLOYMENT,
@@ -51,7 +51,7 @@ def test_every_input_loses_it_and_only_the_prompts_counts(names: set[str]) -> No
     request = kserve.ModelInferRequest()
     for name in names:
         request.inputs.add(name=name, shape=[1, *shapes[name]])
-    assert batch_dimension.take_off(request) == bool(names & {"text_input", "input_ids"})
+    assert normalisation.take_off(request) == bool(names & {"text_input", "input_ids"})
     assert {tensor.name: list(tensor.shape) for tensor in request.inputs} == {
         name: shapes[name] for name in names
     }
@@ -59,7 +59,7 @@ def test_every_input_loses_it_and_only_the_prompts_counts(names: set[str]) -> No
 
 def test_a_request_without_it_stays_as_it_is() -> None:
     request, same = make_request(), make_request()
-    assert not batch_dimension.take_off(request)
+    assert not normalisation.take_off(request)
     assert request == same
 
 
@@ -68,7 +68,7 @@ def test_a_batch_of_several_is_refused_in_one_sentence(size: int) -> None:
     request = make_request()
     request.inputs[0].shape.insert(0, size)
     with pytest.raises(InvalidRequest, match=rf"'text_input' is a batch of {size}.*each in its"):
-        batch_dimension.take_off(request)
+        normalisation.take_off(request)
 
 
 async def test_a_batch_of_one_is_forwarded_without_it_and_answered_with_it() -> None:

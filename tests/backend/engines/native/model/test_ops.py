@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paraserve_backend.engines.native.model import ops as kernels
 from paraserve_backend.engines.native.model.ops import Parameters
 
 
@@ -22,7 +21,7 @@ def test_one_row_is_projected_as_it_is_among_others(dtype: torch.dtype, has_bias
 def test_one_row_of_bf16_goes_without_onednn_where_it_has_no_tiles(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, has_amx: bool
 ) -> None:
-    monkeypatch.setattr(kernels, "HAS_AMX", has_amx)
+    monkeypatch.setattr(ops, "HAS_AMX", has_amx)
     used: list[object] = []
     multiply = torch.mv
 
@@ -36,7 +35,7 @@ def test_one_row_of_bf16_goes_without_onednn_where_it_has_no_tiles(
 
 
 def test_onednn_is_left_as_it_was_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "HAS_AMX", False)
+    monkeypatch.setattr(ops, "HAS_AMX", False)
     module = Parameters(weight=torch.randn(96, 128).bfloat16())
     assert torch.backends.mkldnn.enabled
     module.project(torch.randn(1, 128).bfloat16())

@@ -1,0 +1,71 @@
+"""Between the scheduler and gateways: their demand, and where requests go. Pure."""
+
+from __future__ import annotations
+
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.control_plane.messages.triton_models import (
+    generate_model,
+)
+from paraserve_scheduler.state.records import (
+    Demand,
+    DeploymentState,
+    Failure,
+    NodeState,
+    Replica,
+)
+from paraserve_scheduler.state.view import ClusterView
+
+
+def demand(message: pb.Demand) -> Demand:
+    return Demand(
+        deployment=message.deployment,
+        waiting=message.waiting,
+        in_flight=message.in_flight,
+        arrived=message.arrived,
+        replica_in_flight={entry.replica: entry.in_flight for entry in message.replicas},
+        first_token_s={
+            entry.replica: entry.first_token_s
+            for entry in message.replicas
+            if entry.first_token_s > 0
+        },
+        tpot_s={entry.replica: entry.tpot_s for entry in message.replicas if entry.tpot_s > 0},
+    )
+
+
+def route_table(view: ClusterView) -> pb.RouteTable:
+    """Every deployment that takes requests, with the replicas they may go to."""
+    return pb.RouteTable(
+        routes=[_route(view, state) for state in view.deployments.values() if not state.deleting]
+    )
+
+
+def _route(view: ClusterView, state: DeploymentState) -> pb.Route:
+    return pb.Route(
+        deployment=state.name,
+        engine=state.deployment.spec.engine,
+        max_waiting=state.deployment.spec.max_waiting,
+        endpoints=[
+            _endpoint(replica, view.nodes[replica.plan.head.node])
+            for replica in view.routed_replicas(state.name)
+        ],
+        failure=failure_message(state.failure),
+        failure_number=state.failure_number,
+        lost_replicas=[
+            replica.id for replica in view.live_replicas(state.name) if replica.failure is not None
+        ],
+    )
+
+
+def _endpoint(replica: Replica, head: NodeState) -> pb.Endpoint:
+    model = generate_model(replica.plan)
+    return pb.Endpoint(
+        replica=replica.id,
+        model=replica.parts[0].slots.get(model, model),
+        triton_grpc_address=head.info.triton_grpc_address,
+    )
+
+
+def failure_message(failure: Failure | None) -> pb.Failure | None:
+    if failure is None:
+        return None
+    return pb.Failure(grpc_code=failure.grpc_code, message=failure.message)

@@ -1,0 +1,162 @@
+"""What users are told of the cluster: nodes, deployments, replicas. Pure."""
+
+from __future__ import annotations
+
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.control_plane.messages.agents import PHASES
+from paraserve_scheduler.control_plane.messages.gateways import failure_message
+from paraserve_scheduler.planner.decisions import Prediction
+from paraserve_scheduler.reconciler.capacity import is_alive
+from paraserve_scheduler.reconciler.config import PolicyConfig
+from paraserve_scheduler.state.records import (
+    DeploymentState,
+    NodeInfo,
+    PartState,
+    Replica,
+)
+from paraserve_scheduler.state.spec import DeploymentSpec
+from paraserve_scheduler.state.view import ClusterView
+
+
+def cluster_status(view: ClusterView, now_s: float, config: PolicyConfig) -> pb.ClusterStatus:
+    return pb.ClusterStatus(
+        nodes=[
+            pb.NodeView(
+                info=_node_message(node.info),
+                alive=is_alive(view, node, now_s, config),
+                last_seen_s=node.last_seen_s,
+                reserved_bytes=view.reserved_bytes(name),
+                tier_used_bytes=node.tier_used_bytes,
+                cordoned=name in view.cordoned,
+            )
+            for name, node in sorted(view.nodes.items())
+        ],
+        deployments=[deployment_status(view, state) for state in view.deployments.values()],
+    )
+
+
+def deployment_status(view: ClusterView, state: DeploymentState) -> pb.DeploymentStatus:
+    return pb.DeploymentStatus(
+        spec=spec_message(state.deployment.spec),
+        architecture=state.deployment.model.architecture,
+        weight_bytes=state.deployment.index.size_bytes,
+        replicas=[
+            _replica_message(view, replica)
+            for replica in view.replicas.values()
+            if replica.deployment == state.name
+        ],
+        failure=failure_message(state.failure),
+    )
+
+
+def spec_message(spec: DeploymentSpec) -> pb.DeploymentSpec:
+    return pb.DeploymentSpec(
+        name=spec.name,
+        source=spec.source,
+        ttft_slo_s=spec.ttft_slo_s,
+        tpot_slo_s=spec.tpot_slo_s,
+        endpoint_url=spec.endpoint_url or "",
+        region=spec.region or "",
+        keep_alive_s=spec.keep_alive_s,
+        max_stages=spec.max_stages or 0,
+        max_context=spec.max_context or 0,
+        max_sequences=spec.max_sequences,
+        device=spec.device or "",
+        consolidate=spec.consolidate,
+        engine=spec.engine,
+        min_replicas=spec.min_replicas,
+        max_replicas=spec.max_replicas,
+        priority=spec.priority,
+        max_waiting=spec.max_waiting,
+    )
+
+
+def _node_message(info: NodeInfo) -> pb.NodeInfo:
+    start, end = info.channel_ports
+    return pb.NodeInfo(
+        name=info.name,
+        agent_address=info.agent_address,
+        triton_grpc_address=info.triton_grpc_address,
+        memory_bytes=info.memory_bytes,
+        nic_bytes_per_s=info.nic_bytes_per_s,
+        run_dir=info.run_dir,
+        channel_host=info.channel_host,
+        channel_port_start=start,
+        channel_port_end=end,
+        devices=info.devices,
+        peer_address=info.peer_address,
+        kind=info.kind,
+        zone=info.zone,
+        max_slots=info.max_slots,
+    )
+
+
+def _replica_message(view: ClusterView, replica: Replica) -> pb.ReplicaStatus:
+    return pb.ReplicaStatus(
+        replica=replica.id,
+        phase=PHASES[replica.phase],
+        parts=[
+            pb.ReplicaPart(
+                node=stage.node,
+                layer_start=stage.layers.start,
+                layer_end=stage.layers.end,
+                status=_part_message(part),
+            )
+            for stage, part in replica.stage_plans
+        ],
+        requested_s=replica.requested_s,
+        planned_s=replica.planned_s,
+        ready_s=replica.ready_s or 0,
+        first_token_s=replica.first_token_s or 0,
+        removed_s=replica.removed_s or 0,
+        succeeds=replica.plan.succeeds or "",
+        successors=[successor.id for successor in view.successors(replica)],
+        hand_over_begin_s=replica.hand_over_s or 0,
+        hand_over_end_s=(replica.hand_over_s and replica.stopping_s) or 0,
+        failure=failure_message(replica.failure),
+        in_flight=view.replica_in_flight(replica),
+        tpot_s=replica.tpot_s or 0,
+        reason=replica.reason,
+        prediction=_prediction_message(replica.prediction),
+    )
+
+
+def _prediction_message(prediction: Prediction | None) -> pb.Prediction | None:
+    if prediction is None:
+        return None
+    return pb.Prediction(
+        ready_s=prediction.ready_s,
+        ttft_s=prediction.ttft_s,
+        tpot_s=prediction.tpot_s,
+        cost_byte_s=prediction.cost_byte_s,
+        meets_ttft=prediction.meets_ttft,
+        meets_tpot=prediction.meets_tpot,
+        stages=[
+            pb.StagePrediction(
+                runtime_s=stage.runtime_s,
+                fetch_s=stage.fetch_s,
+                ready_s=stage.ready_s,
+                local_bytes=stage.local_bytes,
+                peer_bytes=stage.peer_bytes,
+                store_bytes=stage.store_bytes,
+                uses_slot=stage.uses_slot,
+            )
+            for stage in prediction.stages
+        ],
+    )
+
+
+def _part_message(part: PartState) -> pb.PartStatus:
+    return pb.PartStatus(
+        replica=part.replica,
+        stage=part.stage,
+        phase=PHASES[part.phase],
+        spans=[
+            pb.Span(name=span.name, start_s=span.start_s, end_s=span.end_s, bytes=span.size_bytes)
+            for span in part.spans
+        ],
+        fetched_bytes=part.fetched_bytes,
+        total_bytes=part.total_bytes,
+        failure=failure_message(part.failure),
+        slots=part.slots,
+    )
