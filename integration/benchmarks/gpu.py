@@ -38,6 +38,7 @@ from integration.support.scenario import ask, cold_start, wait_for_zero
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.engines.native.model.kv_cache import BLOCK_SIZE, KvCache
 from paraserve_backend.engines.native.model.kv_transfer import KvExporter, KvImporter
+from paraserve_backend.engines.native.model.load import load_engine
 from paraserve_backend.engines.native.model.stage import StageEngine
 from paraserve_backend.engines.native.model.weights import WeightLoader
 from paraserve_backend.errors import ParaServeError
@@ -45,7 +46,6 @@ from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.protocol.forward import Export
 from paraserve_backend.protocol.hand_over import KvBlocks, Message
 from paraserve_backend.protocol.parameters import KvConfig
-from paraserve_backend.roles.load import load_engine
 from paraserve_backend.roles.weights import Fetched, read_spec
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.telemetry.spans import SpanFile
@@ -191,7 +191,9 @@ def _synchronize(device: torch.device) -> None:
 def _whole_engine(fetched: Fetched, spec: ModelSpec, device: torch.device) -> StageEngine:
     layers = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
     kv = KvConfig(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
-    return load_engine(fetched, layers, kv, str(device))
+    return load_engine(
+        fetched.reader, fetched.spans, spec=spec, layers=layers, kv=kv, device=str(device)
+    )
 
 
 def engine_figures(

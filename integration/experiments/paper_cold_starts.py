@@ -6,7 +6,13 @@ from dataclasses import replace
 
 from integration.experiments.paper_numbers import CHECKPOINTS, COLD_TTFT_S
 from paraserve_scheduler.planner.cost import ModelShape
-from paraserve_scheduler.planner.decisions import Decision, Source, StageChoice, Start, Strategy
+from paraserve_scheduler.planner.decisions import (
+    Decision,
+    PolicyFunction,
+    Source,
+    StageChoice,
+    Start,
+)
 from paraserve_scheduler.planner.fleet import Fleet, Node
 from paraserve_scheduler.policies import serverless_vllm, serverlessllm
 from paraserve_scheduler.policies.baseline_rules import equal_bounds
@@ -53,7 +59,7 @@ def _ttft_s(testbed: ClusterFile, gpu: str, system: str, model: str) -> float:
     return ttft_s
 
 
-def _policy(system: str, model: str) -> Strategy:
+def _policy(system: str, model: str) -> PolicyFunction:
     if system == "serverless-vllm":
         return serverless_vllm.decide
     if system.startswith("serverlessllm"):

@@ -10,30 +10,29 @@ import shutil
 from pathlib import Path
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.roles.weights import Fetched
 from paraserve_backend.weights.checkpoint.fetch_plan import (
     FetchPlan,
     has_whole_objects,
     model_tensors,
 )
 from paraserve_backend.weights.tiers.layout import FILES
+from paraserve_backend.weights.tiers.reader import TierReader
 
 _FOLDER = "engine"
 _SHARD_MAP = "model.safetensors.index.json"
 
 
-def link_model(fetched: Fetched, *, timeout_s: float) -> Path:
+def link_model(reader: TierReader, *, timeout_s: float) -> Path:
     """Wait until the whole model has landed and return its folder, which goes with the fetch.
 
     Args:
-        fetched: a fetch of `whole_objects`.
-        timeout_s: for the next tensor to land, not for all.
+        reader: of a fetch of `whole_objects`.
+        timeout_s: for the next tensor or file to land, not for all.
 
     Raises:
         InvalidRequest: the fetch leaves holes in the files.
         ParaServeError: the fetch failed.
     """
-    reader = fetched.reader
     if not has_whole_objects(reader.plan):
         raise InvalidRequest(
             f"Fetch {reader.plan.fetch_id} has tensors alone, and this engine reads whole files; "
@@ -48,7 +47,7 @@ def link_model(fetched: Fetched, *, timeout_s: float) -> Path:
     for stored in reader.plan.objects:
         (folder / stored.key).symlink_to(reader.object_path(stored.key).absolute())
     for stored in reader.plan.files:
-        fetched.file(stored.key)
+        reader.read_file(stored.key, timeout_s=timeout_s)
         (folder / stored.key).symlink_to((reader.folder / FILES / stored.key).absolute())
     (folder / _SHARD_MAP).write_text(_shard_map(reader.plan), encoding="utf-8")
     return folder

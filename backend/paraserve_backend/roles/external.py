@@ -134,7 +134,7 @@ def _settings(config: GenerateConfig, spec: ModelSpec, fetched: Fetched) -> Engi
     if config.kv.num_blocks is not None:
         kv_tokens = config.kv.num_blocks * config.kv.block_size
     with fetched.spans.span("wait for weights"):
-        model_dir = link_model(fetched, timeout_s=_TIMEOUT_S)
+        model_dir = link_model(fetched.reader, timeout_s=_TIMEOUT_S)
     whole = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
     return EngineSettings(
         model_dir=model_dir,

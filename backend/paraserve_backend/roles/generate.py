@@ -10,6 +10,8 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.channel.mailbox import open_mailbox
@@ -146,9 +148,8 @@ class LocalForward:
         return self._thread.submit(self._step, batch)
 
     def _step(self, batch: ScheduledBatch) -> ForwardResult:
-        import torch
-
-        result = self._engine.step(batch.forward, torch.tensor(batch.token_ids, dtype=torch.int32))
+        token_ids = np.array(batch.token_ids, np.int32)
+        result = self._engine.step_raw(batch.forward, token_ids)
         assert isinstance(result, ForwardResult)
         self._exporter.send(batch.forward.exports)
         return result
@@ -170,9 +171,12 @@ def _local_forward(
 ) -> LocalForward:
     # The head of a pipeline must not pay for it.
     with fetched.spans.span("import torch"):
-        from paraserve_backend.roles.load import load_engine
+        from paraserve_backend.engines.native.model.load import load_engine
 
-    return LocalForward(load_engine(fetched, _whole(spec), kv, device), post)
+    engine = load_engine(
+        fetched.reader, fetched.spans, spec=spec, layers=_whole(spec), kv=kv, device=device
+    )
+    return LocalForward(engine, post)
 
 
 def _whole(spec: ModelSpec) -> LayerRange:

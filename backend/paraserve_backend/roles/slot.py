@@ -142,16 +142,11 @@ def _import(config: SlotConfig) -> None:
         import paraserve_backend.roles.link
 
         return
-    import torch
-
     import paraserve_backend.roles.generate
     import paraserve_backend.roles.stage  # noqa: F401
+    from paraserve_backend.engines.native.model.device import warm_up
 
-    # Starts the libraries of the CPU's kernels, or makes the GPU's context. On a thread that ends:
-    # OpenMP keeps threads for each that computes, and slows all down once there are more of them
-    # than processors.
-    square = torch.ones(64, 64, device=config.device)
-    torch.matmul(square, square)
+    warm_up(config.device)
 
 
 def _check(slot: SlotConfig, config: RoleConfig, key_file: Path) -> None:
@@ -175,9 +170,9 @@ def _check(slot: SlotConfig, config: RoleConfig, key_file: Path) -> None:
 def _free_memory(config: SlotConfig) -> None:
     forget_settings()
     gc.collect()
-    if config.device.startswith("cuda"):
-        import torch
+    if config.kind is not SlotKind.LINK:
+        from paraserve_backend.engines.native.model.device import release_memory
 
-        torch.cuda.empty_cache()
+        release_memory(config.device)
     # What was freed goes back to the kernel, so that it holds nothing of one who was here.
     ctypes.CDLL(None).malloc_trim(0)

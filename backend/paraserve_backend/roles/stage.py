@@ -11,36 +11,36 @@ import threading
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from paraserve_backend.channel.keys import CurveKeys
 from paraserve_backend.channel.mailbox import Post
 from paraserve_backend.channel.transport import Channel, Frame, FrameKind, relay
 from paraserve_backend.engines.native.model.kv_transfer import KvExporter
-from paraserve_backend.engines.native.model.tensors import (
-    TORCH_DTYPE,
-    hidden_from_bytes,
-    hidden_to_bytes,
-)
+from paraserve_backend.engines.native.model.load import load_engine
+from paraserve_backend.engines.native.model.stage import Output
 from paraserve_backend.errors import InvalidRequest, ParaServeError
 from paraserve_backend.protocol.forward import Export, ForwardBatch, ForwardResult
 from paraserve_backend.protocol.forward_codec import decode_batch, encode_result
 from paraserve_backend.protocol.parameters import ChannelConfig, StageConfig
-from paraserve_backend.roles.load import load_engine
-from paraserve_backend.roles.weights import Fetched
+from paraserve_backend.roles.weights import Fetched, read_spec
 
 logger = logging.getLogger(__name__)
 #: Largest frame a stage takes: the hidden states of the largest batch, and its block tables.
 _MAX_FRAME_BYTES = 1 << 30
-
-Output = torch.Tensor | ForwardResult
 
 
 class StageRole:
     def __init__(self, config: StageConfig, fetched: Fetched) -> None:
         self._fetched = fetched
         self._layers = config.layers
-        self._engine = load_engine(self._fetched, config.layers, config.kv, config.device)
+        self._engine = load_engine(
+            fetched.reader,
+            fetched.spans,
+            spec=read_spec(fetched),
+            layers=config.layers,
+            kv=config.kv,
+            device=config.device,
+        )
         self._post = Post(CurveKeys.read(config.key_file)) if config.key_file else None
         # Triton's thread and the channel's may both ask for a pass.
         self._lock = threading.Lock()
@@ -57,26 +57,15 @@ class StageRole:
         Returns:
             Hidden states as bytes in the same form, or an encoded ForwardResult.
         """
-        decoded = decode_batch(batch)
-        if self._layers.is_first:
-            output = self._run(decoded, torch.from_numpy(inputs))
-        else:
-            output = self.run(decoded, inputs)
+        output = self.run(decode_batch(batch), inputs)
         if isinstance(output, ForwardResult):
             return np.frombuffer(encode_result(output), np.uint8)
-        return hidden_to_bytes(output)
+        return output
 
-    def run(self, batch: ForwardBatch, hidden: memoryview | npt.NDArray[np.generic]) -> Output:
-        """Run one forward pass on hidden states that came as bytes."""
-        spec = self._engine.model.spec
-        dtype = TORCH_DTYPE[spec.dtype]
-        return self._run(
-            batch, hidden_from_bytes(hidden, batch.num_tokens, spec.hidden_size, dtype)
-        )
-
-    def _run(self, batch: ForwardBatch, inputs: torch.Tensor) -> Output:
+    def run(self, batch: ForwardBatch, inputs: memoryview | npt.NDArray[np.generic]) -> Output:
+        """Run one forward pass; `inputs` are those of `step`."""
         with self._lock:
-            output = self._engine.step(batch, inputs)
+            output = self._engine.step_raw(batch, inputs)
             if batch.exports:
                 self._send(batch.exports)
             return output
@@ -126,7 +115,7 @@ class _Relay:
         if isinstance(output, ForwardResult):
             return Frame(kind=FrameKind.RESULT, number=frame.number, body=encode_result(output))
         # The batch goes on as it came: the stages all see the same block tables.
-        payload = hidden_to_bytes(output).data.cast("B")
+        payload = output.data.cast("B")
         return Frame(kind=frame.kind, number=frame.number, body=frame.body, payload=payload)
 
     def close(self) -> None:

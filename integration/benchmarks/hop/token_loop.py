@@ -22,6 +22,7 @@ from integration.support.checkpoints import LlamaShape, write_raw_bf16
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.engines.base import LoopState
 from paraserve_backend.engines.native.batcher import ScheduledBatch
+from paraserve_backend.engines.native.model.load import load_engine
 from paraserve_backend.engines.native.model.stage import StageEngine
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.generation.answer import Delta
@@ -31,8 +32,7 @@ from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig, Weig
 from paraserve_backend.protocol.request import parse_request
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.roles.generate import GenerateRole, LocalForward
-from paraserve_backend.roles.load import load_engine
-from paraserve_backend.roles.weights import open_weights
+from paraserve_backend.roles.weights import open_weights, read_spec
 from tests.support.generate_settings import make_generate_config
 
 SHAPE = LlamaShape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2)
@@ -65,7 +65,14 @@ def measure() -> LoopCost:
         )
         fetched = open_weights(weights)
         layers = LayerRange(start=0, end=SHAPE.layers, total=SHAPE.layers)
-        engine = load_engine(fetched, layers, _KV, "cpu")
+        engine = load_engine(
+            fetched.reader,
+            fetched.spans,
+            spec=read_spec(fetched),
+            layers=layers,
+            kv=_KV,
+            device="cpu",
+        )
         forward = _RecordingForward(engine)
         role = GenerateRole(_config(weights), forward, _NoGauges())
         try:

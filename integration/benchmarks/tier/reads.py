@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import load_file
 
 from paraserve_backend.architectures.spec import LayerRange
+from paraserve_backend.engines.native.model.load import load_engine
 from paraserve_backend.engines.native.model.weights import WeightLoader
 from paraserve_backend.errors import SourceUnavailable
 from paraserve_backend.protocol.forward import ForwardBatch, Row
 from paraserve_backend.protocol.parameters import KvConfig
 from paraserve_backend.protocol.sampling import Sampling
-from paraserve_backend.roles.load import load_engine
 from paraserve_backend.roles.weights import Fetched, read_spec
 from paraserve_backend.telemetry.spans import SpanFile
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
@@ -220,7 +220,14 @@ def stage(model: Path, node: Path) -> Callable[[], Tensors]:
     layers = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
 
     def read() -> Tensors:
-        engine = load_engine(fetched, layers, KvConfig(num_blocks=4, block_size=16), "cpu")
+        engine = load_engine(
+            fetched.reader,
+            fetched.spans,
+            spec=read_spec(fetched),
+            layers=layers,
+            kv=KvConfig(num_blocks=4, block_size=16),
+            device="cpu",
+        )
         row = Row(start=0, num_tokens=8, block_table=(0,), sampling=Sampling())
         engine.step(ForwardBatch(rows=(row,)), torch.arange(8))
         return ()

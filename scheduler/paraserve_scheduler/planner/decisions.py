@@ -118,7 +118,7 @@ class Admission(Protocol):
     def __call__(self, need: Need) -> bool: ...
 
 
-class Strategy(Protocol):
+class PolicyFunction(Protocol):
     """A policy: one pure function. What it did not do because of a lack of room it does later."""
 
     def __call__(self, fleet: Fleet, now_s: float) -> tuple[Decision, ...]: ...

@@ -28,16 +28,16 @@ from paraserve_scheduler.policies.keep_alive import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StrategyConfig:
+class ParaServeConfig:
     planning: PlanningConfig = field(default_factory=PlanningConfig)
     autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     keep_alive: KeepAliveConfig = field(default_factory=KeepAliveConfig)
 
 
-_DEFAULTS = StrategyConfig()
+_DEFAULTS = ParaServeConfig()
 
 
-def decide(fleet: Fleet, now_s: float, config: StrategyConfig = _DEFAULTS) -> tuple[Decision, ...]:
+def decide(fleet: Fleet, now_s: float, config: ParaServeConfig = _DEFAULTS) -> tuple[Decision, ...]:
     return (
         *_start_replicas(fleet, now_s, config),
         *_stop_idle(fleet, now_s, config.keep_alive),
@@ -48,7 +48,7 @@ def decide(fleet: Fleet, now_s: float, config: StrategyConfig = _DEFAULTS) -> tu
 # ---- starting ----
 
 
-def _start_replicas(fleet: Fleet, now_s: float, config: StrategyConfig) -> Iterator[Decision]:
+def _start_replicas(fleet: Fleet, now_s: float, config: ParaServeConfig) -> Iterator[Decision]:
     needs = [_not_late_yet(need, now_s) for need in _waiting(fleet)]
     for need in sorted(needs, key=lambda it: _urgency(it, now_s)):
         wanted = replicas_to_start(need, now_s, _typical_start_s(need, fleet), config.autoscaling)
@@ -69,7 +69,7 @@ def _start_replicas(fleet: Fleet, now_s: float, config: StrategyConfig) -> Itera
             wanted -= max(1, sum(stage.grows for stage in start.stages))
 
 
-def _will_fit(need: Need, fleet: Fleet, now_s: float, config: StrategyConfig) -> bool:
+def _will_fit(need: Need, fleet: Fleet, now_s: float, config: ParaServeConfig) -> bool:
     """Whether there is room for a replica once those that are being stopped have gone."""
     if not fleet.leaving_bytes:
         return False
@@ -145,7 +145,7 @@ _LOOKED_AT = 8
 
 
 def _make_room(
-    need: Need, fleet: Fleet, now_s: float, late: Start | None, config: StrategyConfig
+    need: Need, fleet: Fleet, now_s: float, late: Start | None, config: ParaServeConfig
 ) -> Eviction | None:
     """Idle replicas to stop if a plan gets possible by it, or gets to meet the objectives."""
     for eviction in evictions(fleet, need.model.full_bytes, now_s)[:_EVICTIONS_TRIED]:

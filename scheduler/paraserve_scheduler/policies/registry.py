@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_scheduler.planner.decisions import Admission, Strategy
+from paraserve_scheduler.planner.decisions import Admission, PolicyFunction
 from paraserve_scheduler.policies import hydraserve, paraserve, serverless_vllm, serverlessllm
 from paraserve_scheduler.policies.autoscaling import admits
 
@@ -13,7 +13,7 @@ from paraserve_scheduler.policies.autoscaling import admits
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     name: str
-    decide: Strategy
+    decide: PolicyFunction
     #: Which of a node kind's measured start methods its workers have.
     worker: str
     #: None: it lets everything wait.

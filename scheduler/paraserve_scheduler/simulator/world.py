@@ -13,10 +13,10 @@ from paraserve_scheduler.planner.decisions import (
     Admission,
     Decision,
     DropSlot,
+    PolicyFunction,
     StageChoice,
     Start,
     Stop,
-    Strategy,
     WarmSlot,
 )
 from paraserve_scheduler.planner.fleet import Fleet, ReplicaPhase
@@ -55,7 +55,7 @@ class Simulation:
         self,
         cluster: ClusterDescription,
         requests: Sequence[Request],
-        policy: Strategy,
+        policy: PolicyFunction,
         *,
         admits: Admission | None = None,
         keeps_trace: bool = False,

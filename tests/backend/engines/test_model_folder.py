@@ -13,8 +13,6 @@ from safetensors import safe_open
 
 from paraserve_backend.engines.model_folder import link_model
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.roles.weights import Fetched
-from paraserve_backend.telemetry.spans import SpanFile
 from paraserve_backend.weights.checkpoint.fetch_plan import (
     coalesce,
     has_whole_objects,
@@ -34,12 +32,8 @@ from tests.support.checkpoints import (
 )
 
 
-def fetched(tier: Tier, fetch_id: str) -> Fetched:
-    return Fetched(
-        reader=TierReader.open(tier.directory, fetch_id),
-        spans=SpanFile(tier.directory / "spans.jsonl"),
-        close=lambda: None,
-    )
+def fetched(tier: Tier, fetch_id: str) -> TierReader:
+    return TierReader.open(tier.directory, fetch_id)
 
 
 def tensors_in(folder: Path) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from paraserve_backend.engines.native import handover_source
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import KvConfig

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paraserve_scheduler.planner.bandwidth import Claim, offered_rate
 from paraserve_scheduler.planner.candidates import Spot, Supply, find_supply
 from paraserve_scheduler.planner.cost import Speed, decode_s, prefill_s
-from paraserve_scheduler.planner.decisions import Prediction, Start, Strategy
+from paraserve_scheduler.planner.decisions import PolicyFunction, Prediction, Start
 from paraserve_scheduler.planner.fleet import Fleet, Need, Node, Objectives
 from paraserve_scheduler.planner.fleet_changes import with_start
 from paraserve_scheduler.planner.planner import PlanningConfig, plan
@@ -265,7 +265,9 @@ def test_nor_by_the_starts_of_one_decision_among_each_other(nodes: list[Node], c
 @pytest.mark.parametrize("policy", [hydraserve.decide, hydraserve.decide_with_cache])
 @settings(deadline=None, max_examples=100)
 @given(nodes=_nodes(whole_only=True))
-def test_hydraserve_never_makes_a_running_fetch_late(policy: Strategy, nodes: list[Node]) -> None:
+def test_hydraserve_never_makes_a_running_fetch_late(
+    policy: PolicyFunction, nodes: list[Node]
+) -> None:
     need = make_need(model=_TINY)
     fleet = make_fleet(*nodes, needs=(need,))
     for start in (it for it in policy(fleet, NOW_S) if isinstance(it, Start)):

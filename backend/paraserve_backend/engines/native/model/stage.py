@@ -8,6 +8,8 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec, Rope
@@ -28,9 +30,16 @@ from paraserve_backend.engines.native.model.layers import (
 from paraserve_backend.engines.native.model.ops import Parameters
 from paraserve_backend.engines.native.model.rope import RotaryTable
 from paraserve_backend.engines.native.model.sampler import sample
-from paraserve_backend.engines.native.model.tensors import TORCH_DTYPE
+from paraserve_backend.engines.native.model.tensors import (
+    TORCH_DTYPE,
+    hidden_from_bytes,
+    hidden_to_bytes,
+)
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.protocol.forward import ForwardBatch, ForwardResult
+
+#: Hidden states as bytes, UINT8 [tokens, hidden_size * bytes per element], or chosen tokens.
+Output = npt.NDArray[np.uint8] | ForwardResult
 
 
 class Weights(Protocol):
@@ -195,6 +204,29 @@ def _check_length(spec: ModelSpec, batch: ForwardBatch) -> None:
 class StageEngine:
     def __init__(self, model: StageModel) -> None:
         self.model = model
+
+    def step_raw(self, batch: ForwardBatch, inputs: memoryview | npt.NDArray[np.generic]) -> Output:
+        """One forward pass for callers without torch.
+
+        Args:
+            batch: as in `step`.
+            inputs: token ids INT32 [tokens] for the first stage, else hidden states as bytes,
+                UINT8 [tokens, hidden_size * bytes per element].
+
+        Returns:
+            Hidden states as bytes in the same form, or the chosen tokens.
+        """
+        output = self.step(batch, self._inputs(batch, inputs))
+        return output if isinstance(output, ForwardResult) else hidden_to_bytes(output)
+
+    def _inputs(
+        self, batch: ForwardBatch, inputs: memoryview | npt.NDArray[np.generic]
+    ) -> torch.Tensor:
+        if self.model.layers.is_first:
+            return torch.from_numpy(np.asarray(inputs))
+        spec = self.model.spec
+        dtype = TORCH_DTYPE[spec.dtype]
+        return hidden_from_bytes(inputs, batch.num_tokens, spec.hidden_size, dtype)
 
     def step(self, batch: ForwardBatch, inputs: torch.Tensor) -> torch.Tensor | ForwardResult:
         """One forward pass; arguments and errors are those of `StageModel.forward`.

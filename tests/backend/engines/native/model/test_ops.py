@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from paraserve_backend.engines.native.model import ops
 from paraserve_backend.engines.native.model.ops import Parameters
 
 
