@@ -60,7 +60,7 @@ from paraserve_scheduler.simulator.description import (
     DeploymentDescription,
     NodeDescription,
 )
-from paraserve_scheduler.simulator.workload import Lengths, Request, Tokens
+from paraserve_scheduler.simulator.workload import Lengths, SimRequest, Tokens
 from paraserve_scheduler.simulator.world import Simulation
 from paraserve_scheduler.state.learned import StageTimes
 from paraserve_scheduler.state.spec import DeploymentSpec
@@ -149,13 +149,13 @@ def run(folder: Path, gbit: float, seed: int, console: Console) -> dict[str, obj
     return summary(pairs, gbit)
 
 
-def make_trace(seed: int) -> list[Request]:
+def make_trace(seed: int) -> list[SimRequest]:
     """Requests with irregular gaps, so that some cold starts overlap."""
     generator = random.Random(seed)
     at_s, trace = 1.0, []
     for _ in range(REQUESTS):
         trace.append(
-            Request(
+            SimRequest(
                 deployment=_name(generator.choice(STAGES)),
                 arrival_s=at_s,
                 prompt_tokens=len(PROMPT.split()),
@@ -196,11 +196,11 @@ class _Cluster:
                 wait_for_zero(self._layout, self._client, name, timeout_s=_ZERO_TIMEOUT_S)
         return constants_of(starts, median(warm))
 
-    def replay(self, trace: Sequence[Request]) -> list[Answer]:
+    def replay(self, trace: Sequence[SimRequest]) -> list[Answer]:
         """Send the trace's requests when they are due."""
         begun_s = time.monotonic()
 
-        def send(request: Request) -> Answer:
+        def send(request: SimRequest) -> Answer:
             time.sleep(max(0.0, begun_s + request.arrival_s - time.monotonic()))
             return self._ask(request.deployment)
 
@@ -237,8 +237,8 @@ def _needed_s(times: StageTimes) -> float:
 
 
 def simulate(
-    trace: Sequence[Request], constants: Constants, shape: ModelShape
-) -> Sequence[Request]:
+    trace: Sequence[SimRequest], constants: Constants, shape: ModelShape
+) -> Sequence[SimRequest]:
     """Run the trace through the simulator; returns its requests."""
     tokens = trace[0].prompt_tokens
     kind = NodeKind(
@@ -268,7 +268,7 @@ def simulate(
         store_bytes_per_s=constants.store_bytes_per_s,
     )
     requests = [
-        Request(
+        SimRequest(
             deployment=it.deployment,
             arrival_s=it.arrival_s,
             prompt_tokens=it.prompt_tokens,
@@ -300,7 +300,7 @@ def _shape(folder: Path) -> ModelShape:
 
 
 def compare(
-    trace: Sequence[Request], answers: Sequence[Answer], simulated: Sequence[Request]
+    trace: Sequence[SimRequest], answers: Sequence[Answer], simulated: Sequence[SimRequest]
 ) -> list[Pair]:
     """Requests that were cold in the simulator; what was warm says nothing about cold starts."""
     return [

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from paraserve_scheduler.planner.bandwidth import Claim
+from paraserve_scheduler.planner.bandwidth import BandwidthClaim
 from paraserve_scheduler.planner.cost import (
     NodeKind,
     Speed,
@@ -111,7 +111,9 @@ def make_fleet(nodes: int, deployments: int, seed: int, waited_s: float = 0.0) -
 
 
 def _node(index: int, generator: random.Random) -> Node:
-    claims = (Claim(remaining_bytes=4.0 * _GB, deadline_s=_NOW_S + generator.uniform(1, 60)),)
+    claims = (
+        BandwidthClaim(remaining_bytes=4.0 * _GB, deadline_s=_NOW_S + generator.uniform(1, 60)),
+    )
     return Node(
         name=f"n{index}",
         kind=_KIND,

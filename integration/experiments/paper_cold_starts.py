@@ -9,8 +9,8 @@ from paraserve_scheduler.planner.cost import ModelShape
 from paraserve_scheduler.planner.decisions import (
     Decision,
     PolicyFunction,
-    Source,
     StageChoice,
+    StageSource,
     Start,
 )
 from paraserve_scheduler.planner.fleet import Fleet, Node
@@ -24,7 +24,7 @@ from paraserve_scheduler.simulator.description import (
     SpeedFile,
     describe,
 )
-from paraserve_scheduler.simulator.workload import Request
+from paraserve_scheduler.simulator.workload import SimRequest
 from paraserve_scheduler.simulator.world import Simulation
 
 #: Servers of testbed i: GPUs, GB each, GB of host memory for weights.
@@ -50,7 +50,7 @@ def _ttft_s(testbed: ClusterFile, gpu: str, system: str, model: str) -> float:
     # The second comes when the first one's instance is gone and the model is in host memory.
     times = (0.0, 500.0) if "cached" in system else (0.0,)
     requests = [
-        Request(deployment="it", arrival_s=time_s, prompt_tokens=30, output_tokens=20)
+        SimRequest(deployment="it", arrival_s=time_s, prompt_tokens=30, output_tokens=20)
         for time_s in times
     ]
     Simulation(cluster, requests, _policy(system, model)).run()
@@ -91,7 +91,7 @@ def _start(name: str, model: ModelShape, nodes: tuple[Node, ...]) -> Start:
             start=start,
             end=end,
             reserved_bytes=model.reserved_bytes(start, end),
-            sources=(Source(size_bytes=model.bytes_of(start, end)),),
+            sources=(StageSource(size_bytes=model.bytes_of(start, end)),),
         )
         for node, start, end in zip(nodes, bounds, bounds[1:], strict=False)
     )

@@ -32,7 +32,7 @@ from paraserve_scheduler.simulator.description import (
     DeploymentDescription,
     NodeDescription,
 )
-from paraserve_scheduler.simulator.workload import Lengths, Request, Tokens
+from paraserve_scheduler.simulator.workload import Lengths, SimRequest, Tokens
 from paraserve_scheduler.simulator.world import Simulation
 
 _GB = 10**9
@@ -117,7 +117,9 @@ def cold_start(
     model = _model(name)
     kind = NodeKind(name="gpu", start=_method(runtime_s), speeds={name: _SPEED})
     started: list[Start] = []
-    request = Request(deployment=name, arrival_s=10.0, prompt_tokens=_TOKENS, output_tokens=_TOKENS)
+    request = SimRequest(
+        deployment=name, arrival_s=10.0, prompt_tokens=_TOKENS, output_tokens=_TOKENS
+    )
 
     def watched(fleet: Fleet, now_s: float) -> tuple[Decision, ...]:
         decisions = find_policy("paraserve").decide(fleet, now_s)

@@ -28,7 +28,7 @@ from integration.support.namespaces import (
 )
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_scheduler.local.cluster import (
-    Progress,
+    StartStep,
     down,
     files_of,
     up,
@@ -56,7 +56,7 @@ class CappedCluster:
 def capped_cluster(
     wanted: CappedCluster,
     environ: Mapping[str, str],
-    on_progress: Callable[[Progress], None] = lambda _progress: None,
+    on_progress: Callable[[StartStep], None] = lambda _progress: None,
 ) -> Iterator[ClusterLayout]:
     """Bring up a cluster with capped nodes; everything is gone after the body.
 
@@ -77,7 +77,7 @@ def capped_cluster(
 
 
 def bring_up(
-    wanted: CappedCluster, environ: Mapping[str, str], on_progress: Callable[[Progress], None]
+    wanted: CappedCluster, environ: Mapping[str, str], on_progress: Callable[[StartStep], None]
 ) -> ClusterLayout:
     """Start a cluster that stays; what is there of an earlier one goes first.
 

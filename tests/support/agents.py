@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from paraserve_backend.agent.fetches import Fetches, FetchLimits, FetchRequest
-from paraserve_backend.agent.parts.models import Node
+from paraserve_backend.agent.parts.models import NodeContext
 from paraserve_backend.agent.parts.registry import Parts
 from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.channel.keys import KeyStore
@@ -67,7 +67,7 @@ async def fake_node(
         changed=changed.set,
         now_s=lambda: now_s[0],
     )
-    node = Node(
+    node = NodeContext(
         repository=repository,
         unloader=unloader,
         fetches=fetches,

@@ -13,7 +13,7 @@ from paraserve_scheduler.simulator.description import (
     NodeDescription,
 )
 from paraserve_scheduler.simulator.results import Outcome
-from paraserve_scheduler.simulator.workload import Lengths, Request, Tokens
+from paraserve_scheduler.simulator.workload import Lengths, SimRequest, Tokens
 from paraserve_scheduler.simulator.world import Simulation
 from tests.support.fleets import (
     GB,
@@ -59,13 +59,13 @@ def make_cluster(
     )
 
 
-def make_request(arrival_s: float = 0.0, deployment: str = "chat", **fields: Any) -> Request:
+def make_request(arrival_s: float = 0.0, deployment: str = "chat", **fields: Any) -> SimRequest:
     defaults = {"prompt_tokens": 100, "output_tokens": 50}
-    return Request(deployment=deployment, arrival_s=arrival_s, **{**defaults, **fields})
+    return SimRequest(deployment=deployment, arrival_s=arrival_s, **{**defaults, **fields})
 
 
 def simulate(
-    requests: Sequence[Request],
+    requests: Sequence[SimRequest],
     cluster: ClusterDescription | None = None,
     policy: str = "paraserve",
     *,

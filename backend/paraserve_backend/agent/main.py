@@ -21,10 +21,10 @@ from paraserve_backend.agent.config import AgentConfig
 from paraserve_backend.agent.disk_upkeep import DiskUpkeep, Upkeep
 from paraserve_backend.agent.fetches import Fetches, FetchLimits
 from paraserve_backend.agent.hardware import devices_of, node_info, usable_bytes
-from paraserve_backend.agent.parts.models import Node
+from paraserve_backend.agent.parts.models import NodeContext
 from paraserve_backend.agent.parts.registry import Parts
 from paraserve_backend.agent.peer_server import PeerServer, RateLimit
-from paraserve_backend.agent.registration import Registration, SchedulerClient
+from paraserve_backend.agent.registration import GrpcSchedulerPort, Registration
 from paraserve_backend.agent.service import AgentService
 from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.agent.watchdog import Watchdog
@@ -74,7 +74,7 @@ async def run(config: AgentConfig) -> None:
             stack.callback(agent.peers.stop)
         server, port = _listen(config.listen, token)
         stack.push_async_callback(server.stop, grace=None)
-        scheduler = SchedulerClient(config.scheduler, token)
+        scheduler = GrpcSchedulerPort(config.scheduler, token)
         stack.push_async_callback(scheduler.close)
         await agent.remove_leftovers()
         add_AgentServicer_to_server(agent.service(), server)
@@ -91,7 +91,7 @@ class _Agent:
     """The pieces of one running agent."""
 
     config: AgentConfig
-    node: Node
+    node: NodeContext
     parts: Parts
     watchdog: Watchdog
     changed: asyncio.Event
@@ -120,7 +120,7 @@ class _Agent:
             changed=changed.set,
             now_s=time.monotonic,
         )
-        node = Node(
+        node = NodeContext(
             repository=repository,
             unloader=unloader,
             fetches=Fetches(tier, _fetch_limits(config), token=token, disk=disk),

@@ -35,7 +35,7 @@ class SchedulerPort(Protocol):
     async def heartbeat(self, status: pb.NodeStatus) -> pb.HeartbeatReply: ...
 
 
-class SchedulerClient:
+class GrpcSchedulerPort:
     """`SchedulerPort` over gRPC."""
 
     def __init__(self, address: str, token: str | None) -> None:

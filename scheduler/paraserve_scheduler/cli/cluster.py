@@ -12,7 +12,7 @@ from rich.console import Console
 from paraserve_backend.machine.memory import available_bytes
 from paraserve_scheduler.cli.parsing import size_bytes, whole
 from paraserve_scheduler.local.cluster import (
-    Progress,
+    StartStep,
     UpOptions,
     down,
     files_of,
@@ -107,7 +107,7 @@ def _up(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with console.status(f"starting cluster '{options.name}'") as status:
         ready: list[str] = []
 
-        def show(progress: Progress) -> None:
+        def show(progress: StartStep) -> None:
             if progress.is_ready:
                 ready.append(progress.process)
             status.update(f"starting {progress.process}; ready: {', '.join(ready) or 'none yet'}")

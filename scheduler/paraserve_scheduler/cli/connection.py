@@ -14,7 +14,7 @@ from paraserve_scheduler.local.cluster import require_running
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Connection:
+class ClusterConnection:
     #: host:port; None where only the other one was named.
     scheduler: str | None
     gateway: str | None
@@ -49,7 +49,7 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def connect(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Connection:
+def connect(arguments: argparse.Namespace, environ: Mapping[str, str]) -> ClusterConnection:
     """Find the cluster that the flags or the environment name, else the local one.
 
     Raises:
@@ -59,9 +59,9 @@ def connect(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Connec
     gateway = arguments.gateway or environ.get("PARASERVE_GATEWAY")
     if scheduler or gateway:
         token = read_token(arguments.token_file, environ)
-        return Connection(scheduler=scheduler, gateway=gateway, token=token)
+        return ClusterConnection(scheduler=scheduler, gateway=gateway, token=token)
     layout = require_running(arguments.cluster, environ).layout
-    return Connection(
+    return ClusterConnection(
         scheduler=layout.scheduler_address,
         gateway=layout.gateway_address,
         token=read_token(layout.files.token, environ),

@@ -23,7 +23,7 @@ from paraserve_scheduler.simulator.results import (
 from paraserve_scheduler.simulator.workload import (
     Crowd,
     Law,
-    Request,
+    SimRequest,
     arrivals,
     columns_of,
     read_functions_trace,
@@ -118,7 +118,7 @@ def _write(path: Path, text: str) -> None:
         raise InvalidRequest(f"Cannot write {path}: {error.strerror}.") from None
 
 
-def _requests(cluster: ClusterDescription, arguments: argparse.Namespace) -> list[Request]:
+def _requests(cluster: ClusterDescription, arguments: argparse.Namespace) -> list[SimRequest]:
     names = [it.name for it in cluster.deployments]
     tokens = {it.name: it.tokens for it in cluster.deployments}
     seed = arguments.seed

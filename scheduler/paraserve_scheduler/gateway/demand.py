@@ -25,7 +25,7 @@ class _DeploymentDemand:
     gaps: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
-class Demand:
+class DemandMeter:
     """Belongs to one event loop."""
 
     def __init__(self, gateway: str) -> None:

@@ -13,7 +13,7 @@ from paraserve_backend.errors import InvalidRequest, Unavailable
 from paraserve_backend.protocol.abilities import ABILITIES, can_be_carried, check
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.config import GatewayConfig
-from paraserve_scheduler.gateway.demand import Demand
+from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.kserve import normalisation
 from paraserve_scheduler.gateway.kserve.errors import ReplicaLost
 from paraserve_scheduler.gateway.kserve.normalisation import Send, take_time_limit_us, time_limit
@@ -90,7 +90,7 @@ class Proxy:
         config: GatewayConfig,
         *,
         routes: Routes,
-        demand: Demand,
+        demand: DemandMeter,
         upstream: Upstream,
         statistics: Statistics,
     ) -> None:

@@ -20,7 +20,7 @@ from paraserve_backend.errors import (
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.errors import error_from_code
-from paraserve_scheduler.gateway.demand import Demand
+from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.kserve.errors import ReplicaLost
 from paraserve_scheduler.gateway.kserve.metadata import MODEL_VERSION
 
@@ -34,7 +34,7 @@ class Routes:
 
     def __init__(
         self,
-        demand: Demand,
+        demand: DemandMeter,
         *,
         cold_start_timeout_s: float,
         first_table_timeout_s: float = 5.0,

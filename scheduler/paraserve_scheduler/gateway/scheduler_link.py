@@ -15,7 +15,7 @@ import grpc.aio
 from paraserve_backend.rpc import auth
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
-from paraserve_scheduler.gateway.demand import Demand
+from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.routes import Routes
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class SchedulerLink:
         gateway: str,
         token: str | None,
         routes: Routes,
-        demand: Demand,
+        demand: DemandMeter,
     ) -> None:
         self._stub = SchedulerStub(channel)
         self._gateway = gateway

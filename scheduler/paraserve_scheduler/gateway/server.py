@@ -18,7 +18,7 @@ from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_
 from paraserve_backend.daemon.settings import parse_arguments, read_token
 from paraserve_backend.errors import InvalidRequest
 from paraserve_scheduler.gateway.config import GatewayConfig
-from paraserve_scheduler.gateway.demand import Demand
+from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.frontends.grpc_service import GrpcService, HealthCheck
 from paraserve_scheduler.gateway.frontends.http_service import HttpService
 from paraserve_scheduler.gateway.frontends.request_reader import RequestReader, server_options
@@ -50,7 +50,7 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig, *, name: str, token: str | None) -> None:
         self._config = config
-        self._demand = Demand(name)
+        self._demand = DemandMeter(name)
         self._routes = Routes(
             self._demand,
             cold_start_timeout_s=config.cold_start_timeout_s,

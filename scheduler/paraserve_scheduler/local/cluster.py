@@ -68,7 +68,7 @@ class UpOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class StartStep:
     """One step of a start: `process` was started or became ready."""
 
     process: str
@@ -116,7 +116,7 @@ def make_layout(
 
 def up(
     layout: ClusterLayout,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[StartStep], None],
     *,
     prefix: tuple[str, ...] = (),
 ) -> RunningCluster:
@@ -218,7 +218,7 @@ class _Start:
         process.stdin.flush()
         process.wait()  # it goes on as a grandchild, which this process need not reap
 
-    def follow(self, on_progress: Callable[[Progress], None]) -> None:
+    def follow(self, on_progress: Callable[[StartStep], None]) -> None:
         for news in self._news():
             match news["event"]:
                 case "owner":
@@ -228,7 +228,7 @@ class _Start:
                 case "failed":
                     raise Unavailable(news["message"])
                 case state:
-                    on_progress(Progress(process=news["process"], is_ready=state == "ready"))
+                    on_progress(StartStep(process=news["process"], is_ready=state == "ready"))
         log = self._layout.files.logs / "supervisor.log"
         raise Unavailable(
             f"The cluster's supervisor ended unexpectedly; the end of its log ({log}):\n"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class BandwidthClaim:
     """A running fetch, as far as the node it goes to is concerned."""
 
     remaining_bytes: float
@@ -62,7 +62,7 @@ def _fill(flows: dict[int, Flow], left: dict[Hashable, float], rates: list[float
                     left[link] -= share
 
 
-def offered_rate(nic_bytes_per_s: float, claims: Iterable[Claim], now_s: float) -> float:
+def offered_rate(nic_bytes_per_s: float, claims: Iterable[BandwidthClaim], now_s: float) -> float:
     """What a new fetch would get on a link; 0 if a running one would then miss its deadline.
 
     HydraServe's admission test, with three differences: shares grow as others end, a fetch that is
@@ -103,7 +103,7 @@ class LinkForecast:
     def __init__(
         self,
         capacity: float,
-        claims: Iterable[Claim] = (),
+        claims: Iterable[BandwidthClaim] = (),
         limit: float = float("inf"),
         *,
         beside: float = 0.0,

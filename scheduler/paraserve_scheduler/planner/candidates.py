@@ -10,7 +10,7 @@ from itertools import islice
 
 from paraserve_scheduler.planner.bandwidth import LinkForecast
 from paraserve_scheduler.planner.cost import ModelShape, runtime_s, stage_ready_s
-from paraserve_scheduler.planner.decisions import Source
+from paraserve_scheduler.planner.decisions import StageSource
 from paraserve_scheduler.planner.fetch_time import Amounts, Holders, Inflow
 from paraserve_scheduler.planner.fleet import Fleet, Need, Node
 
@@ -24,7 +24,7 @@ _MOST_PEERS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
+class Holder:
     """A node whose host memory has some of a model's layers."""
 
     name: str
@@ -34,11 +34,11 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Supply:
+class LayerSources:
     """Where what a node lacks can come from: the object store has all of it, peers have some."""
 
     store_bytes_per_s: float
-    peers: tuple[Peer, ...] = ()
+    peers: tuple[Holder, ...] = ()
 
 
 # Frozen in what it says; what it is asked for many times is kept.
@@ -49,7 +49,7 @@ class Spot:
     node: Node
     model: ModelShape
     weights: str
-    supply: Supply
+    supply: LayerSources
     in_pipeline: bool
     #: A GPU there has room for the whole model.
     can_grow: bool
@@ -68,7 +68,7 @@ class Spot:
         return any(gpu.slots for gpu in self.node.gpus)
 
     @cached_property
-    def _peers(self) -> tuple[Peer, ...]:
+    def _peers(self) -> tuple[Holder, ...]:
         return tuple(peer for peer in self.supply.peers if peer.name != self.node.name)
 
     @cached_property
@@ -99,7 +99,7 @@ class Spot:
         rest = self._whole.less(self._holders.amounts(start, end))
         return self._inflow.seconds_for(rest)
 
-    def sources(self, start: int, end: int) -> Iterator[Source]:
+    def sources(self, start: int, end: int) -> Iterator[StageSource]:
         """Where these layers come from, without sources of nothing."""
         amounts = self._holders.amounts(start, end)
         local = self.model.bytes_of(start, end) - amounts.total_bytes
@@ -107,13 +107,13 @@ class Spot:
         store = amounts.total_bytes - given.disk_bytes - sum(given.peers_bytes)
         name = self.node.name
         found = (
-            Source(size_bytes=local, peer=name),
-            Source(size_bytes=given.disk_bytes, peer=name, is_on_disk=True),
+            StageSource(size_bytes=local, peer=name),
+            StageSource(size_bytes=given.disk_bytes, peer=name, is_on_disk=True),
             *(
-                Source(size_bytes=size, peer=peer.name)
+                StageSource(size_bytes=size, peer=peer.name)
                 for peer, size in zip(self._peers, given.peers_bytes, strict=True)
             ),
-            Source(size_bytes=store),
+            StageSource(size_bytes=store),
         )
         return (source for source in found if source.size_bytes > 0)
 
@@ -169,17 +169,17 @@ class Room:
     free_bytes: int
 
 
-def find_supply(need: Need, fleet: Fleet) -> Supply:
+def find_supply(need: Need, fleet: Fleet) -> LayerSources:
     """A fair share of the store, and the peers that have most of the model."""
     share = _UNLIMITED
     if fleet.store_bytes_per_s is not None:
         share = fleet.store_bytes_per_s / (fleet.store_fetches + 1)
     holders = [node for node in fleet.nodes if need.weights in node.cached]
     best = nsmallest(_MOST_PEERS, holders, key=lambda node: (-_held(need, node), -_gives(node)))
-    return Supply(
+    return LayerSources(
         store_bytes_per_s=share,
         peers=tuple(
-            Peer(name=node.name, bytes_per_s=_gives(node), spans=node.cached[need.weights])
+            Holder(name=node.name, bytes_per_s=_gives(node), spans=node.cached[need.weights])
             for node in best
         ),
     )
@@ -209,7 +209,7 @@ def _slowness(need: Need, node: Node) -> tuple[bool, float, bool]:
     return (not is_there, -share, not any(gpu.slots for gpu in node.gpus))
 
 
-def find_spots(need: Need, rooms: Sequence[Room], stages: int, supply: Supply) -> list[Spot]:
+def find_spots(need: Need, rooms: Sequence[Room], stages: int, supply: LayerSources) -> list[Spot]:
     """The places for a stage: of a few those with room for a layer, else for half an equal stage.
 
     Of many the first, and as many again with room for the whole model: one must be the head.

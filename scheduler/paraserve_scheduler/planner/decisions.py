@@ -9,7 +9,7 @@ from paraserve_scheduler.planner.fleet import Fleet, Need
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class StageSource:
     """Where one part of a stage's bytes comes from; no peer: the object store."""
 
     size_bytes: int
@@ -30,7 +30,7 @@ class StageChoice:
     #: It has room for the whole model and takes in the rest once the pipeline serves.
     grows: bool = False
     uses_slot: bool = False
-    sources: tuple[Source, ...] = ()
+    sources: tuple[StageSource, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

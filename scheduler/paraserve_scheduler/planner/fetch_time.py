@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from paraserve_scheduler.planner.bandwidth import Claim, LinkForecast
+from paraserve_scheduler.planner.bandwidth import BandwidthClaim, LinkForecast
 from paraserve_scheduler.planner.cost import ModelShape
 
 Spans = Sequence[tuple[int, int]]
@@ -93,7 +93,7 @@ class Inflow:
     def __init__(
         self,
         link_rate: float,
-        claims: Iterable[Claim] = (),
+        claims: Iterable[BandwidthClaim] = (),
         *,
         store_rate: float = _UNLIMITED,
         peer_rates: Sequence[float] = (),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from paraserve_scheduler.planner.bandwidth import Claim
+from paraserve_scheduler.planner.bandwidth import BandwidthClaim
 from paraserve_scheduler.planner.cost import ModelShape, NodeKind
 
 
@@ -36,7 +36,7 @@ class Node:
     nic_bytes_per_s: float
     gpus: tuple[Gpu, ...]
     #: Running fetches to this node.
-    claims: tuple[Claim, ...] = ()
+    claims: tuple[BandwidthClaim, ...] = ()
     #: Layers `[start, end)` in host memory, by `Need.weights`; disjoint and ascending.
     cached: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     #: The same on its disk.

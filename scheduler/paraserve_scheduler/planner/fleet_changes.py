@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from paraserve_scheduler.planner.bandwidth import Claim
-from paraserve_scheduler.planner.decisions import Source, StageChoice, Start
+from paraserve_scheduler.planner.bandwidth import BandwidthClaim
+from paraserve_scheduler.planner.decisions import StageChoice, StageSource, Start
 from paraserve_scheduler.planner.fleet import Fleet, Node
 
 
@@ -45,7 +45,7 @@ def _with_stage(node: Node, stage: StageChoice, start: Start) -> Node:
         for gpu in node.gpus
     )
     size = _fetched(stage)
-    claim = (Claim(remaining_bytes=size, deadline_s=start.deadline_s),) if size else ()
+    claim = (BandwidthClaim(remaining_bytes=size, deadline_s=start.deadline_s),) if size else ()
     return replace(node, gpus=gpus, claims=(*node.claims, *claim))
 
 
@@ -53,7 +53,7 @@ def _fetched(stage: StageChoice) -> int:
     return sum(source.size_bytes for source in stage.sources if _is_fetched(source, stage))
 
 
-def _is_fetched(source: Source, stage: StageChoice) -> bool:
+def _is_fetched(source: StageSource, stage: StageChoice) -> bool:
     """Over the network, that is."""
     return source.peer != stage.node
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from paraserve_scheduler.planner.cost import pipeline_factor
-from paraserve_scheduler.planner.decisions import Decision, Growth, Source, StageChoice, Start
+from paraserve_scheduler.planner.decisions import Decision, Growth, StageChoice, StageSource, Start
 from paraserve_scheduler.planner.fleet import Fleet, Gpu, Need, Node
 from paraserve_scheduler.planner.fleet_changes import with_start
 from paraserve_scheduler.policies.baseline_rules import (
@@ -207,9 +207,11 @@ def _start(
     )
 
 
-def _source(need: Need, node: Node, start: int, end: int) -> Source:
+def _source(need: Need, node: Node, start: int, end: int) -> StageSource:
     is_there = node.cached.get(need.weights) == ((0, need.model.num_layers),)
-    return Source(size_bytes=need.model.bytes_of(start, end), peer=node.name if is_there else None)
+    return StageSource(
+        size_bytes=need.model.bytes_of(start, end), peer=node.name if is_there else None
+    )
 
 
 def _best_fit(gpus: Sequence[Gpu], size_bytes: int) -> Gpu | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from paraserve_scheduler.planner.decisions import Decision, Source, StageChoice, Start
+from paraserve_scheduler.planner.decisions import Decision, StageChoice, StageSource, Start
 from paraserve_scheduler.planner.fleet import Fleet, Need
 from paraserve_scheduler.planner.fleet_changes import with_start
 from paraserve_scheduler.policies.baseline_rules import (
@@ -42,7 +42,7 @@ def _first_fit(need: Need, fleet: Fleet) -> Start | None:
                 end=need.model.num_layers,
                 reserved_bytes=size,
                 grows=True,
-                sources=(Source(size_bytes=need.model.total_bytes),),
+                sources=(StageSource(size_bytes=need.model.total_bytes),),
             )
             return Start(deployment=need.name, stages=(stage,), reason="first node with room")
     return None

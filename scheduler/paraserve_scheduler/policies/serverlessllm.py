@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import ceil
 
-from paraserve_scheduler.planner.decisions import Decision, Source, StageChoice, Start
+from paraserve_scheduler.planner.decisions import Decision, StageChoice, StageSource, Start
 from paraserve_scheduler.planner.fleet import Fleet, Gpu, Need, Node
 from paraserve_scheduler.planner.fleet_changes import with_start
 from paraserve_scheduler.policies.baseline_rules import by_arrival, stop_idle
@@ -74,5 +74,5 @@ def _whole(need: Need, node: str, gpu: Gpu, is_cached: bool) -> StageChoice:
         end=need.model.num_layers,
         reserved_bytes=gpu.capacity_bytes,
         grows=True,
-        sources=(Source(size_bytes=need.model.total_bytes, peer=node if is_cached else None),),
+        sources=(StageSource(size_bytes=need.model.total_bytes, peer=node if is_cached else None),),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
-from paraserve_scheduler.planner.bandwidth import Claim
+from paraserve_scheduler.planner.bandwidth import BandwidthClaim
 from paraserve_scheduler.planner.cost import (
     NodeKind,
     Speed,
@@ -163,10 +163,12 @@ def _node(
     )
 
 
-def _claims(view: ClusterView, node: str, replicas: Sequence[Replica]) -> tuple[Claim, ...]:
+def _claims(
+    view: ClusterView, node: str, replicas: Sequence[Replica]
+) -> tuple[BandwidthClaim, ...]:
     """What replicas that requests wait for still have to fetch to this node."""
     return tuple(
-        Claim(remaining_bytes=remaining, deadline_s=_deadline_s(view, replica))
+        BandwidthClaim(remaining_bytes=remaining, deadline_s=_deadline_s(view, replica))
         for replica in replicas
         if replica.phase is Phase.STARTING and replica.plan.succeeds is None
         for stage, part in replica.stage_plans

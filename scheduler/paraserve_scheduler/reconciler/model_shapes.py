@@ -12,13 +12,13 @@ from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_scheduler.planner.cost import (
     ModelShape,
 )
-from paraserve_scheduler.state.records import TierObject
+from paraserve_scheduler.state.records import HeldObject
 from paraserve_scheduler.state.spec import Deployment
 
 
 @lru_cache(maxsize=4096)
 def held_layers(
-    deployment: Deployment, tier: tuple[TierObject, ...], *, on_disk: bool
+    deployment: Deployment, tier: tuple[HeldObject, ...], *, on_disk: bool
 ) -> tuple[tuple[int, int], ...]:
     """Layers `[start, end)` all of whose tensors are in a tier, as disjoint ranges."""
     index = deployment.index

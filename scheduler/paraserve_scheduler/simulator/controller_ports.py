@@ -31,15 +31,15 @@ from paraserve_scheduler.simulator.network import INTO, Network
 from paraserve_scheduler.simulator.replicas import SimReplica
 from paraserve_scheduler.simulator.serving import Batch
 from paraserve_scheduler.simulator.trace import Trace
-from paraserve_scheduler.simulator.workload import Request
+from paraserve_scheduler.simulator.workload import SimRequest
 from paraserve_scheduler.state.events import DemandReported, NodeRegistered, NodeReported
 from paraserve_scheduler.state.records import (
     Demand,
+    HeldObject,
     NodeInfo,
     PartState,
     Phase,
     Replica,
-    TierObject,
 )
 from paraserve_scheduler.state.spec import Deployment
 
@@ -175,14 +175,14 @@ class SimulatedAgents:
             at_s=at_s,
         )
 
-    def _tier(self, node: str) -> Iterable[TierObject]:
+    def _tier(self, node: str) -> Iterable[HeldObject]:
         for name, spans in self.nodes[node].memory.records().items():
             index = self.models[name].deployment.index
             tensors = [it for start, end in spans for it in self.models[name].tensors(start, end)]
             for stored in index.objects:
                 landed = sorted((it.start, it.end) for it in tensors if it.object_key == stored.key)
                 if landed:
-                    yield TierObject(
+                    yield HeldObject(
                         key=f"{index.source_uri}/{stored.key}",
                         version=stored.version,
                         landed_bytes=sum(end - start for start, end in landed),
@@ -236,11 +236,11 @@ class SimulatedGateway:
     def __init__(self, agents: SimulatedAgents, controller: Controller) -> None:
         self._agents = agents
         self._controller = controller
-        self._queues: dict[str, deque[Request]] = {name: deque() for name in agents.models}
+        self._queues: dict[str, deque[SimRequest]] = {name: deque() for name in agents.models}
         self._arrived = dict.fromkeys(agents.models, 0)
         self._batches: dict[str, Batch] = {}
 
-    def arrive(self, request: Request) -> None:
+    def arrive(self, request: SimRequest) -> None:
         self._queues[request.deployment].append(request)
         self._arrived[request.deployment] += 1
         self.report()
@@ -293,7 +293,7 @@ class SimulatedGateway:
 
 
 async def drive(
-    controller: Controller, agents: SimulatedAgents, requests: Iterable[Request], until_s: float
+    controller: Controller, agents: SimulatedAgents, requests: Iterable[SimRequest], until_s: float
 ) -> list[Replica]:
     """Run the controller over `requests` until `until_s`; returns the replicas it started."""
     heap, gateway = agents.heap, SimulatedGateway(agents, controller)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
-from paraserve_scheduler.planner.bandwidth import Claim, Flow, fair_rates
+from paraserve_scheduler.planner.bandwidth import BandwidthClaim, Flow, fair_rates
 from paraserve_scheduler.simulator.clock import Heap
 
 #: Links: of a node and its disk as (what, node), and the object store's.
@@ -67,12 +67,12 @@ class Network:
             self._transfers.remove(transfer)
             self._share()
 
-    def claims(self) -> dict[str, list[Claim]]:
+    def claims(self) -> dict[str, list[BandwidthClaim]]:
         """The running fetches of every node that has any."""
         self._advance()
-        claims: dict[str, list[Claim]] = {}
+        claims: dict[str, list[BandwidthClaim]] = {}
         for it in self._transfers:
-            claim = Claim(remaining_bytes=it.remaining_bytes, deadline_s=it.deadline_s)
+            claim = BandwidthClaim(remaining_bytes=it.remaining_bytes, deadline_s=it.deadline_s)
             # What runs in the background gives way to a new fetch, and a disk's read is not in it.
             if it.flow.rank >= 0 and (INTO, it.node) in it.flow.links:
                 claims.setdefault(it.node, []).append(claim)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from paraserve_scheduler.planner.bandwidth import Claim
+from paraserve_scheduler.planner.bandwidth import BandwidthClaim
 from paraserve_scheduler.planner.fleet import Need, Node, ReplicaLoad
 from paraserve_scheduler.simulator.description import DeploymentDescription
 from paraserve_scheduler.simulator.memory import NodeMemory
 from paraserve_scheduler.simulator.replicas import SimReplica
-from paraserve_scheduler.simulator.workload import Request
+from paraserve_scheduler.simulator.workload import SimRequest
 
 #: What the arrival history of a deployment keeps.
 _HISTORY = 32
@@ -21,7 +21,7 @@ class Served:
     """A deployment as its gateway and the scheduler see it."""
 
     description: DeploymentDescription
-    queue: deque[Request] = field(default_factory=deque)
+    queue: deque[SimRequest] = field(default_factory=deque)
     replicas: list[SimReplica] = field(default_factory=list)
     arrivals_s: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     last_number: int = 0
@@ -34,7 +34,9 @@ class NodeRecords:
     def __init__(self) -> None:
         self._records: dict[str, tuple[int, Node]] = {}
 
-    def get(self, memory: NodeMemory, claims: tuple[Claim, ...], uplink_fetches: int) -> Node:
+    def get(
+        self, memory: NodeMemory, claims: tuple[BandwidthClaim, ...], uplink_fetches: int
+    ) -> Node:
         name = memory.description.name
         version, record = self._records.get(name, (None, None))
         if record is None or version != memory.version:

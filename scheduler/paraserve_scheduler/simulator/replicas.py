@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from paraserve_scheduler.planner.cost import ModelShape, runtime_s
-from paraserve_scheduler.planner.decisions import Source, StageChoice, Start
+from paraserve_scheduler.planner.decisions import StageChoice, StageSource, Start
 from paraserve_scheduler.planner.fleet import ReplicaPhase
 from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import DeploymentDescription
@@ -184,7 +184,7 @@ class _Fetch:
         spans: Sequence[tuple[int, int]],
         around: Surroundings,
         done: Callable[[], None],
-        sources: Sequence[Source] = (),
+        sources: Sequence[StageSource] = (),
     ) -> None:
         self._replica = replica
         self._sources = sources
@@ -233,7 +233,7 @@ class _Fetch:
             return {((INTO, name), STORE): lacking} if lacking else {}
         return {self._links(source): source.size_bytes for source in planned}
 
-    def _links(self, source: Source) -> tuple[Hashable, ...]:
+    def _links(self, source: StageSource) -> tuple[Hashable, ...]:
         name = self._node.description.name
         if source.is_on_disk:
             return ((DISK, name),)

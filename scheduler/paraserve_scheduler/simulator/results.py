@@ -8,7 +8,7 @@ from typing import Any
 
 from paraserve_scheduler.simulator.description import DeploymentDescription
 from paraserve_scheduler.simulator.trace import Trace
-from paraserve_scheduler.simulator.workload import Request
+from paraserve_scheduler.simulator.workload import SimRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class ColdStart:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    requests: Sequence[Request]
+    requests: Sequence[SimRequest]
     cold_starts: list[ColdStart] = field(default_factory=list)
     gpu_byte_s: float = 0.0
     #: Over the network, into nodes.
@@ -75,7 +75,7 @@ class Summary:
 
 def summarize(outcome: Outcome, deployments: Sequence[DeploymentDescription]) -> Summary:
     described = {it.name: it for it in deployments}
-    groups: dict[str, list[Request]] = {}
+    groups: dict[str, list[SimRequest]] = {}
     for request in outcome.requests:
         groups.setdefault(described[request.deployment].application, []).append(request)
     starts = outcome.cold_starts
@@ -98,7 +98,7 @@ def summarize(outcome: Outcome, deployments: Sequence[DeploymentDescription]) ->
 
 
 def _attainment(
-    requests: Sequence[Request], described: Mapping[str, DeploymentDescription]
+    requests: Sequence[SimRequest], described: Mapping[str, DeploymentDescription]
 ) -> Attainment:
     count = max(1, len(requests))
     ttfts = [request.ttft_s for request in requests if request.ttft_s is not None]
@@ -118,12 +118,12 @@ def _attainment(
     )
 
 
-def _meets_ttft(request: Request, described: DeploymentDescription) -> bool:
+def _meets_ttft(request: SimRequest, described: DeploymentDescription) -> bool:
     limit_s = described.objectives.ttft_s
     return request.ttft_s is not None and (limit_s is None or request.ttft_s <= limit_s)
 
 
-def _meets_tpot(request: Request, described: DeploymentDescription) -> bool:
+def _meets_tpot(request: SimRequest, described: DeploymentDescription) -> bool:
     limit_s = described.objectives.tpot_s
     if request.end_s is None:
         return False

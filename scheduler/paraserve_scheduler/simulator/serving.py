@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from paraserve_scheduler.planner.cost import Speed, decode_s, prefill_s
 from paraserve_scheduler.simulator.clock import Heap
-from paraserve_scheduler.simulator.workload import Request
+from paraserve_scheduler.simulator.workload import SimRequest
 
 
 class Batch:
@@ -27,7 +27,7 @@ class Batch:
         stages: int,
         full: int,
         hop_s: float,
-        ended: Callable[[Request], None],
+        ended: Callable[[SimRequest], None],
     ) -> None:
         self._heap = heap
         self._speed = speed
@@ -36,8 +36,8 @@ class Batch:
         self._steps = 0.0
         self._updated_s = heap.now_s
         #: (step at which it ends, order, request)
-        self._decoding: list[tuple[float, int, Request]] = []
-        self._prompts: deque[Request] = deque()
+        self._decoding: list[tuple[float, int, SimRequest]] = []
+        self._prompts: deque[SimRequest] = deque()
         self._prefill_ends_s: float | None = None
         self._paused_until_s = 0.0
         self._version = 0
@@ -47,10 +47,10 @@ class Batch:
     def running(self) -> int:
         return len(self._decoding) + len(self._prompts)
 
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[SimRequest]:
         return [*self._prompts, *(request for _, _, request in self._decoding)]
 
-    def add(self, request: Request) -> None:
+    def add(self, request: SimRequest) -> None:
         self._advance()
         self._prompts.append(request)
         self._plan()

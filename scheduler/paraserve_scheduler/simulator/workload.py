@@ -17,7 +17,7 @@ _LEAD_IN = 5
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Request:
+class SimRequest:
     """One request and what became of it; times in seconds since the trace's start."""
 
     deployment: str
@@ -149,11 +149,11 @@ def _window_factors(law: Law, generator: random.Random) -> list[float]:
 
 def with_tokens(
     arrived: Iterable[tuple[float, str]], tokens: dict[str, Tokens], seed: int
-) -> list[Request]:
+) -> list[SimRequest]:
     """Give every arrival a prompt and an output length, by its deployment."""
     generator = random.Random(f"{seed}/tokens")
     return [
-        Request(
+        SimRequest(
             deployment=name,
             arrival_s=time_s,
             prompt_tokens=tokens[name].prompt.draw(generator),
@@ -168,7 +168,7 @@ def with_tokens(
 
 def read_llm_trace(
     path: Path, deployments: Sequence[str], *, zipf: float, seed: int
-) -> list[Request]:
+) -> list[SimRequest]:
     """Read the Azure LLM inference trace of 2023: TIMESTAMP, ContextTokens, GeneratedTokens.
 
     A column `Deployment`, if there is one, says who is asked; otherwise a Zipf law over
@@ -176,7 +176,7 @@ def read_llm_trace(
     """
     generator = random.Random(f"{seed}/popularity")
     weights = [1 / rank**zipf for rank in range(1, len(deployments) + 1)]
-    requests: list[Request] = []
+    requests: list[SimRequest] = []
     begin: datetime | None = None
     for number, row in _rows(path, ("TIMESTAMP", "ContextTokens", "GeneratedTokens")):
         try:
@@ -187,7 +187,7 @@ def read_llm_trace(
         begin = begin or at
         name = row.get("Deployment") or generator.choices(deployments, weights)[0]
         requests.append(
-            Request(
+            SimRequest(
                 deployment=_known(name, deployments, path, number),
                 arrival_s=(at - begin).total_seconds(),
                 prompt_tokens=max(1, prompt),

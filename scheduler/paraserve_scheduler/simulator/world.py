@@ -41,7 +41,7 @@ from paraserve_scheduler.simulator.replicas import SimReplica
 from paraserve_scheduler.simulator.results import ColdStart, Outcome
 from paraserve_scheduler.simulator.serving import Batch
 from paraserve_scheduler.simulator.trace import Trace
-from paraserve_scheduler.simulator.workload import Request
+from paraserve_scheduler.simulator.workload import SimRequest
 
 #: How often time alone is looked at, as in the real controller.
 TICK_S = 0.5
@@ -54,7 +54,7 @@ class Simulation:
     def __init__(
         self,
         cluster: ClusterDescription,
-        requests: Sequence[Request],
+        requests: Sequence[SimRequest],
         policy: PolicyFunction,
         *,
         admits: Admission | None = None,
@@ -117,7 +117,7 @@ class Simulation:
 
     # ---- requests ----
 
-    def _arrive(self, request: Request) -> None:
+    def _arrive(self, request: SimRequest) -> None:
         served = self._served[request.deployment]
         served.arrivals_s.append(self.heap.now_s)
         self._active.setdefault(request.deployment, served)
@@ -131,7 +131,7 @@ class Simulation:
         served.queue.append(request)
         self._wake()
 
-    def _admit(self, served: Served, request: Request) -> bool:
+    def _admit(self, served: Served, request: SimRequest) -> bool:
         """Send it to the least busy ready replica; False if none has a place."""
         best: SimReplica | None = None
         for replica in served.replicas:
@@ -149,7 +149,7 @@ class Simulation:
         while served.queue and self._admit(served, served.queue[0]):
             served.queue.popleft()
 
-    def _request_ended(self, replica: SimReplica, request: Request) -> None:
+    def _request_ended(self, replica: SimReplica, request: SimRequest) -> None:
         served = self._served[request.deployment]
         self._unfinished -= 1
         if request.admitted_s is not None:

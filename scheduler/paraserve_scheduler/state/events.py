@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paraserve_scheduler.state.records import Demand, NodeInfo, PartState, TierObject
+from paraserve_scheduler.state.records import Demand, HeldObject, NodeInfo, PartState
 from paraserve_scheduler.state.spec import Deployment
 
 
@@ -25,7 +25,7 @@ class NodeReported:
     at_s: float
     idle_slots: int = 0
     slots_bytes: int = 0
-    tier: tuple[TierObject, ...] = ()
+    tier: tuple[HeldObject, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

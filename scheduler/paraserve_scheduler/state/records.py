@@ -57,7 +57,7 @@ class NodeInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TierObject:
+class HeldObject:
     """One object version in a node's tier, of which it may have only a part."""
 
     #: The source's URI, a slash and the object's own key.
@@ -96,7 +96,7 @@ class NodeState:
     #: Every part on the node, also those that no replica wants.
     parts: tuple[PartState, ...] = ()
     tier_used_bytes: int = 0
-    tier: tuple[TierObject, ...] = ()
+    tier: tuple[HeldObject, ...] = ()
     #: Sets of slots that no part has bound, and what they hold.
     idle_slots: int = 0
     slots_bytes: int = 0

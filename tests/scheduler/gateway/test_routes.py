@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 
 from paraserve_backend.errors import NotFound, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_scheduler.gateway.demand import Demand
+from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.routes import Routes
 
 
-def make_routes(demand: Demand | None = None, *, first_table_timeout_s: float = 20.0) -> Routes:
+def make_routes(
+    demand: DemandMeter | None = None, *, first_table_timeout_s: float = 20.0
+) -> Routes:
     return Routes(
-        demand or Demand("g"),
+        demand or DemandMeter("g"),
         cold_start_timeout_s=20.0,
         first_table_timeout_s=first_table_timeout_s,
     )
@@ -99,7 +101,7 @@ async def test_the_names_in_an_error_are_bounded() -> None:
 @given(st.integers(1, 5), st.integers(0, 30))
 def test_leases_are_spread_evenly(num_replicas: int, num_requests: int) -> None:
     async def scenario() -> None:
-        demand = Demand("g")
+        demand = DemandMeter("g")
         routes = make_routes(demand)
         routes.apply(table(d=[f"d.{n}" for n in range(num_replicas)]))
         taken: Counter[str] = Counter()
@@ -119,7 +121,7 @@ def test_leases_are_spread_evenly(num_replicas: int, num_requests: int) -> None:
 @given(st.lists(st.sampled_from(["arrive", "cancel", "serve", "finish"]), max_size=40))
 def test_every_request_is_waiting_or_in_flight_or_over(steps: list[str]) -> None:
     async def scenario() -> None:
-        demand = Demand("g")
+        demand = DemandMeter("g")
         routes = make_routes(demand)
         routes.apply(table(d=[]))
         done = asyncio.Event()
@@ -152,7 +154,7 @@ def test_every_request_is_waiting_or_in_flight_or_over(steps: list[str]) -> None
 
 
 def test_a_report_forgets_what_is_gone_but_not_what_still_runs() -> None:
-    demand = Demand("g")
+    demand = DemandMeter("g")
     with demand.working("d", "d.1"):
         demand.first_token("d", "d.1", 5.0)
         demand.first_token("d", "d.1", 6.0)
@@ -167,7 +169,7 @@ def test_a_report_forgets_what_is_gone_but_not_what_still_runs() -> None:
 
 
 def test_only_the_first_waiting_request_is_urgent() -> None:
-    demand = Demand("g")
+    demand = DemandMeter("g")
     with demand.waiting("d"):
         assert demand.urgent.is_set()
         demand.urgent.clear()
@@ -176,7 +178,7 @@ def test_only_the_first_waiting_request_is_urgent() -> None:
 
 
 def test_only_the_end_of_a_cold_start_is_urgent() -> None:
-    demand = Demand("g")
+    demand = DemandMeter("g")
     demand.first_token("d", "d.1", 5.0)
     assert demand.urgent.is_set()
     demand.urgent.clear()

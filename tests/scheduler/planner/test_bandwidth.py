@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paraserve_scheduler.planner.bandwidth import (
-    Claim,
+    BandwidthClaim,
     Flow,
     LinkForecast,
     fair_rates,
@@ -74,17 +74,17 @@ def test_a_flow_over_no_limited_link_is_not_limited() -> None:
 
 
 def test_a_new_fetch_gets_an_even_share() -> None:
-    assert offered_rate(8.0, [Claim(remaining_bytes=100)], 0.0) == 4.0
+    assert offered_rate(8.0, [BandwidthClaim(remaining_bytes=100)], 0.0) == 4.0
 
 
 def test_a_fetch_that_would_make_a_running_one_late_gets_nothing() -> None:
-    claim = Claim(remaining_bytes=80, deadline_s=15.0)
+    claim = BandwidthClaim(remaining_bytes=80, deadline_s=15.0)
     assert offered_rate(8.0, [claim], 0.0) == 0.0
-    assert offered_rate(8.0, [Claim(remaining_bytes=80, deadline_s=20.0)], 0.0) == 4.0
+    assert offered_rate(8.0, [BandwidthClaim(remaining_bytes=80, deadline_s=20.0)], 0.0) == 4.0
 
 
 def test_a_fetch_that_is_late_anyway_blocks_nobody() -> None:
-    assert offered_rate(8.0, [Claim(remaining_bytes=80, deadline_s=5.0)], 0.0) == 4.0
+    assert offered_rate(8.0, [BandwidthClaim(remaining_bytes=80, deadline_s=5.0)], 0.0) == 4.0
 
 
 _SIZES = st.lists(st.floats(1, 1e4), max_size=5)
@@ -94,7 +94,7 @@ _SIZES = st.lists(st.floats(1, 1e4), max_size=5)
 def test_bytes_by_a_time_and_time_for_bytes_are_inverse(
     sizes: list[float], size: float, capacity: float, work: float
 ) -> None:
-    forecast = LinkForecast(capacity, [Claim(remaining_bytes=it) for it in sizes])
+    forecast = LinkForecast(capacity, [BandwidthClaim(remaining_bytes=it) for it in sizes])
     seconds = forecast.seconds_for(size) + size * work
     assert forecast.bytes_in(seconds, work) == pytest.approx(size, rel=1e-6)
 
@@ -104,7 +104,9 @@ def test_a_forecast_ends_with_all_bytes_of_all_fetches_moved(
     sizes: list[float], size: float
 ) -> None:
     """The link is never idle before the new fetch has ended."""
-    seconds = LinkForecast(10.0, [Claim(remaining_bytes=it) for it in sizes]).seconds_for(size)
+    seconds = LinkForecast(10.0, [BandwidthClaim(remaining_bytes=it) for it in sizes]).seconds_for(
+        size
+    )
     moved = size + sum(min(it, size) for it in sizes)
     assert seconds == pytest.approx(moved / 10.0)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraserve_scheduler.planner.bandwidth import Claim, LinkForecast
+from paraserve_scheduler.planner.bandwidth import BandwidthClaim, LinkForecast
 from paraserve_scheduler.planner.fetch_time import Amounts, Holders, Inflow
 from tests.support.fleets import GB, make_model
 
@@ -27,7 +27,7 @@ class _Sources:
         store_only: int,
     ) -> None:
         self.store, self.peers, self.disk = store or inf, peers, disk
-        running = [Claim(remaining_bytes=size) for size in claims]
+        running = [BandwidthClaim(remaining_bytes=size) for size in claims]
         limit = self.store + sum(rate for rate, _ in peers)
         self.link = LinkForecast(link, running, limit)
         self.inflow = Inflow(

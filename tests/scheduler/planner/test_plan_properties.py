@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraserve_scheduler.planner.bandwidth import Claim, offered_rate
-from paraserve_scheduler.planner.candidates import Spot, Supply, find_supply
+from paraserve_scheduler.planner.bandwidth import BandwidthClaim, offered_rate
+from paraserve_scheduler.planner.candidates import LayerSources, Spot, find_supply
 from paraserve_scheduler.planner.cost import Speed, decode_s, prefill_s
 from paraserve_scheduler.planner.decisions import PolicyFunction, Prediction, Start
 from paraserve_scheduler.planner.fleet import Fleet, Need, Node, Objectives
@@ -59,7 +59,7 @@ def _nodes(
         cached, on_disk = draw(spans), draw(spans)
         claimed_gb, left_s = draw(st.sampled_from([0, 0, 2, 10])), draw(st.floats(0.5, 10))
         deadline_s = NOW_S + left_s if whole_only else None
-        claim = Claim(remaining_bytes=claimed_gb * GB, deadline_s=deadline_s)
+        claim = BandwidthClaim(remaining_bytes=claimed_gb * GB, deadline_s=deadline_s)
         nodes.append(
             make_node(
                 f"n{index}",
@@ -103,7 +103,7 @@ def _need(objectives: Objectives) -> Need:
     return make_need(model=_TINY, objectives=objectives, prompt_tokens=100)
 
 
-def _spot(node: Node, stages: int, supply: Supply) -> Spot:
+def _spot(node: Node, stages: int, supply: LayerSources) -> Spot:
     room = max(gpu.free_bytes for gpu in node.gpus)
     return Spot(
         node=node,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from paraserve_scheduler.planner.bandwidth import Claim
+from paraserve_scheduler.planner.bandwidth import BandwidthClaim
 from paraserve_scheduler.planner.cost import Speed
 from paraserve_scheduler.planner.decisions import Prediction, Start
 from paraserve_scheduler.planner.fleet import Objectives
@@ -112,7 +112,7 @@ def test_what_is_in_host_memory_is_not_fetched() -> None:
 
 
 def test_a_node_with_a_fetch_that_would_be_late_is_left_alone_while_another_will_do() -> None:
-    urgent = Claim(remaining_bytes=10 * GB, deadline_s=NOW_S + 6)
+    urgent = BandwidthClaim(remaining_bytes=10 * GB, deadline_s=NOW_S + 6)
     busy = make_node("busy", gbit=16, claims=(urgent,))
     slow = make_node("slow", gbit=4)
     start = plan(make_need(), make_fleet(busy, slow), NOW_S, config=CONFIG)

@@ -14,7 +14,7 @@ from paraserve_scheduler.state.actions import StartReplica
 from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.events import DemandReported
 from paraserve_scheduler.state.fold import fold
-from paraserve_scheduler.state.records import TierObject
+from paraserve_scheduler.state.records import HeldObject
 from paraserve_scheduler.state.view import ClusterView
 from tests.support.views import (
     CONFIG,
@@ -92,7 +92,7 @@ def test_a_node_has_the_layers_whose_tensors_are_all_in_its_memory_or_on_its_dis
     places = {name: (it.start, it.end) for name, it in deployment.index.tensors.items()}
     first = [place for name, place in places.items() if ".layers.0." in name or "embed" in name]
     third = [place for name, place in places.items() if ".layers.2." in name]
-    held = TierObject(
+    held = HeldObject(
         key="s3://models/tiny/model.safetensors",
         version="v1",
         landed_bytes=1,

@@ -31,7 +31,7 @@ from paraserve_scheduler.simulator.description import (
     DeploymentDescription,
     NodeDescription,
 )
-from paraserve_scheduler.simulator.workload import Lengths, Request, Tokens
+from paraserve_scheduler.simulator.workload import Lengths, SimRequest, Tokens
 from paraserve_scheduler.simulator.world import Simulation
 from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.store.sqlite import SqliteStore
@@ -111,11 +111,11 @@ def _description(deployment: Deployment) -> DeploymentDescription:
     )
 
 
-def _requests(seed: int, deployments: list[Deployment]) -> list[Request]:
+def _requests(seed: int, deployments: list[Deployment]) -> list[SimRequest]:
     generator = random.Random(seed)
     times = sorted(generator.uniform(0, 200) for _ in range(30))
     return [
-        Request(
+        SimRequest(
             deployment=generator.choice(deployments).name,
             arrival_s=time_s,
             prompt_tokens=512,
@@ -125,7 +125,9 @@ def _requests(seed: int, deployments: list[Deployment]) -> list[Request]:
     ]
 
 
-def _simulated(cluster: ClusterDescription, requests: list[Request], policy: str) -> list[_Begun]:
+def _simulated(
+    cluster: ClusterDescription, requests: list[SimRequest], policy: str
+) -> list[_Begun]:
     begun: list[_Begun] = []
 
     def watched(fleet: Fleet, now_s: float) -> tuple[Decision, ...]:
@@ -143,7 +145,7 @@ def _simulated(cluster: ClusterDescription, requests: list[Request], policy: str
 def _controlled(
     cluster: ClusterDescription,
     deployments: list[Deployment],
-    requests: list[Request],
+    requests: list[SimRequest],
     policy: str,
 ) -> list[_Begun]:
     heap = Heap()

@@ -15,7 +15,7 @@ from paraserve_scheduler.planner.fleet import Fleet, Need, Objectives
 from paraserve_scheduler.policies.registry import POLICIES
 from paraserve_scheduler.simulator.description import FailureFile
 from paraserve_scheduler.simulator.results import Outcome, percentile, summarize
-from paraserve_scheduler.simulator.workload import Request
+from paraserve_scheduler.simulator.workload import SimRequest
 from paraserve_scheduler.simulator.world import Simulation
 from tests.support.fleets import GB, make_kind, make_method
 from tests.support.worlds import (
@@ -27,7 +27,7 @@ from tests.support.worlds import (
 )
 
 
-def _crowd(seed: int, count: int = 120, deployments: int = 6) -> list[Request]:
+def _crowd(seed: int, count: int = 120, deployments: int = 6) -> list[SimRequest]:
     generator = random.Random(seed)
     times = sorted(generator.uniform(0, 200) for _ in range(count))
     return [

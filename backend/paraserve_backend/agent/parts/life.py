@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from paraserve_backend.agent.fetches import Fetching, FetchRequest
-from paraserve_backend.agent.parts.models import Node, PartModels
-from paraserve_backend.agent.parts.progress import Progress, failure_of, first_cause
+from paraserve_backend.agent.parts.models import NodeContext, PartModels
+from paraserve_backend.agent.parts.progress import PartProgress, failure_of, first_cause
 from paraserve_backend.daemon.tasks import in_thread
 from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
@@ -32,8 +32,8 @@ class PartLife:
     Making one raises `InvalidRequest` where its fetch plan is malformed.
     """
 
-    def __init__(self, part: pb.Part, node: Node, on_phase: Callable[[], None]) -> None:
-        self.progress = Progress(part.replica, part.stage, now=node.now, on_phase=on_phase)
+    def __init__(self, part: pb.Part, node: NodeContext, on_phase: Callable[[], None]) -> None:
+        self.progress = PartProgress(part.replica, part.stage, now=node.now, on_phase=on_phase)
         self._part = part
         self._node = node
         self._models = PartModels(part, node, self.progress)

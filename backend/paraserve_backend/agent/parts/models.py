@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from paraserve_backend.agent.fetches import Fetches
-from paraserve_backend.agent.parts.progress import Progress
+from paraserve_backend.agent.parts.progress import PartProgress
 from paraserve_backend.agent.slots import Slot, Slots
 from paraserve_backend.channel.keys import KeyStore
 from paraserve_backend.daemon.tasks import finish_all, in_thread
@@ -31,7 +31,7 @@ _POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+class NodeContext:
     """What the parts of one node share. Limits are those of commands that name none."""
 
     repository: ModelRepository
@@ -54,7 +54,7 @@ class _Binding:
 class PartModels:
     """Lives on the event loop."""
 
-    def __init__(self, part: pb.Part, node: Node, progress: Progress) -> None:
+    def __init__(self, part: pb.Part, node: NodeContext, progress: PartProgress) -> None:
         self._part = part
         self._node = node
         self._progress = progress

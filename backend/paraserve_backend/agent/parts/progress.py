@@ -15,7 +15,7 @@ _NEWS_INTERVAL_S = 0.1
 _FINAL = (pb.READY, pb.FAILED, pb.STOPPED)
 
 
-class Progress:
+class PartProgress:
     """The status of one part. `now` is the time in seconds since the Unix epoch."""
 
     def __init__(

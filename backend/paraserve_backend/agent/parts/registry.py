@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from weakref import WeakValueDictionary
 
 from paraserve_backend.agent.parts.life import PartLife
-from paraserve_backend.agent.parts.models import Node
-from paraserve_backend.agent.parts.progress import Progress
+from paraserve_backend.agent.parts.models import NodeContext
+from paraserve_backend.agent.parts.progress import PartProgress
 from paraserve_backend.errors import InvalidRequest, NotFound, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.tritonserver.host.repository import check_name
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Parts:
     """The node's parts by replica and stage. `changed` is set whenever one changes its phase."""
 
-    def __init__(self, node: Node, changed: asyncio.Event, *, failure_kept_s: float) -> None:
+    def __init__(self, node: NodeContext, changed: asyncio.Event, *, failure_kept_s: float) -> None:
         self._node = node
         self._changed = changed
         self._failure_kept_s = failure_kept_s
@@ -30,7 +30,7 @@ class Parts:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._removals: set[asyncio.Task[bool]] = set()
 
-    async def apply(self, part: pb.Part) -> Progress:
+    async def apply(self, part: pb.Part) -> PartProgress:
         """Start a part, or attach to the one that is there, even if that has failed.
 
         Raises:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from paraserve_backend.byte_ranges import Span, merge, within
 from paraserve_backend.weights.fetching.tasks import (
+    FetchSource,
     Rank,
-    Supply,
     Taker,
     Task,
 )
@@ -75,7 +75,7 @@ class Allotment:
         self._names = frozenset(task.name for task in self._pending.values())
         self._window_s = _window_s(self._pending.values(), link_bytes_per_s)
         self._taken: dict[int, _Taken] = {}
-        self._supplies: list[Supply] = []
+        self._supplies: list[FetchSource] = []
         self._link_bytes_per_s = link_bytes_per_s
         self._now = now
         self._started_s = now()
@@ -100,16 +100,16 @@ class Allotment:
         """File names of all objects of which something was missing."""
         return self._names
 
-    def add_supply(self, rank: Rank) -> Supply:
+    def add_supply(self, rank: Rank) -> FetchSource:
         """Return a new supply; the store has everything, the others have to say what."""
-        supply = Supply(rank)
+        supply = FetchSource(rank)
         if rank is Rank.STORE:
             supply.landed = self._all
         with self._changed:
             self._supplies.append(supply)
         return supply
 
-    def update(self, supply: Supply, holdings: Mapping[str, Holding]) -> None:
+    def update(self, supply: FetchSource, holdings: Mapping[str, Holding]) -> None:
         """Take in what a supply says it has."""
         later = {name: merge([*it.landed, *it.coming]) for name, it in holdings.items()}
         with self._changed:
@@ -121,7 +121,7 @@ class Allotment:
             supply.has_answered = True
             self._changed.notify_all()
 
-    def lose(self, supply: Supply) -> None:
+    def lose(self, supply: FetchSource) -> None:
         """Expect nothing more from a supply."""
         with self._changed:
             supply.is_lost = True
@@ -144,7 +144,7 @@ class Allotment:
             late.taker.break_off()
         return task
 
-    def wait(self, supply: Supply) -> bool:
+    def wait(self, supply: FetchSource) -> bool:
         """Wait a moment; returns whether the supply is still of use to this fetch."""
         with self._changed:
             if self._is_over or supply.is_lost:
@@ -194,7 +194,7 @@ class Allotment:
         self._tier.unclaim(task.name, task.span)
         return taken
 
-    def _first(self, supply: Supply) -> Task | None:
+    def _first(self, supply: FetchSource) -> Task | None:
         numbers = self._pending.keys() & supply.landed
         if numbers and not self._falls_short():
             numbers -= self._expected_before(supply.rank)

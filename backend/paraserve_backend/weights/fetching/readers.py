@@ -13,7 +13,7 @@ from typing import Protocol
 from paraserve_backend.byte_ranges import merge, within
 from paraserve_backend.errors import Cancelled, ParaServeError, SourceUnavailable
 from paraserve_backend.weights.fetching.assignment import Allotment
-from paraserve_backend.weights.fetching.tasks import Supply, Task
+from paraserve_backend.weights.fetching.tasks import FetchSource, Task
 from paraserve_backend.weights.sources.base import BrokenTransfer, Connection, Holding, Source
 from paraserve_backend.weights.sources.peer import Peer
 from paraserve_backend.weights.sources.retry import Retrier
@@ -110,7 +110,7 @@ class PeerReader:
     def __init__(
         self,
         peer: Peer,
-        supply: Supply,
+        supply: FetchSource,
         allotment: Allotment,
         names: Mapping[str, str],
         buffer: PartBuffer,
@@ -158,7 +158,7 @@ class PeerReader:
 class DiskReader:
     """Reads what the disk tier has."""
 
-    def __init__(self, disk: DiskTier, supply: Supply, allotment: Allotment) -> None:
+    def __init__(self, disk: DiskTier, supply: FetchSource, allotment: Allotment) -> None:
         self._disk = disk
         self._supply = supply
         self._allotment = allotment

@@ -64,7 +64,7 @@ class Rank(IntEnum):
     STORE = 2
 
 
-class Supply:
+class FetchSource:
     """Where bytes of a fetch can come from, and which tasks' it has, as it last said.
 
     The allotment's lock guards it.
@@ -87,7 +87,7 @@ class Supply:
 class Taker:
     """One worker, which brings one task after the other from a supply."""
 
-    supply: Supply
+    supply: FetchSource
     #: Ends the read that runs, if it can be ended. Any thread may call it.
     break_off: Callable[[], None]
     _recent_bytes: float = 0.0

@@ -20,8 +20,8 @@ from paraserve_backend.weights.fetching.readers import (
     SupplyReader,
 )
 from paraserve_backend.weights.fetching.tasks import (
+    FetchSource,
     Rank,
-    Supply,
     Taker,
     Task,
 )
@@ -67,7 +67,7 @@ class FetchWorkers:
         self._bytes_by_rank: Counter[Rank] = Counter()
         self._first_part_s: float | None = None
         self._stores: list[StoreReader] = []
-        self._readers: list[tuple[Supply, SupplyReader]] = []
+        self._readers: list[tuple[FetchSource, SupplyReader]] = []
         # A store takes a tenth of a second to open, which a model that is all here need not pay.
         if not self.is_complete:
             self._add_readers(origins)
@@ -143,7 +143,7 @@ class FetchWorkers:
             reader = PeerReader(peer, supply, self._allotment, names, buffer)
             self._readers.append((supply, reader))
 
-    def _work(self, supply: Supply, reader: SupplyReader) -> None:
+    def _work(self, supply: FetchSource, reader: SupplyReader) -> None:
         """Bring bytes for as long as the supply has any."""
         taker = Taker(supply=supply, break_off=reader.break_off)
         try:

@@ -29,7 +29,7 @@ from paraserve_backend.weights.tiers.layout import (
     PROGRESS,
     FetchStatus,
     Manifest,
-    Progress,
+    ProgressFile,
     object_name,
 )
 
@@ -104,7 +104,7 @@ def _landed(directory: Path) -> Iterator[tuple[str, StoredObject, tuple[Span, ..
     for fetch_dir in (directory / FETCHES).iterdir():
         with suppress(FileNotFoundError):
             manifest = Manifest.read(fetch_dir)
-            progress = Progress(fetch_dir / PROGRESS, parts=len(manifest.parts), writable=False)
+            progress = ProgressFile(fetch_dir / PROGRESS, parts=len(manifest.parts), writable=False)
             parts = [manifest.parts[number] for number in progress.landed()]
             for stored in manifest.plan.objects:
                 landed = merge((it.start, it.end) for it in parts if it.object_key == stored.key)

@@ -100,7 +100,7 @@ class PartTable:
         return [number for number in numbers if self.parts[number].end > span[0]]
 
 
-class Progress:
+class ProgressFile:
     """The progress file, mapped: a status byte, then 1 for every part in place, then the error.
 
     The writer sets a part's byte after the read that filled it has returned, so a reader that

@@ -50,7 +50,7 @@ from paraserve_backend.weights.tiers.layout import (
     PROGRESS,
     FetchStatus,
     Manifest,
-    Progress,
+    ProgressFile,
     object_name,
     write_atomically,
 )
@@ -256,7 +256,7 @@ class Tier:
                 file.truncate(stored.size_bytes)
         fetch_dir = self.directory / FETCHES / plan.fetch_id
         (fetch_dir / FILES).mkdir(parents=True, exist_ok=True)
-        Progress.create(fetch_dir / PROGRESS, parts=len(manifest.parts))
+        ProgressFile.create(fetch_dir / PROGRESS, parts=len(manifest.parts))
         write_atomically(fetch_dir / MANIFEST, manifest.to_json())
         fetch = self._fetches[plan.fetch_id] = TierFetch(self.directory, manifest)
         return fetch

@@ -21,7 +21,7 @@ from paraserve_backend.weights.tiers.layout import (
     FetchStatus,
     Manifest,
     PartTable,
-    Progress,
+    ProgressFile,
     object_name,
 )
 
@@ -44,7 +44,7 @@ class TierReader:
         self._fetch_dir = tier_dir / FETCHES / manifest.plan.fetch_id
         self._tensors = {tensor.name: tensor for tensor in manifest.plan.tensors}
         self._table = PartTable(manifest.parts)
-        self._progress = Progress(
+        self._progress = ProgressFile(
             self._fetch_dir / PROGRESS, parts=len(self._table.parts), writable=False
         )
         self._maps: dict[str, mmap.mmap] = {}

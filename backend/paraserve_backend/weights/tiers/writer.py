@@ -21,7 +21,7 @@ from paraserve_backend.weights.tiers.layout import (
     FetchStatus,
     Manifest,
     PartTable,
-    Progress,
+    ProgressFile,
     object_name,
     write_atomically,
 )
@@ -39,7 +39,7 @@ class TierFetch:
         self._fetch_dir = tier_dir / FETCHES / manifest.plan.fetch_id
         self._objects = {stored.key: stored for stored in manifest.plan.objects}
         self._table = PartTable(manifest.parts)
-        self._progress = Progress(
+        self._progress = ProgressFile(
             self._fetch_dir / PROGRESS, parts=len(self._table.parts), writable=True
         )
         self._descriptors: dict[str, int] = {}

@@ -25,7 +25,7 @@ _STYLES = {"plan": "yellow", "fetch": "cyan", "load": "magenta", "hand": "green"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class TimelineRow:
     """One interval of a cold start; an instant where start and end are the same."""
 
     #: The node, or "scheduler".
@@ -49,7 +49,9 @@ class Row:
         return self.size_bytes / self.duration_s
 
 
-def rows(replica: pb.ReplicaStatus, successors: Sequence[pb.ReplicaStatus] = ()) -> tuple[Row, ...]:
+def rows(
+    replica: pb.ReplicaStatus, successors: Sequence[pb.ReplicaStatus] = ()
+) -> tuple[TimelineRow, ...]:
     """Return what is known of a cold start: the plan, each node's intervals, then the ends.
 
     After them, the same of what took over from it, and the hand-over.
@@ -134,21 +136,23 @@ def chrome_trace(
     return {"displayTimeUnit": "ms", "traceEvents": [*names, *events]}
 
 
-def _plan(replica: pb.ReplicaStatus) -> Iterator[Row]:
+def _plan(replica: pb.ReplicaStatus) -> Iterator[TimelineRow]:
     if replica.planned_s:
         end_s = replica.planned_s - replica.requested_s
-        yield Row(where=SCHEDULER, what="plan", start_s=0.0, end_s=end_s)
+        yield TimelineRow(where=SCHEDULER, what="plan", start_s=0.0, end_s=end_s)
 
 
 def _by_stage(replica: pb.ReplicaStatus) -> list[pb.ReplicaPart]:
     return sorted(replica.parts, key=lambda part: part.layer_start)
 
 
-def _part_rows(part: pb.ReplicaPart, origin_s: float, replica: pb.ReplicaStatus) -> Iterator[Row]:
+def _part_rows(
+    part: pb.ReplicaPart, origin_s: float, replica: pb.ReplicaStatus
+) -> Iterator[TimelineRow]:
     spans = sorted(part.status.spans, key=lambda span: span.start_s)
     known_s = max((max(span.start_s, span.end_s) for span in spans), default=origin_s)
     for span in spans:
-        yield Row(
+        yield TimelineRow(
             where=part.node,
             what=_short(span.name, replica.replica),
             start_s=span.start_s - origin_s,
@@ -158,12 +162,12 @@ def _part_rows(part: pb.ReplicaPart, origin_s: float, replica: pb.ReplicaStatus)
         )
     if part.status.phase == pb.READY:
         layers = f"ready [{part.layer_start}, {part.layer_end})"
-        yield Row(
+        yield TimelineRow(
             where=part.node, what=layers, start_s=known_s - origin_s, end_s=known_s - origin_s
         )
 
 
-def _successor_rows(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[Row]:
+def _successor_rows(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[TimelineRow]:
     """Its rows, marked with its number: "load generate .2"."""
     mark = replica.replica[replica.replica.rfind(".") :]
     for part in _by_stage(replica):
@@ -171,10 +175,10 @@ def _successor_rows(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[Row]
             yield replace(row, what=f"{row.what} {mark}")
 
 
-def _hand_over(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[Row]:
+def _hand_over(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[TimelineRow]:
     if replica.hand_over_begin_s:
         end_s = replica.hand_over_end_s or replica.hand_over_begin_s
-        yield Row(
+        yield TimelineRow(
             where=SCHEDULER,
             what="hand over",
             start_s=replica.hand_over_begin_s - origin_s,
@@ -188,9 +192,11 @@ def _short(name: str, replica: str) -> str:
     return name.replace(f"{replica}.", "").replace(replica, "generate")
 
 
-def _instant(what: str, at_s: float, origin_s: float) -> Iterator[Row]:
+def _instant(what: str, at_s: float, origin_s: float) -> Iterator[TimelineRow]:
     if at_s:
-        yield Row(where=SCHEDULER, what=what, start_s=at_s - origin_s, end_s=at_s - origin_s)
+        yield TimelineRow(
+            where=SCHEDULER, what=what, start_s=at_s - origin_s, end_s=at_s - origin_s
+        )
 
 
 def _title(replica: pb.ReplicaStatus) -> str:
@@ -208,7 +214,7 @@ def _axis(total_s: float, width: int) -> str:
     return f"0{end:>{width - 1}}"
 
 
-def _bar(row: Row, total_s: float, width: int) -> Text:
+def _bar(row: TimelineRow, total_s: float, width: int) -> Text:
     scale = width / total_s if total_s > 0 else 0.0
     start = min(width - 1, max(0, round(row.start_s * scale)))
     end = min(width, round(row.end_s * scale))
@@ -219,14 +225,14 @@ def _bar(row: Row, total_s: float, width: int) -> Text:
     return Text(" " * start + mark * max(1, end - start), style=style)
 
 
-def _figures(row: Row) -> tuple[str, str, str]:
+def _figures(row: TimelineRow) -> tuple[str, str, str]:
     seconds = row.end_s if row.start_s == row.end_s else row.duration_s
     size = f"{row.size_bytes / _MB:.1f}" if row.size_bytes else ""
     rate = f"{row.bytes_per_s / _MB:.0f}" if row.bytes_per_s else ""
     return f"{seconds:.2f}", size, rate
 
 
-def _event(row: Row, pid: int, lane: int) -> dict[str, Any]:
+def _event(row: TimelineRow, pid: int, lane: int) -> dict[str, Any]:
     event: dict[str, Any] = {
         "name": row.what,
         "pid": pid,

@@ -18,10 +18,10 @@ from paraserve_scheduler.state.events import NodeReported
 from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.records import (
     Failure,
+    HeldObject,
     NodeInfo,
     PartState,
     Phase,
-    TierObject,
 )
 from paraserve_scheduler.state.spec import ChannelKeys, Deployment
 from paraserve_scheduler.state.view import ClusterView
@@ -64,7 +64,7 @@ def node_reported(message: pb.NodeStatus, at_s: float) -> NodeReported:
         parts=tuple(map(part_state, message.parts)),
         tier_used_bytes=message.tier_used_bytes,
         tier=tuple(
-            TierObject(
+            HeldObject(
                 key=found.key,
                 version=found.version,
                 landed_bytes=found.landed_bytes,

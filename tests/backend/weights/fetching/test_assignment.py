@@ -10,8 +10,8 @@ import pytest
 from paraserve_backend.byte_ranges import merge
 from paraserve_backend.weights.fetching.assignment import Allotment
 from paraserve_backend.weights.fetching.tasks import (
+    FetchSource,
     Rank,
-    Supply,
     Taker,
     Task,
 )
@@ -45,18 +45,18 @@ class Fetch:
         )
         self.broken_off: list[Taker] = []
 
-    def worker(self, supply: Supply) -> Taker:
+    def worker(self, supply: FetchSource) -> Taker:
         taker = Taker(supply=supply, break_off=lambda: self.broken_off.append(taker))
         return taker
 
-    def supply(self, rank: Rank, tasks: Iterable[Task] = ()) -> Supply:
+    def supply(self, rank: Rank, tasks: Iterable[Task] = ()) -> FetchSource:
         """Return a supply that has these tasks' bytes."""
         supply = self.allotment.add_supply(rank)
         if rank is not Rank.STORE:
             self.say(supply, tasks)
         return supply
 
-    def say(self, supply: Supply, tasks: Iterable[Task], coming: Iterable[Task] = ()) -> None:
+    def say(self, supply: FetchSource, tasks: Iterable[Task], coming: Iterable[Task] = ()) -> None:
         holding = Holding(
             landed=merge(task.span for task in tasks), coming=merge(task.span for task in coming)
         )
@@ -140,11 +140,11 @@ class TestLate:
     """A task that takes far longer than an idle worker would need is that worker's."""
 
     @pytest.fixture
-    def supplies(self, fetch: Fetch) -> tuple[Supply, Supply]:
+    def supplies(self, fetch: Fetch) -> tuple[FetchSource, FetchSource]:
         return fetch.supply(Rank.PEER, fetch.tasks[:1]), fetch.supply(Rank.STORE)
 
     def test_its_worker_is_told_to_stop_and_its_supply_asked_no_more(
-        self, fetch: Fetch, supplies: tuple[Supply, Supply]
+        self, fetch: Fetch, supplies: tuple[FetchSource, FetchSource]
     ) -> None:
         slow, quick = map(fetch.worker, supplies)
         late = fetch.allotment.take(slow)
@@ -163,7 +163,7 @@ class TestLate:
         assert fetch.allotment.is_complete
 
     def test_it_is_not_late_while_there_is_something_else_to_do(
-        self, fetch: Fetch, supplies: tuple[Supply, Supply]
+        self, fetch: Fetch, supplies: tuple[FetchSource, FetchSource]
     ) -> None:
         slow, quick = map(fetch.worker, supplies)
         late = fetch.allotment.take(slow)
@@ -171,7 +171,7 @@ class TestLate:
         assert late not in [fetch.bring(quick, 0.01) for _ in fetch.tasks[1:]]
 
     def test_it_is_not_late_where_everybody_is_as_slow(
-        self, fetch: Fetch, supplies: tuple[Supply, Supply]
+        self, fetch: Fetch, supplies: tuple[FetchSource, FetchSource]
     ) -> None:
         peer, store = map(fetch.worker, supplies)
         for _ in fetch.tasks[1:]:
@@ -183,7 +183,7 @@ class TestLate:
         assert fetch.allotment.take(store) is not None
 
     def test_it_is_not_taken_within_a_second(
-        self, fetch: Fetch, supplies: tuple[Supply, Supply]
+        self, fetch: Fetch, supplies: tuple[FetchSource, FetchSource]
     ) -> None:
         peer, store = map(fetch.worker, supplies)
         for _ in fetch.tasks[1:]:
