@@ -1,7 +1,7 @@
 """Fetching a plan's bytes into the tier: from start to end, as its caller sees it.
 
-Who brings which part is `weights.allotment`'s; the threads are `weights.fetch_workers`'; retry and
-resume are `weights.transfer`'s.
+`fetching.assignment` decides which worker brings which part, `fetching.workers` runs the threads,
+and `sources.retry` retries and resumes reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
-from paraserve_backend.weights.fetching.assignment import Allotment
+from paraserve_backend.weights.fetching.assignment import Assignment
 from paraserve_backend.weights.fetching.tasks import Rank, missing_tasks
 from paraserve_backend.weights.fetching.workers import FetchWorkers, Origins
 from paraserve_backend.weights.sources.base import Source
@@ -78,12 +78,14 @@ def fetch(
     `Connection.read_into` raise; readers of the fetch raise the same.
     """
     landing = tier.begin(plan)
-    allotment = Allotment(landing, tier, missing_tasks(landing), link_bytes_per_s=link_bytes_per_s)
+    assignment = Assignment(
+        landing, tier, missing_tasks(landing), link_bytes_per_s=link_bytes_per_s
+    )
     origins = Origins(
-        source=source, threads=threads, retry=retry or RetryPolicy(), peers=peers, disk=disk
+        store=source, threads=threads, retry=retry or RetryPolicy(), peers=peers, disk=disk
     )
     with _failure_recorded(landing):
-        workers = FetchWorkers(landing, allotment, origins)
+        workers = FetchWorkers(landing, assignment, origins)
         watch = _Watch(workers, cancel, timeout_s, on_progress or _ignore_progress)
         workers.run(watch.check)
         watch.check()

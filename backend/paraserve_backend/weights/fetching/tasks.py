@@ -1,4 +1,4 @@
-"""The records that a fetch's workers and its allotment share: what to bring, who has it, who takes.
+"""The records that a fetch's workers and its assignment share: task, source and worker.
 
 Nothing here decides or does anything.
 """
@@ -57,7 +57,7 @@ def missing_tasks(landing: TierFetch) -> list[Task]:
 
 
 class Rank(IntEnum):
-    """Kinds of supplies, the one that costs least first."""
+    """Kinds of sources, the one that costs least first."""
 
     DISK = 0
     PEER = 1
@@ -67,7 +67,7 @@ class Rank(IntEnum):
 class FetchSource:
     """Where bytes of a fetch can come from, and which tasks' it has, as it last said.
 
-    The allotment's lock guards it.
+    The assignment's lock guards it.
     """
 
     def __init__(self, rank: Rank) -> None:
@@ -84,10 +84,10 @@ class FetchSource:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Taker:
-    """One worker, which brings one task after the other from a supply."""
+class FetchWorker:
+    """One worker, which brings one task after the other from a source."""
 
-    supply: FetchSource
+    source: FetchSource
     #: Ends the read that runs, if it can be ended. Any thread may call it.
     break_off: Callable[[], None]
     _recent_bytes: float = 0.0
