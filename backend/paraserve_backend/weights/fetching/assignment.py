@@ -61,14 +61,14 @@ class Assignment:
 
     def __init__(
         self,
-        landing: TierFetch,
+        writer: TierFetch,
         tier: Tier,
         tasks: Iterable[Task],
         *,
         link_bytes_per_s: float | None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._landing = landing
+        self._writer = writer
         self._tier = tier
         self._pending = {task.number: task for task in tasks}
         self._all = frozenset(self._pending)
@@ -211,9 +211,9 @@ class Assignment:
 
     def _adopt(self, task: Task) -> None:
         if task.part is None:
-            self._tier.adopt_files(self._landing)
+            self._tier.adopt_files(self._writer)
         else:
-            self._landing.adopt_part(task.part)
+            self._writer.adopt_part(task.part)
             self._adopted_bytes += task.size_bytes
         del self._pending[task.number]
         if self._is_over:

@@ -36,18 +36,18 @@ class Task:
         return self.end - self.start
 
 
-def missing_tasks(landing: TierFetch) -> list[Task]:
+def missing_tasks(writer: TierFetch) -> list[Task]:
     """Return what a fetch still has to bring, in the order in which it is wanted."""
-    files = [(stored, 0, stored.size_bytes, None) for stored in landing.missing_files()]
+    files = [(stored, 0, stored.size_bytes, None) for stored in writer.missing_files()]
     parts = [
-        (landing.object_of(part), landing.parts[part].start, landing.parts[part].end, part)
-        for part in landing.missing_parts()
+        (writer.object_of(part), writer.parts[part].start, writer.parts[part].end, part)
+        for part in writer.missing_parts()
     ]
     return [
         Task(
             number=number,
             stored=stored,
-            name=landing.name_of(stored),
+            name=writer.name_of(stored),
             start=start,
             end=end,
             part=part,

@@ -54,12 +54,12 @@ class Origins:
 class FetchWorkers:
     """Made for one run; `_lock` guards the counts."""
 
-    def __init__(self, landing: TierFetch, assignment: Assignment, origins: Origins) -> None:
-        self.landing = landing
+    def __init__(self, writer: TierFetch, assignment: Assignment, origins: Origins) -> None:
+        self.writer = writer
         self._assignment = assignment
-        sizes = [landing.parts[part].size_bytes for part in landing.missing_parts()]
+        sizes = [writer.parts[part].size_bytes for part in writer.missing_parts()]
         self._buffer_bytes = max(sizes, default=0)
-        self._found_bytes = landing.plan.total_bytes - sum(sizes)
+        self._found_bytes = writer.plan.total_bytes - sum(sizes)
         self._started_s = time.monotonic()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -135,8 +135,8 @@ class FetchWorkers:
             self._readers.append((source, reader))
 
     def _add_peer(self, peer: Peer) -> None:
-        names = {stored.key: name for name, stored in self.landing.object_names.items()}
-        names |= {stored.key: name for name, stored in self.landing.file_names.items()}
+        names = {stored.key: name for name, stored in self.writer.object_names.items()}
+        names |= {stored.key: name for name, stored in self.writer.file_names.items()}
         source = self._assignment.add_source(Rank.PEER)
         for _ in range(_PER_PEER):
             buffer = PartBuffer(self._buffer_bytes)
@@ -174,9 +174,9 @@ class FetchWorkers:
 
     def _put(self, task: Task, content: memoryview) -> None:
         if task.part is None:
-            self.landing.write_file(task.stored.key, content)
+            self.writer.write_file(task.stored.key, content)
         else:
-            self.landing.write_part(task.part, content)
+            self.writer.write_part(task.part, content)
 
     def _count(self, task: Task, rank: Rank) -> None:
         with self._lock:

@@ -47,11 +47,11 @@ def tier(tmp_path: Path) -> Iterator[Tier]:
 
 def use(tier: Tier, model: Path, fetch_id: str, layers: tuple[int, int] | None = None) -> int:
     """Fetch and release; returns how many bytes were missing before."""
-    landing = tier.begin(make_plan(model, fetch_id=fetch_id, layers=layers), part_bytes=PART_BYTES)
-    missing_bytes = sum(landing.parts[part].size_bytes for part in landing.missing_parts())
-    missing_bytes += sum(stored.size_bytes for stored in landing.missing_files())
-    land(landing, model)
-    landing.finish()
+    writer = tier.begin(make_plan(model, fetch_id=fetch_id, layers=layers), part_bytes=PART_BYTES)
+    missing_bytes = sum(writer.parts[part].size_bytes for part in writer.missing_parts())
+    missing_bytes += sum(stored.size_bytes for stored in writer.missing_files())
+    land(writer, model)
+    writer.finish()
     assert_right(tier, fetch_id, model)
     tier.release(fetch_id)
     return missing_bytes
@@ -219,15 +219,15 @@ class TestRestart:
 
     def test_a_half_written_part_is_not_trusted(self, tmp_path: Path, wide: Path) -> None:
         before = Tier.open(tmp_path / "left", cache_bytes=AMPLE_BYTES)
-        landing = before.begin(make_plan(wide), part_bytes=PART_BYTES)
-        land(landing, wide, [0, 1])
-        half = landing.parts[2]
-        with (tmp_path / "left" / "objects" / landing.name_of(landing.object_of(2))).open(
+        writer = before.begin(make_plan(wide), part_bytes=PART_BYTES)
+        land(writer, wide, [0, 1])
+        half = writer.parts[2]
+        with (tmp_path / "left" / "objects" / writer.name_of(writer.object_of(2))).open(
             "r+b"
         ) as file:
             file.seek(half.start)
             file.write(b"x" * (half.size_bytes // 2))
-        landed_bytes = sum(landing.parts[part].size_bytes for part in (0, 1))
+        landed_bytes = sum(writer.parts[part].size_bytes for part in (0, 1))
         before.close()
         tier = Tier.open(tmp_path / "left", cache_bytes=AMPLE_BYTES)
         tier.release("fetch-1")
