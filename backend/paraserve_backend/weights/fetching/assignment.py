@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from paraserve_backend.byte_ranges import Span, merge, within
+from paraserve_backend.byte_ranges import ByteRange, merge, within
 from paraserve_backend.weights.fetching.tasks import (
     FetchSource,
     FetchWorker,
@@ -191,7 +191,7 @@ class Assignment:
         if taken is None or taken.worker is not worker:
             return None
         del self._taken[task.number]
-        self._tier.unclaim(task.name, task.span)
+        self._tier.unclaim(task.name, task.byte_range)
         return taken
 
     def _first(self, source: FetchSource) -> Task | None:
@@ -200,7 +200,7 @@ class Assignment:
             numbers -= self._expected_before(source.rank)
         for number in sorted(numbers):
             task = self._pending[number]
-            match self._tier.claim(task.name, task.span):
+            match self._tier.claim(task.name, task.byte_range):
                 case Claim.GRANTED:
                     return self._pending.pop(number)
                 case Claim.LANDED:
@@ -268,5 +268,9 @@ def _window_s(tasks: Iterable[Task], link_bytes_per_s: float | None) -> float:
     return max(_HELP_AFTER_S, _RATE_PARTS * largest_bytes / (link_bytes_per_s or float("inf")))
 
 
-def _covered(tasks: Iterable[Task], spans: Mapping[str, tuple[Span, ...]]) -> frozenset[int]:
-    return frozenset(task.number for task in tasks if within(task.span, spans.get(task.name, ())))
+def _covered(
+    tasks: Iterable[Task], byte_ranges: Mapping[str, tuple[ByteRange, ...]]
+) -> frozenset[int]:
+    return frozenset(
+        task.number for task in tasks if within(task.byte_range, byte_ranges.get(task.name, ()))
+    )

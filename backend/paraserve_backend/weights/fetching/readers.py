@@ -174,7 +174,7 @@ class DiskReader:
         if content is None:
             self._tell()
         else:
-            self._disk.use(task.name, [task.span])
+            self._disk.use(task.name, [task.byte_range])
         return content
 
     def break_off(self) -> None:
@@ -184,9 +184,9 @@ class DiskReader:
         """Nothing is open between reads."""
 
     def _join(self, task: Task) -> memoryview | None:
-        start, end = task.span
-        found = self._disk.touching(task.name, task.span)
-        if not within(task.span, merge(held.extent.span for held in found)):
+        start, end = task.byte_range
+        found = self._disk.touching(task.name, task.byte_range)
+        if not within(task.byte_range, merge(held.extent.byte_range for held in found)):
             return None
         try:
             if len(found) == 1:
@@ -203,8 +203,8 @@ class DiskReader:
         return content
 
     def _tell(self) -> None:
-        spans = {name: self._disk.spans(name) for name in self._assignment.names}
+        byte_ranges = {name: self._disk.byte_ranges(name) for name in self._assignment.names}
         self._assignment.update(
             self._source,
-            {name: Holding(landed=landed, coming=()) for name, landed in spans.items()},
+            {name: Holding(landed=landed, coming=()) for name, landed in byte_ranges.items()},
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from paraserve_backend.byte_ranges import Span
+from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.weights.sources.base import StoredObject
 from paraserve_backend.weights.tiers.writer import TierFetch
 
@@ -28,7 +28,7 @@ class Task:
     part: int | None
 
     @property
-    def span(self) -> Span:
+    def byte_range(self) -> ByteRange:
         return (self.start, self.end)
 
     @property

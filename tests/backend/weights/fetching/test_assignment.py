@@ -58,7 +58,8 @@ class Fetch:
 
     def say(self, source: FetchSource, tasks: Iterable[Task], coming: Iterable[Task] = ()) -> None:
         holding = Holding(
-            landed=merge(task.span for task in tasks), coming=merge(task.span for task in coming)
+            landed=merge(task.byte_range for task in tasks),
+            coming=merge(task.byte_range for task in coming),
         )
         self.assignment.update(source, {"k": holding})
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paraserve_backend.byte_ranges import Span, merge, subtract
+from paraserve_backend.byte_ranges import ByteRange, merge, subtract
 from paraserve_backend.weights.fetching.fetch import FetchReport, fetch
 from paraserve_backend.weights.sources.base import StoredObject
 from paraserve_backend.weights.sources.open import open_source
@@ -262,17 +262,21 @@ _SPANS = st.lists(
 
 @given(steps=st.lists(st.tuples(st.booleans(), _SPANS), max_size=8))
 def test_extents_are_what_was_added_and_not_removed(
-    steps: list[tuple[bool, tuple[Span, ...]]],
+    steps: list[tuple[bool, tuple[ByteRange, ...]]],
 ) -> None:
     stored = StoredObject(key="k", size_bytes=64, version="1")
     found = CachedObject(source_uri="/m", stored=stored, extents=())
-    expected: tuple[Span, ...] = ()
-    for used, (adds, spans) in enumerate(steps):
+    expected: tuple[ByteRange, ...] = ()
+    for used, (adds, byte_ranges) in enumerate(steps):
         if adds:
-            found, expected = found.with_spans(spans, used), merge([*expected, *spans])
-            assert all(it.used == used for it in found.extents if subtract([it.span], spans) == ())
+            found, expected = found.with_ranges(byte_ranges, used), merge([*expected, *byte_ranges])
+            assert all(
+                it.used == used
+                for it in found.extents
+                if subtract([it.byte_range], byte_ranges) == ()
+            )
         else:
-            found, expected = found.without_spans(spans), subtract(expected, spans)
-        assert found.spans == expected
+            found, expected = found.without_ranges(byte_ranges), subtract(expected, byte_ranges)
+        assert found.byte_ranges == expected
         assert CachedObject.from_json(found.to_json()) == found
         assert replace(found).name == found.name
