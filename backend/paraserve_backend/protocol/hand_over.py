@@ -1,8 +1,8 @@
 """What replicas say to each other when running requests change from one to the other.
 
 The source offers a sequence, its stages send KV blocks, and the target says when it has them all.
-A ticket stands for one sequence on its way. Who may move when is the business of
-`engine.departures` and `engine.arrivals`; `post` brings the messages.
+A ticket stands for one sequence on its way. `engines.native.handover_source` and `handover_target`
+decide which sequence moves when; `channel.mailbox` brings the messages.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ class Withdraw:
     ticket: int
 
 
-#: What the generate loop hears; the others go past it.
-Word = Offer | Accepted | Refused | Complete | Withdraw
-Message = Word | KvBlocks | Expect
+#: Messages to the generate loop; the others go to its handover target at once.
+LoopMessage = Offer | Accepted | Refused | Complete | Withdraw
+Message = LoopMessage | KvBlocks | Expect
 #: Sends a message to an inbox, by its address.
-PostMessage = Callable[[str, Message], None]
+SendMessage = Callable[[str, Message], None]
 
 
 def read_targets(command: str) -> tuple[Target, ...]:
