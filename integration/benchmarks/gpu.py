@@ -251,7 +251,7 @@ def cluster_figures(model: Path, device: torch.device, console: Console) -> dict
         cores=os.cpu_count() or 1,
     )
     try:
-        up(layout, lambda _news: None)
+        up(layout, lambda _step: None)
         source = put_into_bucket(layout, model, NAME)
         token = files.token.read_text(encoding="utf-8")
         with SchedulerClient(layout.scheduler_address, token) as client:

@@ -259,9 +259,9 @@ class SimulatedGateway:
     def report(self) -> None:
         now_s = self._controller.now_s()
         for node in self._agents.nodes:
-            self._controller.tell(self._agents.report(node, now_s))
+            self._controller.notify(self._agents.report(node, now_s))
         demands = tuple(self._demand(name) for name in self._queues)
-        self._controller.tell(DemandReported(gateway="g", demands=demands, at_s=now_s))
+        self._controller.notify(DemandReported(gateway="g", demands=demands, at_s=now_s))
 
     def _demand(self, name: str) -> Demand:
         running = {
@@ -298,7 +298,7 @@ async def drive(
     """Run the controller over `requests` until `until_s`; returns the replicas it started."""
     heap, gateway = agents.heap, SimulatedGateway(agents, controller)
     for node in agents.nodes:
-        controller.tell(NodeRegistered(info=agents.info(node), at_s=controller.now_s()))
+        controller.notify(NodeRegistered(info=agents.info(node), at_s=controller.now_s()))
     for request in requests:
         heap.at(request.arrival_s, gateway.arrive, request)
 

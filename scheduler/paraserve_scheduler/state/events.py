@@ -1,4 +1,4 @@
-"""What can happen to the cluster, as the controller hears of it."""
+"""What can happen to the cluster, as the controller is notified of it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class PartRemoved:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HandOverTold:
+class HandOverNotified:
     """The head of a replica has taken the command to hand its requests over."""
 
     replica: str
@@ -119,7 +119,7 @@ Event = (
     | DeletionRequested
     | ReplicaRemoved
     | PartRemoved
-    | HandOverTold
+    | HandOverNotified
     | HandOverFailed
     | SlotsRefused
     | NodeCordoned

@@ -21,7 +21,7 @@ from paraserve_scheduler.state.events import (
     DeploymentAdded,
     Event,
     HandOverFailed,
-    HandOverTold,
+    HandOverNotified,
     NodeCordoned,
     NodeRegistered,
     NodeReported,
@@ -70,7 +70,7 @@ def fold(view: ClusterView, event: Event) -> ClusterView:
             return _replica_removed(view, event)
         case PartRemoved():
             return _part_removed(view, event)
-        case HandOverTold() | HandOverFailed():
+        case HandOverNotified() | HandOverFailed():
             return _hand_over_answered(view, event)
         case SlotsRefused():
             return change_node(view, event.node, lambda it: replace(it, wanted_slots=None))
@@ -184,8 +184,8 @@ def _deployment_added(view: ClusterView, event: DeploymentAdded) -> ClusterView:
     return replace(view, deployments=with_item(view.deployments, state.name, state))
 
 
-def _hand_over_answered(view: ClusterView, event: HandOverTold | HandOverFailed) -> ClusterView:
-    if isinstance(event, HandOverTold):
+def _hand_over_answered(view: ClusterView, event: HandOverNotified | HandOverFailed) -> ClusterView:
+    if isinstance(event, HandOverNotified):
         answered = partial(replace, targets=event.targets, telling_failed_s=None)
     else:
         answered = partial(replace, telling_failed_s=event.at_s)

@@ -166,14 +166,14 @@ class ClusterView:
         reported = all(gateway.last_report_s >= since_s for gateway in self.gateways.values())
         return now_s >= since_s and reported and self.replica_in_flight(replica) == 0
 
-    def heard_since(self, time_s: float) -> ClusterView:
+    def without_silent_gateways(self, time_s: float) -> ClusterView:
         """The view without gateways that have been silent since `time_s`."""
-        heard = {
+        reporting = {
             name: gateway
             for name, gateway in self.gateways.items()
             if max(gateway.last_report_s, self.listening_since_s) >= time_s
         }
-        return replace(self, gateways=heard)
+        return replace(self, gateways=reporting)
 
     def without(self, gone: tuple[Replica, ...]) -> ClusterView:
         """The view as it will be when these replicas have left their nodes."""

@@ -69,7 +69,7 @@ def _handing_over(*nodes: str | NodeInfo, in_flight: int = 1, **spec: Any) -> Hi
     for successor in successors:
         history.becomes_ready(successor)
     history.decides()
-    history.told("tiny.1", *successors)
+    history.notified("tiny.1", *successors)
     return history
 
 
@@ -251,7 +251,7 @@ def test_a_ready_successor_gets_all_new_requests_and_then_the_running_ones() -> 
         HandOver(replica="tiny.1", targets=("tiny.2",), reason="tiny.2 is ready"),
     )
     assert history.decides() == (), "it is on its way"
-    history.told("tiny.1", "tiny.2")
+    history.notified("tiny.1", "tiny.2")
     assert history.decides() == ()
 
 
@@ -334,7 +334,7 @@ def test_a_ready_successor_that_is_lost_gives_the_requests_back() -> None:
     *_, command = history.decides()
     assert command == HandOver(replica="tiny.1", targets=(), reason="its successors are lost")
     assert history.routed() == ["tiny.1"]
-    history.told("tiny.1")
+    history.notified("tiny.1")
     history.demand()
     history.passes(CONFIG.settle_s)
     assert history.decides() == (), "it serves again"

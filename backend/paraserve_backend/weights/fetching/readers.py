@@ -167,12 +167,12 @@ class DiskReader:
     def refresh(self) -> None:
         """What the disk has only becomes less while a fetch runs, and then `read` sees it."""
         if not self._source.has_answered:
-            self._tell()
+            self._report_holdings()
 
     def read(self, task: Task) -> memoryview | None:
         content = self._join(task)
         if content is None:
-            self._tell()
+            self._report_holdings()
         else:
             self._disk.use(task.name, [task.byte_range])
         return content
@@ -202,7 +202,7 @@ class DiskReader:
             return None
         return content
 
-    def _tell(self) -> None:
+    def _report_holdings(self) -> None:
         byte_ranges = {name: self._disk.byte_ranges(name) for name in self._assignment.names}
         self._assignment.update(
             self._source,
