@@ -92,9 +92,9 @@ class History:
         for stage in range(len(self.view.replicas[replica].plan.stages)):
             self.part(replica, stage, Phase.READY)
 
-    def notified(self, replica: str, *targets: str) -> None:
+    def notified(self, replica: str, *successors: str) -> None:
         """The head of `replica` has taken the command to hand over."""
-        self.happens(HandOverNotified(replica=replica, targets=targets))
+        self.happens(HandOverNotified(replica=replica, successors=successors))
 
     def routed(self, deployment: str = "tiny") -> list[str]:
         """Where new requests may go."""

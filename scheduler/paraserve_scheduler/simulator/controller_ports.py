@@ -156,7 +156,7 @@ class SimulatedAgents:
             (stage,) = part.life.stages
             self.nodes[address].gpus[0].release(stage.reserved_bytes)
 
-    async def hand_over(self, address: str, replica: str, targets: Mapping[str, str]) -> None:
+    async def hand_over(self, address: str, replica: str, successors: Mapping[str, str]) -> None:
         raise NotImplementedError("replicas here stay as they are")
 
     async def keep_slots(self, address: str, idle_slots: int) -> None:

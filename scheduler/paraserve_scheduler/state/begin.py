@@ -104,7 +104,7 @@ def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> Cl
         ),
     )
     predecessor = view.predecessor(replica)
-    if predecessor is not None and not view.takers(predecessor):
+    if predecessor is not None and not view.ready_successors(predecessor):
         # It serves again, so that the time without a request counts from the next hand-over on.
         view = change_replica(view, predecessor.id, lambda it: replace(it, hand_over_s=None))
     return view
@@ -137,7 +137,7 @@ def _hand_over_begun(view: ClusterView, action: HandOver, at_s: float) -> Cluste
         lambda it: replace(
             it,
             telling=True,
-            hand_over_s=(it.hand_over_s or at_s) if action.targets else it.hand_over_s,
+            hand_over_s=(it.hand_over_s or at_s) if action.successors else it.hand_over_s,
         ),
     )
 

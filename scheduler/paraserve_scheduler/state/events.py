@@ -78,7 +78,7 @@ class HandOverNotified:
     """The head of a replica has taken the command to hand its requests over."""
 
     replica: str
-    targets: tuple[str, ...]
+    successors: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -186,7 +186,7 @@ def _deployment_added(view: ClusterView, event: DeploymentAdded) -> ClusterView:
 
 def _hand_over_answered(view: ClusterView, event: HandOverNotified | HandOverFailed) -> ClusterView:
     if isinstance(event, HandOverNotified):
-        answered = partial(replace, targets=event.targets, telling_failed_s=None)
+        answered = partial(replace, targets=event.successors, telling_failed_s=None)
     else:
         answered = partial(replace, telling_failed_s=event.at_s)
     return change_replica(view, event.replica, lambda it: answered(it, telling=False))

@@ -67,7 +67,7 @@ class ClusterView:
             if other.is_wanted and other.plan.succeeds == replica.id
         )
 
-    def takers(self, replica: Replica) -> tuple[Replica, ...]:
+    def ready_successors(self, replica: Replica) -> tuple[Replica, ...]:
         """Its successors once all are ready: from then on they get its requests, old and new."""
         successors = self.successors(replica)
         return successors if all(each.phase is Phase.READY for each in successors) else ()
@@ -77,7 +77,7 @@ class ClusterView:
         return tuple(
             replica
             for replica in self.live_replicas(deployment)
-            if replica.phase is Phase.READY and not self.takers(replica)
+            if replica.phase is Phase.READY and not self.ready_successors(replica)
         )
 
     def replicas_on(self, node: str) -> tuple[Replica, ...]:

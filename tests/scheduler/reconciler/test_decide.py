@@ -623,7 +623,9 @@ def _take_step(history: History, step: str, which: int, names: list[str]) -> Non
         running = {replica.id: in_flight}
         history.demand(replica.deployment, in_flight=in_flight, replica_in_flight=running)
     elif step == "notified" and replica is not None and replica.telling:
-        history.notified(replica.id, *(taker.id for taker in history.view.takers(replica)))
+        history.notified(
+            replica.id, *(successor.id for successor in history.view.ready_successors(replica))
+        )
     elif step == "not notified" and replica is not None and replica.telling:
         history.happens(HandOverFailed(replica=replica.id, at_s=history.now_s))
     elif step in ("drain", "undo"):

@@ -201,7 +201,7 @@ class Controller:
     def _hand_over(self, action: HandOver, tasks: asyncio.TaskGroup) -> None:
         replicas, nodes = self._view.replicas, self._view.nodes
         address = nodes[replicas[action.replica].plan.head.node].info.agent_address
-        urls = {target: replicas[target].plan.inbox_url for target in action.targets}
+        urls = {successor: replicas[successor].plan.inbox_url for successor in action.successors}
         notifying = self._notify_head(address, action.replica, urls)
         tasks.create_task(notifying, name=f"hand over {action.replica}")
 
@@ -212,7 +212,7 @@ class Controller:
             logger.warning("could not have %s hand over: %s", replica, error)
             self.notify(HandOverFailed(replica=replica, at_s=self.now_s()))
         else:
-            self.notify(HandOverNotified(replica=replica, targets=tuple(urls)))
+            self.notify(HandOverNotified(replica=replica, successors=tuple(urls)))
 
     async def _keep_slots(self, action: KeepSlots) -> None:
         address = self._view.nodes[action.node].info.agent_address
