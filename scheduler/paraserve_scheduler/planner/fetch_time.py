@@ -87,7 +87,7 @@ class Amounts:
         )
 
 
-class Inflow:
+class FetchTime:
     """What a node gets; rates in bytes per second."""
 
     def __init__(

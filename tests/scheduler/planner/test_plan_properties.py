@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim, offered_rate
-from paraserve_scheduler.planner.candidates import LayerSources, Spot, find_supply
+from paraserve_scheduler.planner.candidates import Candidate, LayerSources, find_layer_sources
 from paraserve_scheduler.planner.cost import Speed, decode_s, prefill_s
 from paraserve_scheduler.planner.decisions import PolicyFunction, Prediction, Start
 from paraserve_scheduler.planner.fleet import Fleet, Need, Node, Objectives
@@ -103,13 +103,13 @@ def _need(objectives: Objectives) -> Need:
     return make_need(model=_TINY, objectives=objectives, prompt_tokens=100)
 
 
-def _spot(node: Node, stages: int, supply: LayerSources) -> Spot:
+def _candidate(node: Node, stages: int, layer_sources: LayerSources) -> Candidate:
     room = max(gpu.free_bytes for gpu in node.gpus)
-    return Spot(
+    return Candidate(
         node=node,
         model=_TINY,
         weights="chat",
-        supply=supply,
+        layer_sources=layer_sources,
         in_pipeline=stages > 1,
         can_grow=room >= _TINY.full_bytes,
     )
@@ -119,25 +119,30 @@ def _every_plan(
     need: Need, fleet: Fleet, replicas: int, nodes: Sequence[Node] | None = None
 ) -> Iterator[tuple[float, float]]:
     """(TTFT, TPOT) of every number of stages and full workers, choice, order and cut."""
-    supply, usable = find_supply(need, fleet), fleet.nodes if nodes is None else nodes
+    layer_sources, usable = find_layer_sources(need, fleet), fleet.nodes if nodes is None else nodes
     for stages in range(1, len(usable) + 1):
         for chosen in combinations(usable, stages):
-            for spots in permutations(_spot(node, stages, supply) for node in chosen):
-                able = sum(spot.can_grow for spot in spots)
-                if spots[0].can_grow:
+            for candidates in permutations(
+                _candidate(node, stages, layer_sources) for node in chosen
+            ):
+                able = sum(candidate.can_grow for candidate in candidates)
+                if candidates[0].can_grow:
                     for full in range(1, min(stages, replicas, able) + 1):
-                        yield from _cuts(need, spots, full)
+                        yield from _cuts(need, candidates, full)
 
 
-def _cuts(need: Need, spots: tuple[Spot, ...], full: int) -> Iterator[tuple[float, float]]:
-    stages = len(spots)
-    speed, hop_s = slowest(_TINY, spots)
+def _cuts(
+    need: Need, candidates: tuple[Candidate, ...], full: int
+) -> Iterator[tuple[float, float]]:
+    stages = len(candidates)
+    speed, hop_s = slowest(_TINY, candidates)
     first = prefill_s(speed, need.prompt_tokens, stages=stages, full=full, hop_s=hop_s)
     tpot = decode_s(speed, CONFIG.tpot_batch, stages=stages, full=full, hop_s=hop_s)
     for inner in combinations(range(1, _LAYERS), stages - 1):
         bounds = (0, *inner, _LAYERS)
         ready = max(
-            spot.ready_s(a, b) for spot, (a, b) in zip(spots, pairwise(bounds), strict=True)
+            candidate.ready_s(a, b)
+            for candidate, (a, b) in zip(candidates, pairwise(bounds), strict=True)
         )
         if ready < float("inf"):
             yield ready + first, tpot
