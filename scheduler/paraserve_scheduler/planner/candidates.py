@@ -9,7 +9,7 @@ from heapq import nsmallest
 from itertools import islice
 
 from paraserve_scheduler.planner.bandwidth import LinkForecast
-from paraserve_scheduler.planner.cost import ModelShape, runtime_s, stage_ready_s
+from paraserve_scheduler.planner.cost import LayerRanges, ModelShape, runtime_s, stage_ready_s
 from paraserve_scheduler.planner.decisions import StageSource
 from paraserve_scheduler.planner.fetch_time import Amounts, FetchTime, Holders
 from paraserve_scheduler.planner.fleet import Fleet, Need, Node
@@ -30,7 +30,7 @@ class Holder:
     name: str
     #: What one more fetch gets from it.
     bytes_per_s: float
-    spans: tuple[tuple[int, int], ...]
+    layers: LayerRanges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ class Candidate:
             self.model,
             memory=self.node.cached.get(self.weights, ()),
             disk=self.node.on_disk.get(self.weights, ()),
-            peers=tuple(peer.spans for peer in self._peers),
+            peers=tuple(peer.layers for peer in self._peers),
         )
 
     def fetch_s(self, start: int, end: int) -> float:
@@ -179,7 +179,7 @@ def find_layer_sources(need: Need, fleet: Fleet) -> LayerSources:
     return LayerSources(
         store_bytes_per_s=share,
         peers=tuple(
-            Holder(name=node.name, bytes_per_s=_gives(node), spans=node.cached[need.weights])
+            Holder(name=node.name, bytes_per_s=_gives(node), layers=node.cached[need.weights])
             for node in best
         ),
     )

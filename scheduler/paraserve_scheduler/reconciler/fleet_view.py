@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim
 from paraserve_scheduler.planner.cost import (
+    LayerRanges,
     NodeKind,
     Speed,
     StartMethod,
@@ -185,14 +186,14 @@ def _deadline_s(view: ClusterView, replica: Replica) -> float | None:
 
 def _held(
     node: NodeState, active: Sequence[DeploymentState], *, on_disk: bool
-) -> dict[str, tuple[tuple[int, int], ...]]:
+) -> dict[str, LayerRanges]:
     """By checkpoint, the layers that lie in the node's host memory, or on its disk."""
     if not node.tier:
         return {}
     return {
-        state.deployment.spec.source: spans
+        state.deployment.spec.source: layers
         for state in active
-        if (spans := held_layers(state.deployment, node.tier, on_disk=on_disk))
+        if (layers := held_layers(state.deployment, node.tier, on_disk=on_disk))
     }
 
 

@@ -176,9 +176,9 @@ class SimulatedAgents:
         )
 
     def _tier(self, node: str) -> Iterable[HeldObject]:
-        for name, spans in self.nodes[node].memory.records().items():
+        for name, layers in self.nodes[node].memory.records().items():
             index = self.models[name].deployment.index
-            tensors = [it for start, end in spans for it in self.models[name].tensors(start, end)]
+            tensors = [it for start, end in layers for it in self.models[name].tensors(start, end)]
             for stored in index.objects:
                 landed = sorted((it.start, it.end) for it in tensors if it.object_key == stored.key)
                 if landed:

@@ -109,12 +109,18 @@ def test_a_source_more_is_never_later() -> None:
     assert seconds == [pytest.approx(100.0), pytest.approx(70.0), pytest.approx(20.0)]
 
 
-_SPANS = st.sets(st.integers(0, 7)).map(
+_LAYER_RANGES = st.sets(st.integers(0, 7)).map(
     lambda layers: tuple((layer, layer + 1) for layer in sorted(layers))
 )
 
 
-@given(_SPANS, _SPANS, st.lists(_SPANS, max_size=2), st.integers(0, 7), st.integers(1, 8))
+@given(
+    _LAYER_RANGES,
+    _LAYER_RANGES,
+    st.lists(_LAYER_RANGES, max_size=2),
+    st.integers(0, 7),
+    st.integers(1, 8),
+)
 def test_every_byte_of_a_range_has_one_holder(
     memory: tuple[tuple[int, int], ...],
     disk: tuple[tuple[int, int], ...],
@@ -127,6 +133,6 @@ def test_every_byte_of_a_range_has_one_holder(
     amounts = Holders(model, memory=memory, disk=disk, peers=peers).amounts(start, end)
     in_memory = sum(model.bytes_of(a, b) for a, b in memory if start <= a < end)
     assert amounts.total_bytes == model.bytes_of(start, end) - in_memory
-    held = {layer for spans in (disk, *peers) for layer, _ in spans} - {it for it, _ in memory}
+    held = {layer for layers in (disk, *peers) for layer, _ in layers} - {it for it, _ in memory}
     elsewhere = sum(model.bytes_of(it, it + 1) for it in held if start <= it < end)
     assert amounts.disk_bytes + sum(amounts.peers_bytes) == elsewhere

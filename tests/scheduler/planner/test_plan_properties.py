@@ -46,17 +46,17 @@ _KINDS = (
     ),
     make_kind(make_method(runtime_s=1.0, is_overlapped=False), name="serial"),
 )
-_SPANS = st.sampled_from([(), (), _ALL, ((0, 2),), ((3, 5),), ((0, 1), (4, 6))])
+_LAYER_RANGES = st.sampled_from([(), (), _ALL, ((0, 2),), ((3, 5),), ((0, 1), (4, 6))])
 
 
 @st.composite
 def _nodes(
     draw: st.DrawFn, *, whole_only: bool = False, least: int = 1, most: int = 3
 ) -> list[Node]:
-    spans = st.sampled_from([(), (), _ALL]) if whole_only else _SPANS
+    layers = st.sampled_from([(), (), _ALL]) if whole_only else _LAYER_RANGES
     nodes = []
     for index in range(draw(st.integers(least, most))):
-        cached, on_disk = draw(spans), draw(spans)
+        cached, on_disk = draw(layers), draw(layers)
         claimed_gb, left_s = draw(st.sampled_from([0, 0, 2, 10])), draw(st.floats(0.5, 10))
         deadline_s = NOW_S + left_s if whole_only else None
         claim = BandwidthClaim(remaining_bytes=claimed_gb * GB, deadline_s=deadline_s)
