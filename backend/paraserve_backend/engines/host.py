@@ -1,7 +1,7 @@
-"""Runs an engine on an event loop of its own, and every request as a task there.
+"""Runs an external engine on an event loop of its own, with one task per request.
 
-It looks after cancellation, hand-over and the end of the engine. What a request's tokens mean is
-its job's business.
+It turns our requests into the engine's, looks for cancellations, moves requests to other replicas
+by re-prefill, reports the engine's state, and lets the process end when the engine has died.
 """
 
 from __future__ import annotations

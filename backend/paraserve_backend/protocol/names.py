@@ -1,6 +1,6 @@
-"""Names and records that both sides exchange; standard library only.
+"""Names that both sides of an interface use: roles, engines, tensors of a forward pass, parameters.
 
-Byte ranges are half-open everywhere: `[start, end)`. Layer ranges too.
+Standard library only. Ranges of bytes and of layers are half-open everywhere: `[start, end)`.
 """
 
 from __future__ import annotations
