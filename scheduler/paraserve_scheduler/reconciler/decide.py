@@ -141,12 +141,6 @@ def _drop_deployments(view: ClusterView, now_s: float, config: PolicyConfig) -> 
             yield DropDeployment(deployment=state.name, reason="deleted, and no replica is left")
 
 
-# ---- what the chosen policy decides ----
-
-
-# ---- failed starts, and no room ----
-
-
 _Rule = Callable[[ClusterView, float, PolicyConfig], Iterator[Action]]
 
 _RULES: tuple[_Rule, ...] = (

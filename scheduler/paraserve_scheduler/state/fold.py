@@ -209,6 +209,3 @@ def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:
     # What a node could not remove, its next heartbeat will list again.
     nodes = {name: node.without({event.replica}) for name, node in view.nodes.items()}
     return replace(view, replicas=kept, nodes=nodes)
-
-
-# ---- helpers ----
