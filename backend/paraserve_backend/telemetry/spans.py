@@ -1,7 +1,4 @@
-"""Spans of a cold start: what was done, from when to when, and their file on a node.
-
-The timeline is drawn from them, and the scheduler learns the costs of starts from them.
-"""
+"""Spans of a cold start: who did what, from when to when. The timeline is drawn from them."""
 
 from __future__ import annotations
 
