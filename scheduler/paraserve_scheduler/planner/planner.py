@@ -1,7 +1,7 @@
-"""The cheapest way to start a replica that meets its objectives, or the best there is. Pure.
+"""The cheapest way to start one replica that meets its objectives, or the best way there is. Pure.
 
-Every number of stages is tried with the places that would have the model earliest; what each is
-predicted to take comes from `cost`, `contention` and `partition`.
+Every number of stages is tried with the places that would have the model earliest, zones included.
+The seconds come from `cost`, `bandwidth`, `candidates` and `partition`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The threads of one fetch: each brings task after task from its supply into the tier."""
+"""The threads of one fetch: each brings task after task from its source into the tier."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checks a machine for a local cluster: one finding per thing needed, and how to get it.
 
-Every check takes what it judges as arguments; only `examine` looks at the machine.
+Every check takes what it judges as arguments; only one function looks at the machine.
 """
 
 from __future__ import annotations
