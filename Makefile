@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test unit check format proto bench-coldstart bench-coldstart-smoke bench-hop \
+.PHONY: demo test unit unit-312 check format proto bench-coldstart bench-coldstart-smoke bench-hop \
 	bench-fetch bench-tier bench-engine bench-gpu bench-gateway bench-handover bench-policy bench-alignment \
 	simulate-paper simulate-mixed clients test-vllm clean
 
@@ -19,10 +19,15 @@ test: .venv/ready
 unit: .venv/ready
 	$(BIN)/pytest tests
 
+# All that runs without torch, under the Python of NVIDIA's newer images, where there is one.
+unit-312:
+	./.ci/unit-312
+
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.12
 	$(BIN)/lint-imports
 
 format: .venv/ready
@@ -97,4 +102,4 @@ test-vllm: .venv/ready .venv-vllm/ready
 	$(BIN)/pytest integration/system/test_vllm_in_triton.py
 
 clean:
-	rm -rf .venv .venv-clients .venv-vllm .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-312 .venv-clients .venv-vllm .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,4 @@
-"""Arithmetic on sets of half-open byte ranges. Pure."""
+"""Arithmetic on sets of half-open byte ranges `[start, end)`: union, difference, cuts. Pure."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ from paraserve_backend.engines.base import EngineDead
 from paraserve_backend.roles.external import ExternalRole
 
 def main() -> None:
-    # As `triton` does: a process without its engine must not stay.
+    # As `tritonserver.stub.model` does: a process without its engine must not stay.
     threading.excepthook = lambda args: os._exit(70 * (args.exc_type is EngineDead))
     role = ExternalRole("vllm", config_of(Path(sys.argv[1])), Gauges())
     reply = Reply()

@@ -1,6 +1,6 @@
-"""In-memory stand-ins for the outside world: a clock turned by hand, and nodes without processes.
+"""Fakes for tests, and for users who write a policy: a clock set by hand, nodes without processes.
 
-For tests and for whoever writes a policy of their own; nothing here sleeps or opens a socket.
+Nothing here sleeps or opens a socket.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from paraserve_backend.weights.tiers.memory import Tier
 from tests.support.checkpoints import write_checkpoint
@@ -41,6 +40,8 @@ def tier(tmp_path: Path) -> Iterator[Tier]:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For tiny models: more threads only wait for each other, far longer on a busy machine."""
+    import torch  # not there where only the rest is tested
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

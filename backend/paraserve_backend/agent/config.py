@@ -1,4 +1,7 @@
-"""Settings of one node agent. What the machine itself has is read in `node`."""
+"""Settings of the node agent: its addresses, memory, disk, ports, slots and time limits.
+
+What the machine itself has is read in `agent.hardware`.
+"""
 
 from __future__ import annotations
 

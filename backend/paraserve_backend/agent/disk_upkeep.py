@@ -1,7 +1,8 @@
-"""What a node does for its disk tier when it has nothing better to do, a small step at a time.
+"""What a node does for its disk tier while it is idle, in small steps.
 
-Copies to disk what is in host memory and not there yet, so that memory can be taken back at once;
-then reads what is on disk again, to find damage before somebody waits for the bytes.
+It copies to disk what only host memory has, so that memory can be freed at once, and it reads
+extents back to find damage before a start needs them. How fast, and how long after the last fetch,
+is decided here. The disk tier itself is `weights.tiers.disk`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The fetches of this node: each runs in a thread, lands in the host-memory tier, can be joined.
+"""The fetches of this node by their ids: each runs in a thread and fills the host-memory tier.
 
-Nothing here decides what to fetch. A fetch that ended, well or not, may be started again; what has
-landed is kept until it is released, and as long after that as there is room for it in memory, or
-on disk.
+This module starts, joins, stops and releases fetches and reserves memory for them. The scheduler
+decides what to fetch. Released bytes stay in memory or on disk while there is room.
 """
 
 from __future__ import annotations

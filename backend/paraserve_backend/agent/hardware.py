@@ -1,4 +1,4 @@
-"""What this machine has: the agent's own description for the scheduler."""
+"""What this node offers, as its agent tells the scheduler: addresses, memory, network, devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The node agent as a process: puts the pieces together, starts them, and leaves nothing behind."""
+"""The agent process: builds its components, runs them, and removes what it made when it ends.
+
+Models and keys that an earlier agent left behind are removed at the start; cached weights stay.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Serves bytes of this node's tier to the other agents of the cluster, behind serving traffic.
+"""Serves bytes of this node's tier to other agents, at a limited rate and with low priority.
 
-HTTP/1.1 with keep-alive and byte ranges, so that what reads object stores reads peers, too:
+HTTP/1.1 with keep-alive and byte ranges, so that the code that reads object stores reads peers too:
 
-GET /objects/<name>           with a Range; 404 where the node has nothing of it, 416 where it has
-                              not those bytes, at once
+GET /objects/<name>           with a Range; 404 where the node has nothing of the object, 416 where
+                              it lacks these bytes; it never waits for them
 GET /holdings/<name>,<name>   JSON: which bytes are there, and which a running fetch will bring
 
-How requests are signed is the client's side, `paraserve_backend.weights.sources.peer`.
+The client, which also signs the requests, is `weights.sources.peer`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The agent's side of the control plane: registers the node, reports its status, for ever.
+"""Registers this node with the scheduler and sends heartbeats, again and again after every loss.
 
-A heartbeat goes out every interval the scheduler asked for, and at once when something changed.
+A heartbeat is sent every interval that the scheduler asked for, and at once after a change.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Service `Agent`: the network face of `parts` and `fetches`; no decisions of its own."""
+"""The agent's gRPC service: passes the scheduler's commands to parts, fetches and slots.
+
+It decides nothing itself.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The node's runtime slots: processes without weights that parts bind instead of new ones.
+"""The node's runtime slots: which exist, when they are loaded and removed, and which a part gets.
 
-Owns which slots there are and loads and removes them in quiet moments. What a slot looks like to
-Triton is in `slot_models`, what it does when it is bound in `roles.slot`.
+Slots are loaded in quiet moments only. Their model configuration is in
+`tritonserver.host.model_config`; what a slot does when it is bound is in `roles.slot`.
 """
 
 from __future__ import annotations

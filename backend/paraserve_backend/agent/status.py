@@ -1,4 +1,4 @@
-"""What a node's tiers hold, as its heartbeats tell it."""
+"""What the node's tiers hold, as messages for the heartbeat."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Looks after the node: is Triton there, do the models' processes live? Restarts nothing itself;
-the scheduler removes and applies again, and slots mend themselves.
+"""Looks at Triton and at the models' processes, and tells parts and slots what it found.
+
+It restarts nothing: a failed part is replaced by the scheduler, a failed slot by `agent.slots`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Typed reads of a Hugging Face config.json; every failure names the field."""
+"""Typed reads of a Hugging Face config.json; every error names the field.
+
+Fields that many families share have a reader of their own here: dtype, activation, key heads,
+attention windows, and the refusal of quantized checkpoints.
+"""
 
 from __future__ import annotations
 

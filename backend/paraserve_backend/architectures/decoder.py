@@ -1,4 +1,8 @@
-"""A decoder's spec from its parts: what every family spells alike in config.json is read here."""
+"""Builds the specification of a decoder from its parts, with defaults for what most families share.
+
+Here are the shape of each layer module, the module names of Llama-like checkpoints and the reader
+for such checkpoints. What differs in one family is in `architectures.families`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Architectures we can run, and the way from a config.json to a `ModelSpec`."""
+"""The table of supported architectures, and the way from config.json to a model's specification."""
 
 from __future__ import annotations
 

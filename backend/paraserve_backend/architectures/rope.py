@@ -1,4 +1,7 @@
-"""Rotary positions as config.json describes them: the base frequency and the scalings."""
+"""Reads rotary positions from config.json: base frequency, scalings, and the context we serve.
+
+The computation is in `engines.native.model.rope`.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What the engine must know about a model: sizes, position encoding, tensor layout.
+"""The specification of a model: sizes, positions, windows, layer modules, names of its tensors.
 
-Read from config.json by a family (see `table`). The engine is one implementation: all that tells
-one family from another is a value here. What a layer adds or leaves out (biases, norms on queries
-and keys, a gate) shows as the presence of a module.
+Families (`architectures.registry`) make it from config.json. The engine is one implementation that
+reads nothing else, so every difference between families is a value here. A bias, a norm on queries
+or a gate exists because its module is listed. `LayerRange`, one stage's layers, is here too.
 """
 
 from __future__ import annotations

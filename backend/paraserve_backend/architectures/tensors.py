@@ -1,4 +1,7 @@
-"""Which tensors, of which shapes, a range of layers needs from a checkpoint; needs no torch."""
+"""Which tensors, of which shapes, a range of layers reads from a checkpoint; needs no torch.
+
+The bytes of KV cache per token are computed here too.
+"""
 
 from __future__ import annotations
 

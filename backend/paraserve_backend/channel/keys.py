@@ -1,4 +1,4 @@
-"""CURVE keys that replicas talk to each other with, as files only this user can read."""
+"""CURVE key pairs of deployments, as files that only this user can read."""
 
 from __future__ import annotations
 

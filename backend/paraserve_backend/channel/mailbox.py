@@ -1,6 +1,7 @@
-"""A replica's door to the others of its deployment: messages in, on a thread of its own, and out.
+"""A replica's connection to the other replicas of its deployment: a thread for what comes in, and a
+sender for what goes out.
 
-It decides nothing: it passes KV blocks to the handover target and all else to the generate loop.
+It decides nothing: messages go to the generate loop, KV blocks to the hand-over's target.
 """
 
 from __future__ import annotations

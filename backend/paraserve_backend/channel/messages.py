@@ -1,4 +1,4 @@
-"""Messages between replicas as frames."""
+"""The hand-over messages between replicas as frames, and back."""
 
 from __future__ import annotations
 

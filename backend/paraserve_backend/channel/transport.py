@@ -1,9 +1,9 @@
-"""Frames between the processes of a deployment: the activation channel, and requests that move.
+"""Frames over ZeroMQ: the activation channel between stages, and messages between replicas.
 
-ZeroMQ PUSH/PULL over TCP: an `Inbox` binds, an `Outbox` connects. The activation channel is one of
-each per member, one direction around the ring link → stage 1 → … → last stage → link. CURVE
-encrypts and authenticates: all processes of a deployment share one key pair and accept nobody else.
-A frame is a fixed header, a body, and raw tensor bytes in parts.
+An inbox binds, an outbox connects (PUSH/PULL over TCP). Each member of the activation channel has
+one of each; frames go one way around the ring link → stage 1 → … → last stage → link. CURVE
+encrypts, and admits only processes that have the deployment's key pair. Sizes, time limits and the
+form of a frame (header, body, tensor bytes in pieces) are decided here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How a daemon gets its settings: one YAML file, flags over it, into one frozen dataclass.
+"""Reads the settings of a daemon: one YAML file, with flags over it, into one frozen dataclass.
 
-Every field of the dataclass is a key of the file and a flag (`memory_bytes`, `--memory-bytes`);
-what its annotation says is the flag's help.
-Secrets are no settings: `read_token` takes the cluster token from a file or the environment.
+Every field of the dataclass is a key of the file and a flag (`memory_bytes`, `--memory-bytes`); its
+annotation is the flag's help. Secrets are not settings: the cluster token comes from a file or the
+environment, which is read here too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work beside the event loop's own that is never left behind."""
+"""Runs blocking work in threads, and several steps at once, and leaves none of them unfinished."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What an engine is that runs a whole model in the place of ours: TensorRT-LLM, vLLM.
+"""The interface of an engine that runs a whole model, and of what receives its answers and state.
 
-Text, stop words, when an answer ends and what a client gets are `engines.role`'s business: an
-engine takes token ids and yields token ids. All its methods run on one event loop.
+An engine takes token ids and yields token ids. Text, stop words and the end of an answer are the
+business of `generation` and `roles.external`. All methods of an engine run on one event loop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Runs an engine on an event loop of its own, and every request as a task there.
+"""Runs an external engine on an event loop of its own, with one task per request.
 
-It looks after cancellation, hand-over and the end of the engine. What a request's tokens mean is
-its job's business.
+It turns our requests into the engine's, looks for cancellations, moves requests to other replicas
+by re-prefill, reports the engine's state, and lets the process end when the engine has died.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class EngineHost:
             await self._end_all()
             await self._engine.stop()
         if self._death is not None:
-            # The process ends with this thread (`triton`), and the node's agent replaces it.
+            # The process ends with this thread (`tritonserver.stub.model`); the agent replaces it.
             raise self._death
 
     async def _start(self) -> bool:

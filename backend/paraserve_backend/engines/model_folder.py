@@ -1,6 +1,6 @@
-"""A fetched model as a folder in Hugging Face's form, which other engines load from.
+"""A fetched model as a folder in Hugging Face's form, from which external engines load.
 
-The files are links into the node's tier: nothing is copied.
+The files are links into the node's tier; nothing is copied.
 """
 
 from __future__ import annotations

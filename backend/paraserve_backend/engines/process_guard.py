@@ -1,7 +1,7 @@
-"""No process of an engine outlives the process that started it, however that one ends.
+"""Kills an engine's processes when the model's process that started them ends, however it ends.
 
-An engine holds gigabytes in processes of its own, and whoever kills a model's process knows that
-one alone.
+Engines hold gigabytes in processes of their own, and whoever kills a model's process knows only
+that one process.
 """
 
 from __future__ import annotations

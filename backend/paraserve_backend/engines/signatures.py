@@ -1,7 +1,8 @@
-"""What is called of the engines that are not ours, as data: tests and `paraserve doctor` compare it
-with fakes and with installed packages, so that a release that differs is seen before a request is.
+"""What ParaServe calls of vLLM and TensorRT-LLM, as a table, and how it compares with a package.
 
-Only what `tensorrt_llm` and `vllm` in this package use; every argument is passed by name.
+The tests make their fakes from the table, and `paraserve doctor` compares it with what is
+installed, so that an incompatible release is found before a request is. All arguments are passed by
+name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a client gets of one request: text and tokens, streamed or all at once."""
+"""What a client gets of one request: text, tokens and log-probabilities, streamed or all at once.
+
+It collects the tokens of one sequence and decides when to send what.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""From a checked request to what the generate loop runs: token ids in place of text.
+"""Turns a checked request into the sequence to run: token ids instead of text.
 
-It owns what depends on the model: its tokenizer, vocabulary, end tokens and context.
+It owns what depends on the model: tokenizer, vocabulary, end tokens and context length. Prompts
+that are too long and tokens that do not exist are refused here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One request while it generates: its tokens, its KV blocks and how far it has come."""
+"""One request while it generates: its tokens, its KV blocks, its progress and when it ends.
+
+What sampling must know of its past (penalties, bad words, least length) is followed here too.
+"""
 
 from __future__ import annotations
 

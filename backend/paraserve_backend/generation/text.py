@@ -1,4 +1,4 @@
-"""Text in and out: a Hugging Face tokenizer.json, incremental decoding, stop words."""
+"""Tokens to text: reads tokenizer.json, decodes incrementally, and holds back stop words."""
 
 from __future__ import annotations
 

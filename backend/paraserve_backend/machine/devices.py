@@ -1,4 +1,4 @@
-"""Which devices this host has, and of which kind, as its kernel says."""
+"""Which devices this host has, and its kind of hardware, as the kernel reports them."""
 
 from __future__ import annotations
 

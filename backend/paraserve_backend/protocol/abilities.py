@@ -1,5 +1,6 @@
-"""What engines other than ours can be asked for: pure, so that a gateway can refuse a request
-before it wakes a model.
+"""Which request settings each external engine supports, and the check of a request against them.
+
+Pure, so that a gateway can refuse a request before it wakes a model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One forward pass as data: what the generate loop sends to every stage, and what comes back.
 
-The generate loop owns the schedule and the KV blocks, so a batch carries each sequence's block
-table and the stages keep no scheduling state. Its binary form is `batch_codec`'s.
+A batch carries the block table of each sequence and the KV blocks to export, so that stages keep no
+scheduling state. The binary form is `protocol.forward_codec`.
 """
 
 from __future__ import annotations

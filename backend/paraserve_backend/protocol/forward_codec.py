@@ -1,7 +1,7 @@
 """The binary form of a forward pass, the same in a Triton tensor and in an activation frame.
 
-Little-endian, fixed layout, no pickle. What only some rows have lies after all rows, so that a
-batch of plain rows is as small, and as quick to read, as if there were nothing else.
+Little-endian, fixed layout, no pickle. Optional fields of rows come after all rows, so that a batch
+of plain rows is as small and as fast to read as if there were no such fields.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What replicas say to each other when running requests change from one to the other.
+"""What replicas say to each other while a running request moves from one to the other.
 
-The source offers a sequence, its stages send KV blocks, and the target says when it has them all.
-A ticket stands for one sequence on its way. `engines.native.handover_source` and `handover_target`
-decide which sequence moves when; `channel.mailbox` brings the messages.
+The source offers a sequence, its stages send KV blocks, and the target says when it has all of
+them. A ticket names one sequence on its way. When a sequence moves is decided in
+`engines.native.handover_source`; `channel` brings the messages.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Names and records that both sides exchange; standard library only.
+"""Names that both sides of an interface use: roles, engines, tensors of a forward pass, parameters.
 
-Byte ranges are half-open everywhere: `[start, end)`. Layer ranges too.
+Standard library only. Ranges of bytes and of layers are half-open everywhere: `[start, end)`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class EngineName(StrEnum):
 
 # Tensor names of the role `generate` live in `paraserve_backend.protocol.tensors`; those of one
 # forward pass, used by `stage`, `link` and the ensemble, are these.
-FORWARD_BATCH = "batch"  # UINT8[-1]: an encoded `engine.batch.ForwardBatch`
+FORWARD_BATCH = "batch"  # UINT8[-1]: an encoded `protocol.forward.ForwardBatch`
 FORWARD_TOKEN_IDS = "token_ids"  # INT32[-1]: the new tokens of every row, concatenated
 FORWARD_HIDDEN = "hidden"  # UINT8 [tokens, hidden_size * bytes per element]
-FORWARD_RESULT = "result"  # UINT8[-1]: an encoded `engine.batch.ForwardResult`
+FORWARD_RESULT = "result"  # UINT8[-1]: an encoded `protocol.forward.ForwardResult`
 
 #: Request parameter that names the replica a request is meant for. A slot serves one replica after
 #: the other, and refuses what was meant for another one.

@@ -1,7 +1,8 @@
-"""Settings of one Triton model of backend `paraserve`: every read of its parameters is here.
+"""The parameters of a Triton model of backend `paraserve` as typed settings of its role.
 
-The scheduler renders them into config.pbtxt (model_repository_templates/); a user may write the
-standalone form by hand. Nothing here is secret: keys lie in files named by the parameters.
+All reading of these parameters is here. The scheduler renders them into config.pbtxt from
+model_repository_templates/; users write the standalone form by hand. None of them is secret: keys
+are in files that the parameters name.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class GenerateConfig:
     batches_in_flight: int
     #: `None`: requests stay where they are.
     hand_over: HandOverConfig | None
-    #: "paraserve", or one that `engines.role` knows.
+    #: "paraserve", or one that `roles.external` knows.
     engine: str
 
 

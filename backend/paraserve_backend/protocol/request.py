@@ -1,7 +1,8 @@
-"""One generate request: what the settings of either Triton LLM backend's clients mean.
+"""One generate request, parsed and checked: defaults, ranges, and what is not supported.
 
-What was given is checked here and nowhere else: the gateway does it before it wakes a model, the
-backend before it runs one. docs/protocol.md lists the settings.
+Settings of vLLM's and of TensorRT-LLM's clients are understood (docs/protocol.md). The gateway
+checks a request before it wakes a model; the replica checks it again, as clients may call it
+directly.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The settings of one request, wherever they are: found, converted and held to their ranges.
+"""Finds the settings of a request, converts them and checks their types and ranges.
 
-A setting may come as a tensor, inside `sampling_parameters` (JSON in a string, as vLLM's clients
-send it), or as a request parameter (undeclared keys of the generate extension); the first wins.
-What the settings mean is `request`'s business.
+A setting may be a tensor, a key of `sampling_parameters` (JSON in a string, as vLLM's clients send
+it) or a request parameter; the first wins. What a setting means is decided in `protocol.request`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""How far a request had come when it left its replica: all that the next one needs besides the
-request itself. As text, because it travels as a request parameter.
+"""How far a request had come when it left its replica: all that the next replica needs besides it.
+
+Encoded as text, because it travels as a request parameter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How tokens are chosen, and what is told about a chosen one. Plain records, no torch."""
+"""How a token is chosen, and what is reported about a chosen one. Records only, no torch."""
 
 from __future__ import annotations
 

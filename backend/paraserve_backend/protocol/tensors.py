@@ -1,6 +1,7 @@
-"""The tensors a deployment takes and gives: one table for the config templates, the backend and
-the gateway's metadata. Names are those of Triton's vLLM and TensorRT-LLM backends; docs/protocol.md
-says what each means.
+"""The input and output tensors of a deployment, in one table.
+
+The config templates, the backend and the gateway's metadata are made from it. Names are those of
+Triton's vLLM and TensorRT-LLM backends; docs/protocol.md explains each.
 """
 
 from __future__ import annotations

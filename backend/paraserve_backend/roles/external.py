@@ -1,7 +1,6 @@
-"""Role `generate` with an engine that is not ours: one full instance of the model.
+"""Role `generate` with an external engine: one full instance of the model. The table of engines.
 
-It takes requests over from other replicas by computing prompt and tokens so far again, and gives
-its own away in the same manner: KV blocks go neither way.
+Requests move to and from other replicas by re-prefill of prompt and tokens; KV blocks do not move.
 """
 
 from __future__ import annotations

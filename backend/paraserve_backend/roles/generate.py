@@ -1,7 +1,7 @@
-"""Role `generate`: text in, tokens out, for all requests of a replica at once.
+"""Role `generate` with our own engine: text in, tokens out, for all requests of a replica at once.
 
-While the replica is a pipeline a forward pass is a call of the ensemble; a replica of one stage
-holds all layers in this process and no Triton call is left in the token loop.
+In a pipeline, a forward pass is a call of the ensemble. A replica of one stage holds all layers in
+this process, and its token loop makes no Triton calls.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Role `link`: the head's door to the activation channel.
+"""Role `link`: the head's connection to the activation channel.
 
-It takes the first stage's hidden states from the ensemble, sends them to the next node and answers
-the ensemble when the last stage's result comes back. Imports no torch: hidden states are bytes.
+It takes the first stage's hidden states from the ensemble, sends them to the next node, and answers
+the ensemble when the last stage's result comes back. It imports no torch: hidden states are bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Role `slot`: a process that has imported everything and waits to become a model.
+"""Role `slot`: a process that has imported everything and waits to be bound as another role.
 
-A bind builds the real role with the code of a fresh load; an unbind leaves nothing of it. Whether
-a process whose bind failed may be used again is not decided here: its agent throws it away.
+Binding builds the role with the code of a fresh load; unbinding leaves nothing of it. The agent
+decides what happens to a slot whose binding failed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Role `stage`: one forward pass over a contiguous range of layers, and those layers' KV blocks.
+"""Role `stage`: forward passes over a range of layers, and the KV blocks of those layers.
 
-The first stage is fed by Triton (the head's ensemble); later ones by the activation channel. Each
-can also be called through Triton alone. A stage keeps no scheduling state.
+The first stage is fed by the head's ensemble, later ones by the activation channel; each can also
+be called through Triton alone. A stage keeps no scheduling state.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Where a role's weights and small files come from.
+"""Opens a model's weights and small files: a fetch that the agent runs, or one that is begun here.
 
-On a node with an agent they arrive in the agent's tier while the model loads. A standalone model
-fetches them itself, into a tier of its own, with the same code.
+A standalone model fetches into a tier of its own with the same code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A shared cluster token on every control-plane call: client and server side.
+"""The cluster token on our gRPC calls: sent by clients, checked by servers.
 
-Without a token the services must stay on loopback; `require_loopback` enforces it.
+Without a token a service must listen on loopback only; that is enforced here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""How our gRPC services end a call that failed: with the error's code and its one sentence."""
+"""Our errors over gRPC: servers end a call with code and sentence, clients make the error again.
+
+Which gRPC codes count as a lost connection is decided here too.
+"""
 
 from __future__ import annotations
 

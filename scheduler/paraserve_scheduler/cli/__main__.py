@@ -1,3 +1,5 @@
+"""Runs the command line as `python -m paraserve_scheduler.cli`."""
+
 import sys
 
 from paraserve_scheduler.cli.main import main

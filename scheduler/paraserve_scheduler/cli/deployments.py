@@ -1,4 +1,4 @@
-"""`paraserve deploy`, `status`, `timeline`, `delete`: what a scheduler's users do."""
+"""`paraserve deploy`, `status`, `timeline`, `delete`: what a cluster's users do."""
 
 from __future__ import annotations
 

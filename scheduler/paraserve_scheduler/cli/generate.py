@@ -1,4 +1,4 @@
-"""`paraserve generate`: a prompt to the gateway, its answer to the terminal as it comes."""
+"""`paraserve generate`: sends a prompt to the gateway and prints the answer as it comes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`paraserve doctor` and `paraserve install-backend`: preparing a machine."""
+"""`paraserve doctor` and `paraserve install-backend`: checking and preparing a machine."""
 
 from __future__ import annotations
 

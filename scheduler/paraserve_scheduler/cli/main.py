@@ -1,6 +1,6 @@
-"""The command `paraserve`: one parser for all command groups, one place for errors.
+"""The command `paraserve`: one parser for all groups of commands, one place for errors.
 
-Every command is imported only when it is called: `paraserve status` needs no part of the agent.
+A command's module is imported only when it is called: `paraserve status` imports no agent.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`paraserve simulate`: a policy on a described cluster, faster than time passes."""
+"""`paraserve simulate`: runs a policy on a described cluster, faster than real time."""
 
 from __future__ import annotations
 

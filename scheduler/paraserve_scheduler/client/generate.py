@@ -1,4 +1,4 @@
-"""One generate request over KServe v2 gRPC, with the official client and nothing of ours."""
+"""Sends one generate request over KServe v2 gRPC with Triton's own client; yields its answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A thin client of service Scheduler for the command line: our errors instead of gRPC's."""
+"""A blocking client of the scheduler for the command line; errors are ours instead of gRPC's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Settings of the scheduler process; read from YAML and flags, units in the names."""
+"""Settings of the scheduler daemon, and the defaults of deployments; read from YAML and flags.
+
+The settings of policy and placement inside are those of `reconciler.config`.
+"""
 
 from __future__ import annotations
 

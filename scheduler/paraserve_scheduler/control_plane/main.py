@@ -1,4 +1,4 @@
-"""The scheduler as a process, with a gateway in it unless told otherwise."""
+"""The scheduler process: store, controller and service, and a gateway unless told otherwise."""
 
 from __future__ import annotations
 

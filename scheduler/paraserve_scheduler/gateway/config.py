@@ -1,4 +1,7 @@
-"""What a gateway can be told. Every time limit is in seconds and says which wait it covers."""
+"""Settings of a gateway: addresses, time limits and the size of requests.
+
+Every time limit is in seconds and says which wait it covers.
+"""
 
 from __future__ import annotations
 

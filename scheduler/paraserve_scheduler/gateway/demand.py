@@ -1,6 +1,6 @@
-"""What this gateway's clients want right now, counted: the scheduler scales by it.
+"""Counts what this gateway's clients want; the scheduler scales by it.
 
-Counts only; `scheduler_link` sends the reports and `routes` decides who waits.
+It only counts: `scheduler_link` sends the reports, `routes` decides who waits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One client request from its checks to its last response, whatever protocol it came in by."""
+"""One client request from its checks to its last response, whatever protocol it came by.
+
+It decides when a request is tried at another replica, and at how many.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How a request is resumed by another replica: what the next one needs in order to go on.
+"""How a request goes on at another replica: what that replica must know.
 
-Replicas say themselves how far they have come when they hand a request over; of one that was lost,
-what it has sent says so.
+A replica that hands a request over says how far it has come. For a replica that was lost, this
+module knows it from the responses that were sent.
 """
 
 from __future__ import annotations

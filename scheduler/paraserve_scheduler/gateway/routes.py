@@ -1,7 +1,7 @@
-"""Which replicas serve which deployment, and the requests that wait for one.
+"""Which replicas serve which deployment, which of them gets a request, and who waits for one.
 
-Keeps the scheduler's last route table. It never asks for one (`scheduler_link` does) and sends no
-request anywhere (`upstream` does).
+It keeps the scheduler's last route table, which `scheduler_link` receives. It refuses requests when
+too many wait; `upstream` sends them.
 """
 
 from __future__ import annotations

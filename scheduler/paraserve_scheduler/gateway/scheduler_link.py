@@ -1,6 +1,6 @@
-"""The gateway's two conversations with the scheduler: route tables in, demand out.
+"""The gateway's two streams with the scheduler: route tables in, demand reports out.
 
-Lost connections are taken up again for ever; meanwhile the last table stays in force.
+Lost connections are made again for ever; meanwhile the last route table holds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Puts one gateway together: two listeners, one proxy, one link to the scheduler."""
+"""The gateway process: two listeners, one proxy, one link to the scheduler, and their shutdown."""
 
 from __future__ import annotations
 

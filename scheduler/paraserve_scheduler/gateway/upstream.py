@@ -1,5 +1,7 @@
-"""One request to one replica: its own gRPC stream to the replica's Triton server, bounded in time,
-cancelled with its caller, with errors that name the deployment and never the replica's insides.
+"""Sends one request to one replica: a gRPC stream of its own to the replica's Triton server.
+
+The stream is bounded in time and cancelled with its caller. Which failures mean that a replica is
+lost, or never took the request, is decided here. Errors name the deployment, never the replica.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive their parent, with a log file each."""
+"""Child processes with a log file each, which cannot outlive their parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting, finding and stopping a local cluster from outside its supervisor."""
+"""Starts, finds and stops a local cluster from outside its supervisor; chooses ports and memory."""
 
 from __future__ import annotations
 

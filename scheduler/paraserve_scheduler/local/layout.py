@@ -1,7 +1,7 @@
-"""What a local cluster consists of and where its files lie. Records and names only; starts nothing.
+"""What a local cluster consists of, and the paths and names of its files; starts nothing.
 
-A cluster's durable files lie in its state directory, its weights and keys in shared memory. All
-names in shared memory start with `shm_prefix`, so that leftovers can be found and removed.
+Durable files are in a state directory; weights and keys are in shared memory. All names in shared
+memory start with one prefix, by which leftovers are found and removed here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Who owns a cluster: an advisory lock on a file that holds the owner's process id.
 
-The kernel gives the lock back when its owner dies, however it dies.
+The kernel releases the lock when its owner dies, however it dies.
 """
 
 from __future__ import annotations

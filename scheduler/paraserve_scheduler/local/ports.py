@@ -1,5 +1,7 @@
-"""Free TCP ports. Only below the range that the kernel gives to outgoing connections: otherwise a
-client of ours could take a port between its choice and its use.
+"""Picks free TCP ports for a local cluster.
+
+Only below the range that the kernel gives to outgoing connections: otherwise a client of ours could
+take a port between its choice and its use.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The processes of a local cluster: their commands, settings files, environment, ready checks.
+"""The processes of a local cluster: their commands, settings files, environment and ready checks.
 
-Secrets reach them by files that only their owner can read, or by environment; never by arguments.
+Secrets reach them in files that only their owner can read, or in the environment; never as
+arguments.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The process that owns a local cluster: starts its processes, again where one ends, cleans up.
+"""The process that owns a local cluster: starts its processes, restarts those that end, cleans up.
 
-`up` starts it and reads one JSON object a line from its stdout. While the cluster starts, closing
-its stdin makes it give up; afterwards only SIGTERM does. One thread starts all processes: their
-lives are tied to it.
+`paraserve up` starts it and reads one JSON object per line from its stdout. During the start,
+closing its stdin makes it give up; afterwards only SIGTERM does. One thread starts all processes,
+because their lives are tied to it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Who gets how much of which link: fair shares, deadlines of running fetches, admission. Pure.
+"""Who gets how much of a network link: fair shares, deadlines of fetches, admission. Pure.
 
 A fetch crosses two links: out of its source (the store or a peer) and into its node. Shares are
-max-min fair on both ends, which is what TCP flows of equal round trips come close to.
+max-min fair on both ends, which is close to what TCP flows of equal round trips get.
 """
 
 from __future__ import annotations

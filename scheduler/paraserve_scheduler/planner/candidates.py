@@ -1,4 +1,7 @@
-"""Nodes as candidates for the stages of one model: what each has ready, and when. Pure."""
+"""Candidates: nodes as places for a stage, and when each could have which layers. Pure.
+
+Which nodes are looked at closely, and which peers a fetch may read from, is decided here.
+"""
 
 from __future__ import annotations
 

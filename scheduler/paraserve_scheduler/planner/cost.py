@@ -1,7 +1,6 @@
-"""What starting and serving a model takes, in seconds and in memory held. Pure formulas.
+"""What starting and serving a model takes: seconds and memory, from constants of a kind of node.
 
-Constants are measured per kind of node (a GPU type with its host) and handed in; this module knows
-none. Nothing here chooses: `planning` does.
+Pure formulas. The constants are measured elsewhere and passed in; `planner.planner` chooses.
 """
 
 from __future__ import annotations

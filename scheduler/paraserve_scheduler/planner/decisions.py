@@ -1,4 +1,8 @@
-"""What a policy may decide, and what it predicts of it."""
+"""The decisions a policy can make, each with its reason, and what is predicted of a start.
+
+A decision becomes actions in `reconciler.starts`. The types of policies and admission rules are
+here too.
+"""
 
 from __future__ import annotations
 

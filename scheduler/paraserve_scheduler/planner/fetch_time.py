@@ -1,9 +1,9 @@
-"""How fast bytes come to one node from its disk, peers and the store at the same time. Pure.
+"""How long a fetch to a node takes from its disk, peers and the store at the same time. Pure.
 
-What disk and peers have, the store has too: it helps where they are slow. So of `m` bytes, `d` on
-disk and `p` with peers, `min(d, disk · t) + min(link(t), store · t + sum min(p, peer · t))` are
-there after `t` seconds. Each such sum of minima is a minimum over straight lines and what the link
-gives, whose inverses are known.
+Every byte on disk or at a peer is also in the store, so the store can serve any part of it when
+they are slow. Of `m` bytes, `d` on disk and `p` with peers,
+`min(d, disk · t) + min(link(t), store · t + sum min(p, peer · t))` are there after `t` seconds.
+Each such sum is a minimum over straight lines and what the link gives, whose inverses are known.
 """
 
 from __future__ import annotations

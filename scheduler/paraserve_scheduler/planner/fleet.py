@@ -1,7 +1,7 @@
-"""What a policy sees of the cluster at one moment, and what it can decide. Frozen records only.
+"""The fleet: what a policy sees of the cluster at one moment. Frozen records only.
 
-The same records come from the scheduler's view and from the simulator. Times are seconds of the
-same clock; sizes bytes. A node is a host: its GPUs share one network card and one host memory.
+The scheduler's view and the simulator both make it. Times are seconds of one clock, sizes bytes. A
+node is a host: its GPUs share one network card and one host memory.
 """
 
 from __future__ import annotations

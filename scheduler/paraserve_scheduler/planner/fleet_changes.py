@@ -1,4 +1,4 @@
-"""How decisions change a fleet, before anything has come of them. Pure."""
+"""How a decision changes a fleet before anything has come of it. Pure."""
 
 from __future__ import annotations
 

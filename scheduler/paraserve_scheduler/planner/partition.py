@@ -1,8 +1,8 @@
-"""Which places take a model's stages and which layers each: the latest stage as early as can be.
+"""Which places take a model's stages, and which layers each, so that the latest is earliest. Pure.
 
-Pure. A place says in how many seconds it has layers `[a, b)` ready; more layers never take less.
-Choosing places and cutting layers are two steps: `choose_places` treats layers as divisible, where
-it is exact, `cut` then finds the best cut into whole layers.
+A place says after how many seconds it has layers `[a, b)` ready; more layers never take less. First
+the places are chosen as if layers were divisible, where that is exact; then the best cut into whole
+layers is found.
 """
 
 from __future__ import annotations

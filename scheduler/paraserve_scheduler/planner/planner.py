@@ -1,7 +1,7 @@
-"""The cheapest way to start a replica that meets its objectives, or the best there is. Pure.
+"""The cheapest way to start one replica that meets its objectives, or the best way there is. Pure.
 
-Every number of stages is tried with the candidates that would have the model earliest; `cost`,
-`bandwidth` and `partition` predict how long each takes.
+Every number of stages is tried with the places that would have the model earliest, zones included.
+The seconds come from `cost`, `bandwidth`, `candidates` and `partition`.
 """
 
 from __future__ import annotations

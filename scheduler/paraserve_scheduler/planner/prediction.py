@@ -1,4 +1,4 @@
-"""What a start is expected to give: time, speed, memory held. Pure formulas over candidates."""
+"""What a start is expected to give: time to first token, time per token, memory held. Pure."""
 
 from __future__ import annotations
 

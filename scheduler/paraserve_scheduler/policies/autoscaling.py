@@ -1,4 +1,7 @@
-"""How many replicas a deployment should have: demand, capacity, forecast, admission. Pure."""
+"""How many replicas a deployment should have, by demand, capacity and forecast. Pure.
+
+The limit on waiting requests here is the simulator's; a gateway has its own (`gateway.routes`).
+"""
 
 from __future__ import annotations
 

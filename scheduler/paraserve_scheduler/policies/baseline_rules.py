@@ -1,4 +1,4 @@
-"""What the baseline policies have in common: memory sizes, queue rule, fixed keep-alive."""
+"""Rules that the baseline policies share: memory sizes, queue rule, fixed keep-alive, equal cut."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""HydraServe's rules as its released code has them, with and without its cache of whole models.
+"""HydraServe's policy as its released code has it, with and without its cache of whole models.
 
-The first feasible pipeline size and number of full workers, equal parts, nodes by the bandwidth a
-new fetch would get. Its constants are its own; nothing is measured.
+It takes the first feasible numbers of stages and full workers, cuts equally, and prefers nodes by
+the bandwidth a new fetch would get. Its constants are its own; nothing is measured.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How long what is loaded stays, layer by layer: weights, then the runtime without them. Pure.
+"""How long loaded weights and runtime slots stay, and which idle replicas are evicted. Pure.
 
-RainbowCake's rule: a layer stays as long as its next use is likely soon, by the arrivals of all
-who share it, and no longer than keeping it costs less than making it anew.
+RainbowCake's rule: a layer stays while its next use is likely soon, judged by the arrivals of all
+who share it, and while keeping it costs less than making it again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""ParaServe's own policy: what to start, stop and keep ready. One pure function of the fleet.
+"""ParaServe's own policy: what to start, what to stop, which slots to keep. One pure function.
 
 Deployments whose requests can still meet their objective come first, the most urgent of them
-before the others; room is made by evicting idle replicas.
+before the others. Idle replicas are evicted to make room.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The policies by name, each with the kind of worker process it commands."""
+"""The table of policies by name, ours and the baselines; each with its kind of worker process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serverless vLLM as HydraServe's authors set it up: first fit, one worker, nothing overlapped."""
+"""Serverless vLLM as HydraServe's authors set it up: first fit, one worker, nothing overlaps."""
 
 from __future__ import annotations
 

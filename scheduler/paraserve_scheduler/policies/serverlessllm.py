@@ -1,7 +1,7 @@
-"""ServerlessLLM: whole GPUs, a host-memory cache of whole models, the server that starts soonest.
+"""ServerlessLLM's policy: whole GPUs, whole models cached in host memory, the server soonest ready.
 
-Estimate of a start: `queue + bytes / bandwidth` of the tier the model is in on that server. As in
-its code one instance is added at a time.
+It estimates a start as `queue + bytes / bandwidth` of the tier that holds the model on that server.
+As in its code, one instance is added at a time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which nodes a deployment may use and what they have free, as a view of the cluster says. Pure."""
+"""Which nodes a deployment may use, what they have free, and when a node counts as lost. Pure."""
 
 from __future__ import annotations
 

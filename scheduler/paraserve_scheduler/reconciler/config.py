@@ -1,4 +1,4 @@
-"""What the reconciler needs to know of how the cluster is to be run."""
+"""Settings of the reconciler: the policy's name, time limits, placement, consolidation."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""When replicas get successors: pipelines become full instances, drained nodes get empty. Pure.
+"""When a replica gets successors, how many and where, and when it hands over to them. Pure.
 
-A successor is an ordinary replica of one stage that takes over the requests of another one. These
-rules start successors, have requests handed over and stop what has none left; how replicas are
-placed and removed is as for any other. A replica serves until all its successors are ready.
+Pipelines become full instances, and drained nodes become empty. A successor is an ordinary replica
+of one stage that takes over the requests of another one; it is placed and removed like any other. A
+replica serves until all its successors are ready.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""What to do about the state of the cluster. Pure: a view and a time in, actions out.
+"""What to do about the state of the cluster: a view and a time in, a sequence of actions out. Pure.
 
-What starts, what is idle for too long and which slots are kept says the policy named in the
-settings, asked with a `fleet`. Here is what no policy may change: a replica that lost any part is
-stopped whole, what can only fail is not started, and nobody waits for ever. When a replica gets
-successors is `consolidation`'s business.
+The rules here hold whatever the policy decides: a replica that lost a part is stopped as a whole,
+stopped replicas and orphaned parts are removed. The policy is asked in `reconciler.starts`,
+successors are decided in `reconciler.consolidation`.
 """
 
 from __future__ import annotations
@@ -140,12 +139,6 @@ def _drop_deployments(view: ClusterView, now_s: float, config: PolicyConfig) -> 
     for state in view.deployments.values():
         if state.deleting and not view.live_replicas(state.name):
             yield DropDeployment(deployment=state.name, reason="deleted, and no replica is left")
-
-
-# ---- what the chosen policy decides ----
-
-
-# ---- failed starts, and no room ----
 
 
 _Rule = Callable[[ClusterView, float, PolicyConfig], Iterator[Action]]

@@ -1,7 +1,6 @@
-"""The scheduler's view of the cluster as policies see it. Pure.
+"""Turns the scheduler's view of the cluster into the fleet that a policy sees. Pure.
 
-A policy knows fleets only, so that the simulator can ask it the same question; here is where the
-real cluster becomes one.
+Measured constants of nodes, or guesses until they are measured, are filled in here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The shape of a deployment as the planner sees it: bytes of its layers, and which are where."""
+"""The shape of a model for the planner: bytes per layer, and which layers a tier holds. Pure."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Moves that users order: a deployment to another node, and everything off a node. Pure.
+"""What users order: migrate a deployment, drain a node. Checks and progress. Pure.
 
-What follows from an order is left to the rules of `consolidation`.
+What follows from an order is decided in `reconciler.consolidation`.
 """
 
 from __future__ import annotations

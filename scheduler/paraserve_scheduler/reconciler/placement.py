@@ -1,4 +1,4 @@
-"""A replica laid out on the nodes that a policy chose: addresses, memory, KV cache. Pure."""
+"""Lays a replica out on chosen nodes: ports, memory, KV blocks; or says what is missing. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The policy's decisions as actions: starts, stops, slots, and refusals where no start can help."""
+"""Asks the policy and turns its decisions into actions: starts, stops, slots. Pure.
+
+It also holds back what failed, gives up on requests that no start can serve, and stops successors
+whose room waiting requests need.
+"""
 
 from __future__ import annotations
 

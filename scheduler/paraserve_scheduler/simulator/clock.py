@@ -1,4 +1,4 @@
-"""Virtual time: what is due next happens next, in the order in which it was asked for."""
+"""Virtual time: a heap of events; time jumps to the next one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The simulated cluster behind the real controller's ports: its clock, its agents, a gateway.
+"""Runs the real controller on the simulated cluster, with simulated clock, agents and gateway.
 
-So that the real control loop can run in virtual time on the simulator's physics. What is served and
-how fast, and which bytes are where, is as in `world`; slots, hand-overs and disks are not here.
+Only tests use it. Service, speed and the place of bytes are as in `simulator.world`. Slots,
+hand-overs and disks are not simulated here.
 """
 
 from __future__ import annotations

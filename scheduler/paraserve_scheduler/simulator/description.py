@@ -1,4 +1,4 @@
-"""The simulated cluster and its deployments as a YAML file describes them."""
+"""The simulated cluster and its deployments, read from a YAML file."""
 
 from __future__ import annotations
 

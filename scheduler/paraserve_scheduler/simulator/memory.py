@@ -1,4 +1,4 @@
-"""Memory of the simulated nodes: what each GPU holds, and weights kept in memory and on disk."""
+"""Memory of simulated nodes: what each GPU holds, which weights host memory and disk keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetches as fluid flows over node links, peer uplinks and the store."""
+"""Fetches as fluid flows over the links of nodes, peers, disks and the store."""
 
 from __future__ import annotations
 

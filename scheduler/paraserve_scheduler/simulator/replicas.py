@@ -1,6 +1,6 @@
-"""A simulated replica from its start to its end: processes, fetches, loading, growth.
+"""A simulated replica from start to end: processes, fetches, loading, growth.
 
-It knows nothing of policy: it does what a `Start` says with the constants of its nodes.
+It knows no policy: it does what a start decision says, with the constants of its nodes.
 """
 
 from __future__ import annotations

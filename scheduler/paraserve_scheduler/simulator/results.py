@@ -1,4 +1,4 @@
-"""What a run gave: attainment, percentiles, cost, bytes moved. Pure."""
+"""The result of a run and its summary: attainment, percentiles, cost, bytes moved. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How one ready replica serves: prompts first, then all sequences decode together."""
+"""How one ready replica serves, simulated: prompts first, then all sequences decode together."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What happened, in Chrome's trace format, with the names of a real cold start (`timeline`).
+"""What happened in a simulation, in Chrome's trace format, with the names of a real cold start.
 
 A node is a process, a kind of step on one of its GPUs a thread; times are microseconds since the
-run's start. A real trace is of one replica: here every event says of which.
+run's start. A real trace is of one replica; here every event says of which.
 """
 
 from __future__ import annotations

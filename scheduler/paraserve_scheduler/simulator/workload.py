@@ -1,4 +1,4 @@
-"""Requests: made from a law, or read from traces. The same seed gives the same requests."""
+"""Requests of a simulation: drawn from a law or read from traces, the same for the same seed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The simulated cluster: time, memory, network, requests, and the policy that commands it.
+"""The simulated cluster that `paraserve simulate` runs: time, requests, memory, network, a policy.
 
-Deterministic: the same description, requests and policy give the same run. It decides nothing:
-what to start, stop and keep comes from the policy, which is told what a scheduler would know.
+Deterministic: the same description, requests and policy give the same run. It decides nothing: it
+asks the policy, which is told what a scheduler would know. The real controller is not part of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the policy can decide to do. Every action says why, for the log."""
+"""The actions the scheduler can take, each with its subject and its reason for the log."""
 
 from __future__ import annotations
 

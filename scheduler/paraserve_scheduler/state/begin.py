@@ -1,4 +1,4 @@
-"""What an action changes in the view at once, before anything has come of it."""
+"""What an action changes in the view when it begins, before anything has come of it. Pure."""
 
 from __future__ import annotations
 

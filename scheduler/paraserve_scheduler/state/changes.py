@@ -1,4 +1,4 @@
-"""One record of the view replaced by another; what is not there is left alone."""
+"""Replaces single records of a view, for `state.fold` and `state.begin`; skips unknown names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can happen to the cluster, as the controller is notified of it."""
+"""The events: everything that can happen to the cluster, as the controller is told of it."""
 
 from __future__ import annotations
 

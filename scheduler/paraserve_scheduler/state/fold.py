@@ -1,7 +1,7 @@
-"""How what happens, and what is done about it, changes the view of the cluster. Pure.
+"""How an event changes the view of the cluster. Pure.
 
-`fold` takes in an event, `begin` an action the moment it starts, so that the next decision already
-reckons with it.
+Events of nodes, parts, deployments and hand-overs are folded here, demand and measurements in
+`state.fold_reports`. What an action changes is in `state.begin`.
 """
 
 from __future__ import annotations
@@ -209,6 +209,3 @@ def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:
     # What a node could not remove, its next heartbeat will list again.
     nodes = {name: node.without({event.replica}) for name, node in view.nodes.items()}
     return replace(view, replicas=kept, nodes=nodes)
-
-
-# ---- helpers ----

@@ -1,4 +1,4 @@
-"""How a gateway's report of its demand changes the view of the cluster. Pure."""
+"""How reported demand, and the times of cold starts and tokens, change the view. Pure."""
 
 from __future__ import annotations
 

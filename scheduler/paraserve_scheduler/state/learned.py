@@ -1,4 +1,7 @@
-"""What past reports of gateways say about a deployment's future: arrivals and durations. Pure."""
+"""What was learned from reports: a deployment's arrivals and durations, a node kind's starts.
+
+A new measurement counts a third. The times of a start are read from its spans. Pure.
+"""
 
 from __future__ import annotations
 

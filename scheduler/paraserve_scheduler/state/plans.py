@@ -1,6 +1,6 @@
-"""What a deployment is and how one replica of it is laid out: immutable once made.
+"""The plan of a replica: its stages, nodes, addresses, KV blocks and limits. Never changes.
 
-Pure records. What happens to a replica afterwards is `paraserve_scheduler.state.view`.
+What happens to the replica afterwards is in `state.records`.
 """
 
 from __future__ import annotations

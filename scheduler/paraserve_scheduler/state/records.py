@@ -1,4 +1,4 @@
-"""Records of what is known of nodes, replicas, deployments and gateways."""
+"""Records of what is known of nodes, parts, replicas, deployments, demand and gateways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was asked for: a deployment and its settings."""
+"""What users asked for: a deployment's settings, its model and index, and its key pair."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the scheduler knows of the cluster: one immutable view, replaced as things happen.
+"""The view: all that the scheduler knows of the cluster, immutable, with the questions asked of it.
 
-Pure records and questions about them. `fold` makes the next view, `policy` decides on one. Times
-are seconds since the Unix epoch; `None` where something has not happened.
+`state.fold` and `state.begin` make the next view; `reconciler.decide` decides on one. Times are
+seconds since the Unix epoch; `None` stands for what has not happened.
 """
 
 from __future__ import annotations

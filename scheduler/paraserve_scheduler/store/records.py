@@ -1,4 +1,4 @@
-"""Frozen records as JSON and back, for the store. Knows the types our records are made of."""
+"""Frozen records as JSON and back, for the store; it knows the types our records are made of."""
 
 from __future__ import annotations
 

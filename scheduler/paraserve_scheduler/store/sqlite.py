@@ -1,7 +1,7 @@
-"""What must outlive the scheduler process: deployments, replicas and numbers never used twice.
+"""What outlives the scheduler process, in SQLite: deployments, replicas, numbers used only once.
 
-SQLite; every call is one short transaction. Observed state is not kept: nodes report it again.
-The file holds keys, so only its owner may read it.
+Every call is one short transaction. Observed state is not stored: nodes report it again. The file
+holds keys, so only its owner may read it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The life of one part of a replica on this node: fetch and load at the same time, watch, undo.
+"""The life of one part: fetch and load at the same time, watch the processes, undo everything.
 
-Whatever ends a part, everything it brought is taken away again. Which parts there are, and in
-which order commands reach them, is the business of `parts`.
+Whatever ends a part, all that it brought is removed again. Which parts exist, and the order of
+commands for them, is decided in `agent.parts.registry`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The Triton models of one part and their keys: models become slots of the node or are loaded,
-and are taken away again.
+"""The Triton models and channel keys of one part: bound to slots or loaded, and removed again.
 
-What a part is besides its models, and when it has failed, is the business of `part`.
+When a part has failed is decided in `agent.parts.life`.
 """
 
 from __future__ import annotations

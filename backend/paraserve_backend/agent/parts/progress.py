@@ -1,4 +1,7 @@
-"""What is known of one part, and its changes for whoever follows. Lives on the event loop."""
+"""The status of one part, its changes for those who follow it, and failures as reports.
+
+The status is used on the event loop only.
+"""
 
 from __future__ import annotations
 

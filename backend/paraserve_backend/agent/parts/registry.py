@@ -1,4 +1,8 @@
-"""All parts on this node. Commands for one replica are carried out one after the other."""
+"""All parts on this node, by replica and stage.
+
+Commands for one replica are carried out one after the other. Failed parts are forgotten here after
+some time.
+"""
 
 from __future__ import annotations
 

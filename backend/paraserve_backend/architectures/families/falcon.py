@@ -1,7 +1,7 @@
-"""Falcon: attention and MLP side by side on layer norms; queries, keys and values fused.
+"""Falcon: attention and MLP in parallel, layer norms, fused queries, keys and values.
 
-The layout of 7B has one key head, the newer one (40B, 180B, Falcon 2) several: either way each
-key head's queries, key and value lie together.
+Falcon 7B has one key head. The newer layout (40B, 180B, Falcon 2) has several. In both, the
+queries, key and value of a key head lie together.
 """
 
 from __future__ import annotations

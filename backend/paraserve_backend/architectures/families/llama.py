@@ -1,4 +1,4 @@
-"""Llama and the models that are Llama by another name."""
+"""Llama, and models that are Llama under another name."""
 
 from __future__ import annotations
 

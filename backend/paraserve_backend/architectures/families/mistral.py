@@ -1,4 +1,4 @@
-"""Mistral: Llama, with a sliding attention window in its first release."""
+"""Mistral: Llama with a sliding attention window in its first release."""
 
 from __future__ import annotations
 

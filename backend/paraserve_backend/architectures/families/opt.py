@@ -1,4 +1,4 @@
-"""OPT: learned positions, layer norms and biases, a plain MLP."""
+"""OPT: learned positions, layer norms, biases and an MLP without a gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 and Phi-4: Llama with fused matrices and a rotation of part of each head."""
+"""Phi-3, Phi-3.5 and Phi-4: Llama with fused matrices, rotating only a part of each head."""
 
 from __future__ import annotations
 

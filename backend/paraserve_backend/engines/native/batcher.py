@@ -1,8 +1,8 @@
 """Continuous batching: which sequences take part in the next forward pass, with how many tokens.
 
-Pure bookkeeping on one thread: no tensors, no Triton, no clock. Sequences join and leave between
-iterations. With several batches in flight the running sequences are shared out among them, so that
-the stages of a pipeline work at the same time; a sequence is in at most one batch.
+It owns the sequences of a replica and the pool of KV blocks: it admits, reserves, preempts and
+frees. Pure bookkeeping on one thread: no tensors, no Triton, no clock. With several batches in
+flight the sequences are shared out, so that all stages work; a sequence is in at most one batch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Sequences that are leaving for another replica, as their source sees them. One thread's.
+"""The source's side of a hand-over: sequences that are leaving for another replica.
 
-A sequence goes on being decoded while its full KV blocks are copied. Its last pass here carries the
-rest; then it is held until the target has everything. Whatever does not come in time, the sequence
-stays, and nobody has noticed.
+A sequence is decoded further while its full KV blocks are copied. Its last pass here sends the
+rest; then it is held until the target has everything. If a step is refused or takes too long, the
+sequence stays. Used by the generate loop's thread only.
 """
 
 from __future__ import annotations

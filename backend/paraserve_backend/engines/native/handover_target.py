@@ -1,7 +1,7 @@
-"""Sequences that come from another replica, as their target sees them.
+"""The target's side of a hand-over: KV blocks of sequences that come from another replica.
 
-Their KV blocks arrive before they do, under a ticket. The generate loop's thread gives and takes
-blocks; the inbox's thread writes into them. What nobody claims in time is freed.
+The blocks arrive before their request does, under a ticket. The generate loop's thread reserves and
+claims them, the mailbox's thread writes into them. Blocks that no request claims in time are freed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The generate loop: continuous batching over all requests of a replica.
 
-One thread owns everything that changes: it takes events from a queue, keeps as many forward passes
-in flight as the replica has stages, and sends text while the next pass already runs. Requests may
-come from another replica and go to one; `handover_target` and `handover_source` say when.
+One thread owns all state. It takes events from a queue, keeps as many forward passes in flight as
+the replica has stages, and sends text while the next pass runs. The two sides of a hand-over are
+`handover_source` and `handover_target`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TensorRT-LLM as the engine of a full instance, through its documented LLM API.
 
-Written to the API of 1.2 to 1.4 and never executed by this project: docs/engines.md. What is called
-of it is listed in `engines.signatures`, and the tests hold this file to that list.
+Written for the API of 1.2 to 1.4; this project has never run it (docs/engines.md).
+`engines.signatures` lists what is called of it, and the tests hold this module to that list.
 """
 
 from __future__ import annotations

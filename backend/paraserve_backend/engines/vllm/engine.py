@@ -1,7 +1,7 @@
-"""vLLM as the engine of a full instance: its asynchronous engine, fed with token ids.
+"""vLLM as the engine of a full instance: its asynchronous engine, given token ids.
 
-vLLM is imported when an engine starts, never with this module. What is called of it is listed in
-`engines.signatures`.
+vLLM is imported when an engine starts, not with this module. `engines.signatures` lists what is
+called of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Puts backend `paraserve` where a Triton installation or container finds it."""
+"""Installs backend `paraserve` in a Triton installation or container; checks Python and NumPy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The node's Triton, as the agent uses it: the only user of the repository API.
+"""Calls to the node's Triton: is it live, load, unload, states of models, commands to slots.
 
-Knows nothing of parts. One call is one request; waiting and clean-up are in `unloading`.
+Nothing else uses the repository API. What Triton says when a load fails becomes one of our errors
+here. Each call is one request; waiting and clean-up are in `unloader`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where Triton is on this machine and how to start it so that its Python stub finds this package.
+"""Finds Triton on this machine, and how to start it so that its Python stub finds this package.
 
-Knows two installations: the `nvidia-pytriton` wheel in this environment, and a host or container
-install under one folder (usually /opt/tritonserver). Starts nothing itself.
+It knows the `nvidia-pytriton` wheel and a host or container installation (usually
+/opt/tritonserver). The options that every tritonserver needs are here. It starts nothing.
 """
 
 from __future__ import annotations

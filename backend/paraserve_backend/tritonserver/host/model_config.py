@@ -1,7 +1,7 @@
-"""Rendering config.pbtxt from `model_repository_templates/` and reading it back.
+"""Makes config.pbtxt: rendered from model_repository_templates/ for models, built for slots.
 
-Every text is parsed with Triton's own schema and compared with what was meant, so that a value can
-never break out of its place.
+Every rendered text is parsed with Triton's own schema and compared with what was meant, so that a
+value cannot change the rest of the file. Which models may be bound to a slot is decided here too.
 """
 
 from __future__ import annotations

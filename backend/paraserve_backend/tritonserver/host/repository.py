@@ -1,6 +1,6 @@
-"""The node's model repository on disk: whole models appear in it and go from it.
+"""The node's model repository on disk: models appear in it, and disappear from it, as a whole.
 
-A marker file tells our models from others; those are never touched. Loading is not done here.
+A marker file tells our models from others, which are never touched. Nothing is loaded here.
 """
 
 from __future__ import annotations

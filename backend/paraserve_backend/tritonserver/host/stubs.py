@@ -1,6 +1,6 @@
-"""The Python processes Triton runs its models in ("stubs"), found through /proc.
+"""The Python processes in which Triton runs its models ("stubs"): found through /proc, and killed.
 
-Needs the agent to share Triton's pid namespace and the path of the model repository.
+The agent must share Triton's pid namespace and the path of the model repository.
 """
 
 from __future__ import annotations

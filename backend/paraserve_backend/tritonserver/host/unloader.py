@@ -1,7 +1,7 @@
-"""Unloading models until their processes and memory are really gone.
+"""Unloads models and returns when their processes and memory are really gone.
 
 Triton answers an unload before anything has ended, so its index and the process table are asked
-until they agree. An unload during a load waits for that load to end.
+until they agree. An unload during a load waits for the end of that load.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Role `generate` inside Triton: requests in, streams of responses out."""
+"""Role `generate` inside Triton: requests in, streams of responses out.
+
+The forward pass of a pipeline as a call of its ensemble is here too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generate loop's state as Prometheus gauges, on Triton's own metrics endpoint."""
+"""The state of the generate loop as Prometheus gauges on Triton's metrics endpoint."""
 
 from __future__ import annotations
 

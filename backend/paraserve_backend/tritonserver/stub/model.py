@@ -1,7 +1,7 @@
-"""The life of a model inside Triton: which role it has, and how it starts, answers and ends.
+"""The class that Triton's Python stub loads: starts a model in its role, answers, ends it.
 
-Triton's Python stub imports `TritonPythonModel` through the backend's one-line model.py. An error
-is always answered, never raised from `execute`: a raising stub leaks shared memory.
+The backend's one-line model.py imports it. Errors are answered, never raised from `execute`: a stub
+that raises leaks shared memory. A dead thread ends the process, so that the agent notices.
 """
 
 from __future__ import annotations

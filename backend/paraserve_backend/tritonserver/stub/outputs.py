@@ -1,7 +1,7 @@
-"""One response as output tensors of the interface; knows no Triton.
+"""One response as the output tensors of the interface; knows no Triton.
 
-A flag of the request adds its tensor to every response, as the backend it comes from does. Without
-flags the last response alone has the finish reason and the counts.
+A flag of the request adds its tensor to every response. Without flags, only the last response has
+the finish reason and the counts.
 """
 
 from __future__ import annotations

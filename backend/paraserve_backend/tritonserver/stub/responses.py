@@ -1,4 +1,4 @@
-"""Responses, errors and parameters as Triton wants them."""
+"""Responses, errors and parameters in the form that Triton expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Role `slot` inside Triton: a process that becomes another role when it is told to."""
+"""Role `slot` inside Triton: carries out commands to bind and unbind, and passes requests on."""
 
 from __future__ import annotations
 

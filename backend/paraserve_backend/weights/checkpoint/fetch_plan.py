@@ -1,6 +1,7 @@
-"""Which bytes a stage needs: layers to tensors to ranges to parts, and how layers are shared out.
+"""The fetch plan: the exact bytes that one node fetches for one stage, and its JSON form. Pure.
 
-Pure: no I/O, no clock. A `FetchPlan` is what a node is told to fetch.
+Tensors become ranges, ranges become chunks of one request each. For external engines a plan covers
+whole files, headers included. Which tensors a stage needs is decided in `checkpoint.stages`.
 """
 
 from __future__ import annotations

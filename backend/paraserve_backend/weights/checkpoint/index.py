@@ -1,7 +1,7 @@
-"""What a Hugging Face model folder holds: its configuration and where each tensor's bytes are.
+"""The index of a Hugging Face model folder: its configuration, and the bytes of each tensor.
 
-Reads headers and configuration only, never weights. The index is stored at deploy time, so that a
-cold start reads no header.
+It is read from headers and configuration, never from weights, and is stored when a model is
+deployed, so that a cold start reads no header.
 """
 
 from __future__ import annotations

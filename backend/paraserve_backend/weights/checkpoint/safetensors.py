@@ -1,7 +1,7 @@
-"""The safetensors file format: what a header says, checked against the file it heads.
+"""The safetensors format: reads a header and checks it against the file.
 
-A file is 8 bytes of header length (little-endian), a JSON header, then the tensors back to back.
-Pure: `paraserve_backend.weights.checkpoint.index` reads the bytes.
+A file is 8 bytes of header length (little-endian), a JSON header, then the tensors without gaps.
+Pure: `checkpoint.index` reads the bytes.
 """
 
 from __future__ import annotations

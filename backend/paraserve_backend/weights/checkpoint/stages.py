@@ -1,4 +1,4 @@
-"""Which tensors a stage holds, and where a model is cut into stages. Pure."""
+"""Which tensors a stage holds, and how to cut a model into stages of equal bytes. Pure."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Which worker of a fetch brings which bytes next, and from where.
+"""Decides which worker of a fetch brings which bytes next, and from which source.
 
-Bytes are left to where they cost least: this node's disk, then a peer that has them or will, so
-that the store is read once per cluster. The others help where that leaves the node's link idle, and
-what one brings far too slowly is handed to another. Bytes that another fetch of this node is
-bringing are not asked for twice. No I/O but the tier's own.
+Each byte comes from its cheapest source: local disk, then a peer that has it or is fetching it,
+then the store, which is thus read once per cluster. Other sources help while the node's link is not
+full, and an idle worker takes over what another brings too slowly. Bytes that another fetch of this
+node is bringing are not requested twice.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Fetching a plan's bytes into the tier: from start to end, as its caller sees it.
+"""Fetches a plan into the tier, from start to end, as the caller sees it: limits, failure, report.
 
-`fetching.assignment` decides which worker brings which part, `fetching.workers` runs the threads,
-and `sources.retry` retries and resumes reads.
+`assignment` decides who brings what, `workers` are the threads, and `sources.retry` resumes reads.
 """
 
 from __future__ import annotations

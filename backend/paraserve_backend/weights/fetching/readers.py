@@ -1,6 +1,6 @@
-"""One worker's way to the bytes of a source: the store, a peer, or this node's disk.
+"""How a worker reads from one kind of source: the store, a peer, or this node's disk.
 
-A reader deals with its source's failures: only those that end the whole fetch are raised.
+A reader handles the failures of its source and raises only those that end the whole fetch.
 """
 
 from __future__ import annotations

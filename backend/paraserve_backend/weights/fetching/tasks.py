@@ -1,7 +1,4 @@
-"""The records that a fetch's workers and its assignment share: task, source and worker.
-
-Nothing here decides or does anything.
-"""
+"""Records that a fetch's workers and their assignment share: tasks, sources, workers."""
 
 from __future__ import annotations
 

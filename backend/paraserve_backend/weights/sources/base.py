@@ -1,6 +1,6 @@
-"""Stored bytes and where they come from: the records and protocols that everything else shares.
+"""What a source is: stored objects and their versions, byte ranges, connections. Pure.
 
-Pure: no I/O. `paraserve_backend.weights.sources.open` opens the implementations.
+`sources.open` opens the implementations.
 """
 
 from __future__ import annotations

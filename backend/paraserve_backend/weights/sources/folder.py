@@ -1,4 +1,4 @@
-"""A folder as a source of weights."""
+"""A folder on this machine as a source: a local disk or a shared file system."""
 
 from __future__ import annotations
 

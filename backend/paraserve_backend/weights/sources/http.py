@@ -1,6 +1,6 @@
-"""Ranged GETs of stored objects over one keep-alive connection, straight into a buffer.
+"""Reads byte ranges of stored objects over one keep-alive HTTP connection, straight into a buffer.
 
-Knows HTTP and the errors of S3-like stores; where URLs come from is the caller's business.
+It knows HTTP and the errors of S3-like stores. Who makes the URLs is the caller's business.
 """
 
 from __future__ import annotations

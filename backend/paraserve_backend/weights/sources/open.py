@@ -1,6 +1,6 @@
-"""Opening a source by its URI, and the local-folder source.
+"""Opens a source by its URI: `s3://bucket/prefix`, `file:///folder` or a folder's path.
 
-An object store is `paraserve_backend.weights.sources.s3`, loaded only when one is opened.
+Object stores are in `sources.s3`, which is imported only when one is opened.
 """
 
 from __future__ import annotations

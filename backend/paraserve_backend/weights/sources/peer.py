@@ -1,7 +1,7 @@
-"""Reading bytes from other nodes' tiers: the client of `paraserve_backend.agent.peer_server`.
+"""Reads bytes from other nodes' tiers: the client of `agent.peer_server`.
 
-A peer speaks plain HTTP/1.1. Requests are signed with the cluster token, which itself never leaves
-its node: the URL carries a keyed hash of its path and of the time until when it may be used.
+Requests are plain HTTP/1.1, signed with the cluster token, which itself is never sent: the URL
+carries a keyed hash of its path and of the time until which it is valid.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading a range whole: bounded retries with back-off, resumed at the byte where it broke."""
+"""Reads a range completely: bounded retries with back-off, resumed at the byte where it broke."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""An S3-compatible object store as a source.
+"""An S3-compatible object store as a source: opens, lists and signs with boto3.
 
-boto3 finds credentials, lists and signs; the bodies come over `weights.ranged_http`, which takes
-half the CPU time that boto3 needs for them.
+The bodies come over `sources.http`, which needs half the processor time that boto3 needs. boto3's
+clients are kept from one fetch to the next.
 """
 
 from __future__ import annotations

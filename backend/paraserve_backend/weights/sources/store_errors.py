@@ -1,6 +1,6 @@
 """What an S3 store refuses, as one sentence that says what to do. Pure.
 
-Listing (`s3`) and reading (`ranged_http`) ask by different clients and tell the user the same.
+`sources.s3` (listing) and `sources.http` (reading) tell users the same.
 """
 
 from __future__ import annotations

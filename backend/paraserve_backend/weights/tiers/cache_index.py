@@ -1,7 +1,6 @@
-"""The index of what stays in a tier when its fetch is released, and what of it goes first.
+"""Which bytes of released fetches stay in host memory, and which of them are evicted first.
 
-Only the index: one small file per object version that says which bytes of its object file can be
-trusted. `paraserve_backend.weights.tiers.memory` moves the bytes.
+Only the index, one small file per object version; `tiers.memory` moves the bytes.
 """
 
 from __future__ import annotations

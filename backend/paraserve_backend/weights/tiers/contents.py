@@ -1,6 +1,6 @@
-"""What a tier has in place, and who needs it: questions only, nothing is changed here.
+"""Answers what a tier holds and who needs it; changes nothing.
 
-Not thread-safe: `paraserve_backend.weights.tiers.memory` asks with its lock held.
+Not thread-safe: `tiers.memory` asks with its lock held.
 """
 
 from __future__ import annotations

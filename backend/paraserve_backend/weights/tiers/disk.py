@@ -1,7 +1,7 @@
-"""A node's disk tier: what was in host memory and may be wanted again, by extents.
+"""The disk tier of a node: weights on disk as extents, evicted by last use, within a limit.
 
-It only keeps and gives: `paraserve_backend.agent.disk_upkeep` says what to write and when. Losing
-any of it costs nothing but time, so nothing here fails a fetch.
+`agent.disk_upkeep` decides when to write to it. Losing any of it costs only time, so no error here
+fails a fetch.
 """
 
 from __future__ import annotations

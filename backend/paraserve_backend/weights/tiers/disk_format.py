@@ -1,7 +1,7 @@
-"""One extent of an object as a file on disk, read and written past the page cache.
+"""The disk tier's files: one extent of an object per file, in one folder per object version.
 
-The file's name says which bytes it has and their checksum, so no index can disagree with the data.
-Which extents there are, and which go first, is `paraserve_backend.weights.tiers.disk`'s.
+Files are read and written past the page cache. A file's name says which bytes it has and their
+checksum, so that no index can disagree with the data. What to keep is decided in `tiers.disk`.
 """
 
 from __future__ import annotations

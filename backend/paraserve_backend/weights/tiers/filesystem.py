@@ -1,4 +1,4 @@
-"""Holes in files: freeing part of one, and finding where one has no bytes. Linux only."""
+"""What tiers need of Linux file systems: holes in sparse files, free and used bytes, locks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Looks at the tiers of a node from outside, beside the agent that uses them. Changes nothing."""
+"""Checks the tiers of a node from outside, beside the agent that uses them; changes nothing.
+
+`paraserve doctor` reports what is found, and the memory tier checks its own objects with it.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 objects/<name>                 one sparse file per object version, tensors at their own offset
 cache/<name>                   which bytes of it stay when no fetch needs them
-fetches/<fetch_id>/manifest.json    the plan, the part size, the objects' file names
-fetches/<fetch_id>/progress         one status byte, then one byte per part
+fetches/<fetch_id>/manifest.json    the plan, the chunk size, the objects' file names
+fetches/<fetch_id>/progress         one status byte, then one byte per chunk
 fetches/<fetch_id>/files/<key>      small files, each complete as soon as it is there
 fetches/<fetch_id>/error.json       why it failed
 """

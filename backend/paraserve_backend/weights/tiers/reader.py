@@ -1,6 +1,6 @@
-"""Reading a fetch in another process than the one that writes it, while it still runs.
+"""Reads a fetch in another process than its writer, while it still runs.
 
-Tensors are views of the tier's own memory: nothing is copied.
+Tensors are views of the tier's memory; nothing is copied.
 """
 
 from __future__ import annotations

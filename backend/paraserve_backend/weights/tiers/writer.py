@@ -1,4 +1,4 @@
-"""The writer's side of one fetch: where its parts go, and which of them are in place."""
+"""The write side of one fetch in the memory tier: where its chunks go, and which are in place."""
 
 from __future__ import annotations
 

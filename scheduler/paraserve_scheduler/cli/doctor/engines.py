@@ -1,7 +1,6 @@
-"""`paraserve doctor --trtllm` and `--vllm`: whether an engine that is installed here is the one
-that ParaServe was written for.
+"""`paraserve doctor --trtllm` and `--vllm`: is the installed engine one that ParaServe works with?
 
-It imports the engine, so it is to be run where the engine shall run.
+It imports the engine, so run it where the engine shall run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checks a machine for a local cluster: one finding per thing needed, and how to get it.
 
-Every check takes what it judges as arguments; only `examine` looks at the machine.
+Every check takes what it judges as arguments; only one function looks at the machine.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _PORTS = (8000, 8001, 8470, 8500)
 _PACKAGES = {
     "torch": ("the engine", "pip install 'paraserve[worker]'"),
     "tokenizers": ("text to tokens", "pip install 'paraserve[worker]'"),
-    "tritonclient": ("requests", "pip install 'paraserve[scheduler]'"),
-    "aiohttp": ("the HTTP gateway", "pip install 'paraserve[scheduler]'"),
+    "tritonclient": ("requests", "pip install paraserve"),
+    "aiohttp": ("the HTTP gateway", "pip install paraserve"),
 }
 
 

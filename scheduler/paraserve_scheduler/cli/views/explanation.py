@@ -1,4 +1,4 @@
-"""Why a replica was started as it was: what was predicted, beside what happened. Pure."""
+"""The text of `paraserve explain`: what was predicted for a start, beside what happened. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cluster's status as tables for the terminal. Pure."""
+"""The tables of `paraserve status`. Pure."""
 
 from __future__ import annotations
 

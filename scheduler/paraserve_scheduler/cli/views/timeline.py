@@ -1,8 +1,7 @@
-"""A cold start, and what took over from it, as a picture: rows and bars for the terminal, or a
-Chrome trace. Pure.
+"""A cold start, and what took over from it, as a picture: bars for the terminal, or a Chrome trace.
 
-Times come from the machines that measured them, in seconds since the Unix epoch; everything here
-is relative to the moment the demand was seen.
+Pure. Times come from the machines that measured them, in seconds since the Unix epoch; everything
+here is relative to the moment the demand was seen.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Whether something can be deployed: its settings, and a look at the checkpoint they name.
+"""Decides whether something can be deployed: checks its settings and the checkpoint they name.
 
-Reads headers from the source, so it blocks; nothing is stored or placed here.
+It reads headers from the source, so it blocks. It stores and places nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Service `Scheduler`: the network face of the controller, for agents, gateways and users."""
+"""The scheduler's gRPC service, for agents, gateways and users.
+
+It turns calls into events and actions for the controller, and checks what users ask for.
+"""
 
 from __future__ import annotations
 

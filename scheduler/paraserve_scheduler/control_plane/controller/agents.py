@@ -1,4 +1,4 @@
-"""The scheduler's way to the nodes' agents. Nothing else in the scheduler calls one."""
+"""Commands to the nodes' agents over gRPC, with retries. Nothing else here calls an agent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time for the control loop, so that tests and the simulator can turn it by hand."""
+"""Time for the control loop, so that tests and the simulator can replace it."""
 
 from __future__ import annotations
 

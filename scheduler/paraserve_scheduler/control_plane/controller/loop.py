@@ -1,6 +1,6 @@
-"""The control loop: takes in what happens, asks the policy what to do, and has it done.
+"""The control loop: takes in events, asks the reconciler what to do, and carries it out.
 
-Single owner of the view of the cluster; lives on one event loop. Decides nothing itself.
+It alone changes the view of the cluster, on one event loop. It decides nothing itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What of the view outlives the process: written when it changes, read back at the start."""
+"""The part of the view that survives a restart: written on every change, read at start-up."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Between the scheduler and agents: what nodes report, and the parts that they are told to start.
+"""Messages between scheduler and agents: what nodes report, and the parts they are told to start.
 
-Pure.
+Which peers a node may fetch from is decided here. Pure.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Between the scheduler and gateways: their demand, and where requests go. Pure."""
+"""Messages between scheduler and gateways: reported demand, and the route table. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users are told of the cluster: nodes, deployments, replicas. Pure."""
+"""Messages to users: the status of nodes, deployments and replicas. Pure."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The files of a replica's Triton models: which models a node gets and what their configs mean.
+"""Which Triton models a node gets for a replica, their names, and what their config.pbtxt says.
 
-The text is made by `pbtxt`; writing it to disk is the agent's business.
+The text is rendered by `tritonserver.host.model_config`; the agent writes it to disk.
 """
 
 from __future__ import annotations

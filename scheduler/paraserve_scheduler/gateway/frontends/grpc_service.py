@@ -1,4 +1,7 @@
-"""The gateway as Triton's gRPC service: the same calls, messages and error codes."""
+"""The gateway as Triton's gRPC service: the same calls, messages, error codes; health checks.
+
+Requests go to `gateway.proxy`, whatever protocol they came by.
+"""
 
 from __future__ import annotations
 

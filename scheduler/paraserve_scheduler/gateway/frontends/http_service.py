@@ -1,4 +1,7 @@
-"""The gateway as Triton's HTTP service: KServe v2 with binary tensors, and the generate calls."""
+"""The gateway as Triton's HTTP service: KServe v2 with binary tensors, and the generate calls.
+
+Requests go to `gateway.proxy`, whatever protocol they came by.
+"""
 
 from __future__ import annotations
 

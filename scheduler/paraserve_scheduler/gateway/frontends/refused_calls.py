@@ -1,4 +1,4 @@
-"""Calls of Triton's gRPC service that make no sense at a gateway; each says what to do instead."""
+"""Calls of Triton's gRPC service that a gateway does not offer; each says what to do instead."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Reads gRPC requests: unpacks compressed ones within the limit and answers them in kind.
+"""Reads gRPC requests: unpacks compressed ones within the limit, answers in the same coding.
 
-gRPC's own unpacking is off on this server: a service never learns from it that a request came
-compressed, let alone how.
+gRPC's own unpacking is off, because it does not tell a service that a request was compressed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""gzip and deflate, the two codings of both protocols: unpacking within a limit, packing in kind.
+"""gzip and deflate for both protocols: unpacking within a limit, packing, and Accept-Encoding.
 
-Both run in a thread where they are called from the event loop: zlib lets other threads work.
+Both block; callers on an event loop use a thread, and zlib lets other threads work meanwhile.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Errors as they come from a scheduler or a replica, turned into ours with a text fit for a user:
-one sentence, no traceback, no path of the machine it came from.
+"""Reduces what a Triton server says to one sentence for the client; the gateway's own errors.
+
+The sentence has no traceback and no path of the machine it came from.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""JSON bodies to the one message everything else works on, and responses back to JSON.
+"""JSON bodies of requests to KServe's message, and responses back to JSON.
 
-Two request forms: `infer` (KServe v2 tensors, in JSON or in binary after it) and `generate`
+Two forms of requests: `infer` (KServe v2 tensors, in JSON or in binary after it) and `generate`
 (Triton's: keys that name an input are tensors, all others are request parameters).
 """
 

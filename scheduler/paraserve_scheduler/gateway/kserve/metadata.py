@@ -1,4 +1,4 @@
-"""What a deployment looks like to a KServe client; the same whether it runs or is at zero.
+"""Metadata and configuration of a deployment as KServe clients see them, whether it runs or not.
 
 One JSON form each, from which the gRPC messages are made.
 """

@@ -1,5 +1,7 @@
-"""The leading dimension of 1 that clients of TensorRT-LLM's backend and Triton's own OpenAI
-frontend send: off the inputs, as replicas take them, and back onto the outputs.
+"""Brings requests into the form that replicas take: no leading batch dimension, no `timeout`.
+
+Clients of TensorRT-LLM's backend and Triton's OpenAI frontend send a leading dimension of 1; it is
+taken off the inputs and put back onto the outputs. The time limit of a request is enforced here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks a request against the deployment interface before any replica is woken for it."""
+"""Checks a request's tensors and settings against the interface before it wakes a replica."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Causal attention of one layer over the paged cache, for a batch that mixes prefill and decode.
+"""Causal attention of one layer over the paged KV cache, for batches that mix prefill and decode.
 
-`attention_plan` says which rows are attended together, and over which cached positions.
+`attention_metadata` decides which rows are computed together, over which cached positions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A batch as index tensors and masks, made once per forward pass and used by every layer.
+"""A batch as index tensors and masks, computed once per forward pass and used by every layer.
 
-Rows with one new token are attended together over padded block tables, longer ones one by one.
+Rows with one new token are computed together, grouped by length; longer rows one by one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a process does to its device before it has a model, and after it had one."""
+"""Prepares a device before it has a model, and frees its memory after the model has gone."""
 
 from __future__ import annotations
 

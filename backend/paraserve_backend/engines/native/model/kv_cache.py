@@ -1,8 +1,8 @@
 """The paged KV cache of one stage: keys and values of its layers, in blocks of positions.
 
-Which block holds which sequence is decided by the generate loop and travels with each batch;
-this module only stores and fetches. In the last block of a sequence, the positions after its end
-hold zeros: attention computes with them before it hides them, and a NaN would not stay hidden.
+It only stores and reads. The generate loop decides which block belongs to which sequence, and sends
+the block tables with each batch. Positions after a sequence's end are kept at zero, because
+attention computes with them before it masks them, and masking does not remove a NaN.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""KV blocks on their way between stages of different replicas, whatever the cut of the layers.
+"""Reads KV blocks out of one replica's cache and writes them into another's, during a hand-over.
 
-One side reads the blocks of its own layers, the other writes them among all it has. A sequence's
-blocks have other numbers there, so they are named by their place in the sequence.
+The two may be cut into stages differently: blocks are named by their place in the sequence and by
+their layers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""One decoder layer over the stage's KV cache: attention, MLP, and the norms around them.
+"""The layers of the transformer: embedding, decoder layer (attention, MLP, norms), and head.
 
-One implementation for all families; a module that a family does not have is absent.
+One implementation serves all families; a module that a family does not have is absent.
 """
 
 from __future__ import annotations

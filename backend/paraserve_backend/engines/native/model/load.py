@@ -1,6 +1,6 @@
-"""From a running fetch to an engine that is ready to step.
+"""Builds a stage's engine from a fetch that may still be running.
 
-Imports torch, which takes a second: import this module only when the engine is wanted.
+Imports torch, which takes a second: import this module only when the engine is needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What layers are made of: projections, norms and activations, straight on the weights.
+"""The operations that layers are made of: projections, norms, activations, soft caps.
 
-Numbers are rounded where transformers rounds them, so that greedy tokens agree with it.
+They compute directly on the weights and round where transformers rounds, so that greedy tokens are
+the same. Which matrix kernel a CPU uses is chosen here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rotary position encoding, with the scalings that stretch a model's context."""
+"""Computes rotary position encoding, with the scalings that extend a model's context."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Choosing next tokens from logits: greedy, or drawn after penalties, temperature and filters.
+"""Chooses next tokens from logits: greedy, or drawn after penalties, temperature and filters.
 
-The order is that of transformers: repetition penalty, presence and frequency penalty (as vLLM has
-them), banned tokens, temperature, top-k, top-p, min-p. A draw depends on the request's seed and the
-token's position alone, so a request gets the same tokens whatever else is in its batches and
-whichever replica serves it.
+The order is that of transformers: repetition penalty, presence and frequency penalty (as in vLLM),
+banned tokens, temperature, top-k, top-p, min-p. A draw depends on the request's seed and the
+token's position alone, so batches and replicas do not change a request's tokens.
 """
 
 from __future__ import annotations

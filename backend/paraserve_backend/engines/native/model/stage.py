@@ -1,6 +1,7 @@
-"""A decoder-only transformer cut down to one stage's layers, over that stage's KV cache.
+"""One stage: the transformer restricted to a range of layers, and its forward pass over a batch.
 
-It keeps no scheduling state and opens no files: weights come through `Weights`.
+It checks the weights' shapes and the inputs' sizes, samples on the last stage, and keeps no
+scheduling state. It opens no files: weights come through an interface.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Hidden states as raw bytes and back: `[tokens, hidden_size]` ↔ UINT8 `[tokens, row bytes]`.
+"""Torch's dtypes by ours, and hidden states as raw bytes and back.
 
-Bytes, because NumPy has no bfloat16 and the link must not import torch.
+Hidden states travel as bytes because NumPy has no bfloat16 and the link must not import torch.
 """
 
 from __future__ import annotations

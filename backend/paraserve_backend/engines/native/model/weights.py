@@ -1,7 +1,7 @@
-"""Adopting a fetch's tensors as they land: views of host memory, or copies on a GPU.
+"""Gives a stage the tensors of a fetch as they land: views of host memory, or copies on a GPU.
 
-On the CPU nothing is copied. To a GPU, bytes go through two page-locked buffers on a stream of
-their own, so that the copy of one part overlaps with the reading of the next.
+On the CPU nothing is copied. Copies to a GPU go through two page-locked buffers on a stream of
+their own, so that copying one piece overlaps with reading the next.
 """
 
 from __future__ import annotations

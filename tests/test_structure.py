@@ -1,0 +1,82 @@
+"""The shape of the code: few modules a folder, no class name twice, a map that is complete."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+MAP = REPOSITORY / "docs" / "structure.md"
+PACKAGES = (
+    REPOSITORY / "backend" / "paraserve_backend",
+    REPOSITORY / "scheduler" / "paraserve_scheduler",
+)
+_MOST_AT_ROOT = 3
+_MOST_IN_FOLDER = 16
+_MAP_LINE = re.compile(r"^- `(paraserve_\w+/[\w/]+\.py)`: (\S.*)$", re.MULTILINE)
+
+
+def modules(package: Path) -> Iterator[Path]:
+    """The modules that somebody wrote and that hold something."""
+    for path in sorted(package.rglob("*.py")):
+        if path.name != "__init__.py" and "_pb2" not in path.name:
+            yield path
+
+
+def public_classes(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name
+
+
+def name_of(path: Path, package: Path) -> str:
+    """The path as docs/structure.md writes it, from the package on."""
+    return path.relative_to(package.parent).as_posix()
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_a_packages_root_has_hardly_any_modules(package: Path) -> None:
+    flat = [path.name for path in modules(package) if path.parent == package]
+    assert len(flat) <= _MOST_AT_ROOT, f"{flat}: give them a folder"
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_no_folder_is_a_heap(package: Path) -> None:
+    by_folder: dict[Path, list[str]] = defaultdict(list)
+    for path in modules(package):
+        by_folder[path.parent].append(path.name)
+    heaps = {
+        folder.name: len(names)
+        for folder, names in by_folder.items()
+        if len(names) > _MOST_IN_FOLDER
+    }
+    assert not heaps, f"more than {_MOST_IN_FOLDER} modules in one folder"
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_no_package_is_empty(package: Path) -> None:
+    """A name for later is reserved in docs/structure.md, not by an empty folder."""
+    full = {parent for path in modules(package) for parent in path.parents}
+    assert {path.parent for path in package.rglob("__init__.py")} <= full
+
+
+def test_no_public_class_name_is_defined_twice() -> None:
+    homes: dict[str, list[str]] = defaultdict(list)
+    for package in PACKAGES:
+        for path in modules(package):
+            for name in public_classes(path):
+                homes[name].append(name_of(path, package))
+    assert not {name: places for name, places in homes.items() if len(places) > 1}
+
+
+def test_every_module_has_its_line_in_the_map_and_every_line_its_module() -> None:
+    lines = [name for name, _ in _MAP_LINE.findall(MAP.read_text(encoding="utf-8"))]
+    assert len(lines) == len(set(lines)), "a module has two lines"
+    there = {name_of(path, package) for package in PACKAGES for path in modules(package)}
+    assert set(lines) - there == set(), "lines without a module"
+    assert there - set(lines) == set(), "modules without a line"
