@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from paraserve_scheduler.planner.decisions import (
-    Admission,
     Decision,
     DropSlot,
     PolicyFunction,
@@ -57,7 +56,6 @@ class Simulation:
         requests: Sequence[SimRequest],
         policy: PolicyFunction,
         *,
-        admits: Admission | None = None,
         keeps_trace: bool = False,
     ) -> None:
         self.heap = Heap()
@@ -65,7 +63,6 @@ class Simulation:
         self._meter = Meter(self.heap)
         self._cluster = cluster
         self._policy = policy
-        self._admits = admits
         self.nodes = {
             node.name: NodeMemory(
                 description=node,
@@ -122,13 +119,13 @@ class Simulation:
     def _arrive(self, request: SimRequest) -> None:
         served = self._served[request.deployment]
         served.arrivals_s.append(self.heap.now_s)
-        self._active.setdefault(request.deployment, served)
         if not served.queue and self._admit(served, request):
             return
-        if self._admits is not None and not self._admits(need_of(served)):
+        if not served.takes_one_more():
             request.was_refused = True
             self._unfinished -= 1
             return
+        self._active.setdefault(request.deployment, served)
         request.was_cold = True
         served.queue.append(request)
         self._wake()
