@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -159,7 +158,7 @@ def _controlled(
     controller = Controller(store=store, agents=agents, clock=VirtualClock(heap), config=config)
     for deployment in deployments:
         controller.add_deployment(deployment)
-    replicas = asyncio.run(drive(controller, agents, requests, 260.0))
+    replicas = drive(controller, agents, requests, 260.0)
     store.close()
     return [
         (
