@@ -45,7 +45,7 @@ class LayerSources:
 
 
 # Frozen in what it says; what it is asked for many times is kept.
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Candidate:
     """One node as a candidate for a stage of one model; a `partition.Place`."""
 
@@ -212,30 +212,45 @@ def _slowness(need: Need, node: Node) -> tuple[bool, float, bool]:
     return (not is_there, -share, not any(gpu.slots for gpu in node.gpus))
 
 
-def find_candidates(
-    need: Need, rooms: Sequence[Room], stages: int, layer_sources: LayerSources
-) -> list[Candidate]:
-    """The candidates for a stage: of few those with room for a layer, else for half an equal stage.
+class Candidates:
+    """The candidates for the stages of one model, made once for each node."""
 
-    Of many the first, and as many again with room for the whole model: one must be the head.
-    """
-    model = need.model
-    if stages == 1:
-        least = model.full_bytes
-    elif len(rooms) <= EXACT_CANDIDATES:
-        least = min(model.reserved_bytes(layer, layer + 1) for layer in range(model.num_layers))
-    else:
-        least = model.full_bytes // (2 * stages)
-    able = [room for room in rooms if room.free_bytes >= least]
-    heads = (room for room in able[_MOST_CANDIDATES:] if room.free_bytes >= model.full_bytes)
-    return [
-        Candidate(
-            node=room.node,
-            model=model,
-            weights=need.weights,
-            layer_sources=layer_sources,
-            in_pipeline=stages > 1,
-            can_grow=room.free_bytes >= model.full_bytes or not need.must_grow,
-        )
-        for room in (*able[:_MOST_CANDIDATES], *islice(heads, _MOST_CANDIDATES))
-    ]
+    def __init__(self, need: Need, layer_sources: LayerSources) -> None:
+        self._need = need
+        self._layer_sources = layer_sources
+        #: By node, and by whether it is for a stage of a pipeline.
+        self._made: dict[tuple[str, bool], Candidate] = {}
+
+    def find(self, rooms: Sequence[Room], stages: int) -> list[Candidate]:
+        """Return those for one of `stages` stages, in the order of `rooms`.
+
+        Of few rooms those with room for a layer, else those with room for half an equal stage. Of
+        many the first, and as many again with room for the whole model: one must be the head.
+        """
+        least, whole = self._least_bytes(len(rooms), stages), self._need.model.full_bytes
+        able = [room for room in rooms if room.free_bytes >= least]
+        heads = (room for room in able[_MOST_CANDIDATES:] if room.free_bytes >= whole)
+        chosen = (*able[:_MOST_CANDIDATES], *islice(heads, _MOST_CANDIDATES))
+        return [self._candidate(room, in_pipeline=stages > 1) for room in chosen]
+
+    def _least_bytes(self, num_rooms: int, stages: int) -> int:
+        model = self._need.model
+        if stages == 1:
+            return model.full_bytes
+        if num_rooms <= EXACT_CANDIDATES:
+            return model.least_reserved_bytes
+        return model.full_bytes // (2 * stages)
+
+    def _candidate(self, room: Room, *, in_pipeline: bool) -> Candidate:
+        key = (room.node.name, in_pipeline)
+        if key not in self._made:
+            need = self._need
+            self._made[key] = Candidate(
+                node=room.node,
+                model=need.model,
+                weights=need.weights,
+                layer_sources=self._layer_sources,
+                in_pipeline=in_pipeline,
+                can_grow=room.free_bytes >= need.model.full_bytes or not need.must_grow,
+            )
+        return self._made[key]

@@ -77,7 +77,7 @@ class ModelShape:
     #: Of a head that is also the embedding: a last stage that is not the first has it as well.
     tied_bytes: int = 0
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         return len(self.layer_bytes)
 
@@ -86,7 +86,7 @@ class ModelShape:
         """`prefix_bytes[i]`: weights of the layers before layer i."""
         return (0, *accumulate(self.layer_bytes))
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         return self.prefix_bytes[-1]
 
@@ -98,7 +98,12 @@ class ModelShape:
         """Weights of layers `[start, end)` and their share of the KV cache."""
         return self.bytes_of(start, end) + self.kv_bytes * (end - start) // self.num_layers
 
-    @property
+    @cached_property
+    def least_reserved_bytes(self) -> int:
+        """What the smallest stage reserves, that of one layer."""
+        return min(self.reserved_bytes(layer, layer + 1) for layer in range(self.num_layers))
+
+    @cached_property
     def full_bytes(self) -> int:
         """What a worker reserves that is to hold the whole model."""
         return self.total_bytes + self.kv_bytes

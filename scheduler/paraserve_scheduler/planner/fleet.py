@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim
 from paraserve_scheduler.planner.cost import LayerRanges, ModelShape, NodeKind
@@ -108,7 +109,8 @@ class Need:
         return self.device is None or self.device in node.devices
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Without slots: what many plans ask of the same fleet is kept.
+@dataclass(frozen=True, kw_only=True)
 class Fleet:
     nodes: tuple[Node, ...]
     needs: tuple[Need, ...]
@@ -117,3 +119,8 @@ class Fleet:
     store_fetches: int = 0
     #: (node, GPU) to bytes of replicas that are being stopped: free before long.
     leaving_bytes: Mapping[tuple[str, int], int] = field(default_factory=dict)
+
+    @cached_property
+    def most_free_bytes(self) -> int:
+        """What the GPU with most room has free."""
+        return max((gpu.free_bytes for node in self.nodes for gpu in node.gpus), default=0)

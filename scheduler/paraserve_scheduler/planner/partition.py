@@ -7,7 +7,7 @@ layers is found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
@@ -63,9 +63,8 @@ def cut(
     count = len(places)
     if not 1 <= count <= num_layers or heads == frozenset():
         return None
-    orders: _Orders = _every_order if count <= _EXACT_STAGES else _given_order
     reach = _Reach(places, num_layers, heads)
-    found = reach.within(not_before_s * _FIRST_TRY, orders) or reach.within(_LONGEST_S, orders)
+    found = reach.within(not_before_s * _FIRST_TRY) or reach.within(_LONGEST_S)
     if found is None:
         return None
     best = _scored(places, *found)
@@ -74,7 +73,7 @@ def cut(
         if best.latest_s - low <= best.latest_s * _CLOSE_ENOUGH:
             break
         limit = (low + best.latest_s) / 2
-        found = reach.within(limit, orders)
+        found = reach.within(limit)
         if found is None:
             low = limit
         else:
@@ -91,10 +90,9 @@ def _evened(
     """
     limit_s = best.latest_s * (1 + _CLOSE_ENOUGH)
     low, high = -(-num_layers // len(places)), max(_lengths(best.bounds))
-    orders: _Orders = _every_order if len(places) <= _EXACT_STAGES else _given_order
     while low < high:
         middle = (low + high) // 2
-        found = _Reach(places, num_layers, heads, longest=middle).within(limit_s, orders)
+        found = _Reach(places, num_layers, heads, longest=middle).within(limit_s)
         if found is None:
             low = middle + 1
         else:
@@ -115,9 +113,6 @@ def _scored(places: Sequence[PlaceT], order: Sequence[int], bounds: Sequence[int
     return Cut(places=chosen, bounds=tuple(bounds), latest_s=latest)
 
 
-_Orders = Callable[["_Reach", float], "tuple[list[int], list[int]] | None"]
-
-
 class _Reach:
     """How far a set of places gets into the model by a time limit."""
 
@@ -134,9 +129,11 @@ class _Reach:
         self.num_layers = num_layers
         self.heads = frozenset(range(len(places))) if heads is None else heads
 
-    def within(self, limit_s: float, orders: _Orders) -> tuple[list[int], list[int]] | None:
+    def within(self, limit_s: float) -> tuple[list[int], list[int]] | None:
         """An order of the places and bounds that are all ready by `limit_s`."""
-        return orders(self, limit_s)
+        if len(self.places) <= _EXACT_STAGES:
+            return _every_order(self, limit_s)
+        return _given_order(self, limit_s)
 
     def extend(self, index: int, start: int, stages_after: int, limit_s: float) -> int | None:
         """The furthest end of a stage that begins at `start` there; None: not even one layer."""

@@ -15,10 +15,11 @@ from paraserve_scheduler.planner.bandwidth import offered_rate
 from paraserve_scheduler.planner.candidates import (
     EXACT_CANDIDATES,
     Candidate,
-    find_candidates,
+    Candidates,
     find_layer_sources,
     find_rooms,
 )
+from paraserve_scheduler.planner.cost import ModelShape
 from paraserve_scheduler.planner.decisions import Growth, Prediction, StageChoice, Start
 from paraserve_scheduler.planner.fleet import Fleet, Gpu, Need, Node, Objectives
 from paraserve_scheduler.planner.partition import choose_places, cut, divisible_s
@@ -54,16 +55,18 @@ def plan(
     Nodes where one more fetch would make a running one late are used only if nothing else is left.
     All stages go into one zone where that misses nothing.
     """
+    if need.must_grow and need.model.full_bytes > fleet.most_free_bytes:
+        return None
+    search = _Search(need, fleet, now_s, replicas, config)
     able = [node for node in fleet.nodes if need.may_use(node)]
     free = [node for node in able if _takes_one_more(node, need, now_s)]
-    best = _best(need, fleet, free, now_s, replicas, config)
+    best = search.best(free)
     if best is None and len(free) < len(able):
         free = able
-        best = _best(need, fleet, free, now_s, replicas, config)
+        best = search.best(free)
     zones = _zones(best, free)
     for zone in zones if len(zones) > 1 else ():
-        inside = [node for node in free if node.zone == zone]
-        near = _best(need, fleet, inside, now_s, replicas, config)
+        near = search.best([node for node in free if node.zone == zone])
         if near is not None and best is not None and _is_as_good(near, best, need):
             return near
     return best
@@ -97,30 +100,96 @@ def _is_as_good(near: Start, best: Start, need: Need) -> bool:
     return is_parallel and _predicted(near).ready_s <= _predicted(best).ready_s * _ZONE_SLACK
 
 
-def _best(
-    need: Need,
-    fleet: Fleet,
-    nodes: Sequence[Node],
-    now_s: float,
-    replicas: int,
-    config: PlanningConfig,
-) -> Start | None:
-    rooms = find_rooms(need, nodes)
-    if need.must_grow and not any(room.free_bytes >= need.model.full_bytes for room in rooms):
-        return None
-    layer_sources = find_layer_sources(need, fleet)
-    options: list[Start] = []
-    for stages in range(1, min(need.max_stages, len(nodes), need.model.num_layers) + 1):
-        candidates = find_candidates(need, rooms, stages, layer_sources)
-        for full in range(1, min(stages, replicas) + 1):
-            options += _options(need, candidates, stages, full, now_s, config)
-        # One more stage holds more memory for as long: what it fetches sooner, the head fetches
-        # later to become whole.
-        best = _choose(options, need)
-        is_enough = best is not None and len(best.stages) >= min(replicas, stages)
-        if best is not None and is_enough and _meets(best) and need.objectives.ttft_s is not None:
-            break
-    return _choose(options, need)
+class _Search:
+    """The search for the start of one replica, over any of the fleet's nodes."""
+
+    def __init__(
+        self, need: Need, fleet: Fleet, now_s: float, replicas: int, config: PlanningConfig
+    ) -> None:
+        self._need = need
+        self._now_s = now_s
+        self._replicas = replicas
+        self._config = config
+        self._candidates = Candidates(need, find_layer_sources(need, fleet))
+
+    def best(self, nodes: Sequence[Node]) -> Start | None:
+        """Return the best start on `nodes`; None while there is no room."""
+        need = self._need
+        rooms = find_rooms(need, nodes)
+        if need.must_grow and not any(room.free_bytes >= need.model.full_bytes for room in rooms):
+            return None
+        options: list[Start] = []
+        for stages in range(1, min(need.max_stages, len(nodes), need.model.num_layers) + 1):
+            candidates = self._candidates.find(rooms, stages)
+            for full in range(1, min(stages, self._replicas) + 1):
+                options += self._options(candidates, stages, full)
+            # One more stage holds more memory for as long: what it fetches sooner, the head fetches
+            # later to become whole.
+            best = _choose(options, need)
+            is_enough = best is not None and len(best.stages) >= min(self._replicas, stages)
+            is_soon = best is not None and need.objectives.ttft_s is not None and _meets(best)
+            if is_enough and is_soon:
+                break
+        return _choose(options, need)
+
+    def _options(self, candidates: Sequence[Candidate], stages: int, full: int) -> Iterator[Start]:
+        if stages == 1:
+            for candidate in _soonest_by_kind(self._need, candidates):
+                yield self._start((candidate,), (0, self._need.model.num_layers), 1)
+            return
+        for group in self._by_speed(candidates, stages, full):
+            yield from self._pipelines(group, stages, full)
+
+    def _by_speed(
+        self, candidates: Sequence[Candidate], stages: int, full: int
+    ) -> Iterator[Sequence[Candidate]]:
+        """First the places of kinds fast enough for the TPOT objective, then all."""
+        model, limit_s = self._need.model, self._need.objectives.tpot_s
+        if limit_s is not None:
+            able = [
+                candidate
+                for candidate in candidates
+                if tpot_s(model, [candidate], stages, full, self._config.tpot_batch) <= limit_s
+            ]
+            if stages <= len(able) < len(candidates):
+                yield able
+        yield candidates
+
+    def _pipelines(
+        self, candidates: Sequence[Candidate], stages: int, full: int
+    ) -> Iterator[Start]:
+        model = self._need.model
+        for places in _places(candidates, model, stages, full):
+            able = frozenset(i for i, candidate in enumerate(places) if candidate.can_grow)
+            bound_s = divisible_s(places, model.total_bytes)
+            found = cut(places, model.num_layers, heads=able, not_before_s=bound_s)
+            if found is not None and found.latest_s < float("inf"):
+                yield self._start(found.places, found.bounds, full)
+
+    def _start(self, candidates: Sequence[Candidate], bounds: Sequence[int], full: int) -> Start:
+        need, config = self._need, self._config
+        growing = _growing(candidates, full)
+        chosen = [
+            _stage(candidate, start, end, need.must_grow and candidate in growing)
+            for candidate, start, end in zip(candidates, bounds, bounds[1:], strict=False)
+        ]
+        prediction = predict(
+            need,
+            candidates,
+            chosen,
+            self._now_s,
+            ttft_share=config.ttft_share,
+            tpot_batch=config.tpot_batch,
+        )
+        return Start(
+            deployment=need.name,
+            stages=tuple(chosen),
+            reason=_reason(need, chosen, prediction),
+            prediction=prediction,
+            deadline_s=_deadline(need, self._now_s),
+            keeps_in_memory=config.keeps_in_memory,
+            growth=Growth(is_background=config.grows_in_background),
+        )
 
 
 def _meets(start: Start) -> bool:
@@ -161,22 +230,6 @@ def _preference(start: Start, need: Need) -> tuple[bool, bool, float, float]:
     return (not meets, not prediction.meets_tpot, value, len(start.stages))
 
 
-def _options(
-    need: Need,
-    candidates: Sequence[Candidate],
-    stages: int,
-    full: int,
-    now_s: float,
-    config: PlanningConfig,
-) -> Iterator[Start]:
-    if stages == 1:
-        for candidate in _soonest_by_kind(need, candidates):
-            yield _start(need, (candidate,), (0, need.model.num_layers), 1, now_s, config)
-        return
-    for group in _by_speed(need, candidates, stages, full, config):
-        yield from _pipelines(need, group, stages, full, now_s, config)
-
-
 def _soonest_by_kind(need: Need, candidates: Sequence[Candidate]) -> Iterable[Candidate]:
     """Of one kind the place that is ready first is the best for the whole model in all respects."""
     found: dict[str, tuple[float, Candidate]] = {}
@@ -188,81 +241,17 @@ def _soonest_by_kind(need: Need, candidates: Sequence[Candidate]) -> Iterable[Ca
     return [candidate for _, candidate in found.values()]
 
 
-def _by_speed(
-    need: Need, candidates: Sequence[Candidate], stages: int, full: int, config: PlanningConfig
-) -> Iterator[Sequence[Candidate]]:
-    """First the places of kinds fast enough for the TPOT objective, then all."""
-    limit_s = need.objectives.tpot_s
-    if limit_s is not None:
-        able = [
-            candidate
-            for candidate in candidates
-            if tpot_s(need.model, [candidate], stages, full, config.tpot_batch) <= limit_s
-        ]
-        if stages <= len(able) < len(candidates):
-            yield able
-    yield candidates
-
-
-def _pipelines(
-    need: Need,
-    candidates: Sequence[Candidate],
-    stages: int,
-    full: int,
-    now_s: float,
-    config: PlanningConfig,
-) -> Iterator[Start]:
-    for places in _places(need, candidates, stages, full):
-        able = frozenset(i for i, candidate in enumerate(places) if candidate.can_grow)
-        bound_s = divisible_s(places, need.model.total_bytes)
-        found = cut(places, need.model.num_layers, heads=able, not_before_s=bound_s)
-        if found is not None and found.latest_s < float("inf"):
-            yield _start(need, found.places, found.bounds, full, now_s, config)
-
-
 def _places(
-    need: Need, candidates: Sequence[Candidate], stages: int, full: int
+    candidates: Sequence[Candidate], model: ModelShape, stages: int, full: int
 ) -> Iterable[tuple[Candidate, ...]]:
     """The places to cut the model over: of a few every choice, of many the best by bytes."""
     if len(candidates) > EXACT_CANDIDATES:
         heads = frozenset(i for i, candidate in enumerate(candidates) if candidate.can_grow)
-        places = choose_places(candidates, need.model.total_bytes, stages, heads=heads, full=full)
+        places = choose_places(candidates, model.total_bytes, stages, heads=heads, full=full)
         return [] if places is None else [places]
     # Of orders that are equally early `cut` takes the first, and the head has most to fetch later.
     choices = combinations(sorted(candidates, key=_slowness), stages)
     return [chosen for chosen in choices if sum(candidate.can_grow for candidate in chosen) >= full]
-
-
-def _start(
-    need: Need,
-    candidates: Sequence[Candidate],
-    bounds: Sequence[int],
-    full: int,
-    now_s: float,
-    config: PlanningConfig,
-) -> Start:
-    growing = _growing(candidates, full)
-    chosen = [
-        _stage(candidate, start, end, need.must_grow and candidate in growing)
-        for candidate, start, end in zip(candidates, bounds, bounds[1:], strict=False)
-    ]
-    prediction = predict(
-        need,
-        candidates,
-        chosen,
-        now_s,
-        ttft_share=config.ttft_share,
-        tpot_batch=config.tpot_batch,
-    )
-    return Start(
-        deployment=need.name,
-        stages=tuple(chosen),
-        reason=_reason(need, chosen, prediction),
-        prediction=prediction,
-        deadline_s=_deadline(need, now_s),
-        keeps_in_memory=config.keeps_in_memory,
-        growth=Growth(is_background=config.grows_in_background),
-    )
 
 
 def _growing(candidates: Sequence[Candidate], full: int) -> list[Candidate]:
