@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim
 from paraserve_scheduler.planner.decisions import StageChoice, StageSource, Start
-from paraserve_scheduler.planner.fleet import Fleet, Node
+from paraserve_scheduler.planner.fleet import Fleet, Need, Node
 
 
 def with_start(fleet: Fleet, start: Start) -> Fleet:
@@ -83,15 +83,9 @@ def with_freed(fleet: Fleet, reserved: Mapping[tuple[str, int], int]) -> Fleet:
 
 def without(fleet: Fleet, replicas: Collection[str]) -> Fleet:
     """The fleet without replicas that are to be stopped; their memory is not free yet."""
-    return replace(
-        fleet,
-        needs=tuple(
-            replace(
-                need,
-                replicas=tuple(
-                    replica for replica in need.replicas if replica.name not in replicas
-                ),
-            )
-            for need in fleet.needs
-        ),
-    )
+    return replace(fleet, needs=tuple(_less(need, replicas) for need in fleet.needs))
+
+
+def _less(need: Need, replicas: Collection[str]) -> Need:
+    left = tuple(replica for replica in need.replicas if replica.name not in replicas)
+    return need if len(left) == len(need.replicas) else replace(need, replicas=left)

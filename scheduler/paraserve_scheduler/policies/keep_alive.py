@@ -41,11 +41,6 @@ def rate_of(arrivals_s: Sequence[float], now_s: float) -> float | None:
     return len(window) / (now_s - window[0])
 
 
-def union_rate(rates: Iterable[float | None]) -> float:
-    """The rate of a layer that several share: arrivals of independent users add up."""
-    return sum(rate for rate in rates if rate is not None)
-
-
 def time_to_live_s(
     *, rate: float | None, saved_s: float, held_bytes: float, config: KeepAliveConfig
 ) -> float:
@@ -86,19 +81,18 @@ class Eviction:
     freed_bytes: Mapping[tuple[str, int], int]
 
 
-def evictions(fleet: Fleet, needed_bytes: int, now_s: float) -> list[Eviction]:
+def evictions(fleet: Fleet, needed_bytes: int, idle: IdleByGpu) -> list[Eviction]:
     """For every GPU the idle replicas to evict for `needed_bytes` there, the best choice first.
 
     On each GPU those go first whose next request is least likely soon for the memory they hold.
     Of the GPUs the best is the one that loses the lowest priorities, then the fewest requests.
     """
-    idle = _idle_by_gpu(fleet.needs, now_s)
     if not idle:
         return []
     ranked = []
     for node in fleet.nodes:
         for gpu in node.gpus:
-            chosen = _enough(idle.get((node.name, gpu.index), []), needed_bytes - gpu.free_bytes)
+            chosen = _enough(idle.get((node.name, gpu.index), ()), needed_bytes - gpu.free_bytes)
             if chosen:
                 loss = (
                     max(victim.priority for victim in chosen),
@@ -110,7 +104,7 @@ def evictions(fleet: Fleet, needed_bytes: int, now_s: float) -> list[Eviction]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Idle:
+class IdleReplica:
     replica: ReplicaLoad
     priority: int
     rate: float
@@ -120,18 +114,43 @@ class _Idle:
         return max(1, sum(self.replica.reserved_bytes.values()))
 
 
-def _idle_by_gpu(needs: Iterable[Need], now_s: float) -> dict[tuple[str, int], list[_Idle]]:
-    found: dict[tuple[str, int], list[_Idle]] = {}
+#: By node and GPU; those first that go first.
+IdleByGpu = Mapping[tuple[str, int], Sequence[IdleReplica]]
+
+
+def idle_by_gpu(needs: Iterable[Need], now_s: float) -> IdleByGpu:
+    """Return the replicas that `evictions` may choose from."""
+    found: dict[tuple[str, int], list[IdleReplica]] = {}
     for need in needs:
         if need.waiting:
             continue
         for replica in need.replicas:
             if is_idle(replica):
                 rate = rate_of(need.arrivals_s, now_s) or 0.0
-                idle = _Idle(replica=replica, priority=need.priority, rate=rate)
+                idle = IdleReplica(replica=replica, priority=need.priority, rate=rate)
                 for place in replica.reserved_bytes:
                     found.setdefault(place, []).append(idle)
+    for there in found.values():
+        there.sort(
+            key=lambda idle: (
+                idle.priority,
+                idle.rate / idle.held_bytes,
+                idle.replica.idle_since_s or 0.0,
+            )
+        )
     return found
+
+
+def most_room_bytes(fleet: Fleet, idle: IdleByGpu) -> int:
+    """Return the most that any GPU has free, or would have free without its idle replicas."""
+    return max(
+        (
+            gpu.free_bytes + sum(each.held_bytes for each in idle.get((node.name, gpu.index), ()))
+            for node in fleet.nodes
+            for gpu in node.gpus
+        ),
+        default=0,
+    )
 
 
 def is_idle(replica: ReplicaLoad) -> bool:
@@ -140,16 +159,9 @@ def is_idle(replica: ReplicaLoad) -> bool:
     return is_serving and replica.in_flight == 0 and not replica.is_growing
 
 
-def _enough(idle: list[_Idle], lacking_bytes: int) -> list[_Idle]:
+def _enough(idle: Sequence[IdleReplica], lacking_bytes: int) -> list[IdleReplica]:
     """The first of them that free so much together; none if all do not."""
-    idle.sort(
-        key=lambda victim: (
-            victim.priority,
-            victim.rate / victim.held_bytes,
-            victim.replica.idle_since_s or 0.0,
-        )
-    )
-    chosen: list[_Idle] = []
+    chosen: list[IdleReplica] = []
     for victim in idle:
         if lacking_bytes <= 0:
             break
@@ -158,7 +170,7 @@ def _enough(idle: list[_Idle], lacking_bytes: int) -> list[_Idle]:
     return chosen if lacking_bytes <= 0 else []
 
 
-def _eviction(node: str, gpu: int, chosen: Sequence[_Idle]) -> Eviction:
+def _eviction(node: str, gpu: int, chosen: Sequence[IdleReplica]) -> Eviction:
     freed: dict[tuple[str, int], int] = {}
     for victim in chosen:
         for place, size in victim.replica.reserved_bytes.items():

@@ -19,11 +19,12 @@ from paraserve_scheduler.policies.keep_alive import (
     Eviction,
     KeepAliveConfig,
     evictions,
+    idle_by_gpu,
     is_idle,
     is_used_in_time,
+    most_room_bytes,
     rate_of,
     time_to_live_s,
-    union_rate,
 )
 
 
@@ -48,25 +49,59 @@ def decide(fleet: Fleet, now_s: float, config: ParaServeConfig = _DEFAULTS) -> t
 # ---- starting ----
 
 
+class _Room:
+    """What is left of a fleet as one decision goes on. Starts and evictions only make it less."""
+
+    def __init__(self, fleet: Fleet, now_s: float) -> None:
+        self._now_s = now_s
+        self.fleet = fleet
+        self.idle = idle_by_gpu(fleet.needs, now_s)
+        self._most_bytes = most_room_bytes(fleet, self.idle)
+
+    def may_suffice(self, need: Need) -> bool:
+        """Return whether a head could go somewhere, be it that idle replicas go."""
+        return not need.must_grow or need.model.full_bytes <= self._most_bytes
+
+    def take(self, start: Start) -> None:
+        self.fleet = with_start(self.fleet, start)
+        self._most_bytes = most_room_bytes(self.fleet, self.idle)
+
+    def evict(self, eviction: Eviction) -> None:
+        """Their memory is not free yet."""
+        self.fleet = without(self.fleet, eviction.replicas)
+        self.idle = idle_by_gpu(self.fleet.needs, self._now_s)
+        self._most_bytes = most_room_bytes(self.fleet, self.idle)
+
+
 def _start_replicas(fleet: Fleet, now_s: float, config: ParaServeConfig) -> Iterator[Decision]:
-    needs = [_not_late_yet(need, now_s) for need in _waiting(fleet)]
+    room = _Room(fleet, now_s)
+    # Of a full cluster hardly any has to be looked at.
+    needs = [_not_late_yet(need, now_s) for need in _waiting(fleet) if room.may_suffice(need)]
     for need in sorted(needs, key=lambda need: _urgency(need, now_s)):
-        wanted = replicas_to_start(need, now_s, _typical_start_s(need, fleet), config.autoscaling)
-        while wanted > 0:
-            start = plan(need, fleet, now_s, replicas=wanted, config=config.planning)
-            if start is None and _will_fit(need, fleet, now_s, config):
-                break
-            if start is None or (_is_late(start) and not _is_hopeless(need, now_s)):
-                eviction = _make_room(need, fleet, now_s, start, config)
-                if eviction is not None:
-                    yield from _evict(eviction, need)
-                    fleet = without(fleet, eviction.replicas)
-                    break
-            if start is None:
-                break
-            yield start
-            fleet = with_start(fleet, start)
-            wanted -= max(1, sum(stage.grows for stage in start.stages))
+        if room.may_suffice(need):
+            yield from _start_for(need, room, now_s, config)
+
+
+def _start_for(
+    need: Need, room: _Room, now_s: float, config: ParaServeConfig
+) -> Iterator[Decision]:
+    ready_in_s = _typical_start_s(need, room.fleet)
+    wanted = replicas_to_start(need, now_s, ready_in_s, config.autoscaling)
+    while wanted > 0:
+        start = plan(need, room.fleet, now_s, replicas=wanted, config=config.planning)
+        if start is None and _will_fit(need, room.fleet, now_s, config):
+            return
+        if start is None or (_is_late(start) and not _is_hopeless(need, now_s)):
+            eviction = _make_room(need, room, now_s, start, config)
+            if eviction is not None:
+                yield from _evict(eviction, need)
+                room.evict(eviction)
+                return
+        if start is None:
+            return
+        yield start
+        room.take(start)
+        wanted -= max(1, sum(stage.grows for stage in start.stages))
 
 
 def _will_fit(need: Need, fleet: Fleet, now_s: float, config: ParaServeConfig) -> bool:
@@ -96,12 +131,10 @@ def _not_late_yet(need: Need, now_s: float) -> Need:
     if limit_s is None or not need.waiting:
         return need
     last = need.arrivals_s[-need.waiting :]
-    return replace(
-        need,
-        oldest_s=min(
-            (arrival_s for arrival_s in last if arrival_s + limit_s > now_s), default=need.oldest_s
-        ),
+    oldest_s = min(
+        (arrival_s for arrival_s in last if arrival_s + limit_s > now_s), default=need.oldest_s
     )
+    return need if oldest_s == need.oldest_s else replace(need, oldest_s=oldest_s)
 
 
 def _urgency(need: Need, now_s: float) -> tuple[int, bool, float]:
@@ -148,11 +181,12 @@ _LOOKED_AT = 8
 
 
 def _make_room(
-    need: Need, fleet: Fleet, now_s: float, late: Start | None, config: ParaServeConfig
+    need: Need, room: _Room, now_s: float, late: Start | None, config: ParaServeConfig
 ) -> Eviction | None:
     """Idle replicas to stop if a plan gets possible by it, or gets to meet the objectives."""
-    for eviction in evictions(fleet, need.model.full_bytes, now_s)[:_EVICTIONS_TRIED]:
-        freed = with_freed(fleet, eviction.freed_bytes)
+    found = evictions(room.fleet, need.model.full_bytes, room.idle)
+    for eviction in found[:_EVICTIONS_TRIED]:
+        freed = with_freed(room.fleet, eviction.freed_bytes)
         start = plan(need, freed, now_s, config=config.planning)
         if start is not None and (late is None or not _is_late(start)):
             return eviction
@@ -193,21 +227,35 @@ def _weights_live_s(
 
 def _keep_slots(fleet: Fleet, now_s: float, config: KeepAliveConfig) -> Iterator[Decision]:
     """One slot on every GPU that could take a stage, as long as starts are frequent enough."""
-    rate = union_rate(rate_of(need.arrivals_s, now_s) for need in fleet.needs)
-    # Requests choose among the nodes; a slot on one is asked for by its part of them.
-    share = rate / max(1, len(fleet.nodes))
     worth: dict[str, bool] = {}
     for node in fleet.nodes:
         if node.kind.start.slot_runtime_s is None:
             continue
         if node.kind.name not in worth:
-            worth[node.kind.name] = rate == 0 or _is_worth_a_slot(node.kind.start, share, config)
+            worth[node.kind.name] = _are_starts_frequent(fleet, node.kind.start, now_s, config)
         is_worth_it, needed_bytes = worth[node.kind.name], node.kind.start.slot_bytes
         for gpu in node.gpus:
             if is_worth_it and gpu.slots == 0 and gpu.free_bytes >= needed_bytes:
                 yield WarmSlot(node=node.name, gpu=gpu.index, reason="starts are frequent")
             elif gpu.slots and not is_worth_it:
                 yield DropSlot(node=node.name, gpu=gpu.index, reason="starts are rare")
+
+
+def _are_starts_frequent(
+    fleet: Fleet, method: StartMethod, now_s: float, config: KeepAliveConfig
+) -> bool:
+    """Whether a slot is worth its memory: all deployments share it, so that their rates add up.
+
+    Where no rate is known yet it is.
+    """
+    rate = 0.0
+    for need in fleet.needs:
+        rate += rate_of(need.arrivals_s, now_s) or 0.0
+        # Requests choose among the nodes; a slot on one is asked for by its part of them. Further
+        # rates would only add to it.
+        if rate and _is_worth_a_slot(method, rate / max(1, len(fleet.nodes)), config):
+            return True
+    return rate == 0
 
 
 def _is_worth_a_slot(method: StartMethod, rate: float, config: KeepAliveConfig) -> bool:
