@@ -27,6 +27,22 @@ class Served:
     arrivals_s: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     last_number: int = 0
     service_s: float | None = None
+    #: As the policy was last told of it. Without replicas only an arrival changes it.
+    _need: Need | None = None
+
+    @property
+    def need(self) -> Need:
+        """What the policy is told of it now."""
+        if self.replicas:
+            self._need = None
+            return _need_of(self)
+        if self._need is None:
+            self._need = _need_of(self)
+        return self._need
+
+    def note_arrival(self, at_s: float) -> None:
+        self.arrivals_s.append(at_s)
+        self._need = None
 
     def takes_one_more(self) -> bool:
         """Return whether its gateway holds one more request, or has a replica to send it to."""
@@ -62,7 +78,7 @@ class NodeRecords:
         return replace(record, claims=claims, uplink_fetches=uplink_fetches)
 
 
-def need_of(served: Served) -> Need:
+def _need_of(served: Served) -> Need:
     description = served.description
     return Need(
         name=description.name,

@@ -24,7 +24,7 @@ from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import ClusterDescription
 from paraserve_scheduler.simulator.memory import Meter, NodeMemory
 from paraserve_scheduler.simulator.network import STORE, Network, capacities
-from paraserve_scheduler.simulator.observation import NodeRecords, Served, need_of
+from paraserve_scheduler.simulator.observation import NodeRecords, Served
 from paraserve_scheduler.simulator.replicas import SimReplica
 from paraserve_scheduler.simulator.results import ColdStart, Outcome
 from paraserve_scheduler.simulator.serving import Batch, pipeline_batch
@@ -96,7 +96,7 @@ class Simulation:
 
     def _arrive(self, request: SimRequest) -> None:
         served = self._served[request.deployment]
-        served.arrivals_s.append(self.heap.now_s)
+        served.note_arrival(self.heap.now_s)
         if not served.queue and self._admit(served, request):
             return
         if not served.takes_one_more():
@@ -184,7 +184,7 @@ class Simulation:
                 for name, node in self.nodes.items()
                 if not node.is_lost
             ),
-            needs=tuple(need_of(served) for served in self._active.values()),
+            needs=tuple(served.need for served in self._active.values()),
             store_bytes_per_s=self._cluster.store_bytes_per_s,
             store_fetches=self.network.fetches_from(STORE),
         )
