@@ -74,8 +74,13 @@ class Batch:
     def running(self) -> int:
         return len(self._decoding) + len(self._prompts)
 
-    def requests(self) -> list[SimRequest]:
-        return [*self._prompts, *(request for _, _, request in self._decoding)]
+    def stop(self) -> list[SimRequest]:
+        """Lose all that runs, and return it."""
+        lost = [*self._prompts, *(request for _, _, request in self._decoding)]
+        self._prompts.clear()
+        self._decoding.clear()
+        self._version += 1
+        return lost
 
     def add(self, request: SimRequest) -> None:
         self._advance()

@@ -342,7 +342,7 @@ class Simulation:
             for replica in list(served.replicas):
                 if any(stage.node == name for stage in replica.stages):
                     self._outcome.lost_replicas += 1
-                    running = replica.batch.requests() if replica.batch else []
+                    running = replica.batch.stop() if replica.batch else []
                     self._remove(served, replica, leaves_slots=False)
                     served.queue.extendleft(reversed(running))
                     if running:

@@ -147,6 +147,7 @@ def test_requests_of_a_lost_node_begin_again_elsewhere() -> None:
     assert request.end_s is not None
     assert len(outcome.cold_starts) == 2
     assert outcome.lost_replicas == 1
+    assert outcome.ended_s < 300, "each request ended once, and the run with the last"
     (calm,) = simulate([make_request(90.0, output_tokens=400)]).requests
     assert request.end_s > (calm.end_s or 0.0)
 
