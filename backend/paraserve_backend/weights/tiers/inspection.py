@@ -107,7 +107,9 @@ def _landed(directory: Path) -> Iterator[tuple[str, StoredObject, tuple[ByteRang
             progress = ProgressFile(fetch_dir / PROGRESS, parts=len(manifest.parts), writable=False)
             parts = [manifest.parts[number] for number in progress.landed()]
             for stored in manifest.plan.objects:
-                landed = merge((it.start, it.end) for it in parts if it.object_key == stored.key)
+                landed = merge(
+                    (part.start, part.end) for part in parts if part.object_key == stored.key
+                )
                 is_done = progress.status is FetchStatus.DONE
                 yield manifest.plan.source_uri, stored, landed, not is_done
             progress.close()

@@ -340,7 +340,7 @@ def _missing_bytes(fetch: TierFetch) -> int:
     """Return the memory that a fetch will take, with some for what is written about it."""
     parts = (fetch.parts[part] for part in fetch.missing_parts())
     part_bytes = sum(whole_pages((part.start, part.end)) for part in parts)
-    return part_bytes + sum(it.size_bytes for it in fetch.missing_files()) + _RECORDS_BYTES
+    return part_bytes + sum(stored.size_bytes for stored in fetch.missing_files()) + _RECORDS_BYTES
 
 
 def _overlap(one: ByteRange, other: ByteRange) -> bool:
