@@ -1,4 +1,4 @@
-"""Settings of one node agent. What the machine itself has is read in `node`."""
+"""Settings of one node agent. What the machine itself has is read in `hardware`."""
 
 from __future__ import annotations
 

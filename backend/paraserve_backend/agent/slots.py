@@ -1,7 +1,7 @@
 """The node's runtime slots: processes without weights that parts bind instead of new ones.
 
 Owns which slots there are and loads and removes them in quiet moments. What a slot looks like to
-Triton is in `slot_models`, what it does when it is bound in `roles.slot`.
+Triton is in `tritonserver.host.model_config`, what it does when it is bound in `roles.slot`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the engine must know about a model: sizes, position encoding, tensor layout.
 
-Read from config.json by a family (see `table`). The engine is one implementation: all that tells
+Read from config.json by a family (see `registry`). The engine is one implementation: all that tells
 one family from another is a value here. What a layer adds or leaves out (biases, norms on queries
 and keys, a gate) shows as the presence of a module.
 """

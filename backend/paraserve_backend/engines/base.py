@@ -1,6 +1,6 @@
 """What an engine is that runs a whole model in the place of ours: TensorRT-LLM, vLLM.
 
-Text, stop words, when an answer ends and what a client gets are `engines.role`'s business: an
+Text, stop words, when an answer ends and what a client gets are `engines.host`'s business: an
 engine takes token ids and yields token ids. All its methods run on one event loop.
 """
 

@@ -170,7 +170,7 @@ class EngineHost:
             await self._end_all()
             await self._engine.stop()
         if self._death is not None:
-            # The process ends with this thread (`triton`), and the node's agent replaces it.
+            # `tritonserver.stub` ends the process with this thread; the node's agent replaces it.
             raise self._death
 
     async def _start(self) -> bool:

@@ -1,7 +1,7 @@
 """One forward pass as data: what the generate loop sends to every stage, and what comes back.
 
 The generate loop owns the schedule and the KV blocks, so a batch carries each sequence's block
-table and the stages keep no scheduling state. Its binary form is `batch_codec`'s.
+table and the stages keep no scheduling state. Its binary form is `forward_codec`'s.
 """
 
 from __future__ import annotations

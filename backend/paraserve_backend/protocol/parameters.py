@@ -73,7 +73,7 @@ class GenerateConfig:
     batches_in_flight: int
     #: `None`: requests stay where they are.
     hand_over: HandOverConfig | None
-    #: "paraserve", or one that `engines.role` knows.
+    #: "paraserve", or one that `roles.external` knows.
     engine: str
 
 

@@ -1,7 +1,7 @@
 """What starting and serving a model takes, in seconds and in memory held. Pure formulas.
 
 Constants are measured per kind of node (a GPU type with its host) and handed in; this module knows
-none. Nothing here chooses: `planning` does.
+none. Nothing here chooses: `planner` does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the scheduler knows of the cluster: one immutable view, replaced as things happen.
 
-Pure records and questions about them. `fold` makes the next view, `policy` decides on one. Times
-are seconds since the Unix epoch; `None` where something has not happened.
+Pure records and questions about them. `fold` makes the next view, the reconciler decides on one.
+Times are seconds since the Unix epoch; `None` where something has not happened.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The life of one part of a replica on this node: fetch and load at the same time, watch, undo.
 
 Whatever ends a part, everything it brought is taken away again. Which parts there are, and in
-which order commands reach them, is the business of `parts`.
+which order commands reach them, is the business of `registry`.
 """
 
 from __future__ import annotations

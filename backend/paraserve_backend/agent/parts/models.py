@@ -1,7 +1,7 @@
 """The Triton models of one part and their keys: models become slots of the node or are loaded,
 and are taken away again.
 
-What a part is besides its models, and when it has failed, is the business of `part`.
+What a part is besides its models, and when it has failed, is the business of `life`.
 """
 
 from __future__ import annotations

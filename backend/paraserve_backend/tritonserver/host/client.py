@@ -1,6 +1,6 @@
 """The node's Triton, as the agent uses it: the only user of the repository API.
 
-Knows nothing of parts. One call is one request; waiting and clean-up are in `unloading`.
+Knows nothing of parts. One call is one request; waiting and clean-up are in `unloader`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An S3-compatible object store as a source.
 
-boto3 finds credentials, lists and signs; the bodies come over `weights.ranged_http`, which takes
+boto3 finds credentials, lists and signs; the bodies come over `sources.http`, which takes
 half the CPU time that boto3 needs for them.
 """
 

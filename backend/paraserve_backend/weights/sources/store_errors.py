@@ -1,6 +1,6 @@
 """What an S3 store refuses, as one sentence that says what to do. Pure.
 
-Listing (`s3`) and reading (`ranged_http`) ask by different clients and tell the user the same.
+Listing (`s3`) and reading (`http`) ask by different clients and tell the user the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A node's host-memory tier: fetched bytes in files that other processes map.
 
-The agent is the only writer; `weights.tier_reader` is the other side. What no fetch needs any more
-stays, up to a limit, for the next fetch of the same object version; `weights.cache` says what.
+The agent is the only writer; `tiers.reader` is the other side. What no fetch needs any more
+stays, up to a limit, for the next fetch of the same object version; `tiers.cache_index` says what.
 """
 
 from __future__ import annotations

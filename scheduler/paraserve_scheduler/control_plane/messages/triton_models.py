@@ -1,6 +1,6 @@
 """The files of a replica's Triton models: which models a node gets and what their configs mean.
 
-The text is made by `pbtxt`; writing it to disk is the agent's business.
+The text is made by `model_config`; writing it to disk is the agent's business.
 """
 
 from __future__ import annotations

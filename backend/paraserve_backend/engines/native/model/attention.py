@@ -1,6 +1,6 @@
 """Causal attention of one layer over the paged cache, for a batch that mixes prefill and decode.
 
-`attention_plan` says which rows are attended together, and over which cached positions.
+`attention_metadata` says which rows are attended together, and over which cached positions.
 """
 
 from __future__ import annotations
