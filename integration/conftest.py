@@ -91,7 +91,7 @@ def _running(
     layout = replace(layout, nodes=tuple(nodes))
     models, folders = write_models(tmp_path_factory.mktemp("models"))
     try:
-        up(layout, lambda _news: None)
+        up(layout, lambda _step: None)
         token = files.token.read_text(encoding="utf-8")
         with SchedulerClient(layout.scheduler_address, token) as client:
             quiet = Console(quiet=True)

@@ -92,7 +92,7 @@ def run(nodes: int, console: Console) -> dict[str, object]:
         cores=os.cpu_count() or 1,
     )
     with console.status("starting the cluster") as status:
-        up(layout, lambda news: status.update(f"starting the cluster: {news.process}"))
+        up(layout, lambda step: status.update(f"starting the cluster: {step.process}"))
     console.print(f"[bold]Cluster of {nodes} nodes is up.[/] Nothing is loaded.")
     source = upload(layout, checkpoint, NAME, console)
     token = files.token.read_text(encoding="utf-8")

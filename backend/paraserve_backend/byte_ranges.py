@@ -6,13 +6,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
 #: Bytes `[start, end)`.
-Span = tuple[int, int]
+ByteRange = tuple[int, int]
 
 
-def merge(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Return the union as sorted, disjoint, non-adjacent, non-empty spans."""
-    merged: list[Span] = []
-    for start, end in sorted(span for span in spans if span[0] < span[1]):
+def merge(byte_ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
+    """Return the union as sorted, disjoint, non-adjacent, non-empty ranges."""
+    merged: list[ByteRange] = []
+    for start, end in sorted(range_ for range_ in byte_ranges if range_[0] < range_[1]):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
@@ -20,17 +20,19 @@ def merge(spans: Iterable[Span]) -> tuple[Span, ...]:
     return tuple(merged)
 
 
-def cut(span: Span, step: int) -> Iterator[Span]:
-    """Cut a span at all multiples of `step`, so that spans which overlap have pieces in common."""
-    start, end = span
+def cut(byte_range: ByteRange, step: int) -> Iterator[ByteRange]:
+    """Cut a range at all multiples of `step`, so that overlapping ranges have pieces in common."""
+    start, end = byte_range
     for at in range(start // step * step, end, step):
         yield (max(start, at), min(end, at + step))
 
 
-def subtract(spans: Sequence[Span], removed: Sequence[Span]) -> tuple[Span, ...]:
-    """Return what is in `spans` but not in `removed`; all three are merged."""
-    left: list[Span] = []
-    for start, end in spans:
+def subtract(
+    byte_ranges: Sequence[ByteRange], removed: Sequence[ByteRange]
+) -> tuple[ByteRange, ...]:
+    """Return what is in `byte_ranges` but not in `removed`; all three are merged."""
+    left: list[ByteRange] = []
+    for start, end in byte_ranges:
         position = start
         for removed_start, removed_end in removed:
             if removed_end <= position or removed_start >= end:
@@ -41,8 +43,8 @@ def subtract(spans: Sequence[Span], removed: Sequence[Span]) -> tuple[Span, ...]
     return merge(left)
 
 
-def within(span: Span, spans: Sequence[Span]) -> bool:
-    """Whether all of `span` lies in the merged `spans`."""
-    at = bisect_right(spans, (span[0], span[0])) - 1
-    candidates = spans[max(at, 0) : at + 2]
-    return any(start <= span[0] and span[1] <= end for start, end in candidates)
+def within(byte_range: ByteRange, byte_ranges: Sequence[ByteRange]) -> bool:
+    """Whether all of `byte_range` lies in the merged `byte_ranges`."""
+    at = bisect_right(byte_ranges, (byte_range[0], byte_range[0])) - 1
+    candidates = byte_ranges[max(at, 0) : at + 2]
+    return any(start <= byte_range[0] and byte_range[1] <= end for start, end in candidates)

@@ -226,13 +226,13 @@ def hand_over_figures(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
     importer = KvImporter(caches[1])
     moved_bytes = 0
 
-    def post(_address: str, message: Message) -> None:
+    def send(_address: str, message: Message) -> None:
         nonlocal moved_bytes
         assert isinstance(message, KvBlocks)
         moved_bytes = len(message.payload)
         importer.write(message, blocks)
 
-    exporter = KvExporter(caches[0], layers, post)
+    exporter = KvExporter(caches[0], layers, send)
     export = Export(address="", ticket=0, first=0, blocks=blocks)
     seconds = _seconds(lambda: exporter.send([export]), device)
     return {"kv_hand_over_gb_per_s": round(moved_bytes / seconds / 1e9, 2)}
@@ -251,7 +251,7 @@ def cluster_figures(model: Path, device: torch.device, console: Console) -> dict
         cores=os.cpu_count() or 1,
     )
     try:
-        up(layout, lambda _news: None)
+        up(layout, lambda _step: None)
         source = put_into_bucket(layout, model, NAME)
         token = files.token.read_text(encoding="utf-8")
         with SchedulerClient(layout.scheduler_address, token) as client:

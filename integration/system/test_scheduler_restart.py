@@ -94,7 +94,7 @@ def apart(tmp_path: Path) -> Iterator[Cluster]:
     )
     models, folders = write_models(tmp_path / "models")
     try:
-        up(layout, lambda _news: None)
+        up(layout, lambda _step: None)
         source = upload(layout, folders[MODEL], MODEL, Console(quiet=True))
         token = files.token.read_text(encoding="utf-8")
         with gateway(layout) as seen, SchedulerClient(layout.scheduler_address, token) as client:

@@ -59,7 +59,7 @@ class FakeNode:
         #: Parts become ready only while this is set.
         self.may_finish = asyncio.Event()
         self.may_finish.set()
-        #: What replicas here were told to hand over to: replica to (target to URL).
+        #: What replicas here were told to hand over to: replica to (successor to URL).
         self.hand_overs: dict[str, dict[str, str]] = {}
         self.refuses_hand_overs = False
         self.wanted_slots: int | None = None
@@ -106,11 +106,11 @@ class FakeAgents:
         node.removed.append(replica)
         node.parts = {key: part for key, part in node.parts.items() if part.replica != replica}
 
-    async def hand_over(self, address: str, replica: str, targets: Mapping[str, str]) -> None:
+    async def hand_over(self, address: str, replica: str, successors: Mapping[str, str]) -> None:
         node = self._reach(address)
         if node.refuses_hand_overs:
             raise AgentCallFailed(Failure(grpc_code="UNAVAILABLE", message="no time"))
-        node.hand_overs[replica] = dict(targets)
+        node.hand_overs[replica] = dict(successors)
 
     async def keep_slots(self, address: str, idle_slots: int) -> None:
         self._reach(address).wanted_slots = idle_slots

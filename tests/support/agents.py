@@ -119,7 +119,7 @@ def make_part(
 
 
 async def follow(node: FakeNode, part: pb.Part) -> list[pb.PartStatus]:
-    """Apply a part and return all its news."""
+    """Apply a part and return every status that it reports."""
     progress = await node.parts.apply(part)
     return [status async for status in progress.follow()]
 

@@ -48,18 +48,18 @@ class Cluster:
 
     async def register(self, *names: str) -> None:
         for name in names or self.nodes:
-            self.controller.tell(self.nodes[name].registered(self.clock.now_s()))
+            self.controller.notify(self.nodes[name].registered(self.clock.now_s()))
         await self.heartbeats(*names)
 
     async def heartbeats(self, *names: str) -> None:
         for name in names or self.nodes:
-            self.controller.tell(self.nodes[name].heartbeat(self.clock.now_s()))
+            self.controller.notify(self.nodes[name].heartbeat(self.clock.now_s()))
         await self.settle()
 
     async def demand(self, deployment: str = "tiny", **fields: Any) -> None:
         demands = (make_demand(deployment, **fields),)
         now_s = self.clock.now_s()
-        self.controller.tell(DemandReported(gateway="g0", demands=demands, at_s=now_s))
+        self.controller.notify(DemandReported(gateway="g0", demands=demands, at_s=now_s))
         await self.settle()
 
     async def passes(self, seconds: float, *, silent: Iterable[str] = ()) -> None:

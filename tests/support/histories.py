@@ -12,7 +12,7 @@ from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.events import (
     DemandReported,
     Event,
-    HandOverTold,
+    HandOverNotified,
     PartReported,
     ReplicaRemoved,
 )
@@ -92,9 +92,9 @@ class History:
         for stage in range(len(self.view.replicas[replica].plan.stages)):
             self.part(replica, stage, Phase.READY)
 
-    def told(self, replica: str, *targets: str) -> None:
+    def notified(self, replica: str, *successors: str) -> None:
         """The head of `replica` has taken the command to hand over."""
-        self.happens(HandOverTold(replica=replica, targets=targets))
+        self.happens(HandOverNotified(replica=replica, successors=successors))
 
     def routed(self, deployment: str = "tiny") -> list[str]:
         """Where new requests may go."""

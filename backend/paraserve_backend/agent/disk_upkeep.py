@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from paraserve_backend.byte_ranges import Span, cut, subtract
+from paraserve_backend.byte_ranges import ByteRange, cut, subtract
 from paraserve_backend.daemon.tasks import in_thread
 from paraserve_backend.errors import NotFound
 from paraserve_backend.weights.tiers.contents import TierObject
@@ -36,8 +36,8 @@ class DiskUpkeep:
         self._tier = tier
         self._disk = disk
         self._buffer = aligned_buffer()
-        self._in_memory: dict[str, Sequence[Span]] = {}
-        self._to_write: deque[tuple[TierObject, Span]] = deque()
+        self._in_memory: dict[str, Sequence[ByteRange]] = {}
+        self._to_write: deque[tuple[TierObject, ByteRange]] = deque()
         self._to_verify: deque[Held] = deque()
 
     def write_next(self) -> bool:
@@ -63,22 +63,23 @@ class DiskUpkeep:
         # Kept: whatever the disk alone has was used before anything that memory has.
         self._in_memory = {found.name: found.landed for found in contents}
         self._to_write.extend(
-            (found, span)
+            (found, byte_range)
             for found in contents
-            for missing in subtract(found.landed, self._disk.spans(found.name))
-            for span in cut(missing, EXTENT_BYTES)
+            for missing in subtract(found.landed, self._disk.byte_ranges(found.name))
+            for byte_range in cut(missing, EXTENT_BYTES)
         )
 
-    def _write(self, found: TierObject, span: Span) -> bool:
+    def _write(self, found: TierObject, byte_range: ByteRange) -> bool:
         """Returns whether the disk takes more."""
+        start, end = byte_range
         try:
-            with self._tier.reading(found.name, span) as (path, _), path.open("rb") as file:
-                os.preadv(file.fileno(), [self._buffer[: span[1] - span[0]]], span[0])
+            with self._tier.reading(found.name, byte_range) as (path, _), path.open("rb") as file:
+                os.preadv(file.fileno(), [self._buffer[: end - start]], start)
         except NotFound:
             return True  # it has left the memory meanwhile
-        return self._disk.save(found, span, self._buffer, self._kept)
+        return self._disk.save(found, byte_range, self._buffer, self._kept)
 
-    def _kept(self, name: str) -> Sequence[Span]:
+    def _kept(self, name: str) -> Sequence[ByteRange]:
         return self._in_memory.get(name, ())
 
 

@@ -294,7 +294,7 @@ class Fetches:
         for landing in self._tier.fetches():
             if landing.plan.fetch_id == fetch_id:
                 for name, stored in landing.object_names.items():
-                    self._disk.use(name, landing.needed_spans(stored.key))
+                    self._disk.use(name, landing.needed_ranges(stored.key))
 
     def _reserve(self, request: FetchRequest) -> None:
         """Make what is only cached give way to a replica."""

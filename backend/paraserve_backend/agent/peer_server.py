@@ -24,7 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from paraserve_backend.byte_ranges import Span
+from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.errors import InvalidRequest, NotFound
 from paraserve_backend.weights.sources.peer import HOLDINGS_PATH, OBJECTS_PATH, is_signed
 from paraserve_backend.weights.tiers.memory import Tier
@@ -196,16 +196,16 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             self._answer(400, b"Ask for one range of bytes.")
             return
-        span = (int(found[1]), int(found[2]) + 1)
+        byte_range = (int(found[1]), int(found[2]) + 1)
         try:
-            with self.server.tier.reading(name, span) as (path, read):
-                self._send(path, span, version=read.version, size_bytes=read.size_bytes)
+            with self.server.tier.reading(name, byte_range) as (path, read):
+                self._send(path, byte_range, version=read.version, size_bytes=read.size_bytes)
         except NotFound as error:
             holding = self.server.tier.holdings([name])[name]
             self._answer(416 if holding.landed else 404, str(error).encode())
 
-    def _send(self, path: Path, span: Span, *, version: str, size_bytes: int) -> None:
-        start, end = span
+    def _send(self, path: Path, byte_range: ByteRange, *, version: str, size_bytes: int) -> None:
+        start, end = byte_range
         self.send_response(206)
         self.send_header("Content-Length", str(end - start))
         self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size_bytes}")

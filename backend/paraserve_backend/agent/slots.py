@@ -128,7 +128,7 @@ class Slots:
 
     def take(self, place: SlotPlace) -> Slot | None:
         """Return an idle slot that is the caller's until it is released; `None`: there is none."""
-        slot = next((it for it in self._in(SlotState.IDLE) if it.place == place), None)
+        slot = next((idle for idle in self._in(SlotState.IDLE) if idle.place == place), None)
         if slot is not None:
             slot.state = SlotState.TAKEN
             self._changed()

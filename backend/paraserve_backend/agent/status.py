@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from paraserve_backend.byte_ranges import Span
+from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.tiers.contents import TierObject
 from paraserve_backend.weights.tiers.disk import DiskTier
@@ -34,5 +34,5 @@ def _message(
     )
 
 
-def _ranges(spans: Iterable[Span]) -> list[pb.ByteRange]:
-    return [pb.ByteRange(start=start, end=end) for start, end in spans]
+def _ranges(byte_ranges: Iterable[ByteRange]) -> list[pb.ByteRange]:
+    return [pb.ByteRange(start=start, end=end) for start, end in byte_ranges]

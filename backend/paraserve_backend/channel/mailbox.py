@@ -17,8 +17,8 @@ from paraserve_backend.errors import InvalidRequest, Unavailable
 from paraserve_backend.protocol.hand_over import (
     Expect,
     KvBlocks,
+    LoopMessage,
     Message,
-    Word,
 )
 from paraserve_backend.protocol.parameters import HandOverConfig
 
@@ -33,19 +33,25 @@ class Mailbox:
     def __init__(self, config: HandOverConfig) -> None:
         keys = CurveKeys.read(config.key_file)
         self.address = config.inbox
-        self.post = Post(keys)
+        self._post = Post(keys)
         self._inbox = Inbox(listen=config.inbox, keys=keys, max_bytes=_MAX_BYTES)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(
-        self, hear: Callable[[Word], None], receive: Callable[[KvBlocks | Expect], None]
+        self,
+        receive: Callable[[LoopMessage], None],
+        receive_blocks: Callable[[KvBlocks | Expect], None],
     ) -> None:
         """Begin to listen; both are called from a thread of the mailbox."""
         self._thread = threading.Thread(
-            target=self._run, args=(hear, receive), name="mailbox", daemon=True
+            target=self._run, args=(receive, receive_blocks), name="mailbox", daemon=True
         )
         self._thread.start()
+
+    def send(self, address: str, message: Message) -> None:
+        """Queue a message for an inbox without waiting."""
+        self._post.send(address, message)
 
     def stop(self) -> None:
         """Listen no more; what is sent still goes out."""
@@ -55,10 +61,12 @@ class Mailbox:
 
     def close(self) -> None:
         self._inbox.close()
-        self.post.close()
+        self._post.close()
 
     def _run(
-        self, hear: Callable[[Word], None], receive: Callable[[KvBlocks | Expect], None]
+        self,
+        receive: Callable[[LoopMessage], None],
+        receive_blocks: Callable[[KvBlocks | Expect], None],
     ) -> None:
         while not self._stopping.is_set():
             try:
@@ -67,9 +75,9 @@ class Mailbox:
                     continue
                 message = from_frame(frame)
                 if isinstance(message, KvBlocks | Expect):
-                    receive(message)
+                    receive_blocks(message)
                 else:
-                    hear(message)
+                    receive(message)
             except (ValueError, InvalidRequest) as error:
                 # The sender gets no answer and keeps its sequence.
                 logger.warning("a message of another replica was refused: %s", error)
@@ -80,11 +88,11 @@ class NoMailbox:
 
     address = ""
 
-    def post(self, _address: str, _message: Message) -> None:
-        raise AssertionError("a replica without an address is offered nothing")
-
-    def start(self, _hear: object, _receive: object) -> None:
+    def start(self, _receive: object, _receive_blocks: object) -> None:
         pass
+
+    def send(self, _address: str, _message: Message) -> None:
+        raise AssertionError("a replica without an address is offered nothing")
 
     def stop(self) -> None:
         pass
@@ -110,7 +118,7 @@ class Post:
         self._lock = threading.Lock()
         self._outboxes: dict[str, Outbox] = {}
 
-    def __call__(self, address: str, message: Message) -> None:
+    def send(self, address: str, message: Message) -> None:
         """Queue a message without waiting.
 
         One that cannot be queued is lost: whoever waits for its answer gives up in time.

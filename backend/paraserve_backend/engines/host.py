@@ -106,7 +106,7 @@ _CHECKS_PER_STATS = 10
 
 
 class EngineHost:
-    """`add`, `aim` and `close` may be called from any thread."""
+    """`add`, `set_targets` and `close` may be called from any thread."""
 
     def __init__(
         self, engine: Engine, settings: EngineSettings, gauges: Gauges, kv_blocks: int
@@ -144,7 +144,7 @@ class EngineHost:
     def add(self, job: Job) -> None:
         self._loop.call_soon_threadsafe(self._join, job)
 
-    def aim(self, targets: tuple[Target, ...]) -> None:
+    def set_targets(self, targets: tuple[Target, ...]) -> None:
         """Hand all resumable requests over to these replicas, those to come too."""
         self._loop.call_soon_threadsafe(self._send_away, targets)
 

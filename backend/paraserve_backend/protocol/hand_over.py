@@ -82,11 +82,11 @@ class Withdraw:
     ticket: int
 
 
-#: What the generate loop hears; the others go past it.
-Word = Offer | Accepted | Refused | Complete | Withdraw
-Message = Word | KvBlocks | Expect
+#: Messages to the generate loop; the others go to its handover target at once.
+LoopMessage = Offer | Accepted | Refused | Complete | Withdraw
+Message = LoopMessage | KvBlocks | Expect
 #: Sends a message to an inbox, by its address.
-PostMessage = Callable[[str, Message], None]
+SendMessage = Callable[[str, Message], None]
 
 
 def read_targets(command: str) -> tuple[Target, ...]:

@@ -103,7 +103,7 @@ class ExternalRole:
 
     def hand_over(self, targets: tuple[Target, ...]) -> None:
         """Hand all resumable requests over to these replicas, those to come too."""
-        self._host.aim(targets)
+        self._host.set_targets(targets)
 
     def close(self) -> None:
         self._host.close()

@@ -22,14 +22,14 @@ from paraserve_backend.engines.native.batcher import (
     BlockPool,
     ScheduledBatch,
 )
-from paraserve_backend.engines.native.handover_source import Departures
-from paraserve_backend.engines.native.handover_target import Arrivals, Write
+from paraserve_backend.engines.native.handover_source import HandoverSource
+from paraserve_backend.engines.native.handover_target import HandoverTarget, Write
 from paraserve_backend.engines.native.loop import Forward, GenerateLoop, Request
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.encoder import RequestEncoder
 from paraserve_backend.generation.text import read_tokenizer
 from paraserve_backend.protocol.forward import ForwardResult
-from paraserve_backend.protocol.hand_over import PostMessage, Target
+from paraserve_backend.protocol.hand_over import SendMessage, Target
 from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
@@ -56,18 +56,18 @@ class GenerateRole:
         self._mailbox = open_mailbox(config.hand_over)
         write = None
         if forward is None:
-            forward = _local_forward(fetched, spec, kv, config.device, self._mailbox.post)
+            forward = _local_forward(fetched, spec, kv, config.device, self._mailbox.send)
             write = forward.write
         pool = BlockPool(kv.num_blocks)
-        departures = Departures(
-            self._mailbox.post,
+        handover_source = HandoverSource(
+            self._mailbox.send,
             inbox=self._mailbox.address,
             block_size=kv.block_size,
             block_bytes=kv.block_size * kv_bytes_per_token(spec, _whole(spec)),
             num_layers=spec.num_layers,
             now_s=time.monotonic,
         )
-        arrivals = Arrivals(pool, write, self._mailbox.post, time.monotonic)
+        handover_target = HandoverTarget(pool, write, self._mailbox.send, time.monotonic)
         limits = BatchingLimits(
             max_sequences=config.max_sequences,
             max_batch_tokens=config.max_batch_tokens,
@@ -75,14 +75,14 @@ class GenerateRole:
             block_size=kv.block_size,
         )
         self._loop = GenerateLoop(
-            Batcher(limits, pool, departures.exports),
+            Batcher(limits, pool, handover_source.exports),
             forward,
             gauges,
             config.batches_in_flight,
-            departures=departures,
-            arrivals=arrivals,
+            handover_source=handover_source,
+            handover_target=handover_target,
         )
-        self._mailbox.start(self._loop.hear, arrivals.received)
+        self._mailbox.start(self._loop.receive, handover_target.received)
 
     def add(self, request: GenerateRequest, reply: Reply, resume: Resume | None = None) -> None:
         """Take a request in; its answer goes to `reply` from the loop's thread.
@@ -122,7 +122,7 @@ class GenerateRole:
         """
         if not self._mailbox.address:
             raise InvalidRequest("A replica without parameter 'hand_over' keeps its requests.")
-        self._loop.aim(targets)
+        self._loop.set_targets(targets)
 
     def close(self) -> None:
         self._mailbox.stop()
@@ -134,12 +134,12 @@ class GenerateRole:
 class LocalForward:
     """All layers in this process: passes run one after another on a thread of their own."""
 
-    def __init__(self, engine: StageEngine, post: PostMessage) -> None:
+    def __init__(self, engine: StageEngine, send: SendMessage) -> None:
         from paraserve_backend.engines.native.model.kv_transfer import KvExporter, KvImporter
 
         cache = engine.model.kv_cache
         self._engine = engine
-        self._exporter = KvExporter(cache, engine.model.layers, post)
+        self._exporter = KvExporter(cache, engine.model.layers, send)
         #: Puts KV blocks of another replica into the cache.
         self.write: Write = KvImporter(cache).write
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -167,7 +167,7 @@ def _sized(kv: KvConfig, max_context: int, max_sequences: int) -> KvConfig:
 
 
 def _local_forward(
-    fetched: Fetched, spec: ModelSpec, kv: KvConfig, device: str, post: PostMessage
+    fetched: Fetched, spec: ModelSpec, kv: KvConfig, device: str, send: SendMessage
 ) -> LocalForward:
     # The head of a pipeline must not pay for it.
     with fetched.spans.span("import torch"):
@@ -176,7 +176,7 @@ def _local_forward(
     engine = load_engine(
         fetched.reader, fetched.spans, spec=spec, layers=_whole(spec), kv=kv, device=device
     )
-    return LocalForward(engine, post)
+    return LocalForward(engine, send)
 
 
 def _whole(spec: ModelSpec) -> LayerRange:

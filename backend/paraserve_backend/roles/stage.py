@@ -73,7 +73,7 @@ class StageRole:
     def _send(self, exports: tuple[Export, ...]) -> None:
         if self._post is None:
             raise InvalidRequest("A stage without parameter 'key_file' cannot send KV blocks.")
-        KvExporter(self._engine.model.kv_cache, self._layers, self._post).send(exports)
+        KvExporter(self._engine.model.kv_cache, self._layers, self._post.send).send(exports)
 
     def close(self) -> None:
         if self._relay is not None:

@@ -22,7 +22,7 @@ from paraserve_scheduler.gateway.kserve.errors import ReplicaLost
 from paraserve_scheduler.gateway.kserve.normalisation import Send, take_time_limit_us, time_limit
 from paraserve_scheduler.gateway.kserve.statistics import RequestTimes, Statistics
 from paraserve_scheduler.gateway.kserve.validation import validate
-from paraserve_scheduler.gateway.resumption import Journey
+from paraserve_scheduler.gateway.resumption import Resumption
 from paraserve_scheduler.gateway.routes import Routes
 from paraserve_scheduler.gateway.upstream import (
     WANT_EMPTY_FINAL,
@@ -42,7 +42,7 @@ class _Pace:
         self.gaps = -1
         self.first_s = self._last_s = 0.0
 
-    def hear(self, at_s: float) -> None:
+    def receive(self, at_s: float) -> None:
         self.gaps += 1
         if self.gaps == 0:
             self.first_s = at_s
@@ -60,7 +60,7 @@ class _Admitted:
     is_stream: bool
     #: Whether the prompt came with a leading dimension of 1.
     is_batch_of_one: bool
-    journey: Journey
+    resumption: Resumption
 
 
 class _OnlyResponse:
@@ -146,7 +146,7 @@ class Proxy:
         return _Admitted(
             is_stream=asked.is_stream,
             is_batch_of_one=is_batch_of_one,
-            journey=Journey(request, asked, can_move=can_move),
+            resumption=Resumption(request, asked, can_move=can_move),
         )
 
     async def _serve(
@@ -165,20 +165,20 @@ class Proxy:
         admitted: _Admitted,
     ) -> None:
         """Have replicas answer, one after the other, until the answer is whole."""
-        timeouts, journey = self._timeouts(admitted.is_stream), admitted.journey
+        timeouts, resumption = self._timeouts(admitted.is_stream), admitted.resumption
         self._demand.arrived(request.model_name)
         refused: frozenset[str] = frozenset()
         while True:
             try:
                 async with self._routes.lease(
-                    request.model_name, preferred=journey.next_replica, refused=refused
+                    request.model_name, preferred=resumption.next_replica, refused=refused
                 ) as endpoint:
                     times.given_to_replica()
-                    if await self._run(endpoint, request, send, timeouts, journey):
+                    if await self._run(endpoint, request, send, timeouts, resumption):
                         return
             except (ReplicaLost, ReplicaRefused):
                 refused |= {endpoint.replica}
-                if not journey.lose() or len(refused) == _MAX_REPLICAS_TRIED:
+                if not resumption.lose() or len(refused) == _MAX_REPLICAS_TRIED:
                     raise
 
     async def _run(
@@ -187,7 +187,7 @@ class Proxy:
         request: kserve.ModelInferRequest,
         send: Send,
         timeouts: ResponseTimeouts,
-        journey: Journey,
+        resumption: Resumption,
     ) -> bool:
         """Pass a replica's responses on; returns whether the answer ended with it."""
         # Looking a missing one up would add it.
@@ -197,10 +197,10 @@ class Proxy:
         pace = _Pace()
         async with aclosing(responses):
             async for response in responses:
-                pace.hear(time.time())
+                pace.receive(time.time())
                 if pace.gaps == 0:
                     self._demand.first_token(request.model_name, endpoint.replica, pace.first_s)
-                if not journey.hear(response):
+                if not resumption.receive(response):
                     return False
                 if response.outputs or wants_empty_final or not is_final(response):
                     await send(response)

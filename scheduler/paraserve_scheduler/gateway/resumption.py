@@ -19,7 +19,7 @@ _IDS = "output_ids"
 _ID = struct.Struct("<i")
 
 
-class Journey:
+class Resumption:
     """Belongs to one request; changes its message."""
 
     def __init__(
@@ -36,7 +36,7 @@ class Journey:
         self._is_stream = asked.is_stream
         named = [output.name for output in request.outputs]
         self._can_move = can_move
-        self._can_retell = can_move and _can_retell(asked.wanted, named)
+        self._can_replay = can_move and _can_replay(asked.wanted, named)
         if named and can_move:
             # Triton drops outputs that were not asked for.
             request.outputs.add(name=HAND_OVER_TO)
@@ -49,7 +49,7 @@ class Journey:
         self._resume = Resume(seed=asked.sampling.seed, max_tokens=asked.max_tokens, tokens=())
         self._set(self._resume.encode())
 
-    def hear(self, response: kserve.ModelInferResponse) -> bool:
+    def receive(self, response: kserve.ModelInferResponse) -> bool:
         """Take in a replica's response; returns whether it is the client's.
 
         If not, another replica goes on: ask `next_replica`, or any.
@@ -61,7 +61,7 @@ class Journey:
         if self._is_stream and outputs:
             self._has_sent = True
             ids = _raw(response, _IDS)
-            self._can_retell &= bool(ids)
+            self._can_replay &= bool(ids)
             self._sent.append(ids)
         return True
 
@@ -70,7 +70,7 @@ class Journey:
         self.next_replica = None
         if not self._has_sent:
             return True
-        if not self._can_retell:
+        if not self._can_replay:
             return False
         sent = tuple(
             ChosenToken(token_id=token_id, logprob=0.0, ranking=None)
@@ -98,7 +98,7 @@ class Journey:
         self._request.parameters[RESUME].string_param = encoded
 
 
-def _can_retell(wanted: WantedOutputs, named: list[str]) -> bool:
+def _can_replay(wanted: WantedOutputs, named: list[str]) -> bool:
     """Whether all that a next replica must know is in what the client gets."""
     wants_logprobs = wanted.cumulative_logprob or wanted.logprobs or wanted.log_probs
     return not wants_logprobs and (not named or _IDS in named)

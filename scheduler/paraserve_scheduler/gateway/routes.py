@@ -26,7 +26,7 @@ from paraserve_scheduler.gateway.kserve.metadata import MODEL_VERSION
 
 _NAMES_IN_ERROR = 20
 #: What a new deployment or replica takes from the scheduler to its gateways.
-_NEWS_TIMEOUT_S = 0.3
+_ROUTE_CHANGE_TIMEOUT_S = 0.3
 
 
 class Routes:
@@ -97,7 +97,7 @@ class Routes:
             Unavailable: the scheduler has not been reached yet.
         """
         await self._wait_for(lambda: self.is_known, self._first_table_timeout_s)
-        await self._wait_for(lambda: deployment in (self._table or ()), _NEWS_TIMEOUT_S)
+        await self._wait_for(lambda: deployment in (self._table or ()), _ROUTE_CHANGE_TIMEOUT_S)
         self._route(deployment)
         if version not in ("", MODEL_VERSION):
             raise NotFound(
@@ -128,7 +128,7 @@ class Routes:
         if preferred is not None:
             # A replica may name the next one before the scheduler has.
             await self._wait_for(
-                lambda: self._named(deployment, preferred) is not None, _NEWS_TIMEOUT_S
+                lambda: self._named(deployment, preferred) is not None, _ROUTE_CHANGE_TIMEOUT_S
             )
             endpoint = self._named(deployment, preferred)
         if endpoint is None:

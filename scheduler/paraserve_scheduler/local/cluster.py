@@ -219,16 +219,16 @@ class _Start:
         process.wait()  # it goes on as a grandchild, which this process need not reap
 
     def follow(self, on_progress: Callable[[StartStep], None]) -> None:
-        for news in self._news():
-            match news["event"]:
+        for report in self._reports():
+            match report["event"]:
                 case "owner":
                     continue
                 case "up":
                     return
                 case "failed":
-                    raise Unavailable(news["message"])
+                    raise Unavailable(report["message"])
                 case state:
-                    on_progress(StartStep(process=news["process"], is_ready=state == "ready"))
+                    on_progress(StartStep(process=report["process"], is_ready=state == "ready"))
         log = self._layout.files.logs / "supervisor.log"
         raise Unavailable(
             f"The cluster's supervisor ended unexpectedly; the end of its log ({log}):\n"
@@ -239,18 +239,18 @@ class _Start:
         """End what was started, however far it is."""
         if self._stdin is not None:
             self._stdin.close()
-        for _ in self._news():
+        for _ in self._reports():
             pass  # until the supervisor has ended, or is up and says no more
         files = self._layout.files
         if self._supervisor is not None and self._supervisor == owner(files.lock):
             down(files)
 
-    def _news(self) -> Iterator[dict[str, Any]]:
+    def _reports(self) -> Iterator[dict[str, Any]]:
         for line in self._stdout or ():
-            news = json.loads(line)
-            if news["event"] == "owner":
-                self._supervisor = news["pid"]
-            yield news
+            report = json.loads(line)
+            if report["event"] == "owner":
+                self._supervisor = report["pid"]
+            yield report
 
     def close(self) -> None:
         for pipe in (self._stdin, self._stdout):

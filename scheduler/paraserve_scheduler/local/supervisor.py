@@ -56,10 +56,10 @@ class _Stopped(Exception):
 
 
 class Supervisor:
-    def __init__(self, layout: ClusterLayout, wakeup: StopSignal, news: Reporter) -> None:
+    def __init__(self, layout: ClusterLayout, wakeup: StopSignal, reporter: Reporter) -> None:
         self._layout = layout
         self._stop_signal = wakeup
-        self._news = news
+        self._reporter = reporter
         self._waves: list[list[Child]] = []
 
     def run(self) -> None:
@@ -81,8 +81,8 @@ class Supervisor:
             self._start_wave(specs)
         self._wait_for_nodes()
         write_running(self._layout.files.cluster, self._running())
-        self._news.send(event="up")
-        self._news.close()
+        self._reporter.send(event="up")
+        self._reporter.close()
 
     def _start_wave(self, specs: Sequence[ProcessSpec]) -> None:
         wave: list[Child] = []
@@ -90,7 +90,7 @@ class Supervisor:
         for spec in specs:
             spec.log.unlink(missing_ok=True)
             wave.append(start(spec))
-            self._news.send(event="started", process=spec.name)
+            self._reporter.send(event="started", process=spec.name)
         waiting = list(wave)
         deadline = time.monotonic() + _READY_TIMEOUT_S
         while waiting:
@@ -103,7 +103,7 @@ class Supervisor:
 
     def _became_ready(self, child: Child) -> bool:
         if child.is_ready:
-            self._news.send(event="ready", process=child.spec.name)
+            self._reporter.send(event="ready", process=child.spec.name)
             return True
         return False
 
@@ -191,21 +191,23 @@ def main() -> int:
     if os.fork():
         os._exit(0)  # nobody has to wait for the supervisor
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    news = Reporter(sys.stdout.buffer)
-    told = sys.stdin.buffer.readline()
-    if not told:
+    reporter = Reporter(sys.stdout.buffer)
+    line = sys.stdin.buffer.readline()
+    if not line:
         return 1
-    layout = load_config(ClusterLayout, None, json.loads(told))
+    layout = load_config(ClusterLayout, None, json.loads(line))
     with locked(layout.files.lock) as is_ours:
         if not is_ours:
-            news.send(event="failed", message=f"Cluster '{layout.name}' is being started already.")
+            reporter.send(
+                event="failed", message=f"Cluster '{layout.name}' is being started already."
+            )
             return 1
-        news.send(event="owner", pid=os.getpid())
+        reporter.send(event="owner", pid=os.getpid())
         try:
-            Supervisor(layout, StopSignal(sys.stdin.fileno()), news).run()
+            Supervisor(layout, StopSignal(sys.stdin.fileno()), reporter).run()
         except ParaServeError as error:
             logger.error("%s", error)
-            news.send(event="failed", message=str(error))
+            reporter.send(event="failed", message=str(error))
             return 1
     return 0
 

@@ -12,16 +12,16 @@ from heapq import nsmallest
 from itertools import islice
 
 from paraserve_scheduler.planner.bandwidth import LinkForecast
-from paraserve_scheduler.planner.cost import ModelShape, runtime_s, stage_ready_s
+from paraserve_scheduler.planner.cost import LayerRanges, ModelShape, runtime_s, stage_ready_s
 from paraserve_scheduler.planner.decisions import StageSource
-from paraserve_scheduler.planner.fetch_time import Amounts, Holders, Inflow
+from paraserve_scheduler.planner.fetch_time import Amounts, FetchTime, Holders
 from paraserve_scheduler.planner.fleet import Fleet, Need, Node
 
-#: Up to so many places every choice of them is tried.
-EXACT_SPOTS = 4
+#: Up to so many candidates every choice of them is tried.
+EXACT_CANDIDATES = 4
 _UNLIMITED = float("inf")
-#: Places that are looked at closely; of thousands of nodes only the best can matter.
-_CANDIDATES = 24
+#: Candidates that are looked at closely; of thousands of nodes only the best can matter.
+_MOST_CANDIDATES = 24
 #: Peers that one fetch may read from.
 _MOST_PEERS = 3
 
@@ -33,7 +33,7 @@ class Holder:
     name: str
     #: What one more fetch gets from it.
     bytes_per_s: float
-    spans: tuple[tuple[int, int], ...]
+    layers: LayerRanges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +46,13 @@ class LayerSources:
 
 # Frozen in what it says; what it is asked for many times is kept.
 @dataclass(frozen=True, kw_only=True)
-class Spot:
-    """One node as a place for a stage of one model; a `partition.Place`."""
+class Candidate:
+    """One node as a candidate for a stage of one model; a `partition.Place`."""
 
     node: Node
     model: ModelShape
     weights: str
-    supply: LayerSources
+    layer_sources: LayerSources
     in_pipeline: bool
     #: A GPU there has room for the whole model.
     can_grow: bool
@@ -60,7 +60,7 @@ class Spot:
     @property
     def forecast(self) -> LinkForecast:
         """What one more fetch to the node gets over the network."""
-        return self._inflow.link
+        return self._fetch_time.link
 
     @cached_property
     def room_bytes(self) -> int:
@@ -72,14 +72,14 @@ class Spot:
 
     @cached_property
     def _peers(self) -> tuple[Holder, ...]:
-        return tuple(peer for peer in self.supply.peers if peer.name != self.node.name)
+        return tuple(peer for peer in self.layer_sources.peers if peer.name != self.node.name)
 
     @cached_property
-    def _inflow(self) -> Inflow:
-        return Inflow(
+    def _fetch_time(self) -> FetchTime:
+        return FetchTime(
             self.node.nic_bytes_per_s,
             self.node.claims,
-            store_rate=self.supply.store_bytes_per_s,
+            store_rate=self.layer_sources.store_bytes_per_s,
             peer_rates=[peer.bytes_per_s for peer in self._peers],
             disk_rate=self.node.kind.disk_bytes_per_s,
         )
@@ -90,23 +90,23 @@ class Spot:
             self.model,
             memory=self.node.cached.get(self.weights, ()),
             disk=self.node.on_disk.get(self.weights, ()),
-            peers=tuple(peer.spans for peer in self._peers),
+            peers=tuple(peer.layers for peer in self._peers),
         )
 
     def fetch_s(self, start: int, end: int) -> float:
         """Seconds until layers `[start, end)` are in the node's host memory."""
-        return self._inflow.seconds_for(self._holders.amounts(start, end))
+        return self._fetch_time.seconds_for(self._holders.amounts(start, end))
 
     def rest_fetch_s(self, start: int, end: int) -> float:
         """Seconds until all other layers are, with these there already."""
         rest = self._whole.less(self._holders.amounts(start, end))
-        return self._inflow.seconds_for(rest)
+        return self._fetch_time.seconds_for(rest)
 
     def sources(self, start: int, end: int) -> Iterator[StageSource]:
         """Where these layers come from, without sources of nothing."""
         amounts = self._holders.amounts(start, end)
         local = self.model.bytes_of(start, end) - amounts.total_bytes
-        given = self._inflow.split(amounts, self._inflow.seconds_for(amounts))
+        given = self._fetch_time.split(amounts, self._fetch_time.seconds_for(amounts))
         store = amounts.total_bytes - given.disk_bytes - sum(given.peers_bytes)
         name = self.node.name
         found = (
@@ -161,7 +161,7 @@ class Spot:
         fetching_s = left_s if method.is_overlapped else left_s - start_s
         there = self.model.total_bytes - self._whole.total_bytes
         cached = min(there, fetching_s / load if load else _UNLIMITED)
-        fetched = self._inflow.bytes_in(fetching_s - cached * load, load, self._whole)
+        fetched = self._fetch_time.bytes_in(fetching_s - cached * load, load, self._whole)
         return min(room, loaded, cached + fetched)
 
 
@@ -172,7 +172,7 @@ class Room:
     free_bytes: int
 
 
-def find_supply(need: Need, fleet: Fleet) -> LayerSources:
+def find_layer_sources(need: Need, fleet: Fleet) -> LayerSources:
     """A fair share of the store, and the peers that have most of the model."""
     share = _UNLIMITED
     if fleet.store_bytes_per_s is not None:
@@ -182,7 +182,7 @@ def find_supply(need: Need, fleet: Fleet) -> LayerSources:
     return LayerSources(
         store_bytes_per_s=share,
         peers=tuple(
-            Holder(name=node.name, bytes_per_s=_gives(node), spans=node.cached[need.weights])
+            Holder(name=node.name, bytes_per_s=_gives(node), layers=node.cached[need.weights])
             for node in best
         ),
     )
@@ -198,8 +198,8 @@ def _gives(node: Node) -> float:
 
 def find_rooms(need: Need, nodes: Sequence[Node]) -> list[Room]:
     """What nodes have free; if they are many, first those that get a fetch soonest."""
-    rooms = [Room(node=node, free_bytes=max(it.free_bytes for it in node.gpus)) for node in nodes]
-    if len(rooms) > _CANDIDATES:
+    rooms = [Room(node=node, free_bytes=max(gpu.free_bytes for gpu in node.gpus)) for node in nodes]
+    if len(rooms) > _MOST_CANDIDATES:
         # Nodes without room are no places: of a full cluster they are most.
         rooms = [room for room in rooms if room.free_bytes]
         rooms.sort(key=lambda room: _slowness(need, room.node))
@@ -212,28 +212,30 @@ def _slowness(need: Need, node: Node) -> tuple[bool, float, bool]:
     return (not is_there, -share, not any(gpu.slots for gpu in node.gpus))
 
 
-def find_spots(need: Need, rooms: Sequence[Room], stages: int, supply: LayerSources) -> list[Spot]:
-    """The places for a stage: of a few those with room for a layer, else for half an equal stage.
+def find_candidates(
+    need: Need, rooms: Sequence[Room], stages: int, layer_sources: LayerSources
+) -> list[Candidate]:
+    """The candidates for a stage: of few those with room for a layer, else for half an equal stage.
 
     Of many the first, and as many again with room for the whole model: one must be the head.
     """
     model = need.model
     if stages == 1:
         least = model.full_bytes
-    elif len(rooms) <= EXACT_SPOTS:
+    elif len(rooms) <= EXACT_CANDIDATES:
         least = min(model.reserved_bytes(layer, layer + 1) for layer in range(model.num_layers))
     else:
         least = model.full_bytes // (2 * stages)
     able = [room for room in rooms if room.free_bytes >= least]
-    heads = (room for room in able[_CANDIDATES:] if room.free_bytes >= model.full_bytes)
+    heads = (room for room in able[_MOST_CANDIDATES:] if room.free_bytes >= model.full_bytes)
     return [
-        Spot(
+        Candidate(
             node=room.node,
             model=model,
             weights=need.weights,
-            supply=supply,
+            layer_sources=layer_sources,
             in_pipeline=stages > 1,
             can_grow=room.free_bytes >= model.full_bytes or not need.must_grow,
         )
-        for room in (*able[:_CANDIDATES], *islice(heads, _CANDIDATES))
+        for room in (*able[:_MOST_CANDIDATES], *islice(heads, _MOST_CANDIDATES))
     ]

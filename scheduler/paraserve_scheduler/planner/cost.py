@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
+#: Layers `[start, end)`, disjoint and ascending.
+LayerRanges = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartMethod:

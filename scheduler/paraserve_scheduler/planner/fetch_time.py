@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim, LinkForecast
-from paraserve_scheduler.planner.cost import ModelShape
-
-Spans = Sequence[tuple[int, int]]
+from paraserve_scheduler.planner.cost import LayerRanges, ModelShape
 
 
 class Holders:
@@ -25,15 +23,15 @@ class Holders:
         self,
         model: ModelShape,
         *,
-        memory: Spans = (),
-        disk: Spans = (),
-        peers: Sequence[Spans] = (),
+        memory: LayerRanges = (),
+        disk: LayerRanges = (),
+        peers: Sequence[LayerRanges] = (),
     ) -> None:
         self._model = model
         left = set(range(model.num_layers))
         self._memory = _take(model, memory, left)
         self._disk = _take(model, disk, left)
-        self._peers = tuple(_take(model, spans, left) for spans in peers)
+        self._peers = tuple(_take(model, layers, left) for layers in peers)
 
     def amounts(self, start: int, end: int) -> Amounts:
         """What the node lacks of layers `[start, end)`."""
@@ -55,11 +53,11 @@ class Holders:
         return held
 
 
-def _take(model: ModelShape, spans: Spans, left: set[int]) -> list[int] | None:
-    """Prefix sums of the layers in `spans` that nobody before has, taken out of `left`."""
-    if not spans:
+def _take(model: ModelShape, layers: LayerRanges, left: set[int]) -> list[int] | None:
+    """Prefix sums of those `layers` that nobody before has, taken out of `left`."""
+    if not layers:
         return None
-    taken = left & {layer for low, high in spans for layer in range(low, high)}
+    taken = left & {layer for low, high in layers for layer in range(low, high)}
     left -= taken
     sizes = (size if layer in taken else 0 for layer, size in enumerate(model.layer_bytes))
     return [0, *accumulate(sizes)]
@@ -87,7 +85,7 @@ class Amounts:
         )
 
 
-class Inflow:
+class FetchTime:
     """What a node gets; rates in bytes per second."""
 
     def __init__(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim
-from paraserve_scheduler.planner.cost import ModelShape, NodeKind
+from paraserve_scheduler.planner.cost import LayerRanges, ModelShape, NodeKind
 
 
 class ReplicaPhase(StrEnum):
@@ -38,9 +38,9 @@ class Node:
     #: Running fetches to this node.
     claims: tuple[BandwidthClaim, ...] = ()
     #: Layers `[start, end)` in host memory, by `Need.weights`; disjoint and ascending.
-    cached: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    cached: Mapping[str, LayerRanges] = field(default_factory=dict)
     #: The same on its disk.
-    on_disk: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    on_disk: Mapping[str, LayerRanges] = field(default_factory=dict)
     #: How fast peers may read this node's host memory together, and how many fetches do.
     uplink_bytes_per_s: float | None = None
     uplink_fetches: int = 0

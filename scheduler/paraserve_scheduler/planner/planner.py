@@ -13,11 +13,11 @@ from itertools import combinations
 
 from paraserve_scheduler.planner.bandwidth import offered_rate
 from paraserve_scheduler.planner.candidates import (
-    EXACT_SPOTS,
-    Spot,
+    EXACT_CANDIDATES,
+    Candidate,
+    find_candidates,
+    find_layer_sources,
     find_rooms,
-    find_spots,
-    find_supply,
 )
 from paraserve_scheduler.planner.decisions import Growth, Prediction, StageChoice, Start
 from paraserve_scheduler.planner.fleet import Fleet, Gpu, Need, Node, Objectives
@@ -106,14 +106,14 @@ def _best(
     config: PlanningConfig,
 ) -> Start | None:
     rooms = find_rooms(need, nodes)
-    if need.must_grow and not any(it.free_bytes >= need.model.full_bytes for it in rooms):
+    if need.must_grow and not any(room.free_bytes >= need.model.full_bytes for room in rooms):
         return None
-    supply = find_supply(need, fleet)
+    layer_sources = find_layer_sources(need, fleet)
     options: list[Start] = []
     for stages in range(1, min(need.max_stages, len(nodes), need.model.num_layers) + 1):
-        spots = find_spots(need, rooms, stages, supply)
+        candidates = find_candidates(need, rooms, stages, layer_sources)
         for full in range(1, min(stages, replicas) + 1):
-            options += _options(need, spots, stages, full, now_s, config)
+            options += _options(need, candidates, stages, full, now_s, config)
         # One more stage holds more memory for as long: what it fetches sooner, the head fetches
         # later to become whole.
         best = _choose(options, need)
@@ -130,17 +130,17 @@ def _meets(start: Start) -> bool:
 
 def _choose(options: Sequence[Start], need: Need) -> Start | None:
     """The best of them; of those that are late anyway, the cheapest that is hardly any later."""
-    best = min(options, key=lambda it: _preference(it, need), default=None)
+    best = min(options, key=lambda option: _preference(option, need), default=None)
     if best is None or _meets(best) or need.objectives.ttft_s is None:
         return best
     limit_s = _predicted(best).ready_s * _LATE_SLACK
     is_slow = not _predicted(best).meets_tpot
     able = [
-        it
-        for it in options
-        if _predicted(it).ready_s <= limit_s and (is_slow or _predicted(it).meets_tpot)
+        option
+        for option in options
+        if _predicted(option).ready_s <= limit_s and (is_slow or _predicted(option).meets_tpot)
     ]
-    return min(able, key=lambda it: _predicted(it).cost_byte_s)
+    return min(able, key=lambda option: _predicted(option).cost_byte_s)
 
 
 def _predicted(start: Start) -> Prediction:
@@ -163,57 +163,57 @@ def _preference(start: Start, need: Need) -> tuple[bool, bool, float, float]:
 
 def _options(
     need: Need,
-    spots: Sequence[Spot],
+    candidates: Sequence[Candidate],
     stages: int,
     full: int,
     now_s: float,
     config: PlanningConfig,
 ) -> Iterator[Start]:
     if stages == 1:
-        for spot in _soonest_by_kind(need, spots):
-            yield _start(need, (spot,), (0, need.model.num_layers), 1, now_s, config)
+        for candidate in _soonest_by_kind(need, candidates):
+            yield _start(need, (candidate,), (0, need.model.num_layers), 1, now_s, config)
         return
-    for group in _by_speed(need, spots, stages, full, config):
+    for group in _by_speed(need, candidates, stages, full, config):
         yield from _pipelines(need, group, stages, full, now_s, config)
 
 
-def _soonest_by_kind(need: Need, spots: Sequence[Spot]) -> Iterable[Spot]:
+def _soonest_by_kind(need: Need, candidates: Sequence[Candidate]) -> Iterable[Candidate]:
     """Of one kind the place that is ready first is the best for the whole model in all respects."""
-    found: dict[str, tuple[float, Spot]] = {}
-    for spot in spots:
-        if spot.can_grow:
-            ready_s, kind = spot.ready_s(0, need.model.num_layers), spot.node.kind.name
-            if ready_s < found.get(kind, (float("inf"), spot))[0]:
-                found[kind] = (ready_s, spot)
-    return [spot for _, spot in found.values()]
+    found: dict[str, tuple[float, Candidate]] = {}
+    for candidate in candidates:
+        if candidate.can_grow:
+            ready_s, kind = candidate.ready_s(0, need.model.num_layers), candidate.node.kind.name
+            if ready_s < found.get(kind, (float("inf"), candidate))[0]:
+                found[kind] = (ready_s, candidate)
+    return [candidate for _, candidate in found.values()]
 
 
 def _by_speed(
-    need: Need, spots: Sequence[Spot], stages: int, full: int, config: PlanningConfig
-) -> Iterator[Sequence[Spot]]:
+    need: Need, candidates: Sequence[Candidate], stages: int, full: int, config: PlanningConfig
+) -> Iterator[Sequence[Candidate]]:
     """First the places of kinds fast enough for the TPOT objective, then all."""
     limit_s = need.objectives.tpot_s
     if limit_s is not None:
         able = [
-            spot
-            for spot in spots
-            if tpot_s(need.model, [spot], stages, full, config.tpot_batch) <= limit_s
+            candidate
+            for candidate in candidates
+            if tpot_s(need.model, [candidate], stages, full, config.tpot_batch) <= limit_s
         ]
-        if stages <= len(able) < len(spots):
+        if stages <= len(able) < len(candidates):
             yield able
-    yield spots
+    yield candidates
 
 
 def _pipelines(
     need: Need,
-    spots: Sequence[Spot],
+    candidates: Sequence[Candidate],
     stages: int,
     full: int,
     now_s: float,
     config: PlanningConfig,
 ) -> Iterator[Start]:
-    for places in _places(need, spots, stages, full):
-        able = frozenset(i for i, spot in enumerate(places) if spot.can_grow)
+    for places in _places(need, candidates, stages, full):
+        able = frozenset(i for i, candidate in enumerate(places) if candidate.can_grow)
         bound_s = divisible_s(places, need.model.total_bytes)
         found = cut(places, need.model.num_layers, heads=able, not_before_s=bound_s)
         if found is not None and found.latest_s < float("inf"):
@@ -221,34 +221,34 @@ def _pipelines(
 
 
 def _places(
-    need: Need, spots: Sequence[Spot], stages: int, full: int
-) -> Iterable[tuple[Spot, ...]]:
+    need: Need, candidates: Sequence[Candidate], stages: int, full: int
+) -> Iterable[tuple[Candidate, ...]]:
     """The places to cut the model over: of a few every choice, of many the best by bytes."""
-    if len(spots) > EXACT_SPOTS:
-        heads = frozenset(i for i, spot in enumerate(spots) if spot.can_grow)
-        places = choose_places(spots, need.model.total_bytes, stages, heads=heads, full=full)
+    if len(candidates) > EXACT_CANDIDATES:
+        heads = frozenset(i for i, candidate in enumerate(candidates) if candidate.can_grow)
+        places = choose_places(candidates, need.model.total_bytes, stages, heads=heads, full=full)
         return [] if places is None else [places]
     # Of orders that are equally early `cut` takes the first, and the head has most to fetch later.
-    choices = combinations(sorted(spots, key=_slowness), stages)
-    return [chosen for chosen in choices if sum(spot.can_grow for spot in chosen) >= full]
+    choices = combinations(sorted(candidates, key=_slowness), stages)
+    return [chosen for chosen in choices if sum(candidate.can_grow for candidate in chosen) >= full]
 
 
 def _start(
     need: Need,
-    spots: Sequence[Spot],
+    candidates: Sequence[Candidate],
     bounds: Sequence[int],
     full: int,
     now_s: float,
     config: PlanningConfig,
 ) -> Start:
-    growing = _growing(spots, full)
+    growing = _growing(candidates, full)
     chosen = [
-        _stage(spot, start, end, need.must_grow and spot in growing)
-        for spot, start, end in zip(spots, bounds, bounds[1:], strict=False)
+        _stage(candidate, start, end, need.must_grow and candidate in growing)
+        for candidate, start, end in zip(candidates, bounds, bounds[1:], strict=False)
     ]
     prediction = predict(
         need,
-        spots,
+        candidates,
         chosen,
         now_s,
         ttft_share=config.ttft_share,
@@ -265,30 +265,30 @@ def _start(
     )
 
 
-def _growing(spots: Sequence[Spot], full: int) -> list[Spot]:
+def _growing(candidates: Sequence[Candidate], full: int) -> list[Candidate]:
     """The head, and of the others those that can grow and fetch fastest."""
-    able = [spot for spot in spots[1:] if spot.can_grow]
+    able = [candidate for candidate in candidates[1:] if candidate.can_grow]
     able.sort(key=_slowness)
-    return [spots[0], *able[: full - 1]]
+    return [candidates[0], *able[: full - 1]]
 
 
-def _slowness(spot: Spot) -> float:
-    return -spot.forecast.bytes_in(10.0)
+def _slowness(candidate: Candidate) -> float:
+    return -candidate.forecast.bytes_in(10.0)
 
 
-def _stage(spot: Spot, start: int, end: int, grows: bool) -> StageChoice:
-    model = spot.model
+def _stage(candidate: Candidate, start: int, end: int, grows: bool) -> StageChoice:
+    model = candidate.model
     reserved = model.full_bytes if grows else model.reserved_bytes(start, end)
-    gpu = _best_fit(spot.node.gpus, reserved)
+    gpu = _best_fit(candidate.node.gpus, reserved)
     return StageChoice(
-        node=spot.node.name,
+        node=candidate.node.name,
         gpu=gpu.index,
         start=start,
         end=end,
         reserved_bytes=reserved,
         grows=grows,
         uses_slot=gpu.slots > 0,
-        sources=tuple(spot.sources(start, end)),
+        sources=tuple(candidate.sources(start, end)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paraserve_scheduler.planner.candidates import Spot
+from paraserve_scheduler.planner.candidates import Candidate
 from paraserve_scheduler.planner.cost import (
     ModelShape,
     Speed,
@@ -18,35 +18,38 @@ from paraserve_scheduler.planner.fleet import Need
 
 def predict(
     need: Need,
-    spots: Sequence[Spot],
+    candidates: Sequence[Candidate],
     stages: Sequence[StageChoice],
     now_s: float,
     *,
     ttft_share: float,
     tpot_batch: int,
 ) -> Prediction:
-    """Return what `stages` on `spots` are expected to give.
+    """Return what `stages` on `candidates` are expected to give.
 
     Args:
         ttft_share: part of the TTFT objective that a prediction may take.
         tpot_batch: sequences in a batch that the TPOT objective is checked with.
     """
-    parts = tuple(_predict_stage(spot, stage) for spot, stage in zip(spots, stages, strict=True))
+    parts = tuple(
+        _predict_stage(candidate, stage)
+        for candidate, stage in zip(candidates, stages, strict=True)
+    )
     ready = max(part.ready_s for part in parts)
     count = len(stages)
     growing = sum(stage.grows for stage in stages)
-    speed, hop = slowest(need.model, spots)
-    full = _full(spots, count, growing)
+    speed, hop = slowest(need.model, candidates)
+    full = _full(candidates, count, growing)
     first = prefill_s(speed, need.prompt_tokens, stages=count, full=full, hop_s=hop)
     waited = now_s - need.oldest_s if need.oldest_s is not None else 0.0
-    tpot = tpot_s(need.model, spots, count, growing, tpot_batch)
+    tpot = tpot_s(need.model, candidates, count, growing, tpot_batch)
     ttft = waited + ready + first
     objectives = need.objectives
     return Prediction(
         ready_s=ready,
         ttft_s=ttft,
         tpot_s=tpot,
-        cost_byte_s=_cost_byte_s(spots, stages, ready),
+        cost_byte_s=_cost_byte_s(candidates, stages, ready),
         meets_ttft=_is_in_time(waited, (ready + first) / ttft_share, objectives.ttft_s),
         meets_tpot=objectives.tpot_s is None or tpot <= objectives.tpot_s,
         stages=parts,
@@ -60,53 +63,59 @@ def _is_in_time(waited_s: float, start_s: float, ttft_slo_s: float | None) -> bo
     return (waited_s if waited_s < ttft_slo_s else 0.0) + start_s <= ttft_slo_s
 
 
-def _predict_stage(spot: Spot, stage: StageChoice) -> StagePrediction:
-    local = sum(it.size_bytes for it in stage.sources if it.peer == stage.node)
-    store = sum(it.size_bytes for it in stage.sources if it.peer is None)
+def _predict_stage(candidate: Candidate, stage: StageChoice) -> StagePrediction:
+    local = sum(source.size_bytes for source in stage.sources if source.peer == stage.node)
+    store = sum(source.size_bytes for source in stage.sources if source.peer is None)
     return StagePrediction(
-        runtime_s=runtime_s(spot.node.kind.start, has_slot=stage.uses_slot),
-        fetch_s=spot.fetch_s(stage.start, stage.end),
-        ready_s=spot.ready_s(stage.start, stage.end),
+        runtime_s=runtime_s(candidate.node.kind.start, has_slot=stage.uses_slot),
+        fetch_s=candidate.fetch_s(stage.start, stage.end),
+        ready_s=candidate.ready_s(stage.start, stage.end),
         local_bytes=local,
-        peer_bytes=sum(it.size_bytes for it in stage.sources) - local - store,
+        peer_bytes=sum(source.size_bytes for source in stage.sources) - local - store,
         store_bytes=store,
         uses_slot=stage.uses_slot,
     )
 
 
 def tpot_s(
-    model: ModelShape, spots: Sequence[Spot], stages: int, growing: int, batch: int
+    model: ModelShape, candidates: Sequence[Candidate], stages: int, growing: int, batch: int
 ) -> float:
-    """Seconds per token of a pipeline over `spots`, `growing` of whose stages are full workers."""
-    speed, hop = slowest(model, spots)
-    full = _full(spots, stages, growing)
+    """Seconds per token of a pipeline, `growing` of whose stages are full workers."""
+    speed, hop = slowest(model, candidates)
+    full = _full(candidates, stages, growing)
     return decode_s(speed, batch, stages=stages, full=full, hop_s=hop)
 
 
-def _full(spots: Sequence[Spot], stages: int, growing: int) -> int:
+def _full(candidates: Sequence[Candidate], stages: int, growing: int) -> int:
     """Stages with the whole speed of their device."""
-    return growing if any(spot.node.kind.shares_gpus for spot in spots) else stages
+    return growing if any(candidate.node.kind.shares_gpus for candidate in candidates) else stages
 
 
-def slowest(model: ModelShape, spots: Sequence[Spot]) -> tuple[Speed, float]:
+def slowest(model: ModelShape, candidates: Sequence[Candidate]) -> tuple[Speed, float]:
     """The speed a pipeline over these places has: that of its slowest."""
-    kinds = [spot.node.kind for spot in spots]
-    speed = max((kind.speeds[model.name] for kind in kinds), key=lambda it: it.decode_s)
+    kinds = [candidate.node.kind for candidate in candidates]
+    speed = max((kind.speeds[model.name] for kind in kinds), key=lambda speed: speed.decode_s)
     return speed, max(kind.hop_s for kind in kinds)
 
 
-def _cost_byte_s(spots: Sequence[Spot], stages: Sequence[StageChoice], ready_s: float) -> float:
+def _cost_byte_s(
+    candidates: Sequence[Candidate], stages: Sequence[StageChoice], ready_s: float
+) -> float:
     """GPU memory · time from the command until every growing stage is a full instance."""
     grown_s = max(
-        (_grow_s(spot, stage) for spot, stage in zip(spots, stages, strict=True) if stage.grows),
+        (
+            _grow_s(candidate, stage)
+            for candidate, stage in zip(candidates, stages, strict=True)
+            if stage.grows
+        ),
         default=0.0,
     )
     reserved = sum(stage.reserved_bytes for stage in stages)
     return reserved * (ready_s + grown_s)
 
 
-def _grow_s(spot: Spot, stage: StageChoice) -> float:
+def _grow_s(candidate: Candidate, stage: StageChoice) -> float:
     """Seconds until a stage has taken in the layers it lacks."""
-    rest = spot.model.total_bytes - spot.model.bytes_of(stage.start, stage.end)
-    load_s = rest * spot.node.kind.start.load_s_per_byte
-    return spot.rest_fetch_s(stage.start, stage.end) + load_s
+    rest = candidate.model.total_bytes - candidate.model.bytes_of(stage.start, stage.end)
+    load_s = rest * candidate.node.kind.start.load_s_per_byte
+    return candidate.rest_fetch_s(stage.start, stage.end) + load_s

@@ -56,25 +56,27 @@ def give_up_successors(view: ClusterView, now_s: float, config: PolicyConfig) ->
 def hand_over(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[Action]:
     """Tell every replica that is ready who takes its requests, until its head has taken note."""
     for replica in view.live_replicas():
-        targets = tuple(taker.id for taker in view.takers(replica))
-        if replica.phase is not Phase.READY or replica.telling or targets == replica.targets:
+        successors = tuple(successor.id for successor in view.ready_successors(replica))
+        if replica.phase is not Phase.READY or replica.telling or successors == replica.targets:
             continue
         retry_s = config.consolidation.hand_over_retry_s
         failed_s = replica.telling_failed_s
         if failed_s is None or now_s - failed_s >= retry_s:
-            verb = "is" if len(targets) == 1 else "are"
-            reason = f"{listed(targets)} {verb} ready" if targets else "its successors are lost"
-            yield HandOver(replica=replica.id, targets=targets, reason=reason)
+            verb = "is" if len(successors) == 1 else "are"
+            reason = (
+                f"{listed(successors)} {verb} ready" if successors else "its successors are lost"
+            )
+            yield HandOver(replica=replica.id, successors=successors, reason=reason)
 
 
 def stop_succeeded(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[Action]:
     """Stop replicas all of whose requests have moved."""
     for replica in view.live_replicas():
-        takers = view.takers(replica)
-        if replica.phase is not Phase.READY or replica.hand_over_s is None or not takers:
+        successors = view.ready_successors(replica)
+        if replica.phase is not Phase.READY or replica.hand_over_s is None or not successors:
             continue
         if view.is_released(replica, replica.hand_over_s + config.settle_s, now_s):
-            into = listed(tuple(taker.id for taker in takers))
+            into = listed(tuple(successor.id for successor in successors))
             verb = "moved to" if len(replica.plan.stages) == 1 else "consolidated into"
             yield StopReplica(replica=replica.id, reason=f"{verb} {into}")
 
@@ -206,8 +208,8 @@ def _instances_wanted(view: ClusterView, replica: Replica, config: PolicyConfig)
 def _may_have(view: ClusterView, replica: Replica) -> int:
     """Instances that a replica may become beside the others that serve or start."""
     others = sum(
-        it.is_wanted and it.id != replica.id and it.plan.succeeds != replica.id
-        for it in view.live_replicas(replica.deployment)
+        other.is_wanted and other.id != replica.id and other.plan.succeeds != replica.id
+        for other in view.live_replicas(replica.deployment)
     )
     return view.deployments[replica.deployment].deployment.spec.max_replicas - others
 

@@ -30,7 +30,7 @@ from paraserve_scheduler.state.view import ClusterView
 
 def decide(view: ClusterView, now_s: float, config: PolicyConfig) -> tuple[Action, ...]:
     """All that is to be done now; every action is possible when those before it have begun."""
-    view = view.heard_since(now_s - config.gateway_timeout_s)
+    view = view.without_silent_gateways(now_s - config.gateway_timeout_s)
     actions: list[Action] = []
     for rule in _RULES:
         for action in rule(view, now_s, config):

@@ -10,6 +10,7 @@ from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
 from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_scheduler.planner.cost import (
+    LayerRanges,
     ModelShape,
 )
 from paraserve_scheduler.state.records import HeldObject
@@ -19,10 +20,12 @@ from paraserve_scheduler.state.spec import Deployment
 @lru_cache(maxsize=4096)
 def held_layers(
     deployment: Deployment, tier: tuple[HeldObject, ...], *, on_disk: bool
-) -> tuple[tuple[int, int], ...]:
+) -> LayerRanges:
     """Layers `[start, end)` all of whose tensors are in a tier, as disjoint ranges."""
     index = deployment.index
-    keys = {f"{index.source_uri}/{it.key}": (it.key, it.version) for it in index.objects}
+    keys = {
+        f"{index.source_uri}/{stored.key}": (stored.key, stored.version) for stored in index.objects
+    }
     landed = {
         keys[held.key][0]: held.on_disk if on_disk else held.landed
         for held in tier
@@ -55,7 +58,7 @@ def _layer_places(deployment: Deployment) -> tuple[tuple[tuple[str, int, int], .
     )
 
 
-def _ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def _ranges(numbers: Sequence[int]) -> LayerRanges:
     """Ascending numbers as half-open ranges."""
     ranges: list[tuple[int, int]] = []
     for number in numbers:

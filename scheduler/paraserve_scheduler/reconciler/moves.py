@@ -152,11 +152,9 @@ def _progress(view: ClusterView, replica: Replica, now_s: float, config: PolicyC
         return "is being removed" if replica.removing else f"ends its requests, {running} left"
     if replica.phase is Phase.STARTING:
         return "is starting, and moves when it is ready"
-    takers = view.takers(replica)
-    if takers:
-        return f"hands its requests over to {listed(_places(takers))}, {running} left"
-    successors = view.successors(replica)
-    if successors:
+    if ready := view.ready_successors(replica):
+        return f"hands its requests over to {listed(_places(ready))}, {running} left"
+    if successors := view.successors(replica):
         return f"waits for {listed(_places(successors))} to be ready"
     predecessor = view.wanted_predecessor(replica)
     if predecessor is not None:

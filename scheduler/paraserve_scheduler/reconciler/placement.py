@@ -84,22 +84,22 @@ def check_room(deployment: Deployment, nodes: Sequence[NodeSpace], config: Place
 def place_successor(
     deployment: Deployment,
     number: int,
-    succeeds: ReplicaPlan,
+    predecessor: ReplicaPlan,
     node: NodeSpace,
     config: PlacementConfig,
 ) -> ReplicaPlan:
-    """Plan replica `number`, all of it on `node`, to take over any request of `succeeds`.
+    """Plan replica `number`, all of it on `node`, to take over any request of `predecessor`.
 
     Raises:
         InsufficientCapacity: the message says how much is missing on the node.
     """
     shares = equal_split(deployment, 1, config.kv_block_size)
-    longest = _blocks(succeeds.max_context, config.kv_block_size)
+    longest = _blocks(predecessor.max_context, config.kv_block_size)
     needed = max(least_kv_blocks(deployment, config), longest)
     if not _has_room(shares, [node], needed):
         raise InsufficientCapacity(_stage_shortage(deployment, shares[0].needs(needed), node))
     plan = _plan(deployment, number, shares, (node,), needed, config)
-    return replace(plan, succeeds=succeeds.replica)
+    return replace(plan, succeeds=predecessor.replica)
 
 
 @lru_cache(maxsize=1024)
@@ -154,7 +154,9 @@ def _blocks(tokens: int, block_size: int) -> int:
 def _has_room(shares: Sequence[Share], nodes: Sequence[NodeSpace], kv_blocks: int) -> bool:
     """Whether there are enough nodes each of which can hold any of the shares."""
     largest = max(share.needs(kv_blocks) for share in shares)
-    able = [it for it in nodes if it.free_bytes >= largest and len(it.free_ports) >= LEAST_PORTS]
+    able = [
+        node for node in nodes if node.free_bytes >= largest and len(node.free_ports) >= LEAST_PORTS
+    ]
     return len(able) >= len(shares)
 
 

@@ -52,7 +52,7 @@ def follow_policy(view: ClusterView, now_s: float, config: PolicyConfig) -> Iter
     for stop in _reclaim(view, now_s, config):
         yield stop
         view = begin(view, stop, now_s)
-    held_back = {it.deployment for it in failures} | _pausing(view, now_s, config)
+    held_back = {failed.deployment for failed in failures} | _pausing(view, now_s, config)
     fleet = fleet_of(view, now_s, config, held_back=held_back)
     for decision in find_policy(config.name).decide(fleet, now_s):
         for action in _carry_out(view, decision, now_s, config):
@@ -128,7 +128,7 @@ def _stop_with_successors(view: ClusterView, stop: Stop) -> tuple[StopReplica, .
     replica = view.replicas[stop.replica]
     # Those were started for requests that have ended.
     going = (replica, *view.successors(replica))
-    return tuple(StopReplica(replica=it.id, reason=stop.reason) for it in going)
+    return tuple(StopReplica(replica=stopped.id, reason=stop.reason) for stopped in going)
 
 
 def _keep_slots(view: ClusterView, node: str, wanted: int, reason: str) -> tuple[KeepSlots, ...]:
@@ -170,7 +170,9 @@ def _pausing(view: ClusterView, now_s: float, config: PolicyConfig) -> set[str]:
 def _recent_failures(
     state: DeploymentState, now_s: float, config: PolicyConfig
 ) -> tuple[FailedStart, ...]:
-    return tuple(it for it in state.failed_starts if now_s - it.at_s < config.failure_window_s)
+    return tuple(
+        failed for failed in state.failed_starts if now_s - failed.at_s < config.failure_window_s
+    )
 
 
 def _reclaim(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[StopReplica]:
@@ -192,7 +194,7 @@ def _reclaim(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[
 
 
 def _leaving(view: ClusterView) -> tuple[Replica, ...]:
-    return tuple(it for it in view.live_replicas() if it.phase is Phase.STOPPING)
+    return tuple(replica for replica in view.live_replicas() if replica.phase is Phase.STOPPING)
 
 
 def _without_room(
@@ -219,7 +221,9 @@ def _fits(view: ClusterView, state: DeploymentState, now_s: float, config: Polic
     others = view.deployments.keys() - {state.name}
     fleet = fleet_of(view, now_s, config, held_back=others)
     decisions = find_policy(config.name).decide(fleet, now_s)
-    return any(isinstance(it, Start) and it.deployment == state.name for it in decisions)
+    return any(
+        isinstance(decision, Start) and decision.deployment == state.name for decision in decisions
+    )
 
 
 def _shortage(

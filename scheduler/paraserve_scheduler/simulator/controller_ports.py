@@ -118,26 +118,26 @@ class SimulatedAgents:
         self.network = Network(
             heap,
             {
-                (INTO, it.name): it.nic_bytes_per_s
-                for it in (n.description for n in self.nodes.values())
+                (INTO, description.name): description.nic_bytes_per_s
+                for description in (n.description for n in self.nodes.values())
             },
         )
         #: By node and replica, with the stage's number and the bytes of its weights.
         self._parts: dict[tuple[str, str], _Part] = {}
 
     def info(self, node: str) -> NodeInfo:
-        it = self.nodes[node].description
+        description = self.nodes[node].description
         return NodeInfo(
             name=node,
             agent_address=node,
             triton_grpc_address=f"{node}:8001",
-            memory_bytes=it.gpu_bytes[0],
-            nic_bytes_per_s=it.nic_bytes_per_s,
+            memory_bytes=description.gpu_bytes[0],
+            nic_bytes_per_s=description.nic_bytes_per_s,
             run_dir=f"/run/{node}",
             channel_host=node,
             channel_ports=(9_000, 10_000),
             devices=("cpu",),
-            kind=it.kind.name,
+            kind=description.kind.name,
         )
 
     async def apply(self, address: str, part: pb.Part) -> AsyncIterator[PartState]:
@@ -156,7 +156,7 @@ class SimulatedAgents:
             (stage,) = part.life.stages
             self.nodes[address].gpus[0].release(stage.reserved_bytes)
 
-    async def hand_over(self, address: str, replica: str, targets: Mapping[str, str]) -> None:
+    async def hand_over(self, address: str, replica: str, successors: Mapping[str, str]) -> None:
         raise NotImplementedError("replicas here stay as they are")
 
     async def keep_slots(self, address: str, idle_slots: int) -> None:
@@ -176,11 +176,17 @@ class SimulatedAgents:
         )
 
     def _tier(self, node: str) -> Iterable[HeldObject]:
-        for name, spans in self.nodes[node].memory.records().items():
+        for name, layers in self.nodes[node].memory.records().items():
             index = self.models[name].deployment.index
-            tensors = [it for start, end in spans for it in self.models[name].tensors(start, end)]
+            tensors = [
+                tensor for start, end in layers for tensor in self.models[name].tensors(start, end)
+            ]
             for stored in index.objects:
-                landed = sorted((it.start, it.end) for it in tensors if it.object_key == stored.key)
+                landed = sorted(
+                    (tensor.start, tensor.end)
+                    for tensor in tensors
+                    if tensor.object_key == stored.key
+                )
                 if landed:
                     yield HeldObject(
                         key=f"{index.source_uri}/{stored.key}",
@@ -259,9 +265,9 @@ class SimulatedGateway:
     def report(self) -> None:
         now_s = self._controller.now_s()
         for node in self._agents.nodes:
-            self._controller.tell(self._agents.report(node, now_s))
+            self._controller.notify(self._agents.report(node, now_s))
         demands = tuple(self._demand(name) for name in self._queues)
-        self._controller.tell(DemandReported(gateway="g", demands=demands, at_s=now_s))
+        self._controller.notify(DemandReported(gateway="g", demands=demands, at_s=now_s))
 
     def _demand(self, name: str) -> Demand:
         running = {
@@ -279,7 +285,9 @@ class SimulatedGateway:
 
     def _batch(self, replica: Replica) -> Batch:
         if replica.id not in self._batches:
-            kinds = [self._agents.nodes[it.node].description.kind for it in replica.plan.stages]
+            kinds = [
+                self._agents.nodes[stage.node].description.kind for stage in replica.plan.stages
+            ]
             name = self._agents.models[replica.deployment].description.model.name
             self._batches[replica.id] = Batch(
                 self._agents.heap,
@@ -298,7 +306,7 @@ async def drive(
     """Run the controller over `requests` until `until_s`; returns the replicas it started."""
     heap, gateway = agents.heap, SimulatedGateway(agents, controller)
     for node in agents.nodes:
-        controller.tell(NodeRegistered(info=agents.info(node), at_s=controller.now_s()))
+        controller.notify(NodeRegistered(info=agents.info(node), at_s=controller.now_s()))
     for request in requests:
         heap.at(request.arrival_s, gateway.arrive, request)
 
@@ -314,7 +322,11 @@ async def drive(
             for _ in range(_TURNS):
                 await asyncio.sleep(0)
             gateway.look()
-            started |= {it.id: it for it in controller.view.live_replicas() if it.id not in started}
+            started |= {
+                replica.id: replica
+                for replica in controller.view.live_replicas()
+                if replica.id not in started
+            }
             if loop.done():
                 await loop
             heap.step()

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from paraserve_scheduler.planner.cost import ModelShape
+from paraserve_scheduler.planner.cost import LayerRanges, ModelShape
 from paraserve_scheduler.planner.fleet import Gpu
 from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import NodeDescription
 
-Spans = tuple[tuple[int, int], ...]
 
-
-def joined(spans: Spans, start: int, end: int) -> Spans:
-    """Disjoint ascending spans that also cover `[start, end)`."""
+def joined(layers: LayerRanges, start: int, end: int) -> LayerRanges:
+    """Return `layers` and `[start, end)` together, disjoint and ascending."""
     merged: list[tuple[int, int]] = []
-    for low, high in sorted((*spans, (start, end))):
+    for low, high in sorted((*layers, (start, end))):
         if merged and low <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], high))
         else:
@@ -92,19 +90,21 @@ class Shelf:
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
         self._used_bytes = 0
-        #: The longest unused first; spans and their bytes.
-        self._kept: OrderedDict[str, tuple[Spans, int]] = OrderedDict()
+        #: The longest unused first; layers and their bytes.
+        self._kept: OrderedDict[str, tuple[LayerRanges, int]] = OrderedDict()
 
-    def records(self) -> dict[str, Spans]:
-        return {weights: spans for weights, (spans, _) in self._kept.items()}
+    def records(self) -> dict[str, LayerRanges]:
+        return {weights: layers for weights, (layers, _) in self._kept.items()}
 
-    def spans(self, weights: str) -> Spans:
+    def layers(self, weights: str) -> LayerRanges:
         return self._kept.get(weights, ((), 0))[0]
 
-    def keep(self, weights: str, spans: Spans, model: ModelShape) -> list[tuple[str, Spans]]:
+    def keep(
+        self, weights: str, layers: LayerRanges, model: ModelShape
+    ) -> list[tuple[str, LayerRanges]]:
         """Keep these layers too; returns what had to go. Nothing happens if they cannot fit."""
-        both = self.spans(weights)
-        for start, end in spans:
+        both = self.layers(weights)
+        for start, end in layers:
             both = joined(both, start, end)
         size = sum(model.bytes_of(start, end) for start, end in both)
         if size > self._capacity_bytes:
@@ -157,8 +157,8 @@ class NodeMemory:
     def keep(self, weights: str, start: int, end: int, model: ModelShape) -> None:
         """Keep these layers in host memory; what goes for them is kept on disk."""
         self._models[weights] = model
-        for name, spans in self.memory.keep(weights, ((start, end),), model):
-            self.disk.keep(name, spans, self._models[name])
+        for name, layers in self.memory.keep(weights, ((start, end),), model):
+            self.disk.keep(name, layers, self._models[name])
         self.version += 1
 
     def used(self, weights: str) -> None:

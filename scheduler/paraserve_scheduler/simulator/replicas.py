@@ -120,8 +120,8 @@ def _begin_stage(
             after_s = max(heap.now_s, began_s + process_s)
             heap.at(after_s + method.tail_s + size * method.load_s_per_byte + setup_s, loaded)
 
-    spans = [(stage.start, stage.end)]
-    fetch = _Fetch(replica, stage.node, spans, around, arrived, stage.sources)
+    layers = [(stage.start, stage.end)]
+    fetch = _Fetch(replica, stage.node, layers, around, arrived, stage.sources)
     if method.is_overlapped:
         fetch.begin(rank=0, deadline_s=replica.start.deadline_s)
     else:
@@ -181,7 +181,7 @@ class _Fetch:
         self,
         replica: SimReplica,
         node: str,
-        spans: Sequence[tuple[int, int]],
+        layers: Sequence[tuple[int, int]],
         around: Surroundings,
         done: Callable[[], None],
         sources: Sequence[StageSource] = (),
@@ -190,7 +190,7 @@ class _Fetch:
         self._sources = sources
         self._running = 0
         self._node = around.nodes[node]
-        self._spans = spans
+        self._layers = layers
         self._around = around
         self._done = done
 
@@ -241,9 +241,9 @@ class _Fetch:
 
     def _lacking_bytes(self) -> int:
         model = self._replica.model
-        cached = self._node.memory.spans(self._replica.deployment.name)
+        cached = self._node.memory.layers(self._replica.deployment.name)
         size = 0
-        for start, end in self._spans:
+        for start, end in self._layers:
             size += model.bytes_of(start, end)
             for low, high in cached:
                 if low < end and start < high:
@@ -253,7 +253,7 @@ class _Fetch:
     def _arrived(self) -> None:
         self._node.version += 1
         if self._replica.start.keeps_in_memory and not self._node.is_lost:
-            for start, end in self._spans:
+            for start, end in self._layers:
                 self._node.keep(self._replica.deployment.name, start, end, self._replica.model)
         self._done()
 
@@ -280,7 +280,7 @@ def _grow_stage(
 ) -> None:
     model, growth, heap = replica.model, replica.start.growth, around.heap
     method = around.nodes[stage.node].description.kind.start
-    spans = [(0, stage.start), (stage.end, model.num_layers)]
+    layers = [(0, stage.start), (stage.end, model.num_layers)]
     size = model.total_bytes - model.bytes_of(stage.start, stage.end)
     began_s = heap.now_s
 
@@ -291,7 +291,7 @@ def _grow_stage(
     deadline_s = None
     if growth.deadline_after_s is not None:
         deadline_s = began_s + growth.deadline_after_s
-    fetch = _Fetch(replica, stage.node, spans, around, arrived)
+    fetch = _Fetch(replica, stage.node, layers, around, arrived)
     if method.is_instant:
         heap.after(0.0, done)
     else:

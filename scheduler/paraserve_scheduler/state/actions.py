@@ -92,7 +92,7 @@ class HandOver:
     """Have a replica move its running requests to others; to none: stop moving them."""
 
     replica: str
-    targets: tuple[str, ...]
+    successors: tuple[str, ...]
     reason: str
 
     @property

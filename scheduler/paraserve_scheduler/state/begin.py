@@ -45,7 +45,9 @@ def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:
         case StopReplica():
             return _replica_stopping(view, action, at_s)
         case RemoveReplica():
-            return change_replica(view, action.replica, lambda it: replace(it, removing=True))
+            return change_replica(
+                view, action.replica, lambda replica: replace(replica, removing=True)
+            )
         case RemovePart():
             pair = (action.node, action.replica)
             return replace(view, removing_parts=view.removing_parts | {pair})
@@ -55,7 +57,7 @@ def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:
             return _hand_over_begun(view, action, at_s)
         case KeepSlots():
             return change_node(
-                view, action.node, lambda it: replace(it, wanted_slots=action.idle_slots)
+                view, action.node, lambda node: replace(node, wanted_slots=action.idle_slots)
             )
         case DropDeployment():
             return replace(
@@ -83,7 +85,9 @@ def _replica_started(view: ClusterView, action: StartReplica, at_s: float) -> Cl
         reason=action.reason,
         prediction=action.prediction,
     )
-    view = change_deployment(view, plan.deployment, lambda it: replace(it, last_number=plan.number))
+    view = change_deployment(
+        view, plan.deployment, lambda state: replace(state, last_number=plan.number)
+    )
     return replace(view, replicas=with_item(view.replicas, replica.id, replica))
 
 
@@ -95,8 +99,8 @@ def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> Cl
     view = change_replica(
         view,
         action.replica,
-        lambda it: replace(
-            it,
+        lambda replica: replace(
+            replica,
             phase=Phase.STOPPING,
             stopping_s=at_s,
             stop_reason=action.reason,
@@ -104,9 +108,11 @@ def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> Cl
         ),
     )
     predecessor = view.predecessor(replica)
-    if predecessor is not None and not view.takers(predecessor):
+    if predecessor is not None and not view.ready_successors(predecessor):
         # It serves again, so that the time without a request counts from the next hand-over on.
-        view = change_replica(view, predecessor.id, lambda it: replace(it, hand_over_s=None))
+        view = change_replica(
+            view, predecessor.id, lambda replica: replace(replica, hand_over_s=None)
+        )
     return view
 
 
@@ -120,7 +126,7 @@ def _note_failure(
     return change_deployment(
         view,
         replica.deployment,
-        lambda it: replace(it, failed_starts=(*it.failed_starts, failed)),
+        lambda state: replace(state, failed_starts=(*state.failed_starts, failed)),
     )
 
 
@@ -134,10 +140,10 @@ def _hand_over_begun(view: ClusterView, action: HandOver, at_s: float) -> Cluste
     return change_replica(
         view,
         action.replica,
-        lambda it: replace(
-            it,
+        lambda replica: replace(
+            replica,
             telling=True,
-            hand_over_s=(it.hand_over_s or at_s) if action.targets else it.hand_over_s,
+            hand_over_s=(replica.hand_over_s or at_s) if action.successors else replica.hand_over_s,
         ),
     )
 
@@ -146,10 +152,10 @@ def _deployment_failed(view: ClusterView, action: FailDeployment) -> ClusterView
     view = change_deployment(
         view,
         action.deployment,
-        lambda it: replace(
-            it,
+        lambda state: replace(
+            state,
             failure=action.failure,
-            failure_number=it.failure_number + 1,
+            failure_number=state.failure_number + 1,
             waiting_since_s=None,
         ),
     )

@@ -74,11 +74,11 @@ class PartRemoved:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HandOverTold:
+class HandOverNotified:
     """The head of a replica has taken the command to hand its requests over."""
 
     replica: str
-    targets: tuple[str, ...]
+    successors: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +119,7 @@ Event = (
     | DeletionRequested
     | ReplicaRemoved
     | PartRemoved
-    | HandOverTold
+    | HandOverNotified
     | HandOverFailed
     | SlotsRefused
     | NodeCordoned

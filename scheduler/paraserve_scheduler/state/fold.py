@@ -21,7 +21,7 @@ from paraserve_scheduler.state.events import (
     DeploymentAdded,
     Event,
     HandOverFailed,
-    HandOverTold,
+    HandOverNotified,
     NodeCordoned,
     NodeRegistered,
     NodeReported,
@@ -65,15 +65,17 @@ def fold(view: ClusterView, event: Event) -> ClusterView:
         case DeploymentAdded():
             return _deployment_added(view, event)
         case DeletionRequested():
-            return change_deployment(view, event.deployment, lambda it: replace(it, deleting=True))
+            return change_deployment(
+                view, event.deployment, lambda state: replace(state, deleting=True)
+            )
         case ReplicaRemoved():
             return _replica_removed(view, event)
         case PartRemoved():
             return _part_removed(view, event)
-        case HandOverTold() | HandOverFailed():
+        case HandOverNotified() | HandOverFailed():
             return _hand_over_answered(view, event)
         case SlotsRefused():
-            return change_node(view, event.node, lambda it: replace(it, wanted_slots=None))
+            return change_node(view, event.node, lambda node: replace(node, wanted_slots=None))
         case NodeCordoned():
             others = view.cordoned - {event.node}
             return replace(view, cordoned=others | {event.node} if event.cordoned else others)
@@ -184,19 +186,19 @@ def _deployment_added(view: ClusterView, event: DeploymentAdded) -> ClusterView:
     return replace(view, deployments=with_item(view.deployments, state.name, state))
 
 
-def _hand_over_answered(view: ClusterView, event: HandOverTold | HandOverFailed) -> ClusterView:
-    if isinstance(event, HandOverTold):
-        answered = partial(replace, targets=event.targets, telling_failed_s=None)
+def _hand_over_answered(view: ClusterView, event: HandOverNotified | HandOverFailed) -> ClusterView:
+    if isinstance(event, HandOverNotified):
+        answered = partial(replace, targets=event.successors, telling_failed_s=None)
     else:
         answered = partial(replace, telling_failed_s=event.at_s)
-    return change_replica(view, event.replica, lambda it: answered(it, telling=False))
+    return change_replica(view, event.replica, lambda replica: answered(replica, telling=False))
 
 
 def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:
     view = change_replica(
         view,
         event.replica,
-        lambda it: replace(it, phase=Phase.STOPPED, removed_s=event.at_s, removing=False),
+        lambda replica: replace(replica, phase=Phase.STOPPED, removed_s=event.at_s, removing=False),
     )
     deployment = view.replicas[event.replica].deployment
     stopped = [

@@ -122,7 +122,7 @@ def measured_part(view: ClusterView, replica: Replica, stage: int) -> ClusterVie
 def measured_ready(view: ClusterView, replica: Replica, at_s: float) -> ClusterView:
     """The view once all stages are ready: what came after the last bytes and processes."""
     stages = [times_of(replica, stage) for stage in range(len(replica.parts))]
-    needed_s = max(max(it.runtime_s or 0.0, it.fetch_s or 0.0) for it in stages)
+    needed_s = max(max(stage.runtime_s or 0.0, stage.fetch_s or 0.0) for stage in stages)
     if needed_s == 0:
         return view
     tail_s = max(0.0, at_s - replica.planned_s - needed_s)

@@ -67,7 +67,7 @@ class ClusterView:
             if other.is_wanted and other.plan.succeeds == replica.id
         )
 
-    def takers(self, replica: Replica) -> tuple[Replica, ...]:
+    def ready_successors(self, replica: Replica) -> tuple[Replica, ...]:
         """Its successors once all are ready: from then on they get its requests, old and new."""
         successors = self.successors(replica)
         return successors if all(each.phase is Phase.READY for each in successors) else ()
@@ -77,7 +77,7 @@ class ClusterView:
         return tuple(
             replica
             for replica in self.live_replicas(deployment)
-            if replica.phase is Phase.READY and not self.takers(replica)
+            if replica.phase is Phase.READY and not self.ready_successors(replica)
         )
 
     def replicas_on(self, node: str) -> tuple[Replica, ...]:
@@ -166,14 +166,14 @@ class ClusterView:
         reported = all(gateway.last_report_s >= since_s for gateway in self.gateways.values())
         return now_s >= since_s and reported and self.replica_in_flight(replica) == 0
 
-    def heard_since(self, time_s: float) -> ClusterView:
+    def without_silent_gateways(self, time_s: float) -> ClusterView:
         """The view without gateways that have been silent since `time_s`."""
-        heard = {
+        reporting = {
             name: gateway
             for name, gateway in self.gateways.items()
             if max(gateway.last_report_s, self.listening_since_s) >= time_s
         }
-        return replace(self, gateways=heard)
+        return replace(self, gateways=reporting)
 
     def without(self, gone: tuple[Replica, ...]) -> ClusterView:
         """The view as it will be when these replicas have left their nodes."""

@@ -22,8 +22,8 @@ class Node:
         self.is_fetching = False
         self.tier = Tier.open(folder / "tier")
         self.disk = DiskTier.open(folder / "disk", disk_bytes=1 << 30)
-        landing = self.tier.begin(make_plan(write_checkpoint(folder / "m", shards=2)))
-        land(landing, folder / "m")
+        writer = self.tier.begin(make_plan(write_checkpoint(folder / "m", shards=2)))
+        land(writer, folder / "m")
         self.upkeep = Upkeep(
             DiskUpkeep(self.tier, self.disk), lambda: self.is_fetching, now=lambda: self.now_s
         )

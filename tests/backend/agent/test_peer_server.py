@@ -74,9 +74,9 @@ def served(tier: Tier, *, token: str | None = TOKEN, connections: int = 8) -> It
 def holder(tmp_path: Path, model: Path) -> Iterator[Tier]:
     """A tier that has all of the model cached."""
     with opened(tmp_path / "holder") as tier:
-        landing = tier.begin(make_plan(model, fetch_id="held"), part_bytes=PART_BYTES)
-        land(landing, model)
-        landing.finish()
+        writer = tier.begin(make_plan(model, fetch_id="held"), part_bytes=PART_BYTES)
+        land(writer, model)
+        writer.finish()
         tier.release("held")
         yield tier
 
@@ -123,9 +123,9 @@ def test_what_a_peer_has_is_not_read_from_the_store(
 
 def test_what_no_peer_has_comes_from_the_store(tmp_path: Path, reader: Tier, model: Path) -> None:
     with opened(tmp_path / "half") as half:
-        landing = half.begin(make_plan(model, layers=(0, 2)), part_bytes=PART_BYTES)
-        land(landing, model)
-        landing.finish()
+        writer = half.begin(make_plan(model, layers=(0, 2)), part_bytes=PART_BYTES)
+        land(writer, model)
+        writer.finish()
         with served(half) as peer:
             report = run(reader, model, peer)
     assert report.peer_bytes > 0
@@ -136,13 +136,13 @@ def test_bytes_that_a_peer_is_still_fetching_are_waited_for(
     tmp_path: Path, reader: Tier, model: Path
 ) -> None:
     with opened(tmp_path / "first") as first, served(first) as peer:
-        landing = first.begin(make_plan(model), part_bytes=PART_BYTES)
-        land(landing, model, range(0, len(landing.parts), 2))
+        writer = first.begin(make_plan(model), part_bytes=PART_BYTES)
+        land(writer, model, range(0, len(writer.parts), 2))
         reports: list[FetchReport] = []
         chained = threading.Thread(target=lambda: reports.append(run(reader, model, peer)))
         chained.start()
-        land(landing, model)
-        landing.finish()
+        land(writer, model)
+        writer.finish()
         chained.join()
     assert reports[0].store_bytes == 0
 
@@ -311,11 +311,11 @@ def test_another_version_of_an_object_is_not_taken(holder: Tier, reader: Tier, m
 
 def test_ranges_that_are_not_there_are_refused_at_once(tmp_path: Path, model: Path) -> None:
     with opened(tmp_path / "half") as half, served(half) as peer:
-        landing = half.begin(make_plan(model), part_bytes=PART_BYTES)
-        land(landing, model, [0])
-        part = landing.parts[0]
-        name = landing.name_of(landing.object_of(0))
-        size_bytes = landing.object_of(0).size_bytes
+        writer = half.begin(make_plan(model), part_bytes=PART_BYTES)
+        land(writer, model, [0])
+        part = writer.parts[0]
+        name = writer.name_of(writer.object_of(0))
+        size_bytes = writer.object_of(0).size_bytes
         client = http.client.HTTPConnection(peer.address, timeout=5)
 
         def status(target: str, range_: str | None) -> int:

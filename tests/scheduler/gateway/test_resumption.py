@@ -10,7 +10,7 @@ from tritonclient.grpc import service_pb2 as kserve
 from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
 from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
 from paraserve_backend.protocol.sampling import ChosenToken, Sampling
-from paraserve_scheduler.gateway.resumption import Journey
+from paraserve_scheduler.gateway.resumption import Resumption
 
 NO_LOGPROB = 0.0
 
@@ -56,41 +56,43 @@ def resume_of(request: kserve.ModelInferRequest) -> Resume:
 
 def test_the_first_replica_learns_that_the_request_can_be_followed_and_its_seed() -> None:
     request = kserve.ModelInferRequest()
-    Journey(request, make_asked())
+    Resumption(request, make_asked())
     assert resume_of(request) == Resume(seed=41, max_tokens=9, tokens=())
 
 
 def test_a_replica_that_hands_over_says_who_goes_on_and_from_where() -> None:
     request = kserve.ModelInferRequest()
-    journey = Journey(request, make_asked())
-    assert journey.hear(tokens_response(1))
+    resumption = Resumption(request, make_asked())
+    assert resumption.receive(tokens_response(1))
     resume = Resume(ticket=5, seed=41, max_tokens=9, tokens=(token(1, -0.5),))
-    assert not journey.hear(move_response("d.2", resume))
-    assert journey.next_replica == "d.2"
+    assert not resumption.receive(move_response("d.2", resume))
+    assert resumption.next_replica == "d.2"
     assert resume_of(request) == resume
 
 
 def test_after_a_loss_the_tokens_sent_since_are_told_to_the_next_replica() -> None:
     request = kserve.ModelInferRequest()
-    journey = Journey(request, make_asked())
-    journey.hear(tokens_response(1))
-    journey.hear(move_response("d.2", Resume(ticket=5, seed=41, max_tokens=9, tokens=(token(1),))))
-    journey.hear(tokens_response(2, 3))
-    assert journey.lose()
-    assert journey.next_replica is None
+    resumption = Resumption(request, make_asked())
+    resumption.receive(tokens_response(1))
+    resumption.receive(
+        move_response("d.2", Resume(ticket=5, seed=41, max_tokens=9, tokens=(token(1),)))
+    )
+    resumption.receive(tokens_response(2, 3))
+    assert resumption.lose()
+    assert resumption.next_replica is None
     # Without the ticket: whatever KV cache there was is lost with it.
     assert resume_of(request).ticket == 0
     assert [each.token_id for each in resume_of(request).tokens] == [1, 2, 3]
-    journey.hear(tokens_response(4))
-    assert journey.lose()
+    resumption.receive(tokens_response(4))
+    assert resumption.lose()
     assert [each.token_id for each in resume_of(request).tokens] == [1, 2, 3, 4]
 
 
 def test_an_answer_in_one_piece_starts_over_from_what_is_known() -> None:
     request = kserve.ModelInferRequest()
     wanted = WantedOutputs(logprobs=True)
-    journey = Journey(request, make_asked(is_stream=False, wanted=wanted))
-    assert journey.lose()
+    resumption = Resumption(request, make_asked(is_stream=False, wanted=wanted))
+    assert resumption.lose()
     assert resume_of(request).tokens == ()
 
 
@@ -103,26 +105,26 @@ def test_an_answer_in_one_piece_starts_over_from_what_is_known() -> None:
     ],
 )
 def test_a_stream_with_log_probabilities_cannot_go_on_after_a_loss(wanted: WantedOutputs) -> None:
-    journey = Journey(kserve.ModelInferRequest(), make_asked(wanted=wanted))
-    assert journey.lose()  # nothing was sent yet
-    journey.hear(tokens_response(1))
-    assert not journey.lose()
+    resumption = Resumption(kserve.ModelInferRequest(), make_asked(wanted=wanted))
+    assert resumption.lose()  # nothing was sent yet
+    resumption.receive(tokens_response(1))
+    assert not resumption.lose()
 
 
 def test_a_request_that_no_other_engine_can_go_on_with_is_not_moved() -> None:
     request = kserve.ModelInferRequest()
-    journey = Journey(request, make_asked(), can_move=False)
+    resumption = Resumption(request, make_asked(), can_move=False)
     assert RESUME not in request.parameters
-    assert journey.lose()  # nothing was sent yet
-    journey.hear(tokens_response(1))
-    assert not journey.lose()
+    assert resumption.lose()  # nothing was sent yet
+    resumption.receive(tokens_response(1))
+    assert not resumption.lose()
 
 
 def test_a_client_that_names_its_outputs_is_followed_all_the_same() -> None:
     request = kserve.ModelInferRequest()
     request.outputs.add(name="text_output")
-    journey = Journey(request, make_asked())
+    resumption = Resumption(request, make_asked())
     assert [output.name for output in request.outputs] == ["text_output", HAND_OVER_TO, RESUME]
     # But nobody knows the ids of what it has got.
-    journey.hear(response_with(text_output=text("hello")))
-    assert not journey.lose()
+    resumption.receive(response_with(text_output=text("hello")))
+    assert not resumption.lose()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim, LinkForecast
-from paraserve_scheduler.planner.fetch_time import Amounts, Holders, Inflow
+from paraserve_scheduler.planner.fetch_time import Amounts, FetchTime, Holders
 from tests.support.fleets import GB, make_model
 
 _RATES = st.floats(0.5, 20)
@@ -15,7 +15,7 @@ _SIZES = st.integers(0, 100)
 
 
 class _Sources:
-    """An inflow beside the numbers it is made of."""
+    """A fetch time beside the numbers it is made of."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class _Sources:
         running = [BandwidthClaim(remaining_bytes=size) for size in claims]
         limit = self.store + sum(rate for rate, _ in peers)
         self.link = LinkForecast(link, running, limit)
-        self.inflow = Inflow(
+        self.fetch_time = FetchTime(
             link,
             running,
             store_rate=self.store,
@@ -65,7 +65,7 @@ _SOURCES = st.builds(
 def test_all_is_there_when_the_sources_together_have_given_it_and_not_before(
     sources: _Sources,
 ) -> None:
-    seconds, total = sources.inflow.seconds_for(sources.amounts), sources.amounts.total_bytes
+    seconds, total = sources.fetch_time.seconds_for(sources.amounts), sources.amounts.total_bytes
     assert sources.there_after(seconds * 1.0001) >= total * 0.9999
     assert sources.there_after(seconds * 0.999) < total
 
@@ -75,7 +75,7 @@ def test_all_is_there_when_the_sources_together_have_given_it_and_not_before(
 def test_what_is_fetched_and_worked_on_in_time_is_the_most_that_can_be(
     sources: _Sources, seconds: float, work_s_per_byte: float
 ) -> None:
-    size = sources.inflow.bytes_in(seconds, work_s_per_byte, sources.amounts)
+    size = sources.fetch_time.bytes_in(seconds, work_s_per_byte, sources.amounts)
     left_s = seconds - size * work_s_per_byte
     assert left_s >= -1e-6
     assert sources.there_after(left_s + 1e-6) >= size * 0.999
@@ -86,8 +86,8 @@ def test_what_is_fetched_and_worked_on_in_time_is_the_most_that_can_be(
 @settings(deadline=None)
 @given(_SOURCES)
 def test_nobody_is_asked_for_more_than_it_has_or_can_give_in_time(sources: _Sources) -> None:
-    seconds = sources.inflow.seconds_for(sources.amounts)
-    given_by = sources.inflow.split(sources.amounts, seconds)
+    seconds = sources.fetch_time.seconds_for(sources.amounts)
+    given_by = sources.fetch_time.split(sources.amounts, seconds)
     shares = [*zip(given_by.peers_bytes, sources.peers, strict=True)]
     shares.append((given_by.disk_bytes, sources.disk))
     for size, (rate, has) in shares:
@@ -102,19 +102,25 @@ def test_nobody_is_asked_for_more_than_it_has_or_can_give_in_time(sources: _Sour
 def test_a_source_more_is_never_later() -> None:
     amounts = Amounts(total_bytes=100, disk_bytes=50, peers_bytes=(30,))
     seconds = [
-        Inflow(100.0, store_rate=1.0, peer_rates=(1e-9,)).seconds_for(amounts),
-        Inflow(100.0, store_rate=1.0, peer_rates=(2.0,)).seconds_for(amounts),
-        Inflow(100.0, store_rate=1.0, peer_rates=(2.0,), disk_rate=5.0).seconds_for(amounts),
+        FetchTime(100.0, store_rate=1.0, peer_rates=(1e-9,)).seconds_for(amounts),
+        FetchTime(100.0, store_rate=1.0, peer_rates=(2.0,)).seconds_for(amounts),
+        FetchTime(100.0, store_rate=1.0, peer_rates=(2.0,), disk_rate=5.0).seconds_for(amounts),
     ]
     assert seconds == [pytest.approx(100.0), pytest.approx(70.0), pytest.approx(20.0)]
 
 
-_SPANS = st.sets(st.integers(0, 7)).map(
+_LAYER_RANGES = st.sets(st.integers(0, 7)).map(
     lambda layers: tuple((layer, layer + 1) for layer in sorted(layers))
 )
 
 
-@given(_SPANS, _SPANS, st.lists(_SPANS, max_size=2), st.integers(0, 7), st.integers(1, 8))
+@given(
+    _LAYER_RANGES,
+    _LAYER_RANGES,
+    st.lists(_LAYER_RANGES, max_size=2),
+    st.integers(0, 7),
+    st.integers(1, 8),
+)
 def test_every_byte_of_a_range_has_one_holder(
     memory: tuple[tuple[int, int], ...],
     disk: tuple[tuple[int, int], ...],
@@ -127,6 +133,6 @@ def test_every_byte_of_a_range_has_one_holder(
     amounts = Holders(model, memory=memory, disk=disk, peers=peers).amounts(start, end)
     in_memory = sum(model.bytes_of(a, b) for a, b in memory if start <= a < end)
     assert amounts.total_bytes == model.bytes_of(start, end) - in_memory
-    held = {layer for spans in (disk, *peers) for layer, _ in spans} - {it for it, _ in memory}
+    held = {layer for layers in (disk, *peers) for layer, _ in layers} - {it for it, _ in memory}
     elsewhere = sum(model.bytes_of(it, it + 1) for it in held if start <= it < end)
     assert amounts.disk_bytes + sum(amounts.peers_bytes) == elsewhere

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim, offered_rate
-from paraserve_scheduler.planner.candidates import LayerSources, Spot, find_supply
+from paraserve_scheduler.planner.candidates import Candidate, LayerSources, find_layer_sources
 from paraserve_scheduler.planner.cost import Speed, decode_s, prefill_s
 from paraserve_scheduler.planner.decisions import PolicyFunction, Prediction, Start
 from paraserve_scheduler.planner.fleet import Fleet, Need, Node, Objectives
@@ -46,17 +46,17 @@ _KINDS = (
     ),
     make_kind(make_method(runtime_s=1.0, is_overlapped=False), name="serial"),
 )
-_SPANS = st.sampled_from([(), (), _ALL, ((0, 2),), ((3, 5),), ((0, 1), (4, 6))])
+_LAYER_RANGES = st.sampled_from([(), (), _ALL, ((0, 2),), ((3, 5),), ((0, 1), (4, 6))])
 
 
 @st.composite
 def _nodes(
     draw: st.DrawFn, *, whole_only: bool = False, least: int = 1, most: int = 3
 ) -> list[Node]:
-    spans = st.sampled_from([(), (), _ALL]) if whole_only else _SPANS
+    layers = st.sampled_from([(), (), _ALL]) if whole_only else _LAYER_RANGES
     nodes = []
     for index in range(draw(st.integers(least, most))):
-        cached, on_disk = draw(spans), draw(spans)
+        cached, on_disk = draw(layers), draw(layers)
         claimed_gb, left_s = draw(st.sampled_from([0, 0, 2, 10])), draw(st.floats(0.5, 10))
         deadline_s = NOW_S + left_s if whole_only else None
         claim = BandwidthClaim(remaining_bytes=claimed_gb * GB, deadline_s=deadline_s)
@@ -103,13 +103,13 @@ def _need(objectives: Objectives) -> Need:
     return make_need(model=_TINY, objectives=objectives, prompt_tokens=100)
 
 
-def _spot(node: Node, stages: int, supply: LayerSources) -> Spot:
+def _candidate(node: Node, stages: int, layer_sources: LayerSources) -> Candidate:
     room = max(gpu.free_bytes for gpu in node.gpus)
-    return Spot(
+    return Candidate(
         node=node,
         model=_TINY,
         weights="chat",
-        supply=supply,
+        layer_sources=layer_sources,
         in_pipeline=stages > 1,
         can_grow=room >= _TINY.full_bytes,
     )
@@ -119,25 +119,30 @@ def _every_plan(
     need: Need, fleet: Fleet, replicas: int, nodes: Sequence[Node] | None = None
 ) -> Iterator[tuple[float, float]]:
     """(TTFT, TPOT) of every number of stages and full workers, choice, order and cut."""
-    supply, usable = find_supply(need, fleet), fleet.nodes if nodes is None else nodes
+    layer_sources, usable = find_layer_sources(need, fleet), fleet.nodes if nodes is None else nodes
     for stages in range(1, len(usable) + 1):
         for chosen in combinations(usable, stages):
-            for spots in permutations(_spot(node, stages, supply) for node in chosen):
-                able = sum(spot.can_grow for spot in spots)
-                if spots[0].can_grow:
+            for candidates in permutations(
+                _candidate(node, stages, layer_sources) for node in chosen
+            ):
+                able = sum(candidate.can_grow for candidate in candidates)
+                if candidates[0].can_grow:
                     for full in range(1, min(stages, replicas, able) + 1):
-                        yield from _cuts(need, spots, full)
+                        yield from _cuts(need, candidates, full)
 
 
-def _cuts(need: Need, spots: tuple[Spot, ...], full: int) -> Iterator[tuple[float, float]]:
-    stages = len(spots)
-    speed, hop_s = slowest(_TINY, spots)
+def _cuts(
+    need: Need, candidates: tuple[Candidate, ...], full: int
+) -> Iterator[tuple[float, float]]:
+    stages = len(candidates)
+    speed, hop_s = slowest(_TINY, candidates)
     first = prefill_s(speed, need.prompt_tokens, stages=stages, full=full, hop_s=hop_s)
     tpot = decode_s(speed, CONFIG.tpot_batch, stages=stages, full=full, hop_s=hop_s)
     for inner in combinations(range(1, _LAYERS), stages - 1):
         bounds = (0, *inner, _LAYERS)
         ready = max(
-            spot.ready_s(a, b) for spot, (a, b) in zip(spots, pairwise(bounds), strict=True)
+            candidate.ready_s(a, b)
+            for candidate, (a, b) in zip(candidates, pairwise(bounds), strict=True)
         )
         if ready < float("inf"):
             yield ready + first, tpot

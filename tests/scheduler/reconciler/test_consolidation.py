@@ -69,7 +69,7 @@ def _handing_over(*nodes: str | NodeInfo, in_flight: int = 1, **spec: Any) -> Hi
     for successor in successors:
         history.becomes_ready(successor)
     history.decides()
-    history.told("tiny.1", *successors)
+    history.notified("tiny.1", *successors)
     return history
 
 
@@ -224,7 +224,7 @@ def test_requests_move_when_all_instances_are_ready_and_not_before() -> None:
     history.becomes_ready(second)
     (hand_over,) = history.decides()
     assert isinstance(hand_over, HandOver)
-    assert hand_over.targets == (first, second)
+    assert hand_over.successors == (first, second)
     assert history.routed() == [first, second]
 
 
@@ -234,7 +234,7 @@ def test_requests_move_to_the_instances_that_remain() -> None:
     history.becomes_ready(first)
     history.part(second, 0, Phase.FAILED, LOST_PROCESS)
     hand_overs = [action for action in history.decides() if isinstance(action, HandOver)]
-    assert [action.targets for action in hand_overs] == [(first,)]
+    assert [action.successors for action in hand_overs] == [(first,)]
     assert history.routed() == [first]
 
 
@@ -248,10 +248,10 @@ def test_a_ready_successor_gets_all_new_requests_and_then_the_running_ones() -> 
     history.becomes_ready("tiny.2")
     assert history.routed() == ["tiny.2"]
     assert history.decides() == (
-        HandOver(replica="tiny.1", targets=("tiny.2",), reason="tiny.2 is ready"),
+        HandOver(replica="tiny.1", successors=("tiny.2",), reason="tiny.2 is ready"),
     )
     assert history.decides() == (), "it is on its way"
-    history.told("tiny.1", "tiny.2")
+    history.notified("tiny.1", "tiny.2")
     assert history.decides() == ()
 
 
@@ -332,9 +332,9 @@ def test_a_ready_successor_that_is_lost_gives_the_requests_back() -> None:
     history = _handing_over()
     history.part("tiny.2", 0, Phase.FAILED, LOST_PROCESS)
     *_, command = history.decides()
-    assert command == HandOver(replica="tiny.1", targets=(), reason="its successors are lost")
+    assert command == HandOver(replica="tiny.1", successors=(), reason="its successors are lost")
     assert history.routed() == ["tiny.1"]
-    history.told("tiny.1")
+    history.notified("tiny.1")
     history.demand()
     history.passes(CONFIG.settle_s)
     assert history.decides() == (), "it serves again"

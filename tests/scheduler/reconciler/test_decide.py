@@ -569,7 +569,7 @@ _STEPS = st.lists(
         st.sampled_from(
             [
                 *("wait", "idle", "ready", "fail", "pass", "lose", "delete", "removed"),
-                *("busy", "burst", "told", "not told", "drain", "undo"),
+                *("busy", "burst", "notified", "not notified", "drain", "undo"),
             ]
         ),
         st.integers(0, 2),
@@ -622,9 +622,11 @@ def _take_step(history: History, step: str, which: int, names: list[str]) -> Non
         in_flight = 1 if step == "busy" else 9
         running = {replica.id: in_flight}
         history.demand(replica.deployment, in_flight=in_flight, replica_in_flight=running)
-    elif step == "told" and replica is not None and replica.telling:
-        history.told(replica.id, *(taker.id for taker in history.view.takers(replica)))
-    elif step == "not told" and replica is not None and replica.telling:
+    elif step == "notified" and replica is not None and replica.telling:
+        history.notified(
+            replica.id, *(successor.id for successor in history.view.ready_successors(replica))
+        )
+    elif step == "not notified" and replica is not None and replica.telling:
         history.happens(HandOverFailed(replica=replica.id, at_s=history.now_s))
     elif step in ("drain", "undo"):
         history.happens(NodeCordoned(node=f"n{which}", cordoned=step == "drain"))

@@ -79,7 +79,7 @@ def _become(history: History, replica: str, successor: str) -> None:
     """Let `successor` take over from `replica` until nothing is left of it."""
     history.becomes_ready(successor)
     history.decides()
-    history.told(replica, successor)
+    history.notified(replica, successor)
     history.passes(CONFIG.settle_s)
     _busy(history, successor)
     history.decides()
@@ -99,7 +99,7 @@ def test_a_move_starts_a_successor_on_the_node_and_hands_over(stages: int) -> No
     assert history.routed() == ["tiny.1"]
     history.becomes_ready("tiny.2")
     assert [type(action) for action in history.decides()] == [HandOver]
-    history.told("tiny.1", "tiny.2")
+    history.notified("tiny.1", "tiny.2")
     history.passes(CONFIG.settle_s)
     _busy(history, "tiny.2")
     stop, removal = history.decides()
@@ -249,7 +249,7 @@ def test_what_takes_over_on_a_drained_node_moves_on_when_it_has() -> None:
     _migrate(history, "n2")
     history.becomes_ready("tiny.2")
     history.decides()
-    history.told("tiny.1", "tiny.2")
+    history.notified("tiny.1", "tiny.2")
     _drain(history, "n2")
     assert history.decides() == ()
     assert _progress(history, "n2") == {"tiny.2": "still takes over from tiny.1"}

@@ -92,15 +92,15 @@ def test_a_shelf_holds_at_most_what_it_can_and_loses_nothing_silently(
     shelf = Shelf(capacity_gb * GB)
     there: dict[str, set[int]] = {}
     for name, start, length in kept:
-        span = (start, min(8, start + length))
-        wanted = there.get(name, set()) | set(range(*span))
-        for gone, spans in shelf.keep(name, (span,), _MODEL):
-            assert there.pop(gone) == {it for low, high in spans for it in range(low, high)}
+        layer_range = (start, min(8, start + length))
+        wanted = there.get(name, set()) | set(range(*layer_range))
+        for gone, layers in shelf.keep(name, (layer_range,), _MODEL):
+            assert there.pop(gone) == {it for low, high in layers for it in range(low, high)}
         if len(wanted) <= capacity_gb:
             there[name] = wanted
         held = {
-            weights: {it for low, high in spans for it in range(low, high)}
-            for weights, spans in shelf.records().items()
+            weights: {it for low, high in layers for it in range(low, high)}
+            for weights, layers in shelf.records().items()
         }
         assert held == there
         assert sum(map(len, held.values())) <= capacity_gb

@@ -14,7 +14,7 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.telemetry import spans
 
 #: Byte counts change all the time; followers get them at most this often.
-_NEWS_INTERVAL_S = 0.1
+_CHANGE_INTERVAL_S = 0.1
 _FINAL = (pb.READY, pb.FAILED, pb.STOPPED)
 
 
@@ -47,7 +47,7 @@ class PartProgress:
         if failure is not None:
             self._status.failure.CopyFrom(failure)
         self._phase_changed = _fire(self._phase_changed)
-        self._tell()
+        self._notify()
         self._on_phase()
 
     def fetched(self, fetched_bytes: int, total_bytes: int) -> None:
@@ -55,24 +55,24 @@ class PartProgress:
             return
         self._status.fetched_bytes = fetched_bytes
         self._status.total_bytes = total_bytes
-        self._tell()
+        self._notify()
 
     def use_slots(self, slots: Mapping[str, str]) -> None:
         """Note which slots' Triton models stand for models of the part."""
         self._status.slots.clear()
         self._status.slots.update(slots)
-        self._tell()
+        self._notify()
 
     @contextmanager
     def span(self, name: str) -> Iterator[pb.Span]:
         """Record an interval of the cold start; the body may set its `bytes`."""
         span = self._status.spans.add(name=name, start_s=self._now())
-        self._tell()
+        self._notify()
         try:
             yield span
         finally:
             span.end_s = self._now()
-            self._tell()
+            self._notify()
 
     def add_spans(self, spans: Iterable[spans.Span]) -> None:
         """Add the intervals that another process has measured."""
@@ -80,7 +80,7 @@ class PartProgress:
             self._status.spans.add(
                 name=span.name, start_s=span.start_s, end_s=span.end_s, bytes=span.size_bytes
             )
-        self._tell()
+        self._notify()
 
     async def follow(self) -> AsyncIterator[pb.PartStatus]:
         """Yield the status now and after changes, until it is READY, FAILED or STOPPED."""
@@ -90,9 +90,9 @@ class PartProgress:
             if self.phase in _FINAL:
                 return
             await changed.wait()
-            await _wait_at_most(phase_changed, _NEWS_INTERVAL_S)
+            await _wait_at_most(phase_changed, _CHANGE_INTERVAL_S)
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._changed = _fire(self._changed)
 
 

@@ -21,8 +21,8 @@ from paraserve_backend.protocol.hand_over import (
     Expect,
     Message,
     Offer,
-    PostMessage,
     Refused,
+    SendMessage,
     Target,
     Withdraw,
 )
@@ -55,7 +55,7 @@ class _Step(Enum):
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Departure:
+class _OutgoingSequence:
     sequence: TokenSequence
     target: Target
     ticket: int
@@ -76,7 +76,7 @@ class Moved:
 
 
 @dataclass(slots=True, kw_only=True)
-class DepartureCounts:
+class HandoverCounts:
     """What has been done so far."""
 
     handed_over: int = 0
@@ -86,10 +86,10 @@ class DepartureCounts:
     blocks_held: int = 0
 
 
-class Departures:
+class HandoverSource:
     def __init__(
         self,
-        post: PostMessage,
+        send: SendMessage,
         *,
         inbox: str,
         block_size: int,
@@ -100,14 +100,14 @@ class Departures:
         """Begin with no target.
 
         Args:
-            post: sends a message to an inbox.
+            send: sends a message to an inbox.
             inbox: where the targets' answers go.
             block_size: tokens in a KV block.
             block_bytes: of one block on all layers together.
             num_layers: of the model.
             now_s: a monotonic clock.
         """
-        self._post = post
+        self._send = send
         self._inbox = inbox
         self._block_size = block_size
         self._blocks_per_pass = max(1, _BYTES_PER_PASS // block_bytes)
@@ -115,11 +115,11 @@ class Departures:
         self._now_s = now_s
         self._targets: tuple[Target, ...] = ()
         self._turn = 0
-        self._departures: dict[TokenSequence, _Departure] = {}
-        self._by_ticket: dict[int, _Departure] = {}
+        self._outgoing: dict[TokenSequence, _OutgoingSequence] = {}
+        self._by_ticket: dict[int, _OutgoingSequence] = {}
         #: Until when a sequence that could not leave is left alone.
         self._rests: dict[TokenSequence, float] = {}
-        self.counts = DepartureCounts()
+        self.counts = HandoverCounts()
 
     @property
     def is_active(self) -> bool:
@@ -130,11 +130,11 @@ class Departures:
         """Whether sequences go without their KV blocks: the targets run another engine."""
         return any(not target.address for target in self._targets)
 
-    def aim(self, targets: tuple[Target, ...]) -> None:
+    def set_targets(self, targets: tuple[Target, ...]) -> None:
         """Set where sequences shall go from now on; those on their way elsewhere stay."""
-        for departure in list(self._departures.values()):
-            if departure.target not in targets:
-                self._withdraw(departure)
+        for outgoing in list(self._outgoing.values()):
+            if outgoing.target not in targets:
+                self._withdraw(outgoing)
         self._targets = targets
         self._rests.clear()
 
@@ -147,10 +147,10 @@ class Departures:
         """Offer those decoding sequences that are not on their way yet."""
         now_s = self._now_s()
         for sequence in sequences:
-            if sequence in self._departures or self._rests.get(sequence, 0.0) > now_s:
+            if sequence in self._outgoing or self._rests.get(sequence, 0.0) > now_s:
                 continue
             self._rests.pop(sequence, None)
-            departure = _Departure(
+            outgoing = _OutgoingSequence(
                 sequence=sequence,
                 target=self.next_target(),
                 ticket=secrets.randbits(63) + 1,
@@ -158,21 +158,21 @@ class Departures:
                 deadline_s=now_s + _HELD_TIMEOUT_S,
                 reserved_blocks=self._blocks_for(sequence.num_tokens) + _SPARE_BLOCKS,
             )
-            self._departures[sequence] = departure
-            self._by_ticket[departure.ticket] = departure
-            self._send_offer(departure)
+            self._outgoing[sequence] = outgoing
+            self._by_ticket[outgoing.ticket] = outgoing
+            self._send_offer(outgoing)
 
     def exports(self, rows: Iterable[tuple[TokenSequence, int]]) -> tuple[Export, ...]:
         """Return what a pass shall send; `rows` are its sequences and where each will end."""
-        if not self._departures:
+        if not self._outgoing:
             return ()
         exports = []
         budget = self._blocks_per_pass
         for sequence, end in rows:
-            departure = self._departures.get(sequence)
-            if departure is None:
+            outgoing = self._outgoing.get(sequence)
+            if outgoing is None:
                 continue
-            export = self._export(departure, end, budget)
+            export = self._export(outgoing, end, budget)
             if export is not None:
                 budget -= len(export.blocks)
                 exports.append(export)
@@ -180,127 +180,125 @@ class Departures:
 
     def returned(self, sequence: TokenSequence) -> None:
         """Hold a sequence whose last pass has come back."""
-        departure = self._departures.get(sequence)
-        if departure is None or departure.step is not _Step.LAST_PASS:
+        outgoing = self._outgoing.get(sequence)
+        if outgoing is None or outgoing.step is not _Step.LAST_PASS:
             return
-        departure.step = _Step.HELD
-        departure.deadline_s = self._now_s() + _HELD_TIMEOUT_S
+        outgoing.step = _Step.HELD
+        outgoing.deadline_s = self._now_s() + _HELD_TIMEOUT_S
         sequence.is_held = True
-        self._expect(departure)
+        self._expect(outgoing)
 
     def answered(self, message: Accepted | Refused | Complete) -> Moved | None:
-        """Take in a target's word; returns what has moved by it, for the caller to end here."""
-        departure = self._by_ticket.get(message.ticket)
-        if departure is None:
+        """Take in a target's answer; returns what has moved by it, for the caller to end here."""
+        outgoing = self._by_ticket.get(message.ticket)
+        if outgoing is None:
             return None
         match message:
             case Accepted():
-                if departure.step is _Step.OFFERED:
-                    departure.step = _Step.COPYING
-                    departure.deadline_s = self._now_s() + _COPY_TIMEOUT_S
+                if outgoing.step is _Step.OFFERED:
+                    outgoing.step = _Step.COPYING
+                    outgoing.deadline_s = self._now_s() + _COPY_TIMEOUT_S
             case Refused():
-                logger.info("hand-over to %s refused: %s", departure.target.replica, message.reason)
-                self._withdraw(departure)
+                logger.info("hand-over to %s refused: %s", outgoing.target.replica, message.reason)
+                self._withdraw(outgoing)
             case Complete():
-                return self._completed(departure, message.layer_blocks)
+                return self._completed(outgoing, message.layer_blocks)
         return None
 
     def gone(self, sequence: TokenSequence) -> None:
         """Forget a sequence that has ended or lost its blocks here; it may be offered again."""
         self._rests.pop(sequence, None)
-        departure = self._departures.get(sequence)
-        if departure is not None:
-            self._withdraw(departure)
+        outgoing = self._outgoing.get(sequence)
+        if outgoing is not None:
+            self._withdraw(outgoing)
             self._rests.pop(sequence, None)
 
     def expire(self) -> None:
         """Keep the sequences whose target did not answer in time."""
         now_s = self._now_s()
-        for departure in list(self._departures.values()):
-            if departure.step is not _Step.LAST_PASS and departure.deadline_s <= now_s:
-                logger.warning("hand-over to %s timed out", departure.target.replica)
-                self._withdraw(departure)
+        for outgoing in list(self._outgoing.values()):
+            if outgoing.step is not _Step.LAST_PASS and outgoing.deadline_s <= now_s:
+                logger.warning("hand-over to %s timed out", outgoing.target.replica)
+                self._withdraw(outgoing)
 
-    def _completed(self, departure: _Departure, layer_blocks: int) -> Moved | None:
-        if layer_blocks != departure.next_block * self._num_layers:
+    def _completed(self, outgoing: _OutgoingSequence, layer_blocks: int) -> Moved | None:
+        if layer_blocks != outgoing.next_block * self._num_layers:
             return None
-        if departure.step is _Step.ARRIVING:
-            departure.step = _Step.LEAVING
-        elif departure.step is _Step.HELD:
-            self._forget(departure)
+        if outgoing.step is _Step.ARRIVING:
+            outgoing.step = _Step.LEAVING
+        elif outgoing.step is _Step.HELD:
+            self._forget(outgoing)
             self.counts.handed_over += 1
-            return Moved(
-                sequence=departure.sequence, target=departure.target, ticket=departure.ticket
-            )
+            return Moved(sequence=outgoing.sequence, target=outgoing.target, ticket=outgoing.ticket)
         return None
 
-    def _export(self, departure: _Departure, end: int, budget: int) -> Export | None:
+    def _export(self, outgoing: _OutgoingSequence, end: int, budget: int) -> Export | None:
         """What this pass sends of one sequence, whose positions will then be `[0, end)`."""
-        sequence = departure.sequence
+        sequence = outgoing.sequence
         num_blocks = self._blocks_for(end)
-        if departure.step is _Step.LEAVING:
-            if num_blocks > departure.reserved_blocks:
-                self._raise_offer(departure, num_blocks)
+        if outgoing.step is _Step.LEAVING:
+            if num_blocks > outgoing.reserved_blocks:
+                self._raise_offer(outgoing, num_blocks)
                 return None
-            if num_blocks - departure.next_block <= _MOST_HELD_BLOCKS:
-                departure.step = _Step.LAST_PASS
-                self.counts.blocks_held += num_blocks - departure.next_block
-                return self._sent(departure, num_blocks)
-            departure.step = _Step.COPYING
-        if departure.step is not _Step.COPYING:
+            if num_blocks - outgoing.next_block <= _MOST_HELD_BLOCKS:
+                outgoing.step = _Step.LAST_PASS
+                self.counts.blocks_held += num_blocks - outgoing.next_block
+                return self._sent(outgoing, num_blocks)
+            outgoing.step = _Step.COPYING
+        if outgoing.step is not _Step.COPYING:
             return None
         # Blocks that were full before this pass do not change any more.
         full = sequence.num_computed // self._block_size
-        until = min(full, departure.next_block + budget, departure.reserved_blocks)
-        export = self._sent(departure, until) if until > departure.next_block else None
+        until = min(full, outgoing.next_block + budget, outgoing.reserved_blocks)
+        export = self._sent(outgoing, until) if until > outgoing.next_block else None
         if export is not None:
             self.counts.blocks_ahead += len(export.blocks)
-        if departure.next_block >= min(full, departure.reserved_blocks):
-            departure.step = _Step.ARRIVING
-            self._expect(departure)
+        if outgoing.next_block >= min(full, outgoing.reserved_blocks):
+            outgoing.step = _Step.ARRIVING
+            self._expect(outgoing)
         return export
 
-    def _sent(self, departure: _Departure, until: int) -> Export:
-        first, departure.next_block = departure.next_block, until
+    def _sent(self, outgoing: _OutgoingSequence, until: int) -> Export:
+        first, outgoing.next_block = outgoing.next_block, until
         return Export(
-            address=departure.target.address,
-            ticket=departure.ticket,
+            address=outgoing.target.address,
+            ticket=outgoing.ticket,
             first=first,
-            blocks=tuple(departure.sequence.block_table[first:until]),
+            blocks=tuple(outgoing.sequence.block_table[first:until]),
         )
 
-    def _raise_offer(self, departure: _Departure, num_blocks: int) -> None:
-        departure.step = _Step.OFFERED
-        departure.deadline_s = self._now_s() + _HELD_TIMEOUT_S
-        departure.reserved_blocks = num_blocks + _SPARE_BLOCKS
-        self._send_offer(departure)
+    def _raise_offer(self, outgoing: _OutgoingSequence, num_blocks: int) -> None:
+        outgoing.step = _Step.OFFERED
+        outgoing.deadline_s = self._now_s() + _HELD_TIMEOUT_S
+        outgoing.reserved_blocks = num_blocks + _SPARE_BLOCKS
+        self._send_offer(outgoing)
 
-    def _send_offer(self, departure: _Departure) -> None:
-        self._tell(
-            departure,
+    def _send_offer(self, outgoing: _OutgoingSequence) -> None:
+        self._notify(
+            outgoing,
             Offer(
-                ticket=departure.ticket,
-                num_blocks=departure.reserved_blocks,
+                ticket=outgoing.ticket,
+                num_blocks=outgoing.reserved_blocks,
                 reply_to=self._inbox,
             ),
         )
 
-    def _expect(self, departure: _Departure) -> None:
-        layer_blocks = departure.next_block * self._num_layers
-        self._tell(departure, Expect(ticket=departure.ticket, layer_blocks=layer_blocks))
+    def _expect(self, outgoing: _OutgoingSequence) -> None:
+        layer_blocks = outgoing.next_block * self._num_layers
+        self._notify(outgoing, Expect(ticket=outgoing.ticket, layer_blocks=layer_blocks))
 
-    def _withdraw(self, departure: _Departure) -> None:
-        self._forget(departure)
-        self._rests[departure.sequence] = self._now_s() + _RETRY_S
-        departure.sequence.is_held = False
-        self._tell(departure, Withdraw(ticket=departure.ticket))
+    def _withdraw(self, outgoing: _OutgoingSequence) -> None:
+        self._forget(outgoing)
+        self._rests[outgoing.sequence] = self._now_s() + _RETRY_S
+        outgoing.sequence.is_held = False
+        self._notify(outgoing, Withdraw(ticket=outgoing.ticket))
 
-    def _forget(self, departure: _Departure) -> None:
-        del self._departures[departure.sequence]
-        del self._by_ticket[departure.ticket]
+    def _forget(self, outgoing: _OutgoingSequence) -> None:
+        del self._outgoing[outgoing.sequence]
+        del self._by_ticket[outgoing.ticket]
 
-    def _tell(self, departure: _Departure, message: Message) -> None:
-        self._post(departure.target.address, message)
+    def _notify(self, outgoing: _OutgoingSequence, message: Message) -> None:
+        self._send(outgoing.target.address, message)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

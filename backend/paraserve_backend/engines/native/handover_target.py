@@ -19,8 +19,8 @@ from paraserve_backend.protocol.hand_over import (
     Expect,
     KvBlocks,
     Offer,
-    PostMessage,
     Refused,
+    SendMessage,
 )
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ Write = Callable[[KvBlocks, list[int]], None]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Arrival:
+class _IncomingSequence:
     reply_to: str
     blocks: list[int]
     deadline_s: float
@@ -47,12 +47,12 @@ class _Arrival:
         return self.layer_blocks == self.expected
 
 
-class Arrivals:
+class HandoverTarget:
     def __init__(
         self,
         pool: BlockPool,
         write: Write | None,
-        post: PostMessage,
+        send: SendMessage,
         now_s: Callable[[], float],
     ) -> None:
         """Begin with none.
@@ -60,62 +60,64 @@ class Arrivals:
         Args:
             pool: the loop's.
             write: `None` where the KV cache lies in other processes: sequences then come bare.
-            post: sends a message to an inbox.
+            send: sends a message to an inbox.
             now_s: a monotonic clock.
         """
         self._pool = pool
         self._write = write
-        self._post = post
+        self._send = send
         self._now_s = now_s
         #: Held while blocks are written, so that nobody frees them meanwhile.
         self._lock = threading.Lock()
-        self._arrivals: dict[int, _Arrival] = {}
+        self._incoming: dict[int, _IncomingSequence] = {}
 
     @property
     def blocks(self) -> list[int]:
         """All that are kept."""
-        return [block for arrival in self._arrivals.values() for block in arrival.blocks]
+        return [block for incoming in self._incoming.values() for block in incoming.blocks]
 
     # ---- the generate loop's thread ----
 
     def offered(self, offer: Offer) -> None:
         """Keep blocks for a sequence, or more of them."""
         with self._lock:
-            arrival = self._arrivals.get(offer.ticket)
-            held = arrival.blocks if arrival else []
+            incoming = self._incoming.get(offer.ticket)
+            held = incoming.blocks if incoming else []
             more = self._take(offer.num_blocks - len(held))
             if more is not None:
-                arrival = arrival or _Arrival(reply_to=offer.reply_to, blocks=[], deadline_s=0.0)
-                arrival.blocks.extend(more)
-                arrival.deadline_s = self._now_s() + _UNCLAIMED_S
-                self._arrivals[offer.ticket] = arrival
+                incoming = incoming or _IncomingSequence(
+                    reply_to=offer.reply_to, blocks=[], deadline_s=0.0
+                )
+                incoming.blocks.extend(more)
+                incoming.deadline_s = self._now_s() + _UNCLAIMED_S
+                self._incoming[offer.ticket] = incoming
         if more is None:
             reason = "it cannot take KV blocks now"
-            self._post(offer.reply_to, Refused(ticket=offer.ticket, reason=reason))
+            self._send(offer.reply_to, Refused(ticket=offer.ticket, reason=reason))
         else:
-            self._post(offer.reply_to, Accepted(ticket=offer.ticket))
+            self._send(offer.reply_to, Accepted(ticket=offer.ticket))
 
     def claim(self, ticket: int) -> list[int] | None:
         """Return the blocks of a sequence that is here now; `None` if they have not all come."""
         with self._lock:
-            arrival = self._arrivals.pop(ticket, None)
-        if arrival is None:
+            incoming = self._incoming.pop(ticket, None)
+        if incoming is None:
             return None
-        if not arrival.is_complete:
-            self._pool.give_back(arrival.blocks)
+        if not incoming.is_complete:
+            self._pool.give_back(incoming.blocks)
             return None
-        return arrival.blocks
+        return incoming.blocks
 
     def withdrawn(self, ticket: int) -> None:
         with self._lock:
-            arrival = self._arrivals.pop(ticket, None)
-        if arrival is not None:
-            self._pool.give_back(arrival.blocks)
+            incoming = self._incoming.pop(ticket, None)
+        if incoming is not None:
+            self._pool.give_back(incoming.blocks)
 
     def expire(self) -> None:
         now_s = self._now_s()
-        for ticket, arrival in list(self._arrivals.items()):
-            if arrival.deadline_s <= now_s:
+        for ticket, incoming in list(self._incoming.items()):
+            if incoming.deadline_s <= now_s:
                 logger.warning("nobody has come for the KV blocks of ticket %d", ticket)
                 self.withdrawn(ticket)
 
@@ -131,22 +133,24 @@ class Arrivals:
             InvalidRequest: the blocks do not fit this replica's cache.
         """
         with self._lock:
-            arrival = self._arrivals.get(message.ticket)
-            if arrival is None:
+            incoming = self._incoming.get(message.ticket)
+            if incoming is None:
                 return
             if isinstance(message, Expect):
-                arrival.expected = message.layer_blocks
+                incoming.expected = message.layer_blocks
             else:
-                self._take_in(arrival, message)
-            is_complete = arrival.is_complete
-            layer_blocks = arrival.layer_blocks
+                self._take_in(incoming, message)
+            is_complete = incoming.is_complete
+            layer_blocks = incoming.layer_blocks
         if is_complete:
-            self._post(arrival.reply_to, Complete(ticket=message.ticket, layer_blocks=layer_blocks))
+            self._send(
+                incoming.reply_to, Complete(ticket=message.ticket, layer_blocks=layer_blocks)
+            )
 
-    def _take_in(self, arrival: _Arrival, message: KvBlocks) -> None:
+    def _take_in(self, incoming: _IncomingSequence, message: KvBlocks) -> None:
         until = message.first + message.num_blocks
-        if until > len(arrival.blocks):
+        if until > len(incoming.blocks):
             raise InvalidRequest("KV blocks came that nobody has offered.")
         assert self._write is not None, "no arrival without room"
-        self._write(message, arrival.blocks[message.first : until])
-        arrival.layer_blocks += message.num_blocks * (message.layer_end - message.layer_start)
+        self._write(message, incoming.blocks[message.first : until])
+        incoming.layer_blocks += message.num_blocks * (message.layer_end - message.layer_start)

@@ -17,8 +17,8 @@ from typing import Literal, Protocol
 
 from paraserve_backend.engines.base import Gauges, LoopState, Reply
 from paraserve_backend.engines.native.batcher import Advance, Batcher, ScheduledBatch
-from paraserve_backend.engines.native.handover_source import Departures
-from paraserve_backend.engines.native.handover_target import Arrivals
+from paraserve_backend.engines.native.handover_source import HandoverSource
+from paraserve_backend.engines.native.handover_target import HandoverTarget
 from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
 from paraserve_backend.generation.answer import Answer
 from paraserve_backend.generation.sequence import TokenSequence
@@ -26,11 +26,11 @@ from paraserve_backend.protocol.forward import ForwardResult
 from paraserve_backend.protocol.hand_over import (
     Accepted,
     Complete,
+    LoopMessage,
     Offer,
     Refused,
     Target,
     Withdraw,
-    Word,
 )
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken
@@ -68,15 +68,15 @@ class _Returned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Aim:
+class _SetTargets:
     targets: tuple[Target, ...]
 
 
-_Event = Request | _Returned | _Aim | Word
+_Event = Request | _Returned | _SetTargets | LoopMessage
 
 
 class GenerateLoop:
-    """The continuous batching loop; `add`, `aim` and `hear` may be called from any thread."""
+    """Continuous batching; any thread may call `add`, `set_targets` and `receive`."""
 
     def __init__(
         self,
@@ -85,15 +85,15 @@ class GenerateLoop:
         gauges: Gauges,
         batches_in_flight: int,
         *,
-        departures: Departures,
-        arrivals: Arrivals,
+        handover_source: HandoverSource,
+        handover_target: HandoverTarget,
     ) -> None:
         self._batcher = batcher
         self._forward = forward
         self._gauges = gauges
         self._batches_in_flight = batches_in_flight
-        self._departures = departures
-        self._arrivals = arrivals
+        self._handover_source = handover_source
+        self._handover_target = handover_target
         self._num_in_flight = 0
         self._requests: dict[TokenSequence, Request] = {}
         self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
@@ -103,13 +103,13 @@ class GenerateLoop:
     def add(self, request: Request) -> None:
         self._events.put(request)
 
-    def aim(self, targets: tuple[Target, ...]) -> None:
+    def set_targets(self, targets: tuple[Target, ...]) -> None:
         """Hand all resumable requests over to these replicas, those to come too."""
-        self._events.put(_Aim(targets=targets))
+        self._events.put(_SetTargets(targets=targets))
 
-    def hear(self, word: Word) -> None:
-        """Take in what another replica says."""
-        self._events.put(word)
+    def receive(self, message: LoopMessage) -> None:
+        """Take in a message of another replica."""
+        self._events.put(message)
 
     def close(self) -> None:
         """Stop after the passes in flight; whoever is still running gets an error."""
@@ -134,7 +134,7 @@ class GenerateLoop:
 
     def _next_event(self) -> _Event | Literal[False] | None:
         """Wait for an event; `False` when only the time is to be looked at."""
-        if self._batcher.is_empty and not self._arrivals.blocks:
+        if self._batcher.is_empty and not self._handover_target.blocks:
             self._batcher.check_integrity()
             return self._events.get()
         try:
@@ -148,39 +148,39 @@ class GenerateLoop:
                 self._join(event)
             case _Returned():
                 self._digest(event)
-            case _Aim():
-                self._departures.aim(event.targets)
+            case _SetTargets():
+                self._handover_source.set_targets(event.targets)
             case Offer():
-                self._arrivals.offered(event)
+                self._handover_target.offered(event)
             case Withdraw():
-                self._arrivals.withdrawn(event.ticket)
+                self._handover_target.withdrawn(event.ticket)
             case Accepted() | Refused() | Complete():
-                moved = self._departures.answered(event)
+                moved = self._handover_source.answered(event)
                 if moved is not None:
                     self._move(moved.sequence, moved.target, moved.ticket)
 
     def _join(self, request: Request) -> None:
         self._requests[request.sequence] = request
         if request.tokens:
-            self._batcher.adopt(request.sequence, self._arrivals.claim(request.ticket))
+            self._batcher.adopt(request.sequence, self._handover_target.claim(request.ticket))
         else:
             self._batcher.add(request.sequence)
 
     def _let_go(self) -> None:
         """Send away what may go: at once what has nothing in the KV cache."""
-        self._arrivals.expire()
-        if not self._departures.is_active:
+        self._handover_target.expire()
+        if not self._handover_source.is_active:
             return
-        self._departures.expire()
+        self._handover_source.expire()
         for sequence in list(self._batcher.waiting):
             if self._requests[sequence].is_resumable:
-                self._move(sequence, self._departures.next_target(), ticket=0)
+                self._move(sequence, self._handover_source.next_target(), ticket=0)
         leaving = [s for s in self._batcher.running if self._may_leave(s)]
-        if not self._departures.is_bare:
-            self._departures.offer(leaving)
+        if not self._handover_source.is_bare:
+            self._handover_source.offer(leaving)
             return
         for sequence in leaving:
-            self._move(sequence, self._departures.next_target(), ticket=0)
+            self._move(sequence, self._handover_source.next_target(), ticket=0)
 
     def _may_leave(self, sequence: TokenSequence) -> bool:
         request = self._requests.get(sequence)
@@ -189,7 +189,7 @@ class GenerateLoop:
 
     def _move(self, sequence: TokenSequence, target: Target, ticket: int) -> None:
         request = self._requests.pop(sequence)
-        self._departures.gone(sequence)
+        self._handover_source.gone(sequence)
         self._batcher.drop(sequence)
         resume = Resume(
             ticket=ticket,
@@ -207,7 +207,7 @@ class GenerateLoop:
             return
         advances = self._batcher.complete(returned.batch, returned.future.result())
         for advance in advances:
-            self._departures.returned(advance.sequence)
+            self._handover_source.returned(advance.sequence)
         # The next pass starts before this one's text is made and sent.
         self._fill()
         for advance in advances:
@@ -245,7 +245,7 @@ class GenerateLoop:
         request.reply.send(delta)
         if delta.finish_reason is not None:
             del self._requests[sequence]
-            self._departures.gone(sequence)
+            self._handover_source.gone(sequence)
             self._batcher.drop(sequence)
 
     def _drop_cancelled(self) -> bool:
@@ -258,12 +258,12 @@ class GenerateLoop:
 
     def _end(self, sequence: TokenSequence, error: ParaServeError) -> None:
         request = self._requests.pop(sequence, None)
-        self._departures.gone(sequence)
+        self._handover_source.gone(sequence)
         if request is not None:
             request.reply.fail(error)
 
     def _update_gauges(self) -> None:
-        counts = self._departures.counts
+        counts = self._handover_source.counts
         self._gauges.update(
             LoopState(
                 running=len(self._batcher.running),

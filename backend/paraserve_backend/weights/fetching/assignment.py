@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from paraserve_backend.byte_ranges import Span, merge, within
+from paraserve_backend.byte_ranges import ByteRange, merge, within
 from paraserve_backend.weights.fetching.tasks import (
     FetchSource,
+    FetchWorker,
     Rank,
-    Taker,
     Task,
 )
 from paraserve_backend.weights.sources.base import Holding
@@ -30,7 +30,7 @@ from paraserve_backend.weights.tiers.writer import TierFetch
 _RECHECK_S = 0.05
 #: So long the others wait for a peer to say what it has.
 _ANSWER_S = 0.15
-#: So long the better supplies are left alone, and so far back their rate is looked at; from then on
+#: So long the better sources are left alone, and so far back their rate is looked at; from then on
 #: the others help if it is low.
 _HELP_AFTER_S = 0.5
 #: Low is less than this share of the node's link.
@@ -50,32 +50,32 @@ class _Taken:
     """A task on its way."""
 
     task: Task
-    taker: Taker
+    worker: FetchWorker
     since_s: float
     #: It was late at another worker, which is not to happen to it twice.
     is_second: bool
 
 
-class Allotment:
+class Assignment:
     """Hands out a fetch's tasks. Every method may be called from any thread."""
 
     def __init__(
         self,
-        landing: TierFetch,
+        writer: TierFetch,
         tier: Tier,
         tasks: Iterable[Task],
         *,
         link_bytes_per_s: float | None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._landing = landing
+        self._writer = writer
         self._tier = tier
         self._pending = {task.number: task for task in tasks}
         self._all = frozenset(self._pending)
         self._names = frozenset(task.name for task in self._pending.values())
         self._window_s = _window_s(self._pending.values(), link_bytes_per_s)
         self._taken: dict[int, _Taken] = {}
-        self._supplies: list[FetchSource] = []
+        self._sources: list[FetchSource] = []
         self._link_bytes_per_s = link_bytes_per_s
         self._now = now
         self._started_s = now()
@@ -100,78 +100,80 @@ class Allotment:
         """File names of all objects of which something was missing."""
         return self._names
 
-    def add_supply(self, rank: Rank) -> FetchSource:
-        """Return a new supply; the store has everything, the others have to say what."""
-        supply = FetchSource(rank)
+    def add_source(self, rank: Rank) -> FetchSource:
+        """Return a new source; the store has everything, the others have to say what."""
+        source = FetchSource(rank)
         if rank is Rank.STORE:
-            supply.landed = self._all
+            source.landed = self._all
         with self._changed:
-            self._supplies.append(supply)
-        return supply
+            self._sources.append(source)
+        return source
 
-    def update(self, supply: FetchSource, holdings: Mapping[str, Holding]) -> None:
-        """Take in what a supply says it has."""
-        later = {name: merge([*it.landed, *it.coming]) for name, it in holdings.items()}
+    def update(self, source: FetchSource, holdings: Mapping[str, Holding]) -> None:
+        """Take in what a source says it has."""
+        later = {
+            name: merge([*holding.landed, *holding.coming]) for name, holding in holdings.items()
+        }
         with self._changed:
-            wanted = [*self._pending.values(), *(it.task for it in self._taken.values())]
-        landed = _covered(wanted, {name: it.landed for name, it in holdings.items()})
+            wanted = [*self._pending.values(), *(taken.task for taken in self._taken.values())]
+        landed = _covered(wanted, {name: holding.landed for name, holding in holdings.items()})
         coming = _covered(wanted, later) - landed
         with self._changed:
-            supply.landed, supply.coming = landed, coming
-            supply.has_answered = True
+            source.landed, source.coming = landed, coming
+            source.has_answered = True
             self._changed.notify_all()
 
-    def lose(self, supply: FetchSource) -> None:
-        """Expect nothing more from a supply."""
+    def lose(self, source: FetchSource) -> None:
+        """Expect nothing more from a source."""
         with self._changed:
-            supply.is_lost = True
+            source.is_lost = True
             self._changed.notify_all()
 
-    def take(self, taker: Taker) -> Task | None:
+    def take(self, worker: FetchWorker) -> Task | None:
         """Return something to bring; `None` where there is nothing at the moment."""
         with self._changed:
-            if self._stopped or taker.supply.is_lost:
+            if self._stopped or worker.source.is_lost:
                 return None
-            task = self._first(taker.supply)
-            late = self._late_for(taker) if task is None else None
+            task = self._first(worker.source)
+            late = self._late_for(worker) if task is None else None
             if late is not None:
                 task = late.task
             if task is not None:
                 self._taken[task.number] = _Taken(
-                    task=task, taker=taker, since_s=self._now(), is_second=late is not None
+                    task=task, worker=worker, since_s=self._now(), is_second=late is not None
                 )
         if late is not None:
-            late.taker.break_off()
+            late.worker.break_off()
         return task
 
-    def wait(self, supply: FetchSource) -> bool:
-        """Wait a moment; returns whether the supply is still of use to this fetch."""
+    def wait(self, source: FetchSource) -> bool:
+        """Wait a moment; returns whether the source is still of use to this fetch."""
         with self._changed:
-            if self._is_over or supply.is_lost:
+            if self._is_over or source.is_lost:
                 return False
             self._changed.wait(_RECHECK_S)
             wanted = self._pending.keys() | self._taken.keys()
-            return not self._is_over and not wanted.isdisjoint(supply.expected)
+            return not self._is_over and not wanted.isdisjoint(source.expected)
 
-    def done(self, task: Task, taker: Taker) -> bool:
+    def done(self, task: Task, worker: FetchWorker) -> bool:
         """The task's bytes are in place; returns whether it was still this worker's."""
         with self._changed:
-            taken = self._end(task, taker)
+            taken = self._end(task, worker)
             if taken is None:
                 return False
             now_s = self._now()
             self._brought.append((now_s, task.size_bytes))
             if task.part is not None:
-                taker.brought(task.size_bytes, now_s - taken.since_s)
-                self._last_bytes_per_s = taker.bytes_per_s or _LEAST_BYTES_PER_S
+                worker.brought(task.size_bytes, now_s - taken.since_s)
+                self._last_bytes_per_s = worker.bytes_per_s or _LEAST_BYTES_PER_S
             if self._is_over:
                 self._changed.notify_all()
             return True
 
-    def give_back(self, task: Task, taker: Taker) -> None:
+    def give_back(self, task: Task, worker: FetchWorker) -> None:
         """The task was not done; another worker may."""
         with self._changed:
-            if self._end(task, taker) is None:
+            if self._end(task, worker) is None:
                 return
             # Wanted bytes come first again.
             self._pending = dict(sorted({**self._pending, task.number: task}.items()))
@@ -186,21 +188,21 @@ class Allotment:
     def _is_over(self) -> bool:
         return self._stopped or self.is_complete
 
-    def _end(self, task: Task, taker: Taker) -> _Taken | None:
+    def _end(self, task: Task, worker: FetchWorker) -> _Taken | None:
         taken = self._taken.get(task.number)
-        if taken is None or taken.taker is not taker:
+        if taken is None or taken.worker is not worker:
             return None
         del self._taken[task.number]
-        self._tier.unclaim(task.name, task.span)
+        self._tier.unclaim(task.name, task.byte_range)
         return taken
 
-    def _first(self, supply: FetchSource) -> Task | None:
-        numbers = self._pending.keys() & supply.landed
+    def _first(self, source: FetchSource) -> Task | None:
+        numbers = self._pending.keys() & source.landed
         if numbers and not self._falls_short():
-            numbers -= self._expected_before(supply.rank)
+            numbers -= self._expected_before(source.rank)
         for number in sorted(numbers):
             task = self._pending[number]
-            match self._tier.claim(task.name, task.span):
+            match self._tier.claim(task.name, task.byte_range):
                 case Claim.GRANTED:
                     return self._pending.pop(number)
                 case Claim.LANDED:
@@ -211,28 +213,28 @@ class Allotment:
 
     def _adopt(self, task: Task) -> None:
         if task.part is None:
-            self._tier.adopt_files(self._landing)
+            self._tier.adopt_files(self._writer)
         else:
-            self._landing.adopt_part(task.part)
+            self._writer.adopt_part(task.part)
             self._adopted_bytes += task.size_bytes
         del self._pending[task.number]
         if self._is_over:
             self._changed.notify_all()
 
     def _expected_before(self, rank: Rank) -> frozenset[int]:
-        """Return the tasks that are left to better supplies."""
+        """Return the tasks that are left to better sources."""
         is_early = self._now() - self._started_s < _ANSWER_S
         expected: frozenset[int] = frozenset()
-        for supply in self._supplies:
-            if supply.rank >= rank or supply.is_lost:
+        for source in self._sources:
+            if source.rank >= rank or source.is_lost:
                 continue
-            if is_early and not supply.has_answered:
+            if is_early and not source.has_answered:
                 return self._all
-            expected |= supply.expected
+            expected |= source.expected
         return expected
 
     def _falls_short(self) -> bool:
-        """Whether so little was brought lately that every supply should help."""
+        """Whether so little was brought lately that every source should help."""
         now_s = self._now()
         elapsed_s = now_s - self._started_s
         if elapsed_s < _HELP_AFTER_S:
@@ -245,20 +247,20 @@ class Allotment:
         lately_bytes = sum(size_bytes for _, size_bytes in self._brought)
         return lately_bytes / window_s < _HELP_BELOW * self._link_bytes_per_s
 
-    def _late_for(self, thief: Taker) -> _Taken | None:
+    def _late_for(self, stealing_worker: FetchWorker) -> _Taken | None:
         """Return a task that an idle worker had better bring itself, and take it off its worker."""
-        bytes_per_s = thief.bytes_per_s or self._last_bytes_per_s
+        bytes_per_s = stealing_worker.bytes_per_s or self._last_bytes_per_s
         for taken in self._taken.values():
             needed_s = taken.task.size_bytes / bytes_per_s
             age_s = self._now() - taken.since_s
             if (
                 age_s > max(_LATE_AFTER_S, _LATE_FACTOR * needed_s)
                 and not taken.is_second
-                and taken.taker is not thief
-                and taken.task.number in thief.supply.landed
+                and taken.worker is not stealing_worker
+                and taken.task.number in stealing_worker.source.landed
             ):
-                if taken.taker.supply is not thief.supply:
-                    taken.taker.supply.is_lost = taken.taker.supply.rank is not Rank.STORE
+                if taken.worker.source is not stealing_worker.source:
+                    taken.worker.source.is_lost = taken.worker.source.rank is not Rank.STORE
                 return taken
         return None
 
@@ -268,5 +270,9 @@ def _window_s(tasks: Iterable[Task], link_bytes_per_s: float | None) -> float:
     return max(_HELP_AFTER_S, _RATE_PARTS * largest_bytes / (link_bytes_per_s or float("inf")))
 
 
-def _covered(tasks: Iterable[Task], spans: Mapping[str, tuple[Span, ...]]) -> frozenset[int]:
-    return frozenset(task.number for task in tasks if within(task.span, spans.get(task.name, ())))
+def _covered(
+    tasks: Iterable[Task], byte_ranges: Mapping[str, tuple[ByteRange, ...]]
+) -> frozenset[int]:
+    return frozenset(
+        task.number for task in tasks if within(task.byte_range, byte_ranges.get(task.name, ()))
+    )

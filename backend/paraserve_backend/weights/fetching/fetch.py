@@ -17,7 +17,7 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
-from paraserve_backend.weights.fetching.assignment import Allotment
+from paraserve_backend.weights.fetching.assignment import Assignment
 from paraserve_backend.weights.fetching.tasks import Rank, missing_tasks
 from paraserve_backend.weights.fetching.workers import FetchWorkers, Origins
 from paraserve_backend.weights.sources.base import Source
@@ -76,17 +76,17 @@ def fetch(
     soon after `cancel` is set, `DeadlineExceeded` after `timeout_s`, and what `Tier.begin` and
     `Connection.read_into` raise; readers of the fetch raise the same.
     """
-    landing = tier.begin(plan)
-    allotment = Allotment(landing, tier, missing_tasks(landing), link_bytes_per_s=link_bytes_per_s)
+    writer = tier.begin(plan)
+    assignment = Assignment(writer, tier, missing_tasks(writer), link_bytes_per_s=link_bytes_per_s)
     origins = Origins(
-        source=source, threads=threads, retry=retry or RetryPolicy(), peers=peers, disk=disk
+        store=source, threads=threads, retry=retry or RetryPolicy(), peers=peers, disk=disk
     )
-    with _failure_recorded(landing):
-        workers = FetchWorkers(landing, allotment, origins)
+    with _failure_recorded(writer):
+        workers = FetchWorkers(writer, assignment, origins)
         watch = _Watch(workers, cancel, timeout_s, on_progress or _ignore_progress)
         workers.run(watch.check)
         watch.check()
-    landing.finish()
+    writer.finish()
     return _report(workers)
 
 
@@ -109,17 +109,15 @@ def _ignore_progress(landed_bytes: int, total_bytes: int) -> None:
 
 
 @contextmanager
-def _failure_recorded(landing: TierFetch) -> Iterator[None]:
+def _failure_recorded(writer: TierFetch) -> Iterator[None]:
     """Tell readers why no more will come, whatever it is; they would wait for ever."""
     try:
         yield
     except ParaServeError as error:
-        landing.fail(error)
+        writer.fail(error)
         raise
     except BaseException:
-        landing.fail(
-            Unavailable(f"fetch {landing.plan.fetch_id} broke off: the node's log says why")
-        )
+        writer.fail(Unavailable(f"fetch {writer.plan.fetch_id} broke off: the node's log says why"))
         raise
 
 
@@ -139,7 +137,7 @@ class _Watch:
         self._on_progress = on_progress
 
     def check(self) -> None:
-        plan = self._workers.landing.plan
+        plan = self._workers.writer.plan
         landed_bytes = self._workers.fetched_bytes + self._workers.reused_bytes
         self._on_progress(landed_bytes, plan.total_bytes)
         if self._workers.is_complete:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from paraserve_backend.byte_ranges import merge, within
 from paraserve_backend.errors import Cancelled, ParaServeError, SourceUnavailable
-from paraserve_backend.weights.fetching.assignment import Allotment
+from paraserve_backend.weights.fetching.assignment import Assignment
 from paraserve_backend.weights.fetching.tasks import FetchSource, Task
 from paraserve_backend.weights.sources.base import BrokenTransfer, Connection, Holding, Source
 from paraserve_backend.weights.sources.peer import Peer
@@ -23,11 +23,11 @@ from paraserve_backend.weights.tiers.disk_format import DamagedExtent, aligned_b
 logger = logging.getLogger(__name__)
 
 
-class SupplyReader(Protocol):
+class SourceReader(Protocol):
     """Used by one thread, but for `break_off`."""
 
     def refresh(self) -> None:
-        """Ask the supply again what it has."""
+        """Ask the source again what it has."""
 
     def read(self, task: Task) -> memoryview | None:
         """Return the task's bytes, valid until the next read; `None` if they are not to be had."""
@@ -51,13 +51,13 @@ class PartBuffer:
 
 
 class StoreReader:
-    """Reads from the source, with its own connection; raises what stays after bounded retries.
+    """Reads from the store, with its own connection; raises what stays after bounded retries.
 
     It connects when it first reads: to open a store takes a tenth of a second.
     """
 
-    def __init__(self, source: Source, retrier: Retrier, buffer: PartBuffer) -> None:
-        self._source = source
+    def __init__(self, store: Source, retrier: Retrier, buffer: PartBuffer) -> None:
+        self._store = store
         self._retrier = retrier
         self._buffer = buffer
         self._connection: Connection | None = None
@@ -95,7 +95,7 @@ class StoreReader:
 
     def _connected(self) -> Connection:
         if self._connection is None:
-            connection = self._source.connect()
+            connection = self._store.connect()
             with self._lock:
                 self._connection = connection
                 is_broken_off = self._is_broken_off
@@ -110,25 +110,25 @@ class PeerReader:
     def __init__(
         self,
         peer: Peer,
-        supply: FetchSource,
-        allotment: Allotment,
+        source: FetchSource,
+        assignment: Assignment,
         names: Mapping[str, str],
         buffer: PartBuffer,
     ) -> None:
         self._peer = peer
-        self._supply = supply
-        self._allotment = allotment
+        self._source = source
+        self._assignment = assignment
         self._names = names
         self._buffer = buffer
         self._connection = peer.connect(names)
 
     def refresh(self) -> None:
         try:
-            holdings = self._peer.holdings(self._allotment.names)
+            holdings = self._peer.holdings(self._assignment.names)
         except SourceUnavailable as error:
             self._give_up(error)
         else:
-            self._allotment.update(self._supply, holdings)
+            self._assignment.update(self._source, holdings)
 
     def read(self, task: Task) -> memoryview | None:
         content = self._buffer.for_task(task)
@@ -152,29 +152,29 @@ class PeerReader:
 
     def _give_up(self, error: Exception) -> None:
         logger.info("peer given up reason=%s", error)
-        self._allotment.lose(self._supply)
+        self._assignment.lose(self._source)
 
 
 class DiskReader:
     """Reads what the disk tier has."""
 
-    def __init__(self, disk: DiskTier, supply: FetchSource, allotment: Allotment) -> None:
+    def __init__(self, disk: DiskTier, source: FetchSource, assignment: Assignment) -> None:
         self._disk = disk
-        self._supply = supply
-        self._allotment = allotment
+        self._source = source
+        self._assignment = assignment
         self._buffer = aligned_buffer()
 
     def refresh(self) -> None:
         """What the disk has only becomes less while a fetch runs, and then `read` sees it."""
-        if not self._supply.has_answered:
-            self._tell()
+        if not self._source.has_answered:
+            self._report_holdings()
 
     def read(self, task: Task) -> memoryview | None:
         content = self._join(task)
         if content is None:
-            self._tell()
+            self._report_holdings()
         else:
-            self._disk.use(task.name, [task.span])
+            self._disk.use(task.name, [task.byte_range])
         return content
 
     def break_off(self) -> None:
@@ -184,9 +184,9 @@ class DiskReader:
         """Nothing is open between reads."""
 
     def _join(self, task: Task) -> memoryview | None:
-        start, end = task.span
-        found = self._disk.touching(task.name, task.span)
-        if not within(task.span, merge(held.extent.span for held in found)):
+        start, end = task.byte_range
+        found = self._disk.touching(task.name, task.byte_range)
+        if not within(task.byte_range, merge(held.extent.byte_range for held in found)):
             return None
         try:
             if len(found) == 1:
@@ -202,9 +202,9 @@ class DiskReader:
             return None
         return content
 
-    def _tell(self) -> None:
-        spans = {name: self._disk.spans(name) for name in self._allotment.names}
-        self._allotment.update(
-            self._supply,
-            {name: Holding(landed=landed, coming=()) for name, landed in spans.items()},
+    def _report_holdings(self) -> None:
+        byte_ranges = {name: self._disk.byte_ranges(name) for name in self._assignment.names}
+        self._assignment.update(
+            self._source,
+            {name: Holding(landed=landed, coming=()) for name, landed in byte_ranges.items()},
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from paraserve_backend.byte_ranges import Span
+from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.weights.sources.base import StoredObject
 from paraserve_backend.weights.tiers.writer import TierFetch
 
@@ -25,7 +25,7 @@ class Task:
     part: int | None
 
     @property
-    def span(self) -> Span:
+    def byte_range(self) -> ByteRange:
         return (self.start, self.end)
 
     @property
@@ -33,18 +33,18 @@ class Task:
         return self.end - self.start
 
 
-def missing_tasks(landing: TierFetch) -> list[Task]:
+def missing_tasks(writer: TierFetch) -> list[Task]:
     """Return what a fetch still has to bring, in the order in which it is wanted."""
-    files = [(stored, 0, stored.size_bytes, None) for stored in landing.missing_files()]
+    files = [(stored, 0, stored.size_bytes, None) for stored in writer.missing_files()]
     parts = [
-        (landing.object_of(part), landing.parts[part].start, landing.parts[part].end, part)
-        for part in landing.missing_parts()
+        (writer.object_of(part), writer.parts[part].start, writer.parts[part].end, part)
+        for part in writer.missing_parts()
     ]
     return [
         Task(
             number=number,
             stored=stored,
-            name=landing.name_of(stored),
+            name=writer.name_of(stored),
             start=start,
             end=end,
             part=part,
@@ -54,7 +54,7 @@ def missing_tasks(landing: TierFetch) -> list[Task]:
 
 
 class Rank(IntEnum):
-    """Kinds of supplies, the one that costs least first."""
+    """Kinds of sources, the one that costs least first."""
 
     DISK = 0
     PEER = 1
@@ -64,7 +64,7 @@ class Rank(IntEnum):
 class FetchSource:
     """Where bytes of a fetch can come from, and which tasks' it has, as it last said.
 
-    The allotment's lock guards it.
+    The assignment's lock guards it.
     """
 
     def __init__(self, rank: Rank) -> None:
@@ -81,10 +81,10 @@ class FetchSource:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Taker:
-    """One worker, which brings one task after the other from a supply."""
+class FetchWorker:
+    """One worker, which brings one task after the other from a source."""
 
-    supply: FetchSource
+    source: FetchSource
     #: Ends the read that runs, if it can be ended. Any thread may call it.
     break_off: Callable[[], None]
     _recent_bytes: float = 0.0

@@ -11,18 +11,18 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from paraserve_backend.errors import Cancelled
-from paraserve_backend.weights.fetching.assignment import Allotment
+from paraserve_backend.weights.fetching.assignment import Assignment
 from paraserve_backend.weights.fetching.readers import (
     DiskReader,
     PartBuffer,
     PeerReader,
+    SourceReader,
     StoreReader,
-    SupplyReader,
 )
 from paraserve_backend.weights.fetching.tasks import (
     FetchSource,
+    FetchWorker,
     Rank,
-    Taker,
     Task,
 )
 from paraserve_backend.weights.sources.base import Source
@@ -43,8 +43,8 @@ _WATCH_S = 0.02
 class Origins:
     """Where the bytes of a fetch may come from."""
 
-    source: Source
-    #: Connections to it, and at most so many reads of the disk at once.
+    store: Source
+    #: Connections to the store, and at most so many reads of the disk at once.
     threads: int
     retry: RetryPolicy
     peers: Sequence[Peer]
@@ -54,12 +54,12 @@ class Origins:
 class FetchWorkers:
     """Made for one run; `_lock` guards the counts."""
 
-    def __init__(self, landing: TierFetch, allotment: Allotment, origins: Origins) -> None:
-        self.landing = landing
-        self._allotment = allotment
-        sizes = [landing.parts[part].size_bytes for part in landing.missing_parts()]
+    def __init__(self, writer: TierFetch, assignment: Assignment, origins: Origins) -> None:
+        self.writer = writer
+        self._assignment = assignment
+        sizes = [writer.parts[part].size_bytes for part in writer.missing_parts()]
         self._buffer_bytes = max(sizes, default=0)
-        self._found_bytes = landing.plan.total_bytes - sum(sizes)
+        self._found_bytes = writer.plan.total_bytes - sum(sizes)
         self._started_s = time.monotonic()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -67,7 +67,7 @@ class FetchWorkers:
         self._bytes_by_rank: Counter[Rank] = Counter()
         self._first_part_s: float | None = None
         self._stores: list[StoreReader] = []
-        self._readers: list[tuple[FetchSource, SupplyReader]] = []
+        self._readers: list[tuple[FetchSource, SourceReader]] = []
         # A store takes a tenth of a second to open, which a model that is all here need not pay.
         if not self.is_complete:
             self._add_readers(origins)
@@ -80,7 +80,7 @@ class FetchWorkers:
     @property
     def reused_bytes(self) -> int:
         """Bytes of parts that were in place, or were brought by other fetches meanwhile."""
-        return self._found_bytes + self._allotment.adopted_bytes
+        return self._found_bytes + self._assignment.adopted_bytes
 
     @property
     def file_bytes(self) -> int:
@@ -96,10 +96,10 @@ class FetchWorkers:
 
     @property
     def is_complete(self) -> bool:
-        return self._allotment.is_complete
+        return self._assignment.is_complete
 
     def bytes_from(self, rank: Rank) -> int:
-        """Return the bytes of parts and small files that came from such supplies."""
+        """Return the bytes of parts and small files that came from sources of this rank."""
         return self._bytes_by_rank[rank]
 
     def elapsed_s(self) -> float:
@@ -122,44 +122,44 @@ class FetchWorkers:
 
     def _add_readers(self, origins: Origins) -> None:
         if origins.disk is not None:
-            supply = self._allotment.add_supply(Rank.DISK)
+            source = self._assignment.add_source(Rank.DISK)
             for _ in range(min(_FROM_DISK, origins.threads)):
-                self._readers.append((supply, DiskReader(origins.disk, supply, self._allotment)))
+                self._readers.append((source, DiskReader(origins.disk, source, self._assignment)))
         for peer in origins.peers:
             self._add_peer(peer)
         retrier = Retrier(pause=self._pause, policy=origins.retry, rng=random.Random())
-        supply = self._allotment.add_supply(Rank.STORE)
+        source = self._assignment.add_source(Rank.STORE)
         for _ in range(origins.threads):
-            reader = StoreReader(origins.source, retrier, PartBuffer(self._buffer_bytes))
+            reader = StoreReader(origins.store, retrier, PartBuffer(self._buffer_bytes))
             self._stores.append(reader)
-            self._readers.append((supply, reader))
+            self._readers.append((source, reader))
 
     def _add_peer(self, peer: Peer) -> None:
-        names = {stored.key: name for name, stored in self.landing.object_names.items()}
-        names |= {stored.key: name for name, stored in self.landing.file_names.items()}
-        supply = self._allotment.add_supply(Rank.PEER)
+        names = {stored.key: name for name, stored in self.writer.object_names.items()}
+        names |= {stored.key: name for name, stored in self.writer.file_names.items()}
+        source = self._assignment.add_source(Rank.PEER)
         for _ in range(_PER_PEER):
             buffer = PartBuffer(self._buffer_bytes)
-            reader = PeerReader(peer, supply, self._allotment, names, buffer)
-            self._readers.append((supply, reader))
+            reader = PeerReader(peer, source, self._assignment, names, buffer)
+            self._readers.append((source, reader))
 
-    def _work(self, supply: FetchSource, reader: SupplyReader) -> None:
-        """Bring bytes for as long as the supply has any."""
-        taker = Taker(supply=supply, break_off=reader.break_off)
+    def _work(self, source: FetchSource, reader: SourceReader) -> None:
+        """Bring bytes for as long as the source has any."""
+        worker = FetchWorker(source=source, break_off=reader.break_off)
         try:
             reader.refresh()
             while True:
-                task = self._allotment.take(taker)
+                task = self._assignment.take(worker)
                 if task is not None:
-                    self._bring(task, taker, reader)
-                elif self._allotment.wait(supply):
+                    self._bring(task, worker, reader)
+                elif self._assignment.wait(source):
                     reader.refresh()
                 else:
                     return
         finally:
             reader.close()
 
-    def _bring(self, task: Task, taker: Taker, reader: SupplyReader) -> None:
+    def _bring(self, task: Task, worker: FetchWorker, reader: SourceReader) -> None:
         is_there = False
         try:
             content = reader.read(task)
@@ -168,15 +168,15 @@ class FetchWorkers:
                 is_there = True
         finally:
             if not is_there:
-                self._allotment.give_back(task, taker)
-        if is_there and self._allotment.done(task, taker):
-            self._count(task, taker.supply.rank)
+                self._assignment.give_back(task, worker)
+        if is_there and self._assignment.done(task, worker):
+            self._count(task, worker.source.rank)
 
     def _put(self, task: Task, content: memoryview) -> None:
         if task.part is None:
-            self.landing.write_file(task.stored.key, content)
+            self.writer.write_file(task.stored.key, content)
         else:
-            self.landing.write_part(task.part, content)
+            self.writer.write_part(task.part, content)
 
     def _count(self, task: Task, rank: Rank) -> None:
         with self._lock:
@@ -190,7 +190,7 @@ class FetchWorkers:
 
     def _stop(self) -> None:
         self._stopped.set()
-        self._allotment.stop()
+        self._assignment.stop()
         for _, reader in self._readers:
             reader.break_off()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from paraserve_backend.byte_ranges import Span
+from paraserve_backend.byte_ranges import ByteRange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,5 +92,5 @@ def check_key(key: str) -> None:
 class Holding:
     """Bytes of one object version that are in place, and those that a running fetch will bring."""
 
-    landed: tuple[Span, ...]
-    coming: tuple[Span, ...]
+    landed: tuple[ByteRange, ...]
+    coming: tuple[ByteRange, ...]

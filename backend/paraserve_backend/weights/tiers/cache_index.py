@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from paraserve_backend.byte_ranges import Span, merge, subtract
+from paraserve_backend.byte_ranges import ByteRange, merge, subtract
 from paraserve_backend.weights.sources.base import StoredObject, check_key
 from paraserve_backend.weights.tiers.layout import object_name, write_atomically
 
@@ -30,7 +30,7 @@ class Extent:
     used: int
 
     @property
-    def span(self) -> Span:
+    def byte_range(self) -> ByteRange:
         return (self.start, self.end)
 
 
@@ -47,16 +47,16 @@ class CachedObject:
         return object_name(self.source_uri, self.stored)
 
     @property
-    def spans(self) -> tuple[Span, ...]:
-        return merge(extent.span for extent in self.extents)
+    def byte_ranges(self) -> tuple[ByteRange, ...]:
+        return merge(extent.byte_range for extent in self.extents)
 
-    def with_spans(self, spans: Sequence[Span], used: int) -> CachedObject:
+    def with_ranges(self, byte_ranges: Sequence[ByteRange], used: int) -> CachedObject:
         """Add bytes, or mark those that are there as used again."""
-        fresh = [Extent(start=start, end=end, used=used) for start, end in spans]
-        return replace(self, extents=_sorted([*_cut(self.extents, spans), *fresh]))
+        fresh = [Extent(start=start, end=end, used=used) for start, end in byte_ranges]
+        return replace(self, extents=_sorted([*_cut(self.extents, byte_ranges), *fresh]))
 
-    def without_spans(self, spans: Sequence[Span]) -> CachedObject:
-        return replace(self, extents=_sorted(_cut(self.extents, spans)))
+    def without_ranges(self, byte_ranges: Sequence[ByteRange]) -> CachedObject:
+        return replace(self, extents=_sorted(_cut(self.extents, byte_ranges)))
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -68,8 +68,8 @@ class CachedObject:
         stored = StoredObject(**fields["stored"])
         check_key(stored.key)
         extents = tuple(Extent(**extent) for extent in fields["extents"])
-        bounds = [bound for extent in extents for bound in extent.span]
-        if bounds != sorted(bounds) or not all(0 <= it <= stored.size_bytes for it in bounds):
+        bounds = [bound for extent in extents for bound in extent.byte_range]
+        if bounds != sorted(bounds) or not all(0 <= bound <= stored.size_bytes for bound in bounds):
             raise ValueError("its extents overlap or leave the object")
         return cls(source_uri=fields["source_uri"], stored=stored, extents=extents)
 
@@ -104,44 +104,46 @@ class CacheIndex:
     def objects(self) -> Mapping[str, CachedObject]:
         return self._objects
 
-    def spans(self, name: str) -> tuple[Span, ...]:
+    def byte_ranges(self, name: str) -> tuple[ByteRange, ...]:
         found = self._objects.get(name)
-        return found.spans if found else ()
+        return found.byte_ranges if found else ()
 
     def tick(self) -> int:
         """Return the next `used`."""
         self._clock += 1
         return self._clock
 
-    def add(self, source_uri: str, stored: StoredObject, spans: Sequence[Span], used: int) -> None:
+    def add(
+        self, source_uri: str, stored: StoredObject, byte_ranges: Sequence[ByteRange], used: int
+    ) -> None:
         """Trust these bytes from now on; they must be in place."""
-        if not spans:
+        if not byte_ranges:
             return
         name = object_name(source_uri, stored)
         empty = CachedObject(source_uri=source_uri, stored=stored, extents=())
-        self._put(self._objects.get(name, empty).with_spans(spans, used))
+        self._put(self._objects.get(name, empty).with_ranges(byte_ranges, used))
 
-    def remove(self, name: str, spans: Sequence[Span]) -> None:
+    def remove(self, name: str, byte_ranges: Sequence[ByteRange]) -> None:
         """Trust these bytes no longer; to be called before they go."""
         if name in self._objects:
-            self._put(self._objects[name].without_spans(spans))
+            self._put(self._objects[name].without_ranges(byte_ranges))
 
     def victims(
-        self, excess_bytes: int, pinned: Callable[[str], Sequence[Span]]
-    ) -> Iterator[tuple[str, Span]]:
+        self, excess_bytes: int, pinned: Callable[[str], Sequence[ByteRange]]
+    ) -> Iterator[tuple[str, ByteRange]]:
         """Yield what to remove to free `excess_bytes`, least recently used and last bytes first.
 
         The start of an object stays longest: a forward pass wants the first layers first. The
         index may be changed meanwhile.
         """
         candidates = [
-            (extent.used, name, extent.span)
+            (extent.used, name, extent.byte_range)
             for name, found in self._objects.items()
             for extent in found.extents
         ]
-        candidates.sort(key=lambda it: (it[0], it[1], -it[2][0]))
-        for _, name, span in candidates:
-            for start, end in reversed(subtract([span], pinned(name))):
+        candidates.sort(key=lambda candidate: (candidate[0], candidate[1], -candidate[2][0]))
+        for _, name, byte_range in candidates:
+            for start, end in reversed(subtract([byte_range], pinned(name))):
                 if excess_bytes <= 0:
                     return
                 # Part of a page frees nothing.
@@ -149,12 +151,12 @@ class CacheIndex:
                 excess_bytes -= whole_pages((cut, end))
                 yield name, (cut, end)
 
-    def unpinned_bytes(self, pinned: Callable[[str], Sequence[Span]]) -> int:
+    def unpinned_bytes(self, pinned: Callable[[str], Sequence[ByteRange]]) -> int:
         """Return the memory of what could be removed, in whole pages."""
         return sum(
-            whole_pages(span)
+            whole_pages(byte_range)
             for name, found in self._objects.items()
-            for span in subtract(found.spans, pinned(name))
+            for byte_range in subtract(found.byte_ranges, pinned(name))
         )
 
     def _put(self, found: CachedObject) -> None:
@@ -172,28 +174,28 @@ class CacheIndex:
             path.unlink(missing_ok=True)
 
 
-def page_span(span: Span, page_bytes: int = PAGE_BYTES) -> Span:
-    """Return the bytes of all pages that `span` touches."""
-    start, end = span
+def page_range(byte_range: ByteRange, page_bytes: int = PAGE_BYTES) -> ByteRange:
+    """Return the bytes of all pages that `byte_range` touches."""
+    start, end = byte_range
     return (start // page_bytes * page_bytes, -(-end // page_bytes) * page_bytes)
 
 
-def whole_pages(span: Span, page_bytes: int = PAGE_BYTES) -> int:
-    """Return the number of bytes of all pages that `span` touches."""
-    start, end = page_span(span, page_bytes)
+def whole_pages(byte_range: ByteRange, page_bytes: int = PAGE_BYTES) -> int:
+    """Return the number of bytes of all pages that `byte_range` touches."""
+    start, end = page_range(byte_range, page_bytes)
     return end - start
 
 
-def _cut(extents: Iterable[Extent], spans: Sequence[Span]) -> Iterator[Extent]:
+def _cut(extents: Iterable[Extent], byte_ranges: Sequence[ByteRange]) -> Iterator[Extent]:
     for extent in extents:
-        for start, end in subtract([extent.span], spans):
+        for start, end in subtract([extent.byte_range], byte_ranges):
             yield replace(extent, start=start, end=end)
 
 
 def _sorted(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     """In order, neighbours of the same use as one."""
     joined: list[Extent] = []
-    for extent in sorted(extents, key=lambda it: it.start):
+    for extent in sorted(extents, key=lambda extent: extent.start):
         last = joined[-1] if joined else None
         if last and (last.end, last.used) == (extent.start, extent.used):
             joined[-1] = replace(last, end=extent.end)

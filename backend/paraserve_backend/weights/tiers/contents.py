@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 
 from paraserve_backend.byte_ranges import (
-    Span,
+    ByteRange,
     merge,
     subtract,
     within,
@@ -31,7 +31,7 @@ class TierContents:
         directory: Path,
         cache: CacheIndex,
         fetches: Mapping[str, TierFetch],
-        reads: Sequence[tuple[str, Span]],
+        reads: Sequence[tuple[str, ByteRange]],
     ) -> None:
         self._directory = directory
         self._cache = cache
@@ -41,7 +41,9 @@ class TierContents:
 
     def objects(self) -> dict[str, TierObject]:
         """Return what has an object file: a small file has one once its fetch is released."""
-        known = {name: (it.source_uri, it.stored) for name, it in self._cache.objects.items()}
+        known = {
+            name: (cached.source_uri, cached.stored) for name, cached in self._cache.objects.items()
+        }
         for fetch in self._fetches.values():
             for name, stored in fetch.object_names.items():
                 known[name] = (fetch.plan.source_uri, stored)
@@ -61,54 +63,54 @@ class TierContents:
             if stored.size_bytes and fetch.has_file(stored.key)
         }
 
-    def pinned(self, name: str) -> tuple[Span, ...]:
+    def pinned(self, name: str) -> tuple[ByteRange, ...]:
         """Return the bytes of an object that have to stay."""
-        spans = [span for other, span in self._reads if other == name]
+        byte_ranges = [byte_range for other, byte_range in self._reads if other == name]
         for fetch in self.having(name):
             if name in fetch.object_names:
-                spans += fetch.needed_spans(fetch.object_names[name].key)
+                byte_ranges += fetch.needed_ranges(fetch.object_names[name].key)
             else:
-                spans.append((0, fetch.file_names[name].size_bytes))
-        return merge(spans)
+                byte_ranges.append((0, fetch.file_names[name].size_bytes))
+        return merge(byte_ranges)
 
-    def landed(self, name: str, near: Span | None = None) -> tuple[Span, ...]:
+    def landed(self, name: str, near: ByteRange | None = None) -> tuple[ByteRange, ...]:
         """Return what is in place of an object; with `near`, at least what touches that."""
-        spans = list(self._cache.spans(name))
+        byte_ranges = list(self._cache.byte_ranges(name))
         for fetch in self.having(name):
             if name in fetch.object_names:
                 key = fetch.object_names[name].key
-                spans += fetch.landed_within(key, near) if near else fetch.landed_spans(key)
-        return merge(spans)
+                byte_ranges += fetch.landed_within(key, near) if near else fetch.landed_ranges(key)
+        return merge(byte_ranges)
 
     def holding(self, name: str) -> Holding:
         landed = self.landed(name)
         if (path := self.file(name)) is not None:
             landed = ((0, path.stat().st_size),)
-        coming: list[Span] = []
+        coming: list[ByteRange] = []
         for fetch in self.having(name):
             if fetch.status is not FetchStatus.RUNNING:
                 continue
             if name in fetch.object_names:
-                coming += fetch.needed_spans(fetch.object_names[name].key)
+                coming += fetch.needed_ranges(fetch.object_names[name].key)
             else:
                 coming.append((0, fetch.file_names[name].size_bytes))
         return Holding(landed=landed, coming=subtract(merge(coming), landed))
 
-    def readable(self, name: str, span: Span) -> tuple[Path, StoredObject]:
+    def readable(self, name: str, byte_range: ByteRange) -> tuple[Path, StoredObject]:
         """Return the file with these bytes; raises `NotFound` where any is not in place."""
         stored = self._identity(name)
         path = self.file(name) or self._directory / OBJECTS / name
-        landed = self.landed(name, span)
+        landed = self.landed(name, byte_range)
         if path.parent.name == FILES:
             landed = ((0, stored.size_bytes),)
-        if not within(span, landed):
-            raise NotFound(f"bytes {span} of {stored.key} are not on this node")
+        if not within(byte_range, landed):
+            raise NotFound(f"bytes {byte_range} of {stored.key} are not on this node")
         return path, stored
 
     def file(self, name: str) -> Path | None:
         """Return where a small file lies whole, if any fetch has or had it."""
         cached = self._cache.objects.get(name)
-        if cached is not None and cached.spans == ((0, cached.stored.size_bytes),):
+        if cached is not None and cached.byte_ranges == ((0, cached.stored.size_bytes),):
             return self._directory / OBJECTS / name
         for fetch in self.having(name):
             if name in fetch.file_names and fetch.has_file(fetch.file_names[name].key):
@@ -144,7 +146,7 @@ class TierObject:
 
     source_uri: str
     stored: StoredObject
-    landed: tuple[Span, ...]
+    landed: tuple[ByteRange, ...]
 
     @property
     def name(self) -> str:

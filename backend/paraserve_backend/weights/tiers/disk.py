@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from paraserve_backend.byte_ranges import Span, merge, within
+from paraserve_backend.byte_ranges import ByteRange, merge, within
 from paraserve_backend.weights.tiers.contents import TierObject
 from paraserve_backend.weights.tiers.disk_format import (
     DamagedExtent,
@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 #: So long nothing is written after the disk has refused to take something.
 _REST_S = 600.0
 
-Spans = Callable[[str], Sequence[Span]]
+#: Gives the ranges of an object, by its name, that must stay.
+KeptRanges = Callable[[str], Sequence[ByteRange]]
 
 
 class DiskTier:
@@ -90,18 +91,22 @@ class DiskTier:
         """Whether the disk has refused to take something, not long ago."""
         return self._now() < self._rests_until_s
 
-    def spans(self, name: str) -> tuple[Span, ...]:
+    def byte_ranges(self, name: str) -> tuple[ByteRange, ...]:
         """Return which bytes of the object with this file name are there."""
         with self._lock:
-            return merge(extent.span for extent in self._extents.get(name, ()))
+            return merge(extent.byte_range for extent in self._extents.get(name, ()))
 
     def contents(self) -> tuple[TierObject, ...]:
         """Return what is there, by object."""
         with self._lock:
             identities = [self._identities[name] for name, found in self._extents.items() if found]
         return tuple(
-            TierObject(source_uri=it.source_uri, stored=it.stored, landed=self.spans(it.name))
-            for it in identities
+            TierObject(
+                source_uri=identity.source_uri,
+                stored=identity.stored,
+                landed=self.byte_ranges(identity.name),
+            )
+            for identity in identities
         )
 
     def extents(self) -> tuple[Held, ...]:
@@ -109,18 +114,18 @@ class DiskTier:
         with self._lock:
             return tuple(self._order)
 
-    def touching(self, name: str, span: Span) -> tuple[Held, ...]:
-        """Return the extents that have any byte of `span`, in the object's order."""
+    def touching(self, name: str, byte_range: ByteRange) -> tuple[Held, ...]:
+        """Return the extents that have any byte of `byte_range`, in the object's order."""
         with self._lock:
             return tuple(
                 Held(name=name, extent=extent)
                 for extent in self._extents.get(name, ())
-                if extent.start < span[1] and span[0] < extent.end
+                if extent.start < byte_range[1] and byte_range[0] < extent.end
             )
 
-    def use(self, name: str, spans: Iterable[Span]) -> None:
+    def use(self, name: str, byte_ranges: Iterable[ByteRange]) -> None:
         """Count these bytes as used just now."""
-        for held in [held for span in spans for held in self.touching(name, span)]:
+        for held in [held for used in byte_ranges for held in self.touching(name, used)]:
             with self._lock:
                 if held not in self._order:
                     continue
@@ -140,19 +145,21 @@ class DiskTier:
             self._drop(held)
             raise
 
-    def save(self, found: TierObject, span: Span, buffer: memoryview, kept: Spans) -> bool:
+    def save(
+        self, found: TierObject, byte_range: ByteRange, buffer: memoryview, kept: KeptRanges
+    ) -> bool:
         """Write an extent of an object, whose bytes begin `buffer`; returns whether it is there.
 
         To make room, what was used least recently goes, but nothing of what `kept` gives for an
         object's file name. Where the disk refuses, there is a warning, and a rest.
         """
-        size_bytes = span[1] - span[0]
+        size_bytes = byte_range[1] - byte_range[0]
         if self.is_resting or not self._make_room(whole_blocks(size_bytes), kept):
             return False
         identity = Identity(source_uri=found.source_uri, stored=found.stored)
         try:
             folder = identity.make_folder(self.directory)
-            extent = write_extent(folder, span[0], size_bytes, buffer)
+            extent = write_extent(folder, byte_range[0], size_bytes, buffer)
         except OSError as error:
             self._rest(error)
             return False
@@ -176,7 +183,7 @@ class DiskTier:
             for path in strange_files(folder, [held for _, held in extents]):
                 path.unlink()
             found += [(used, identity, held.extent) for used, held in extents]
-        for _, identity, extent in sorted(found, key=lambda it: it[0]):
+        for _, identity, extent in sorted(found, key=lambda entry: entry[0]):
             self._add(identity, extent)
 
     def _add(self, identity: Identity, extent: DiskExtent) -> None:
@@ -184,16 +191,16 @@ class DiskTier:
         self._identities[name] = identity
         extents = self._extents.setdefault(name, [])
         extents.append(extent)
-        extents.sort(key=lambda it: it.start)
+        extents.sort(key=lambda extent: extent.start)
         self._order[Held(name=name, extent=extent)] = None
         self._used_bytes += extent.disk_bytes
 
-    def _make_room(self, size_bytes: int, kept: Spans) -> bool:
+    def _make_room(self, size_bytes: int, kept: KeptRanges) -> bool:
         """Drop what was used least recently; returns whether so many bytes now fit."""
         excess_bytes = self._used_bytes + size_bytes - self._disk_bytes
         victims = []
         for held in self.extents() if excess_bytes > 0 else ():
-            if not within(held.extent.span, kept(held.name)):
+            if not within(held.extent.byte_range, kept(held.name)):
                 victims.append(held)
                 excess_bytes -= held.extent.disk_bytes
             if excess_bytes <= 0:

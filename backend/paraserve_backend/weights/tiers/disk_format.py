@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from paraserve_backend.byte_ranges import Span
+from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES
 from paraserve_backend.weights.sources.base import StoredObject, check_key
 from paraserve_backend.weights.tiers.layout import OBJECTS, object_name, write_atomically
@@ -44,7 +44,7 @@ class DiskExtent:
     checksum: int
 
     @property
-    def span(self) -> Span:
+    def byte_range(self) -> ByteRange:
         return (self.start, self.end)
 
     @property

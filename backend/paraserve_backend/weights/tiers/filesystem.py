@@ -8,7 +8,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from paraserve_backend.byte_ranges import Span
+from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.errors import AlreadyExists
 
 # From linux/falloc.h; the os module has no call for it.
@@ -16,10 +16,10 @@ _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
 
-def free_span(path: Path, span: Span) -> None:
-    """Free the pages that lie wholly in `span`; the rest of it reads as zeros."""
+def free_range(path: Path, byte_range: ByteRange) -> None:
+    """Free the pages that lie wholly in `byte_range`; the rest of it reads as zeros."""
     libc = ctypes.CDLL(None, use_errno=True)
-    start, end = span
+    start, end = byte_range
     with path.open("r+b") as file:
         failed = libc.fallocate(
             file.fileno(),
@@ -32,9 +32,9 @@ def free_span(path: Path, span: Span) -> None:
         raise OSError(code, os.strerror(code), str(path))
 
 
-def first_hole(path: Path, span: Span) -> int | None:
-    """Return the offset of the first byte of `span` that was never written; `None` if all were."""
-    start, end = span
+def first_hole(path: Path, byte_range: ByteRange) -> int | None:
+    """Return the offset of the first byte of a range that was never written; `None` if all were."""
+    start, end = byte_range
     with path.open("rb") as file:
         try:
             data = os.lseek(file.fileno(), start, os.SEEK_DATA)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from paraserve_backend.byte_ranges import Span, merge
+from paraserve_backend.byte_ranges import ByteRange, merge
 from paraserve_backend.errors import NotFound
 from paraserve_backend.weights.sources.base import StoredObject
 from paraserve_backend.weights.tiers.cache_index import CACHE, CachedObject, whole_pages
@@ -98,19 +98,21 @@ def _tier_problems(directory: Path) -> Iterator[str]:
             yield f"object file {path.name} belongs to no fetch"
 
 
-def _landed(directory: Path) -> Iterator[tuple[str, StoredObject, tuple[Span, ...], bool]]:
+def _landed(directory: Path) -> Iterator[tuple[str, StoredObject, tuple[ByteRange, ...], bool]]:
     """Yield which bytes of which object the cache and each fetch say are there."""
     for path in (directory / CACHE).iterdir():
         with suppress(FileNotFoundError):
             cached = CachedObject.from_json(path.read_bytes())
-            yield cached.source_uri, cached.stored, cached.spans, False
+            yield cached.source_uri, cached.stored, cached.byte_ranges, False
     for fetch_dir in (directory / FETCHES).iterdir():
         with suppress(FileNotFoundError):
             manifest = Manifest.read(fetch_dir)
             progress = ProgressFile(fetch_dir / PROGRESS, parts=len(manifest.parts), writable=False)
             parts = [manifest.parts[number] for number in progress.landed()]
             for stored in manifest.plan.objects:
-                landed = merge((it.start, it.end) for it in parts if it.object_key == stored.key)
+                landed = merge(
+                    (part.start, part.end) for part in parts if part.object_key == stored.key
+                )
                 is_done = progress.status is FetchStatus.DONE
                 yield manifest.plan.source_uri, stored, landed, not is_done
             progress.close()
@@ -154,12 +156,14 @@ def object_problems(path: Path, found: TierObject, *, growing: bool) -> list[str
     file = path.stat()
     if file.st_size != found.stored.size_bytes:
         return [f"the file of {key} has {file.st_size} bytes"]
-    holes = [(span, first_hole(path, span)) for span in found.landed]
+    holes = [(byte_range, first_hole(path, byte_range)) for byte_range in found.landed]
     problems = [
-        f"{key} has no bytes at {hole} in {span}" for span, hole in holes if hole is not None
+        f"{key} has no bytes at {hole} in {byte_range}"
+        for byte_range, hole in holes
+        if hole is not None
     ]
     # What the file system gives at once: 2 MiB where it has huge pages.
-    known_bytes = sum(whole_pages(span, file.st_blksize) for span in found.landed)
+    known_bytes = sum(whole_pages(byte_range, file.st_blksize) for byte_range in found.landed)
     if not growing and used_bytes(path) > known_bytes:
         problems.append(
             f"the file of {key} takes {used_bytes(path)} bytes, {known_bytes} are known"

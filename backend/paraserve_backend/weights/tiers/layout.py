@@ -21,7 +21,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from paraserve_backend import errors
-from paraserve_backend.byte_ranges import Span
+from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, split_parts
 from paraserve_backend.weights.sources.base import ObjectRange, StoredObject
@@ -92,12 +92,12 @@ class PartTable:
         first = bisect_right(starts, wanted.start) - 1
         return self._numbers[wanted.object_key][first : bisect_left(starts, wanted.end)]
 
-    def touching(self, key: str, span: Span) -> list[int]:
-        """Return the numbers of the parts that hold any byte of `span`, in the object's order."""
+    def touching(self, key: str, byte_range: ByteRange) -> list[int]:
+        """Return the numbers of the parts that hold any byte of a range, in the object's order."""
         starts = self._starts.get(key, [])
-        first = max(bisect_right(starts, span[0]) - 1, 0)
-        numbers = self._numbers.get(key, [])[first : bisect_left(starts, span[1])]
-        return [number for number in numbers if self.parts[number].end > span[0]]
+        first = max(bisect_right(starts, byte_range[0]) - 1, 0)
+        numbers = self._numbers.get(key, [])[first : bisect_left(starts, byte_range[1])]
+        return [number for number in numbers if self.parts[number].end > byte_range[0]]
 
 
 class ProgressFile:

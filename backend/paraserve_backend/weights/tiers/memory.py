@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from paraserve_backend.byte_ranges import (
-    Span,
+    ByteRange,
     merge,
     subtract,
     within,
@@ -30,14 +30,14 @@ from paraserve_backend.weights.sources.base import Holding, StoredObject
 from paraserve_backend.weights.tiers.cache_index import (
     CACHE,
     CacheIndex,
-    page_span,
+    page_range,
     whole_pages,
 )
 from paraserve_backend.weights.tiers.contents import Claim, TierContents, TierObject
 from paraserve_backend.weights.tiers.filesystem import (
     first_hole,
     free_bytes,
-    free_span,
+    free_range,
     lock_folder,
     used_bytes,
 )
@@ -73,8 +73,8 @@ class Tier:
         self._cache_bytes = cache_bytes
         self._cache = CacheIndex.open(directory / CACHE)
         self._fetches: dict[str, TierFetch] = {}
-        self._claims: list[tuple[str, Span]] = []
-        self._reads: list[tuple[str, Span]] = []
+        self._claims: list[tuple[str, ByteRange]] = []
+        self._reads: list[tuple[str, ByteRange]] = []
         self._contents = TierContents(directory, self._cache, self._fetches, self._reads)
         self._lock = threading.Lock()
 
@@ -137,7 +137,7 @@ class Tier:
             (self.directory / FETCHES / fetch_id / MANIFEST).unlink()
             shutil.rmtree(self.directory / FETCHES / fetch_id)
             for name, stored in fetch.object_names.items():
-                self._free(name, fetch.needed_spans(stored.key))
+                self._free(name, fetch.needed_ranges(stored.key))
             self._trim()
 
     def limit_cache(self, cache_bytes: int) -> None:
@@ -146,25 +146,25 @@ class Tier:
             self._cache_bytes = cache_bytes
             self._trim()
 
-    def claim(self, name: str, span: Span) -> Claim:
+    def claim(self, name: str, byte_range: ByteRange) -> Claim:
         """Ask to bring bytes of an object: no two fetches shall bring the same at once.
 
         What is granted has to be given back with `unclaim`.
         """
         with self._lock:
-            if any(other == name and _overlap(span, taken) for other, taken in self._claims):
+            if any(other == name and _overlap(byte_range, taken) for other, taken in self._claims):
                 return Claim.BUSY
             if (
-                within(span, self._contents.landed(name, span))
+                within(byte_range, self._contents.landed(name, byte_range))
                 or self._contents.file(name) is not None
             ):
                 return Claim.LANDED
-            self._claims.append((name, span))
+            self._claims.append((name, byte_range))
             return Claim.GRANTED
 
-    def unclaim(self, name: str, span: Span) -> None:
+    def unclaim(self, name: str, byte_range: ByteRange) -> None:
         with self._lock:
-            self._claims.remove((name, span))
+            self._claims.remove((name, byte_range))
 
     def adopt_files(self, fetch: TierFetch) -> None:
         """Take the small files that others have put in place since `begin`."""
@@ -177,19 +177,19 @@ class Tier:
             return {name: self._contents.holding(name) for name in names}
 
     @contextmanager
-    def reading(self, name: str, span: Span) -> Iterator[tuple[Path, StoredObject]]:
+    def reading(self, name: str, byte_range: ByteRange) -> Iterator[tuple[Path, StoredObject]]:
         """Give the file that holds bytes of an object, which stay there until the block ends.
 
         Raises `NotFound` where any of them is not in place.
         """
         with self._lock:
-            path, found = self._contents.readable(name, span)
-            self._reads.append((name, span))
+            path, found = self._contents.readable(name, byte_range)
+            self._reads.append((name, byte_range))
         try:
             yield path, found
         finally:
             with self._lock:
-                self._reads.remove((name, span))
+                self._reads.remove((name, byte_range))
                 self._trim()
 
     def fetches(self) -> tuple[TierFetch, ...]:
@@ -281,8 +281,8 @@ class Tier:
         """Trust what has landed of a fetch after its release."""
         used = self._cache.tick()
         for stored in fetch.plan.objects:
-            spans = fetch.landed_spans(stored.key)
-            self._cache.add(fetch.plan.source_uri, stored, spans, used)
+            byte_ranges = fetch.landed_ranges(stored.key)
+            self._cache.add(fetch.plan.source_uri, stored, byte_ranges, used)
         for stored in fetch.plan.files:
             path = self._path(fetch.plan.source_uri, stored)
             if stored.size_bytes and fetch.has_file(stored.key):
@@ -296,9 +296,9 @@ class Tier:
             victims = list(self._cache.victims(excess_bytes, self._contents.pinned))
             if not victims:
                 return
-            for name, span in victims:
-                self._cache.remove(name, [span])
-                self._free(name, [span])
+            for name, byte_range in victims:
+                self._cache.remove(name, [byte_range])
+                self._free(name, [byte_range])
 
     def _excess_bytes(self, wanted_bytes: int) -> int:
         return max(
@@ -306,16 +306,16 @@ class Tier:
             wanted_bytes - free_bytes(self.directory),
         )
 
-    def _free(self, name: str, spans: Iterable[Span]) -> None:
+    def _free(self, name: str, byte_ranges: Iterable[ByteRange]) -> None:
         """Free what nobody has a use for."""
         path = self.directory / OBJECTS / name
         if name not in self._cache.objects and not any(self._contents.having(name)):
             path.unlink(missing_ok=True)  # who reads it still can
             return
-        kept = merge([*self._cache.spans(name), *self._contents.pinned(name)])
+        kept = merge([*self._cache.byte_ranges(name), *self._contents.pinned(name)])
         # A page goes only as a whole: with what surrounds the bytes, if nobody needs that.
-        for span in subtract(merge(map(page_span, spans)), kept):
-            free_span(path, span)
+        for byte_range in subtract(merge(map(page_range, byte_ranges)), kept):
+            free_range(path, byte_range)
 
     def _path(self, source_uri: str, stored: StoredObject) -> Path:
         return self.directory / OBJECTS / object_name(source_uri, stored)
@@ -327,7 +327,7 @@ class Tier:
             if not path.exists() or path.stat().st_size != found.stored.size_bytes:
                 self._cache.remove(name, [(0, found.stored.size_bytes)])
                 continue
-            lost = [span for span in found.spans if first_hole(path, span) is not None]
+            lost = [range_ for range_ in found.byte_ranges if first_hole(path, range_) is not None]
             self._cache.remove(name, lost)
 
     def _drop_untrusted_bytes(self) -> None:
@@ -340,8 +340,8 @@ def _missing_bytes(fetch: TierFetch) -> int:
     """Return the memory that a fetch will take, with some for what is written about it."""
     parts = (fetch.parts[part] for part in fetch.missing_parts())
     part_bytes = sum(whole_pages((part.start, part.end)) for part in parts)
-    return part_bytes + sum(it.size_bytes for it in fetch.missing_files()) + _RECORDS_BYTES
+    return part_bytes + sum(stored.size_bytes for stored in fetch.missing_files()) + _RECORDS_BYTES
 
 
-def _overlap(one: Span, other: Span) -> bool:
+def _overlap(one: ByteRange, other: ByteRange) -> bool:
     return one[0] < other[1] and other[0] < one[1]

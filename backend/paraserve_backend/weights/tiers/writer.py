@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from paraserve_backend.byte_ranges import Span, merge
+from paraserve_backend.byte_ranges import ByteRange, merge
 from paraserve_backend.errors import InsufficientCapacity, ParaServeError
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.sources.base import ObjectRange, StoredObject
@@ -118,21 +118,21 @@ class TierFetch:
         self._close_objects()
         self._progress.fail(error)
 
-    def landed_spans(self, key: str) -> tuple[Span, ...]:
+    def landed_ranges(self, key: str) -> tuple[ByteRange, ...]:
         """Return which bytes of an object this fetch has in place."""
         landed = (self.parts[part] for part in self._progress.landed())
         return merge((part.start, part.end) for part in landed if part.object_key == key)
 
-    def landed_within(self, key: str, span: Span) -> tuple[Span, ...]:
-        """Return which bytes of the parts that touch `span` are in place."""
+    def landed_within(self, key: str, byte_range: ByteRange) -> tuple[ByteRange, ...]:
+        """Return which bytes of the parts that touch `byte_range` are in place."""
         parts = (
             self.parts[part]
-            for part in self._table.touching(key, span)
+            for part in self._table.touching(key, byte_range)
             if self._progress.has_landed(part)
         )
         return merge((part.start, part.end) for part in parts)
 
-    def needed_spans(self, key: str) -> tuple[Span, ...]:
+    def needed_ranges(self, key: str) -> tuple[ByteRange, ...]:
         return self._needed[key]
 
     def resume(self) -> None:

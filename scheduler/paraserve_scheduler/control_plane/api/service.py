@@ -46,14 +46,14 @@ class SchedulerService(SchedulerServicer):
             info = node_info(request)
             _check_node(info)
             self._check_name_is_free(info)
-            self._controller.tell(NodeRegistered(info=info, at_s=self._controller.now_s()))
+            self._controller.notify(NodeRegistered(info=info, at_s=self._controller.now_s()))
         return pb.RegisterReply(heartbeat_interval_s=self._config.heartbeat_interval_s)
 
     async def Heartbeat(self, request: pb.NodeStatus, context: Context) -> pb.HeartbeatReply:
         async with errors_to(context):
             known = request.name in self._controller.view.nodes
             if known:
-                self._controller.tell(node_reported(request, self._controller.now_s()))
+                self._controller.notify(node_reported(request, self._controller.now_s()))
         return pb.HeartbeatReply(known=known)
 
     # ---- from gateways ----
@@ -67,7 +67,7 @@ class SchedulerService(SchedulerServicer):
 
     async def ReportDemand(self, request: pb.DemandReport, context: Context) -> pb.DemandReply:
         async with errors_to(context):
-            self._controller.tell(
+            self._controller.notify(
                 DemandReported(
                     gateway=request.gateway,
                     demands=tuple(map(demand, request.demands)),
@@ -115,11 +115,11 @@ class SchedulerService(SchedulerServicer):
     def _drain(self, node: str, *, undo: bool) -> pb.DrainReply:
         require_node(self._controller.view, node)
         if undo:
-            self._controller.tell(NodeCordoned(node=node, cordoned=False))
+            self._controller.notify(NodeCordoned(node=node, cordoned=False))
             return pb.DrainReply()
         if node not in self._controller.view.cordoned:
             check_drain(self._heard_view(), node, *self._now_and_policy())
-            self._controller.tell(NodeCordoned(node=node))
+            self._controller.notify(NodeCordoned(node=node))
         left = drain_progress(self._heard_view(), node, *self._now_and_policy())
         return pb.DrainReply(
             replicas=[pb.DrainingReplica(replica=name, progress=text) for name, text in left]
@@ -128,7 +128,7 @@ class SchedulerService(SchedulerServicer):
     def _heard_view(self) -> ClusterView:
         """The view as the policy sees it."""
         now_s, policy = self._now_and_policy()
-        return self._controller.view.heard_since(now_s - policy.gateway_timeout_s)
+        return self._controller.view.without_silent_gateways(now_s - policy.gateway_timeout_s)
 
     def _now_and_policy(self) -> tuple[float, PolicyConfig]:
         return self._controller.now_s(), self._config.policy

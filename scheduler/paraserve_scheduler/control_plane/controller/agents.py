@@ -53,7 +53,7 @@ class Agents(Protocol):
     async def remove(self, address: str, replica: str, deadline_s: float) -> None:
         """Return when nothing of the replica is left on the node."""
 
-    async def hand_over(self, address: str, replica: str, targets: Mapping[str, str]) -> None:
+    async def hand_over(self, address: str, replica: str, successors: Mapping[str, str]) -> None:
         """Have a replica's head move its requests to others, given as replica to URL."""
 
     async def keep_slots(self, address: str, idle_slots: int) -> None:
@@ -94,11 +94,12 @@ class GrpcAgents:
         except grpc.aio.AioRpcError as error:
             raise AgentCallFailed(_failure(address, error)) from error
 
-    async def hand_over(self, address: str, replica: str, targets: Mapping[str, str]) -> None:
+    async def hand_over(self, address: str, replica: str, successors: Mapping[str, str]) -> None:
         request = pb.HandOverRequest(
             replica=replica,
             targets=[
-                pb.HandOverTarget(replica=target, address=url) for target, url in targets.items()
+                pb.HandOverTarget(replica=successor, address=url)
+                for successor, url in successors.items()
             ],
         )
         try:

@@ -34,7 +34,7 @@ from paraserve_scheduler.state.events import (
     DeploymentAdded,
     Event,
     HandOverFailed,
-    HandOverTold,
+    HandOverNotified,
     PartRemoved,
     PartReported,
     ReplicaRemoved,
@@ -71,7 +71,7 @@ class Controller:
         self._view = recovery.recover(store, clock.now_s())
         self._wake = asyncio.Event()
         #: Set at the next change, then replaced: everybody who waits for it gets to know.
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._applies: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
         #: While it runs.
         self._tasks: asyncio.TaskGroup | None = None
@@ -83,13 +83,13 @@ class Controller:
     def now_s(self) -> float:
         return self._clock.now_s()
 
-    def tell(self, event: Event) -> None:
+    def notify(self, event: Event) -> None:
         """Take in what happened; the loop acts on it in its next turn."""
         self._set_view(fold(self._view, event))
 
     def add_deployment(self, deployment: Deployment) -> None:
         counters = self._store.counters(deployment.name)
-        self.tell(
+        self.notify(
             DeploymentAdded(
                 deployment=deployment,
                 last_number=counters.last_number,
@@ -100,7 +100,7 @@ class Controller:
 
     async def delete_deployment(self, name: str) -> None:
         """Return when no replica of it is left on any node."""
-        self.tell(DeletionRequested(deployment=name))
+        self.notify(DeletionRequested(deployment=name))
         async for is_there in self.watch(lambda view: name in view.deployments):
             if not is_there:
                 return
@@ -121,12 +121,12 @@ class Controller:
         """Yield what `project` makes of the view, at once and whenever that changes."""
         last: _Projection | None = None
         while True:
-            news = self._news
+            changed = self._changed
             value = project(self._view)
             if value != last:
                 last = value
                 yield value
-            await news.wait()
+            await changed.wait()
 
     async def run(self) -> NoReturn:
         """Control until cancelled; replicas stay as they are then. Any bug ends it."""
@@ -140,14 +140,14 @@ class Controller:
                 late_s = await self._clock.wait(self._wake, TICK_S)
                 if late_s > _STALLED_S:
                     logger.warning("this process stood still for %.1f s", late_s)
-                    self.tell(SchedulerStalled(at_s=self.now_s()))
+                    self.notify(SchedulerStalled(at_s=self.now_s()))
 
     def _set_view(self, view: ClusterView) -> None:
         recovery.record(self._store, self._view, view)
         self._view = view
         self._wake.set()
-        self._news.set()
-        self._news = asyncio.Event()
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _begin(self, action: Action, now_s: float, tasks: asyncio.TaskGroup) -> None:
         name = type(action).__name__
@@ -188,7 +188,7 @@ class Controller:
     async def _apply(self, address: str, part: pb.Part) -> None:
         try:
             async for state in self._agents.apply(address, part):
-                self.tell(PartReported(part=state, at_s=self.now_s()))
+                self.notify(PartReported(part=state, at_s=self.now_s()))
         except AgentCallFailed as error:
             failed = PartState(
                 replica=part.replica,
@@ -196,23 +196,23 @@ class Controller:
                 phase=Phase.FAILED,
                 failure=error.failure,
             )
-            self.tell(PartReported(part=failed, at_s=self.now_s()))
+            self.notify(PartReported(part=failed, at_s=self.now_s()))
 
     def _hand_over(self, action: HandOver, tasks: asyncio.TaskGroup) -> None:
         replicas, nodes = self._view.replicas, self._view.nodes
         address = nodes[replicas[action.replica].plan.head.node].info.agent_address
-        urls = {target: replicas[target].plan.inbox_url for target in action.targets}
-        telling = self._tell_hand_over(address, action.replica, urls)
-        tasks.create_task(telling, name=f"hand over {action.replica}")
+        urls = {successor: replicas[successor].plan.inbox_url for successor in action.successors}
+        notifying = self._notify_head(address, action.replica, urls)
+        tasks.create_task(notifying, name=f"hand over {action.replica}")
 
-    async def _tell_hand_over(self, address: str, replica: str, urls: Mapping[str, str]) -> None:
+    async def _notify_head(self, address: str, replica: str, urls: Mapping[str, str]) -> None:
         try:
             await self._agents.hand_over(address, replica, urls)
         except AgentCallFailed as error:
             logger.warning("could not have %s hand over: %s", replica, error)
-            self.tell(HandOverFailed(replica=replica, at_s=self.now_s()))
+            self.notify(HandOverFailed(replica=replica, at_s=self.now_s()))
         else:
-            self.tell(HandOverTold(replica=replica, targets=tuple(urls)))
+            self.notify(HandOverNotified(replica=replica, successors=tuple(urls)))
 
     async def _keep_slots(self, action: KeepSlots) -> None:
         address = self._view.nodes[action.node].info.agent_address
@@ -220,7 +220,7 @@ class Controller:
             await self._agents.keep_slots(address, action.idle_slots)
         except AgentCallFailed as error:
             logger.warning("could not have %s keep slots: %s", action.node, error)
-            self.tell(SlotsRefused(node=action.node))
+            self.notify(SlotsRefused(node=action.node))
 
     async def _remove_replica(self, name: str) -> None:
         for task in self._applies.pop(name, ()):
@@ -230,11 +230,11 @@ class Controller:
         timeout_s = config.failed_remove_timeout_s if has_failed else config.remove_timeout_s
         nodes = [stage.node for stage in replica.plan.stages]
         await asyncio.gather(*(self._remove_from(node, name, timeout_s) for node in nodes))
-        self.tell(ReplicaRemoved(replica=name, at_s=self.now_s()))
+        self.notify(ReplicaRemoved(replica=name, at_s=self.now_s()))
 
     async def _remove_part(self, node: str, replica: str) -> None:
         await self._remove_from(node, replica, self._config.remove_timeout_s)
-        self.tell(PartRemoved(node=node, replica=replica))
+        self.notify(PartRemoved(node=node, replica=replica))
 
     async def _remove_from(self, name: str, replica: str, timeout_s: float) -> None:
         node = self._view.nodes.get(name)

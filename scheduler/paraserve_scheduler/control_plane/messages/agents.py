@@ -104,11 +104,18 @@ def peer_addresses(view: ClusterView, deployment: Deployment, node: str) -> tupl
     index = deployment.index
     wanted = {(f"{index.source_uri}/{stored.key}", stored.version) for stored in index.objects}
     held = [
-        (sum(it.landed_bytes for it in peer.tier if (it.key, it.version) in wanted), peer.info)
+        (
+            sum(
+                held_object.landed_bytes
+                for held_object in peer.tier
+                if (held_object.key, held_object.version) in wanted
+            ),
+            peer.info,
+        )
         for name, peer in sorted(view.nodes.items())
         if name != node and peer.info.peer_address
     ]
-    holders = sorted((it for it in held if it[0]), key=lambda it: -it[0])
+    holders = sorted((entry for entry in held if entry[0]), key=lambda entry: -entry[0])
     return tuple(info.peer_address for _, info in holders[:_MOST_PEERS])
 
 

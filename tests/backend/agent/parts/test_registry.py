@@ -94,7 +94,7 @@ def test_the_fetch_and_the_load_run_at_the_same_time(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_news_says_when_each_step_began_and_ended(tmp_path: Path) -> None:
+def test_the_status_says_when_each_step_began_and_ended(tmp_path: Path) -> None:
     async def scenario(node: FakeNode) -> None:
         plan = make_plan(tmp_path / "model")
         last = (await follow(node, make_part(plan=plan)))[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from paraserve_backend.engines.native.handover_source import Departures
+from paraserve_backend.engines.native.handover_source import HandoverSource
 from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import Export
 from paraserve_backend.protocol.hand_over import (
@@ -32,8 +32,8 @@ class Bench:
     #: Blocks a pass may send ahead.
     blocks_per_pass: int = 2
 
-    def departures(self) -> Departures:
-        departures = Departures(
+    def source(self) -> HandoverSource:
+        source = HandoverSource(
             lambda address, message: self.sent.append((address, message)),
             inbox="tcp://here:1",
             block_size=BLOCK_SIZE,
@@ -41,8 +41,8 @@ class Bench:
             num_layers=LAYERS,
             now_s=lambda: self.now_s,
         )
-        departures.aim((TARGET,))
-        return departures
+        source.set_targets((TARGET,))
+        return source
 
     def messages(self) -> list[Message]:
         taken = [message for _, message in self.sent]
@@ -63,12 +63,12 @@ def make_sequence(num_tokens: int) -> TokenSequence:
     )
 
 
-def step(departures: Departures, sequence: TokenSequence) -> tuple[Export, ...]:
+def step(source: HandoverSource, sequence: TokenSequence) -> tuple[Export, ...]:
     """One decoding pass, up to its return."""
-    exports = departures.exports([(sequence, sequence.num_tokens)])
+    exports = source.exports([(sequence, sequence.num_tokens)])
     sequence.num_computed += 1
     sequence.append(3)
-    departures.returned(sequence)
+    source.returned(sequence)
     return exports
 
 
@@ -80,45 +80,45 @@ def ticket_of(bench: Bench) -> int:
 
 def test_a_sequence_moves_block_by_block_and_waits_only_for_its_last_ones() -> None:
     bench = Bench()
-    departures, sequence = bench.departures(), make_sequence(18)
-    departures.offer([sequence])
+    source, sequence = bench.source(), make_sequence(18)
+    source.offer([sequence])
     ((address, offer),) = bench.sent
     assert isinstance(offer, Offer)
     assert (address, offer.reply_to) == (TARGET.address, "tcp://here:1")
     bench.messages()
-    assert step(departures, sequence) == ()
-    departures.answered(Accepted(ticket=offer.ticket))
+    assert step(source, sequence) == ()
+    source.answered(Accepted(ticket=offer.ticket))
 
-    (first,) = step(departures, sequence)
+    (first,) = step(source, sequence)
     assert (first.first, first.blocks, first.ticket) == (0, (10, 11), offer.ticket)
-    (second,) = step(departures, sequence)
+    (second,) = step(source, sequence)
     assert (second.first, second.blocks) == (2, (12, 13))
     assert bench.messages() == [Expect(ticket=offer.ticket, layer_blocks=4 * LAYERS)]
     # The target does not have them yet: decoding goes on.
-    assert step(departures, sequence) == ()
+    assert step(source, sequence) == ()
     assert not sequence.is_held
 
-    assert departures.answered(Complete(ticket=offer.ticket, layer_blocks=4 * LAYERS)) is None
+    assert source.answered(Complete(ticket=offer.ticket, layer_blocks=4 * LAYERS)) is None
     sequence.block_table.append(15)
-    (last,) = step(departures, sequence)
+    (last,) = step(source, sequence)
     assert (last.first, last.blocks) == (4, (14, 15))
     assert sequence.is_held
     assert bench.messages() == [Expect(ticket=offer.ticket, layer_blocks=6 * LAYERS)]
-    moved = departures.answered(Complete(ticket=offer.ticket, layer_blocks=6 * LAYERS))
+    moved = source.answered(Complete(ticket=offer.ticket, layer_blocks=6 * LAYERS))
     assert moved is not None
     assert (moved.sequence, moved.target, moved.ticket) == (sequence, TARGET, offer.ticket)
-    assert departures.counts.handed_over == 1
-    assert (departures.counts.blocks_ahead, departures.counts.blocks_held) == (4, 2)
+    assert source.counts.handed_over == 1
+    assert (source.counts.blocks_ahead, source.counts.blocks_held) == (4, 2)
 
 
-def held(bench: Bench, departures: Departures, sequence: TokenSequence) -> int:
+def held(bench: Bench, source: HandoverSource, sequence: TokenSequence) -> int:
     """Bring a short sequence to its last step; returns its ticket."""
-    departures.offer([sequence])
+    source.offer([sequence])
     ticket = ticket_of(bench)
-    departures.answered(Accepted(ticket=ticket))
-    step(departures, sequence)
-    departures.answered(Complete(ticket=ticket, layer_blocks=0))
-    step(departures, sequence)
+    source.answered(Accepted(ticket=ticket))
+    step(source, sequence)
+    source.answered(Complete(ticket=ticket, layer_blocks=0))
+    step(source, sequence)
     assert sequence.is_held
     bench.messages()
     return ticket
@@ -126,78 +126,78 @@ def held(bench: Bench, departures: Departures, sequence: TokenSequence) -> int:
 
 def test_a_target_that_dies_at_the_last_step_costs_a_second_and_no_token() -> None:
     bench = Bench()
-    departures, sequence = bench.departures(), make_sequence(2)
-    ticket = held(bench, departures, sequence)
+    source, sequence = bench.source(), make_sequence(2)
+    ticket = held(bench, source, sequence)
     bench.now_s += 0.9
-    departures.expire()
+    source.expire()
     assert sequence.is_held
     bench.now_s += 0.2
-    departures.expire()
+    source.expire()
     assert not sequence.is_held
     assert bench.messages() == [Withdraw(ticket=ticket)]
     # Its answer comes too late: the sequence is ours again.
-    assert departures.answered(Complete(ticket=ticket, layer_blocks=LAYERS)) is None
+    assert source.answered(Complete(ticket=ticket, layer_blocks=LAYERS)) is None
 
 
 def test_after_a_failure_the_sequence_rests_before_it_is_offered_again() -> None:
     bench = Bench()
-    departures, sequence = bench.departures(), make_sequence(9)
-    departures.offer([sequence])
+    source, sequence = bench.source(), make_sequence(9)
+    source.offer([sequence])
     ticket = ticket_of(bench)
-    departures.answered(Refused(ticket=ticket, reason="no room"))
+    source.answered(Refused(ticket=ticket, reason="no room"))
     assert bench.messages() == [Withdraw(ticket=ticket)]
-    departures.offer([sequence])
+    source.offer([sequence])
     assert bench.messages() == []
     bench.now_s += 3
-    departures.offer([sequence])
+    source.offer([sequence])
     assert ticket_of(bench) != ticket
 
 
 def test_the_target_is_asked_for_more_room_when_the_sequence_outgrows_it() -> None:
     bench = Bench(blocks_per_pass=1)
-    departures, sequence = bench.departures(), make_sequence(3)
-    departures.offer([sequence])
+    source, sequence = bench.source(), make_sequence(3)
+    source.offer([sequence])
     ticket = ticket_of(bench)
-    departures.answered(Accepted(ticket=ticket))
-    step(departures, sequence)
+    source.answered(Accepted(ticket=ticket))
+    step(source, sequence)
     bench.messages()
     for block in range(20, 26):
         sequence.block_table.append(block)
         for _ in range(BLOCK_SIZE):
-            step(departures, sequence)
-    departures.answered(Complete(ticket=ticket, layer_blocks=0))
-    assert step(departures, sequence) == ()
+            step(source, sequence)
+    source.answered(Complete(ticket=ticket, layer_blocks=0))
+    assert step(source, sequence) == ()
     (offer,) = bench.messages()
     assert isinstance(offer, Offer)
     assert (offer.ticket, offer.num_blocks >= len(sequence.block_table)) == (ticket, True)
-    departures.answered(Accepted(ticket=ticket))
-    assert step(departures, sequence)[0].first == 0
+    source.answered(Accepted(ticket=ticket))
+    assert step(source, sequence)[0].first == 0
 
 
 def test_another_target_calls_back_what_is_on_its_way_to_the_old_one() -> None:
     bench = Bench()
-    departures, sequence = bench.departures(), make_sequence(2)
-    ticket = held(bench, departures, sequence)
-    departures.aim((OTHER,))
+    source, sequence = bench.source(), make_sequence(2)
+    ticket = held(bench, source, sequence)
+    source.set_targets((OTHER,))
     assert not sequence.is_held
     assert bench.messages() == [Withdraw(ticket=ticket)]
-    departures.offer([sequence])
+    source.offer([sequence])
     assert bench.sent[0][0] == OTHER.address
 
 
 def test_several_targets_share_the_sequences() -> None:
     bench = Bench()
-    departures = bench.departures()
-    departures.aim((TARGET, OTHER))
-    departures.offer([make_sequence(5) for _ in range(6)])
+    source = bench.source()
+    source.set_targets((TARGET, OTHER))
+    source.offer([make_sequence(5) for _ in range(6)])
     addresses = [address for address, _ in bench.sent]
     assert addresses.count(TARGET.address) == addresses.count(OTHER.address) == 3
 
 
 def test_a_sequence_that_ends_on_its_way_is_called_off() -> None:
     bench = Bench()
-    departures, sequence = bench.departures(), make_sequence(2)
-    ticket = held(bench, departures, sequence)
-    departures.gone(sequence)
+    source, sequence = bench.source(), make_sequence(2)
+    ticket = held(bench, source, sequence)
+    source.gone(sequence)
     assert bench.messages() == [Withdraw(ticket=ticket)]
-    assert departures.answered(Complete(ticket=ticket, layer_blocks=LAYERS)) is None
+    assert source.answered(Complete(ticket=ticket, layer_blocks=LAYERS)) is None

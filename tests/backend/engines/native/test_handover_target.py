@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from paraserve_backend.engines.native.batcher import BlockPool
-from paraserve_backend.engines.native.handover_target import Arrivals
+from paraserve_backend.engines.native.handover_target import HandoverTarget
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.hand_over import (
     Accepted,
@@ -29,8 +29,8 @@ class Bench:
     sent: list[Message] = field(default_factory=list)
     written: list[tuple[int, ...]] = field(default_factory=list)
 
-    def arrivals(self, *, holds_layers: bool = True) -> Arrivals:
-        return Arrivals(
+    def target(self, *, holds_layers: bool = True) -> HandoverTarget:
+        return HandoverTarget(
             self.pool,
             (lambda _message, blocks: self.written.append(tuple(blocks))) if holds_layers else None,
             lambda _address, message: self.sent.append(message),
@@ -55,83 +55,83 @@ def kv(first: int, num_blocks: int, layers: tuple[int, int] = (0, 2)) -> KvBlock
 
 def test_blocks_of_all_stages_are_counted_and_then_claimed() -> None:
     bench = Bench()
-    arrivals = bench.arrivals()
-    arrivals.offered(offer(4))
-    arrivals.received(kv(0, 2, layers=(0, 2)))
-    arrivals.received(Expect(ticket=7, layer_blocks=2 * 5))
+    target = bench.target()
+    target.offered(offer(4))
+    target.received(kv(0, 2, layers=(0, 2)))
+    target.received(Expect(ticket=7, layer_blocks=2 * 5))
     assert bench.sent == [Accepted(ticket=7)]
-    arrivals.received(kv(0, 2, layers=(2, 5)))
+    target.received(kv(0, 2, layers=(2, 5)))
     assert bench.sent[1:] == [Complete(ticket=7, layer_blocks=10)]
-    blocks = arrivals.claim(7)
+    blocks = target.claim(7)
     assert blocks is not None
     assert bench.written == [tuple(blocks[:2]), tuple(blocks[:2])]
-    assert arrivals.blocks == []
+    assert target.blocks == []
     # They are the claimer's now.
     assert bench.pool.num_used == 4
 
 
 def test_nothing_to_send_is_complete_at_once() -> None:
     bench = Bench()
-    arrivals = bench.arrivals()
-    arrivals.offered(offer(1))
-    arrivals.received(Expect(ticket=7, layer_blocks=0))
+    target = bench.target()
+    target.offered(offer(1))
+    target.received(Expect(ticket=7, layer_blocks=0))
     assert bench.sent[-1] == Complete(ticket=7, layer_blocks=0)
 
 
 def test_a_sequence_whose_blocks_have_not_all_come_is_claimed_bare_and_frees_them() -> None:
     bench = Bench()
-    arrivals = bench.arrivals()
-    arrivals.offered(offer(4))
-    arrivals.received(kv(0, 2))
-    arrivals.received(Expect(ticket=7, layer_blocks=10))
-    assert arrivals.claim(7) is None
+    target = bench.target()
+    target.offered(offer(4))
+    target.received(kv(0, 2))
+    target.received(Expect(ticket=7, layer_blocks=10))
+    assert target.claim(7) is None
     assert bench.pool.num_used == 0
-    assert arrivals.claim(8) is None
+    assert target.claim(8) is None
 
 
 def test_an_offer_may_be_raised_and_is_refused_without_room() -> None:
     bench = Bench()
-    arrivals = bench.arrivals()
-    arrivals.offered(offer(4))
-    arrivals.offered(offer(6))
+    target = bench.target()
+    target.offered(offer(4))
+    target.offered(offer(6))
     assert bench.pool.num_used == 6
-    arrivals.offered(offer(3, ticket=8))
+    target.offered(offer(3, ticket=8))
     assert isinstance(bench.sent[-1], Refused)
     assert bench.pool.num_used == 6
 
 
 def test_a_pipeline_refuses_blocks() -> None:
     bench = Bench()
-    bench.arrivals(holds_layers=False).offered(offer(1))
+    bench.target(holds_layers=False).offered(offer(1))
     assert isinstance(bench.sent[0], Refused)
     assert bench.pool.num_used == 0
 
 
 def test_blocks_that_come_after_the_withdrawal_are_not_written() -> None:
     bench = Bench()
-    arrivals = bench.arrivals()
-    arrivals.offered(offer(2))
-    arrivals.withdrawn(7)
+    target = bench.target()
+    target.offered(offer(2))
+    target.withdrawn(7)
     assert bench.pool.num_used == 0
-    arrivals.received(kv(0, 1))
+    target.received(kv(0, 1))
     assert bench.written == []
 
 
 def test_what_nobody_claims_is_freed() -> None:
     bench = Bench()
-    arrivals = bench.arrivals()
-    arrivals.offered(offer(2))
+    target = bench.target()
+    target.offered(offer(2))
     bench.now_s += 59
-    arrivals.expire()
+    target.expire()
     assert bench.pool.num_used == 2
     bench.now_s += 2
-    arrivals.expire()
+    target.expire()
     assert bench.pool.num_used == 0
 
 
 def test_blocks_beyond_the_offer_are_refused() -> None:
     bench = Bench()
-    arrivals = bench.arrivals()
-    arrivals.offered(offer(2))
+    target = bench.target()
+    target.offered(offer(2))
     with pytest.raises(InvalidRequest, match="that nobody has offered"):
-        arrivals.received(kv(1, 2))
+        target.received(kv(1, 2))

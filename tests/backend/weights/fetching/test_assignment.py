@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from paraserve_backend.byte_ranges import merge
-from paraserve_backend.weights.fetching.assignment import Allotment
+from paraserve_backend.weights.fetching.assignment import Assignment
 from paraserve_backend.weights.fetching.tasks import (
     FetchSource,
+    FetchWorker,
     Rank,
-    Taker,
     Task,
 )
 from paraserve_backend.weights.sources.base import Holding, StoredObject
@@ -31,43 +31,44 @@ def make_task(number: int) -> Task:
 
 
 class Fetch:
-    """An allotment of twelve parts, and workers of any supply."""
+    """An assignment of twelve parts, and workers of any source."""
 
     def __init__(self, tier: Tier, model: Path, *, link_bytes_per_s: float | None = 1.0) -> None:
         self.now_s = 0.0
         self.tasks = [make_task(number) for number in range(12)]
-        self.allotment = Allotment(
+        self.assignment = Assignment(
             tier.begin(make_plan(model)),
             tier,
             self.tasks,
             link_bytes_per_s=link_bytes_per_s,
             now=lambda: self.now_s,
         )
-        self.broken_off: list[Taker] = []
+        self.broken_off: list[FetchWorker] = []
 
-    def worker(self, supply: FetchSource) -> Taker:
-        taker = Taker(supply=supply, break_off=lambda: self.broken_off.append(taker))
-        return taker
+    def worker(self, source: FetchSource) -> FetchWorker:
+        worker = FetchWorker(source=source, break_off=lambda: self.broken_off.append(worker))
+        return worker
 
-    def supply(self, rank: Rank, tasks: Iterable[Task] = ()) -> FetchSource:
-        """Return a supply that has these tasks' bytes."""
-        supply = self.allotment.add_supply(rank)
+    def source(self, rank: Rank, tasks: Iterable[Task] = ()) -> FetchSource:
+        """Return a source that has these tasks' bytes."""
+        source = self.assignment.add_source(rank)
         if rank is not Rank.STORE:
-            self.say(supply, tasks)
-        return supply
+            self.say(source, tasks)
+        return source
 
-    def say(self, supply: FetchSource, tasks: Iterable[Task], coming: Iterable[Task] = ()) -> None:
+    def say(self, source: FetchSource, tasks: Iterable[Task], coming: Iterable[Task] = ()) -> None:
         holding = Holding(
-            landed=merge(task.span for task in tasks), coming=merge(task.span for task in coming)
+            landed=merge(task.byte_range for task in tasks),
+            coming=merge(task.byte_range for task in coming),
         )
-        self.allotment.update(supply, {"k": holding})
+        self.assignment.update(source, {"k": holding})
 
-    def bring(self, taker: Taker, seconds: float) -> Task:
+    def bring(self, worker: FetchWorker, seconds: float) -> Task:
         """Take a task and have it done after so long."""
-        task = self.allotment.take(taker)
+        task = self.assignment.take(worker)
         assert task is not None
         self.now_s += seconds
-        assert self.allotment.done(task, taker)
+        assert self.assignment.done(task, worker)
         return task
 
 
@@ -76,150 +77,150 @@ def fetch(tier: Tier, model: Path) -> Fetch:
     return Fetch(tier, model)
 
 
-def take_all(fetch: Fetch, taker: Taker) -> list[Task]:
+def take_all(fetch: Fetch, worker: FetchWorker) -> list[Task]:
     taken = []
-    while (task := fetch.allotment.take(taker)) is not None:
+    while (task := fetch.assignment.take(worker)) is not None:
         taken.append(task)
-        fetch.allotment.done(task, taker)
+        fetch.assignment.done(task, worker)
     return taken
 
 
 def test_the_first_bytes_are_taken_first(fetch: Fetch) -> None:
-    store = fetch.worker(fetch.supply(Rank.STORE))
+    store = fetch.worker(fetch.source(Rank.STORE))
     assert take_all(fetch, store) == fetch.tasks
-    assert fetch.allotment.is_complete
+    assert fetch.assignment.is_complete
 
 
 def test_bytes_are_left_to_the_disk_then_to_peers_then_to_the_store(fetch: Fetch) -> None:
     on_disk, at_peer = fetch.tasks[:4], fetch.tasks[2:8]
-    disk, peer = fetch.supply(Rank.DISK, on_disk), fetch.supply(Rank.PEER, at_peer)
-    store = fetch.supply(Rank.STORE)
+    disk, peer = fetch.source(Rank.DISK, on_disk), fetch.source(Rank.PEER, at_peer)
+    store = fetch.source(Rank.STORE)
     assert take_all(fetch, fetch.worker(store)) == fetch.tasks[8:]
     assert take_all(fetch, fetch.worker(peer)) == fetch.tasks[4:8]
     assert take_all(fetch, fetch.worker(disk)) == fetch.tasks[:4]
 
 
-def test_what_a_lost_supply_had_is_the_others(fetch: Fetch) -> None:
-    disk, store = fetch.supply(Rank.DISK, fetch.tasks), fetch.supply(Rank.STORE)
+def test_what_a_lost_source_had_is_the_others(fetch: Fetch) -> None:
+    disk, store = fetch.source(Rank.DISK, fetch.tasks), fetch.source(Rank.STORE)
     assert take_all(fetch, fetch.worker(store)) == []
-    fetch.allotment.lose(disk)
-    assert fetch.allotment.take(fetch.worker(disk)) is None
+    fetch.assignment.lose(disk)
+    assert fetch.assignment.take(fetch.worker(disk)) is None
     assert take_all(fetch, fetch.worker(store)) == fetch.tasks
 
 
 def test_a_peer_that_has_not_answered_is_waited_for_but_not_long(fetch: Fetch) -> None:
-    fetch.allotment.add_supply(Rank.PEER)
-    store = fetch.worker(fetch.supply(Rank.STORE))
-    assert fetch.allotment.take(store) is None
+    fetch.assignment.add_source(Rank.PEER)
+    store = fetch.worker(fetch.source(Rank.STORE))
+    assert fetch.assignment.take(store) is None
     fetch.now_s = 0.2
-    assert fetch.allotment.take(store) is not None
+    assert fetch.assignment.take(store) is not None
 
 
 def test_what_is_coming_to_a_peer_is_left_to_it_but_not_yet_taken(fetch: Fetch) -> None:
-    peer, store = fetch.supply(Rank.PEER), fetch.supply(Rank.STORE)
+    peer, store = fetch.source(Rank.PEER), fetch.source(Rank.STORE)
     fetch.say(peer, fetch.tasks[:1], coming=fetch.tasks[1:3])
     assert take_all(fetch, fetch.worker(store)) == fetch.tasks[3:]
     assert take_all(fetch, fetch.worker(peer)) == fetch.tasks[:1]
-    assert fetch.allotment.wait(peer)
-    assert not fetch.allotment.is_complete
+    assert fetch.assignment.wait(peer)
+    assert not fetch.assignment.is_complete
 
 
 def test_the_store_helps_as_soon_as_the_link_falls_idle(tier: Tier, model: Path) -> None:
     """Also late in a fetch that went fast until then."""
     fetch = Fetch(tier, model, link_bytes_per_s=1e4)
-    peer = fetch.worker(fetch.supply(Rank.PEER, fetch.tasks))
-    store = fetch.worker(fetch.supply(Rank.STORE))
+    peer = fetch.worker(fetch.source(Rank.PEER, fetch.tasks))
+    store = fetch.worker(fetch.source(Rank.STORE))
     for _ in range(8):
         fetch.bring(peer, 0.1)  # as fast as the link
-    assert fetch.allotment.take(store) is None
+    assert fetch.assignment.take(store) is None
     fetch.now_s += 0.3
-    assert fetch.allotment.take(store) is not None
+    assert fetch.assignment.take(store) is not None
 
 
 class TestLate:
     """A task that takes far longer than an idle worker would need is that worker's."""
 
     @pytest.fixture
-    def supplies(self, fetch: Fetch) -> tuple[FetchSource, FetchSource]:
-        return fetch.supply(Rank.PEER, fetch.tasks[:1]), fetch.supply(Rank.STORE)
+    def sources(self, fetch: Fetch) -> tuple[FetchSource, FetchSource]:
+        return fetch.source(Rank.PEER, fetch.tasks[:1]), fetch.source(Rank.STORE)
 
-    def test_its_worker_is_told_to_stop_and_its_supply_asked_no_more(
-        self, fetch: Fetch, supplies: tuple[FetchSource, FetchSource]
+    def test_its_worker_is_told_to_stop_and_its_source_asked_no_more(
+        self, fetch: Fetch, sources: tuple[FetchSource, FetchSource]
     ) -> None:
-        slow, quick = map(fetch.worker, supplies)
-        late = fetch.allotment.take(slow)
+        slow, quick = map(fetch.worker, sources)
+        late = fetch.assignment.take(slow)
         assert late is not None
         for _ in fetch.tasks[1:]:
             fetch.bring(quick, 0.1)
         fetch.now_s += 1.0
-        assert fetch.allotment.take(quick) is late
+        assert fetch.assignment.take(quick) is late
         assert fetch.broken_off == [slow]
-        assert supplies[0].is_lost
+        assert sources[0].is_lost
         # Whatever the slow worker does now changes nothing.
-        fetch.allotment.give_back(late, slow)
-        assert not fetch.allotment.done(late, slow)
-        assert not fetch.allotment.is_complete
-        assert fetch.allotment.done(late, quick)
-        assert fetch.allotment.is_complete
+        fetch.assignment.give_back(late, slow)
+        assert not fetch.assignment.done(late, slow)
+        assert not fetch.assignment.is_complete
+        assert fetch.assignment.done(late, quick)
+        assert fetch.assignment.is_complete
 
     def test_it_is_not_late_while_there_is_something_else_to_do(
-        self, fetch: Fetch, supplies: tuple[FetchSource, FetchSource]
+        self, fetch: Fetch, sources: tuple[FetchSource, FetchSource]
     ) -> None:
-        slow, quick = map(fetch.worker, supplies)
-        late = fetch.allotment.take(slow)
+        slow, quick = map(fetch.worker, sources)
+        late = fetch.assignment.take(slow)
         fetch.now_s += 100.0
         assert late not in [fetch.bring(quick, 0.01) for _ in fetch.tasks[1:]]
 
     def test_it_is_not_late_where_everybody_is_as_slow(
-        self, fetch: Fetch, supplies: tuple[FetchSource, FetchSource]
+        self, fetch: Fetch, sources: tuple[FetchSource, FetchSource]
     ) -> None:
-        peer, store = map(fetch.worker, supplies)
+        peer, store = map(fetch.worker, sources)
         for _ in fetch.tasks[1:]:
             fetch.bring(store, 10.0)
-        assert fetch.allotment.take(peer) is not None
+        assert fetch.assignment.take(peer) is not None
         fetch.now_s += 25.0
-        assert fetch.allotment.take(store) is None
+        assert fetch.assignment.take(store) is None
         fetch.now_s += 10.0
-        assert fetch.allotment.take(store) is not None
+        assert fetch.assignment.take(store) is not None
 
     def test_it_is_not_taken_within_a_second(
-        self, fetch: Fetch, supplies: tuple[FetchSource, FetchSource]
+        self, fetch: Fetch, sources: tuple[FetchSource, FetchSource]
     ) -> None:
-        peer, store = map(fetch.worker, supplies)
+        peer, store = map(fetch.worker, sources)
         for _ in fetch.tasks[1:]:
             fetch.bring(store, 0.001)
-        fetch.allotment.take(peer)
+        fetch.assignment.take(peer)
         fetch.now_s += 0.9
-        assert fetch.allotment.take(store) is None
+        assert fetch.assignment.take(store) is None
 
     def test_another_connection_to_the_store_takes_it_and_the_store_is_not_lost(
         self, fetch: Fetch
     ) -> None:
-        store = fetch.supply(Rank.STORE)
+        store = fetch.source(Rank.STORE)
         slow, quick = fetch.worker(store), fetch.worker(store)
-        late = fetch.allotment.take(slow)
+        late = fetch.assignment.take(slow)
         for _ in fetch.tasks[1:]:
             fetch.bring(quick, 0.1)
-        assert fetch.allotment.take(quick) is late
+        assert fetch.assignment.take(quick) is late
         assert fetch.broken_off == [slow]
         assert not store.is_lost
 
     def test_it_is_taken_away_once_only(self, fetch: Fetch) -> None:
-        store = fetch.supply(Rank.STORE)
+        store = fetch.source(Rank.STORE)
         workers = [fetch.worker(store) for _ in range(3)]
-        fetch.allotment.take(workers[0])
+        fetch.assignment.take(workers[0])
         for _ in fetch.tasks[1:]:
             fetch.bring(workers[1], 0.1)
-        assert fetch.allotment.take(workers[1]) is not None
+        assert fetch.assignment.take(workers[1]) is not None
         fetch.now_s += 1000.0
-        assert fetch.allotment.take(workers[2]) is None
+        assert fetch.assignment.take(workers[2]) is None
 
     def test_it_is_taken_only_by_who_has_it(self, fetch: Fetch) -> None:
-        store = fetch.supply(Rank.STORE)
-        peer = fetch.supply(Rank.PEER, fetch.tasks[1:])
+        store = fetch.source(Rank.STORE)
+        peer = fetch.source(Rank.PEER, fetch.tasks[1:])
         slow, quick = fetch.worker(store), fetch.worker(peer)
-        fetch.allotment.take(slow)
+        fetch.assignment.take(slow)
         for _ in fetch.tasks[1:]:
             fetch.bring(quick, 0.1)
         fetch.now_s += 1000.0
-        assert fetch.allotment.take(quick) is None
+        assert fetch.assignment.take(quick) is None

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paraserve_backend.byte_ranges import Span, merge, subtract
+from paraserve_backend.byte_ranges import ByteRange, merge, subtract
 from paraserve_backend.weights.fetching.fetch import FetchReport, fetch
 from paraserve_backend.weights.sources.base import StoredObject
 from paraserve_backend.weights.sources.open import open_source
@@ -47,11 +47,11 @@ def tier(tmp_path: Path) -> Iterator[Tier]:
 
 def use(tier: Tier, model: Path, fetch_id: str, layers: tuple[int, int] | None = None) -> int:
     """Fetch and release; returns how many bytes were missing before."""
-    landing = tier.begin(make_plan(model, fetch_id=fetch_id, layers=layers), part_bytes=PART_BYTES)
-    missing_bytes = sum(landing.parts[part].size_bytes for part in landing.missing_parts())
-    missing_bytes += sum(stored.size_bytes for stored in landing.missing_files())
-    land(landing, model)
-    landing.finish()
+    writer = tier.begin(make_plan(model, fetch_id=fetch_id, layers=layers), part_bytes=PART_BYTES)
+    missing_bytes = sum(writer.parts[part].size_bytes for part in writer.missing_parts())
+    missing_bytes += sum(stored.size_bytes for stored in writer.missing_files())
+    land(writer, model)
+    writer.finish()
     assert_right(tier, fetch_id, model)
     tier.release(fetch_id)
     return missing_bytes
@@ -219,15 +219,15 @@ class TestRestart:
 
     def test_a_half_written_part_is_not_trusted(self, tmp_path: Path, wide: Path) -> None:
         before = Tier.open(tmp_path / "left", cache_bytes=AMPLE_BYTES)
-        landing = before.begin(make_plan(wide), part_bytes=PART_BYTES)
-        land(landing, wide, [0, 1])
-        half = landing.parts[2]
-        with (tmp_path / "left" / "objects" / landing.name_of(landing.object_of(2))).open(
+        writer = before.begin(make_plan(wide), part_bytes=PART_BYTES)
+        land(writer, wide, [0, 1])
+        half = writer.parts[2]
+        with (tmp_path / "left" / "objects" / writer.name_of(writer.object_of(2))).open(
             "r+b"
         ) as file:
             file.seek(half.start)
             file.write(b"x" * (half.size_bytes // 2))
-        landed_bytes = sum(landing.parts[part].size_bytes for part in (0, 1))
+        landed_bytes = sum(writer.parts[part].size_bytes for part in (0, 1))
         before.close()
         tier = Tier.open(tmp_path / "left", cache_bytes=AMPLE_BYTES)
         tier.release("fetch-1")
@@ -262,17 +262,21 @@ _SPANS = st.lists(
 
 @given(steps=st.lists(st.tuples(st.booleans(), _SPANS), max_size=8))
 def test_extents_are_what_was_added_and_not_removed(
-    steps: list[tuple[bool, tuple[Span, ...]]],
+    steps: list[tuple[bool, tuple[ByteRange, ...]]],
 ) -> None:
     stored = StoredObject(key="k", size_bytes=64, version="1")
     found = CachedObject(source_uri="/m", stored=stored, extents=())
-    expected: tuple[Span, ...] = ()
-    for used, (adds, spans) in enumerate(steps):
+    expected: tuple[ByteRange, ...] = ()
+    for used, (adds, byte_ranges) in enumerate(steps):
         if adds:
-            found, expected = found.with_spans(spans, used), merge([*expected, *spans])
-            assert all(it.used == used for it in found.extents if subtract([it.span], spans) == ())
+            found, expected = found.with_ranges(byte_ranges, used), merge([*expected, *byte_ranges])
+            assert all(
+                it.used == used
+                for it in found.extents
+                if subtract([it.byte_range], byte_ranges) == ()
+            )
         else:
-            found, expected = found.without_spans(spans), subtract(expected, spans)
-        assert found.spans == expected
+            found, expected = found.without_ranges(byte_ranges), subtract(expected, byte_ranges)
+        assert found.byte_ranges == expected
         assert CachedObject.from_json(found.to_json()) == found
         assert replace(found).name == found.name

@@ -223,7 +223,7 @@ def test_a_damaged_extent_is_dropped_and_its_bytes_come_from_elsewhere(
         assert report.disk_bytes == all_bytes(wide) - lost.size_bytes
         assert not largest.exists()
         write_all(tier, disk)  # and it is there again
-        assert within(lost.span, disk.spans(largest.parent.name))
+        assert within(lost.byte_range, disk.byte_ranges(largest.parent.name))
 
 
 def test_damage_is_found_before_anybody_wants_the_bytes(

@@ -21,11 +21,9 @@ def node(tmp_path: Path) -> Path:
     tier = Tier.open(tmp_path / "run" / "tier", cache_bytes=1 << 30)
     disk = DiskTier.open(tmp_path / "disk", disk_bytes=1 << 30)
     for name in ("cached", "used"):
-        landing = tier.begin(
-            make_plan(write_checkpoint(tmp_path / name, width=4096), fetch_id=name)
-        )
-        land(landing, tmp_path / name)
-        landing.finish()
+        writer = tier.begin(make_plan(write_checkpoint(tmp_path / name, width=4096), fetch_id=name))
+        land(writer, tmp_path / name)
+        writer.finish()
     tier.release("cached")
     upkeep = DiskUpkeep(tier, disk)
     while upkeep.write_next():

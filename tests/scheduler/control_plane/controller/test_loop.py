@@ -140,7 +140,9 @@ def test_a_scheduler_that_stood_still_does_not_take_its_nodes_for_lost() -> None
             (replica,) = cluster.live()
             assert (replica.id, replica.phase) == ("tiny.1", Phase.READY)
             # Nor its gateways, whose requests would be forgotten.
-            assert cluster.controller.view.heard_since(cluster.clock.now_s() - 1).gateways
+            assert cluster.controller.view.without_silent_gateways(
+                cluster.clock.now_s() - 1
+            ).gateways
             # Who is silent from then on is lost as ever.
             await cluster.passes(CONFIG.node_timeout_s + 1, silent=["n1"])
             assert [replica for replica in cluster.live() if replica.is_wanted] == []
@@ -256,8 +258,8 @@ def test_a_bug_ends_the_controller_loudly() -> None:
     async def scenario() -> None:
         async with running() as cluster:
             stranger = FakeNode(make_node_info("n2"))  # unknown to the fake agents: KeyError
-            cluster.controller.tell(stranger.registered(cluster.clock.now_s()))
-            cluster.controller.tell(stranger.heartbeat(cluster.clock.now_s()))
+            cluster.controller.notify(stranger.registered(cluster.clock.now_s()))
+            cluster.controller.notify(stranger.heartbeat(cluster.clock.now_s()))
             cluster.controller.add_deployment(make_deployment())
             await cluster.demand(waiting=1)
 
@@ -418,7 +420,7 @@ def test_a_pause_after_failures_and_a_drain_outlast_the_scheduler(tmp_path: Path
             await cluster.busy()
             cluster.nodes[replica.plan.head.node].failures.append(NO_OBJECT)
             await cluster.passes(CONFIG.consolidation.after_s)
-            cluster.controller.tell(NodeCordoned(node="n7"))
+            cluster.controller.notify(NodeCordoned(node="n7"))
             await cluster.restart_scheduler()
             await cluster.register()
             await cluster.busy()

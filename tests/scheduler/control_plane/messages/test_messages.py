@@ -20,7 +20,9 @@ from tests.support.histories import History
 from tests.support.views import NOW_S, make_deployment
 
 
-def heard(deployment: Deployment, landed_bytes: dict[str, int], version: str | None) -> ClusterView:
+def reported(
+    deployment: Deployment, landed_bytes: dict[str, int], version: str | None
+) -> ClusterView:
     """A view after heartbeats of nodes that hold so much of the deployment's one object."""
     (stored,) = deployment.index.objects
     view = ClusterView(started_s=NOW_S, listening_since_s=NOW_S)
@@ -39,19 +41,19 @@ def heard(deployment: Deployment, landed_bytes: dict[str, int], version: str | N
 
 def test_nodes_that_have_most_come_first_and_the_node_itself_not_at_all() -> None:
     deployment = make_deployment()
-    view = heard(deployment, {"a": 5, "b": 0, "c": 9, "d": 7, "e": 1, "f": 6}, None)
+    view = reported(deployment, {"a": 5, "b": 0, "c": 9, "d": 7, "e": 1, "f": 6}, None)
     assert peer_addresses(view, deployment, "c") == ("10.0.0.3:1", "10.0.0.5:1", "10.0.0.0:1")
 
 
 def test_another_version_is_nothing() -> None:
     deployment = make_deployment()
-    view = heard(deployment, {"a": 5}, "another")
+    view = reported(deployment, {"a": 5}, "another")
     assert peer_addresses(view, deployment, "b") == ()
 
 
 def test_a_node_that_serves_nobody_is_no_peer() -> None:
     deployment = make_deployment()
-    view = heard(deployment, {"a": 5}, None)
+    view = reported(deployment, {"a": 5}, None)
     silent = replace(view.nodes["a"], info=replace(view.nodes["a"].info, peer_address=""))
     assert peer_addresses(replace(view, nodes={"a": silent}), deployment, "b") == ()
 

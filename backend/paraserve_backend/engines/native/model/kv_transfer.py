@@ -17,21 +17,21 @@ from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.engines.native.model.kv_cache import KvCache
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.forward import Export
-from paraserve_backend.protocol.hand_over import KvBlocks, PostMessage
+from paraserve_backend.protocol.hand_over import KvBlocks, SendMessage
 
 
 class KvExporter:
     """Sends what forward passes ask for; used by the thread that runs them."""
 
-    def __init__(self, cache: KvCache, layers: LayerRange, post: PostMessage) -> None:
+    def __init__(self, cache: KvCache, layers: LayerRange, send: SendMessage) -> None:
         self._storage = cache.storage
         self._layers = layers
-        self._post = post
+        self._send = send
 
     def send(self, exports: Iterable[Export]) -> None:
         """Send the blocks as they are now."""
         for export in exports:
-            self._post(export.address, self._message(export))
+            self._send(export.address, self._message(export))
 
     def _message(self, export: Export) -> KvBlocks:
         blocks = torch.tensor(export.blocks, device=self._storage.device)
