@@ -19,7 +19,7 @@ from paraserve_backend.agent.status import tier_messages
 from paraserve_backend.daemon.tasks import in_thread
 from paraserve_backend.errors import AlreadyExists, NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.telemetry.spans import Span, SpanFile
+from paraserve_backend.telemetry.spans import Span, SpanFile, SpanName
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.fetching.fetch import FetchReport, fetch
 from paraserve_backend.weights.sources.base import Source
@@ -261,19 +261,26 @@ class Fetches:
 
     def _note(self, fetch_id: str, report: FetchReport, started_s: float) -> None:
         """Write into the timeline where the bytes came from, unless all came from the store."""
-        origins = {
-            "fetch from tier": report.reused_bytes,
-            "fetch from disk": report.disk_bytes,
-            "fetch from peers": report.peer_bytes,
-            "fetch from store": report.store_bytes,
-        }
-        if not any(origins[name] for name in origins if name != "fetch from store"):
+        if not report.reused_bytes + report.disk_bytes + report.peer_bytes:
             return
+        origins = {
+            "tier": report.reused_bytes,
+            "disk": report.disk_bytes,
+            "peers": report.peer_bytes,
+            "store": report.store_bytes,
+        }
         spans = SpanFile(self._spans_path(fetch_id))
-        end_s = started_s + report.total_s
-        for name, size_bytes in origins.items():
+        for origin, size_bytes in origins.items():
             if size_bytes:
-                spans.append(Span(name=name, start_s=started_s, end_s=end_s, size_bytes=size_bytes))
+                spans.append(
+                    Span(
+                        name=SpanName.FETCH_FROM,
+                        detail=origin,
+                        start_s=started_s,
+                        end_s=started_s + report.total_s,
+                        size_bytes=size_bytes,
+                    )
+                )
 
     def _spans_path(self, fetch_id: str) -> Path:
         return self._tier.directory / FETCHES / fetch_id / "spans.jsonl"

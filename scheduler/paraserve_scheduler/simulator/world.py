@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from paraserve_backend.telemetry.spans import SpanName
 from paraserve_scheduler.planner.decisions import (
     Admission,
     Decision,
@@ -224,7 +225,7 @@ class Simulation:
             stages=list(start.stages),
             started_s=self.heap.now_s,
         )
-        self.trace.instant("plan", self.heap.now_s, replica=replica.name)
+        self.trace.instant(SpanName.PLAN, self.heap.now_s, replica=replica.name)
         replicas.begin(replica, self, self._replica_ready)
         for stage in replica.stages:
             self._reserve(stage)
@@ -254,7 +255,7 @@ class Simulation:
         now_s = self.heap.now_s
         replica.phase, replica.ready_s, replica.idle_since_s = ReplicaPhase.READY, now_s, now_s
         replica.batch = self._batch(replica)
-        self.trace.instant("all ready", now_s, replica=replica.name)
+        self.trace.instant(SpanName.ALL_READY, now_s, replica=replica.name)
         prediction = replica.start.prediction
         self._outcome.cold_starts.append(
             ColdStart(
