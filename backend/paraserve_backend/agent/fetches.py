@@ -18,6 +18,7 @@ from pathlib import Path
 from paraserve_backend.agent.status import tier_messages
 from paraserve_backend.daemon.tasks import in_thread
 from paraserve_backend.errors import AlreadyExists, NotFound
+from paraserve_backend.protocol.names import replica_of
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.telemetry.spans import Span, SpanFile, SpanName
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
@@ -187,8 +188,8 @@ class Fetches:
         return await in_thread(lambda: self._release(fetch_id))
 
     async def release_replica(self, replica: str) -> bool:
-        """Release all fetches of a replica ("<replica>.<stage>"); returns whether it had any."""
-        ids = [fetch_id for fetch_id in self._ids() if _replica(fetch_id) == replica]
+        """Release the fetches of all stages of a replica; returns whether it had any."""
+        ids = [fetch_id for fetch_id in self._ids() if replica_of(fetch_id) == replica]
         released = [await self.release(fetch_id) for fetch_id in ids]
         return any(released)
 
@@ -323,7 +324,3 @@ class Fetches:
     def _ids(self) -> list[str]:
         in_tier = {landing.plan.fetch_id for landing in self._tier.fetches()}
         return sorted(in_tier | self._running.keys())
-
-
-def _replica(fetch_id: str) -> str:
-    return fetch_id.rpartition(".")[0]

@@ -20,7 +20,8 @@ from typing import Any
 from paraserve_backend.architectures.registry import model_spec
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.errors import InvalidRequest, NotFound, ParaServeError
-from paraserve_backend.protocol.parameters import WeightsConfig
+from paraserve_backend.protocol.names import fetch_id
+from paraserve_backend.protocol.parameters import STANDALONE, WeightsConfig
 from paraserve_backend.telemetry.spans import SpanFile
 from paraserve_backend.weights.tiers.reader import TierReader
 
@@ -104,7 +105,7 @@ def _fetch_here(config: WeightsConfig, uri: str, *, whole_objects: bool) -> Fetc
         if whole_objects
         else stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
     )
-    plan = plan_fetch(index, tensors, fetch_id=f"standalone.{os.getpid()}")
+    plan = plan_fetch(index, tensors, fetch_id=fetch_id(STANDALONE, os.getpid()))
     folder = Path(tempfile.mkdtemp(prefix=f"paraserve-standalone-{os.getpid()}-", dir=_HOST_MEMORY))
     tier = Tier.open(folder / "tier")
     tier.begin(plan)

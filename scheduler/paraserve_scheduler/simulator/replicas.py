@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from paraserve_backend.protocol.names import ReplicaModels
 from paraserve_backend.telemetry.spans import Span, SpanName
 from paraserve_scheduler.planner.cost import ModelShape, runtime_s
 from paraserve_scheduler.planner.decisions import StageChoice, StageSource, Start
@@ -159,9 +160,9 @@ def _trace_stage(
 
 
 def _model(replica: SimReplica, stage: StageChoice) -> str:
-    if len(replica.start.stages) == 1:
-        return "generate"
-    return f"stage{replica.start.stages.index(stage)}"
+    models, stages = ReplicaModels(replica.name), replica.start.stages
+    is_whole = len(stages) == 1
+    return models.short(models.generate if is_whole else models.stage(stages.index(stage)))
 
 
 def _trace(replica: SimReplica, stage: StageChoice, around: Surroundings, span: Span) -> None:

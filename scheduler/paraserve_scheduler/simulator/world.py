@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from paraserve_backend.protocol.names import deployment_of, replica_id
 from paraserve_backend.telemetry.spans import SpanName
 from paraserve_scheduler.planner.decisions import (
     Admission,
@@ -219,7 +220,7 @@ class Simulation:
         served = self._served[start.deployment]
         served.last_number += 1
         replica = SimReplica(
-            name=f"{start.deployment}.{served.last_number}",
+            name=replica_id(start.deployment, served.last_number),
             deployment=served.description,
             start=start,
             stages=list(start.stages),
@@ -311,7 +312,7 @@ class Simulation:
         served.last_number += 1
         now_s = self.heap.now_s
         child = SimReplica(
-            name=f"{served.description.name}.{served.last_number}",
+            name=replica_id(served.description.name, served.last_number),
             deployment=served.description,
             start=origin.start,
             stages=[_whole(stage, origin)],
@@ -324,8 +325,7 @@ class Simulation:
         served.replicas.append(child)
 
     def _stop(self, stop: Stop) -> None:
-        deployment = stop.replica.rpartition(".")[0]
-        served = self._served[deployment]
+        served = self._served[deployment_of(stop.replica)]
         replica = next((it for it in served.replicas if it.name == stop.replica), None)
         # A request may have come since the policy was told.
         if replica is None or replica.in_flight or served.queue:

@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from paraserve_backend.protocol.names import ReplicaModels, deployment_of
 from paraserve_backend.protocol.span_messages import read_span
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.telemetry.spans import Span, SpanName
@@ -163,11 +164,12 @@ def _part_rows(
 ) -> Iterator[TimelineRow]:
     spans = sorted(map(read_span, part.status.spans), key=lambda span: span.start_s)
     known_s = max((max(span.start_s, span.end_s) for span in spans), default=origin_s)
+    models = ReplicaModels(replica.replica)
     for span in spans:
         fetched_bytes = part.status.fetched_bytes if span.name is SpanName.FETCH else 0
         shown = replace(
             span,
-            detail=_short(span.detail, replica.replica),
+            detail=models.short(span.detail),
             end_s=span.end_s or known_s,
             size_bytes=span.size_bytes or fetched_bytes,
         )
@@ -180,7 +182,7 @@ def _part_rows(
 
 def _successor_rows(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[TimelineRow]:
     """Its rows, marked with its number: "load generate .2"."""
-    mark = replica.replica[replica.replica.rfind(".") :]
+    mark = replica.replica.removeprefix(deployment_of(replica.replica))
     for part in _by_stage(replica):
         for row in _part_rows(part, origin_s, replica):
             yield replace(row, what=f"{row.what} {mark}")
@@ -194,11 +196,6 @@ def _hand_over(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[TimelineR
             end_s=replica.hand_over_end_s or replica.hand_over_begin_s,
         )
         yield _row(SCHEDULER, span, origin_s, is_running=not replica.hand_over_end_s)
-
-
-def _short(model: str, replica: str) -> str:
-    """Drop the replica's name: "tiny.1.stage0" is "stage0"."""
-    return model.replace(f"{replica}.", "").replace(replica, "generate")
 
 
 def _instant(name: SpanName, at_s: float, origin_s: float) -> Iterator[TimelineRow]:

@@ -5,15 +5,12 @@ Pure.
 
 from __future__ import annotations
 
-from paraserve_backend.protocol.names import EngineName
+from paraserve_backend.protocol.names import EngineName, fetch_id
 from paraserve_backend.protocol.span_messages import read_span
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch, whole_objects
 from paraserve_backend.weights.checkpoint.stages import stage_tensors
-from paraserve_scheduler.control_plane.messages.triton_models import (
-    fetch_id,
-    stage_models,
-)
+from paraserve_scheduler.control_plane.messages.triton_models import stage_models
 from paraserve_scheduler.state.events import NodeReported
 from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.records import (
@@ -141,7 +138,7 @@ def _fetch(
     else:
         tensors = whole_objects(index)
     return pb.Fetch(
-        plan_json=plan_fetch(index, tensors, fetch_id=fetch_id(plan, stage)).to_json(),
+        plan_json=plan_fetch(index, tensors, fetch_id=fetch_id(plan.replica, stage)).to_json(),
         endpoint_url=deployment.spec.endpoint_url or "",
         region=deployment.spec.region or "",
         background=plan.background,
