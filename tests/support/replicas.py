@@ -41,6 +41,7 @@ from paraserve_backend.protocol.parameters import (
 )
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.protocol.sampling import Sampling
 from paraserve_backend.roles.generate import GenerateRole
 from paraserve_backend.roles.link import LinkRole
@@ -213,7 +214,7 @@ def fetch_stages(model: TinyModel, run_dir: Path, stages: int, replica: str) -> 
     """Fetch every stage as its agent would, and return the stages' settings without channels."""
     source = open_source(str(model.folder))
     index, spec = read_index(source), model.spec
-    tier = Tier.open(run_dir / "tier")
+    tier = Tier.open(RunDir(run_dir).tier.path)
     configs = []
     for number, layers in enumerate(
         split_layers(

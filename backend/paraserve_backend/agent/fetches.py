@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from paraserve_backend.agent.status import tier_messages
 from paraserve_backend.daemon.tasks import in_thread
 from paraserve_backend.errors import AlreadyExists, NotFound
 from paraserve_backend.protocol.names import replica_of
+from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.telemetry.spans import Span, SpanFile, SpanName
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
@@ -27,7 +27,6 @@ from paraserve_backend.weights.sources.base import Source
 from paraserve_backend.weights.sources.open import LazySource, Sources
 from paraserve_backend.weights.sources.peer import HttpPeer
 from paraserve_backend.weights.tiers.disk import DiskTier
-from paraserve_backend.weights.tiers.layout import FETCHES
 from paraserve_backend.weights.tiers.memory import Tier
 
 #: Fetches at once; the rest wait. Each only watches its own threads.
@@ -144,6 +143,7 @@ class Fetches:
         disk: DiskTier | None = None,
     ) -> None:
         self._tier = tier
+        self._dir = TierDir(tier.directory)
         self._sources = Sources()
         self._disk = disk
         self._limits = limits
@@ -205,7 +205,7 @@ class Fetches:
 
     async def spans(self, fetch_id: str) -> tuple[Span, ...]:
         """Return what the processes that read a fetch have measured."""
-        return await in_thread(SpanFile(self._spans_path(fetch_id)).read)
+        return await in_thread(SpanFile(self._dir.spans(fetch_id)).read)
 
     @property
     def is_fetching(self) -> bool:
@@ -270,7 +270,7 @@ class Fetches:
             "peers": report.peer_bytes,
             "store": report.store_bytes,
         }
-        spans = SpanFile(self._spans_path(fetch_id))
+        spans = SpanFile(self._dir.spans(fetch_id))
         for origin, size_bytes in origins.items():
             if size_bytes:
                 spans.append(
@@ -282,9 +282,6 @@ class Fetches:
                         size_bytes=size_bytes,
                     )
                 )
-
-    def _spans_path(self, fetch_id: str) -> Path:
-        return self._tier.directory / FETCHES / fetch_id / "spans.jsonl"
 
     def _release(self, fetch_id: str) -> bool:
         # First: what the replica leaves may stay where it was.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from paraserve_backend.architectures.spec import DTYPE_BYTES, ModelSpec
 from paraserve_backend.protocol.names import (
@@ -18,6 +19,7 @@ from paraserve_backend.protocol.names import (
     fetch_id,
 )
 from paraserve_backend.protocol.parameters import format_layers
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.protocol.tensors import (
     HAND_OVER_OUTPUTS,
     INPUTS,
@@ -160,7 +162,8 @@ def _channel(plan: ReplicaPlan, stage: int) -> dict[str, str]:
 
 
 def _key_file(plan: ReplicaPlan, stage: int) -> str:
-    return f"{plan.stages[stage].run_dir}/keys/{plan.replica}/curve.key"
+    run_dir = RunDir(Path(plan.stages[stage].run_dir))
+    return str(run_dir.key_file(plan.replica))
 
 
 def _hidden(model: ModelSpec) -> Tensor:
