@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from paraserve_backend.daemon.tasks import finish_all, in_thread
 from paraserve_backend.errors import ParaServeError
+from paraserve_backend.protocol.names import slot_model
 from paraserve_backend.tritonserver.host.model_config import SlotPlace, places, slot_files
 from paraserve_backend.tritonserver.host.repository import ModelRepository
 from paraserve_backend.tritonserver.host.stubs import Stub
@@ -236,7 +237,7 @@ class Slots:
         return [place for place in self._places for _ in range(self._wanted_sets - idle[place])]
 
     async def _load(self, place: SlotPlace) -> None:
-        name = f"slot-{next(self._numbers)}.{place.kind}"
+        name = slot_model(next(self._numbers), place.kind)
         slot = self._slots[name] = Slot(name=name, place=place)
         files = slot_files(name, place, self._limits.run_dir)
         try:

@@ -34,6 +34,7 @@ from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.roles.weights import Fetched, open_weights, read_spec
+from paraserve_backend.telemetry.spans import SpanName
 
 if TYPE_CHECKING:
     from paraserve_backend.engines.native.model.stage import StageEngine
@@ -170,7 +171,7 @@ def _local_forward(
     fetched: Fetched, spec: ModelSpec, kv: KvConfig, device: str, send: SendMessage
 ) -> LocalForward:
     # The head of a pipeline must not pay for it.
-    with fetched.spans.span("import torch"):
+    with fetched.spans.span(SpanName.IMPORT_TORCH):
         from paraserve_backend.engines.native.model.load import load_engine
 
     engine = load_engine(

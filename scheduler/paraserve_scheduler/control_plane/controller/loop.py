@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NoReturn, TypeVar
 
 from paraserve_backend.errors import Unavailable
+from paraserve_backend.protocol.names import fetch_id
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.config import SchedulerConfig
 from paraserve_scheduler.control_plane.controller import recovery
@@ -180,9 +181,8 @@ class Controller:
             peers = peer_addresses(self._view, deployment, where.node)
             part = part_message(deployment, plan, stage, keys, peers)
             address = self._view.nodes[where.node].info.agent_address
-            task = tasks.create_task(
-                self._apply(address, part), name=f"apply {plan.replica}.{stage}"
-            )
+            name = f"apply {fetch_id(plan.replica, stage)}"
+            task = tasks.create_task(self._apply(address, part), name=name)
             self._applies[plan.replica].add(task)
 
     async def _apply(self, address: str, part: pb.Part) -> None:
