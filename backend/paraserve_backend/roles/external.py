@@ -21,7 +21,7 @@ from paraserve_backend.engines.vllm.engine import VllmEngine
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.encoder import RequestEncoder
 from paraserve_backend.generation.text import read_tokenizer
-from paraserve_backend.protocol.abilities import check
+from paraserve_backend.protocol.engine_abilities import check
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import GenerateConfig
 from paraserve_backend.protocol.request import GenerateRequest

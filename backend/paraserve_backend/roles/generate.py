@@ -22,8 +22,8 @@ from paraserve_backend.engines.native.batcher import (
     BlockPool,
     ScheduledBatch,
 )
-from paraserve_backend.engines.native.handover_source import HandoverSource
-from paraserve_backend.engines.native.handover_target import HandoverTarget, Write
+from paraserve_backend.engines.native.handover_source import HandOverSource
+from paraserve_backend.engines.native.handover_target import HandOverTarget, Write
 from paraserve_backend.engines.native.loop import Forward, GenerateLoop, Request
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.encoder import RequestEncoder
@@ -60,7 +60,7 @@ class GenerateRole:
             forward = _local_forward(fetched, spec, kv, config.device, self._mailbox.send)
             write = forward.write
         pool = BlockPool(kv.num_blocks)
-        handover_source = HandoverSource(
+        handover_source = HandOverSource(
             self._mailbox.send,
             inbox=self._mailbox.address,
             block_size=kv.block_size,
@@ -68,7 +68,7 @@ class GenerateRole:
             num_layers=spec.num_layers,
             now_s=time.monotonic,
         )
-        handover_target = HandoverTarget(pool, write, self._mailbox.send, time.monotonic)
+        handover_target = HandOverTarget(pool, write, self._mailbox.send, time.monotonic)
         limits = BatchingLimits(
             max_sequences=config.max_sequences,
             max_batch_tokens=config.max_batch_tokens,

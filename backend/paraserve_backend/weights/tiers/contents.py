@@ -18,7 +18,7 @@ from paraserve_backend.byte_ranges import (
 )
 from paraserve_backend.errors import NotFound
 from paraserve_backend.weights.sources.base import Holding, StoredObject
-from paraserve_backend.weights.tiers.cache_index import CacheIndex
+from paraserve_backend.weights.tiers.eviction import CacheIndex
 from paraserve_backend.weights.tiers.layout import FILES, OBJECTS, FetchStatus, object_name
 from paraserve_backend.weights.tiers.writer import TierFetch
 

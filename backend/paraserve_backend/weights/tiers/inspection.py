@@ -14,7 +14,6 @@ from paraserve_backend.byte_ranges import ByteRange, merge
 from paraserve_backend.errors import NotFound
 from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.weights.sources.base import StoredObject
-from paraserve_backend.weights.tiers.cache_index import CACHE, CachedObject, whole_pages
 from paraserve_backend.weights.tiers.contents import TierObject
 from paraserve_backend.weights.tiers.disk_format import (
     DamagedExtent,
@@ -26,6 +25,7 @@ from paraserve_backend.weights.tiers.disk_format import (
     strange_files,
     whole_extents,
 )
+from paraserve_backend.weights.tiers.eviction import CACHE, CachedObject, whole_pages
 from paraserve_backend.weights.tiers.filesystem import first_hole, used_bytes
 from paraserve_backend.weights.tiers.layout import (
     OBJECTS,

@@ -1,7 +1,7 @@
 """The host-memory tier of a node: fetched bytes in files that other processes map.
 
 The agent is the only writer; `tiers.reader` is the other side. Released bytes stay, up to a limit,
-for the next fetch of the same object version; `tiers.cache_index` says which.
+for the next fetch of the same object version; `tiers.eviction` says which.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from paraserve_backend.errors import (
 from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES, FetchPlan
 from paraserve_backend.weights.sources.base import Holding, StoredObject
-from paraserve_backend.weights.tiers.cache_index import (
+from paraserve_backend.weights.tiers.contents import Claim, TierContents, TierObject
+from paraserve_backend.weights.tiers.eviction import (
     CACHE,
     CacheIndex,
     page_range,
     whole_pages,
 )
-from paraserve_backend.weights.tiers.contents import Claim, TierContents, TierObject
 from paraserve_backend.weights.tiers.filesystem import (
     first_hole,
     free_bytes,

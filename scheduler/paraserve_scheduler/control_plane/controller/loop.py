@@ -15,7 +15,6 @@ from paraserve_backend.errors import Unavailable
 from paraserve_backend.protocol.names import fetch_id
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.config import SchedulerConfig
-from paraserve_scheduler.control_plane.controller import recovery
 from paraserve_scheduler.control_plane.controller.agents import AgentCallFailed, Agents
 from paraserve_scheduler.control_plane.controller.clock import Clock
 from paraserve_scheduler.control_plane.messages.agents import part_message, peer_addresses
@@ -47,6 +46,7 @@ from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.records import PartState, Phase
 from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.state.view import ClusterView
+from paraserve_scheduler.store import recovery
 from paraserve_scheduler.store.sqlite import Store
 
 logger = logging.getLogger(__name__)
