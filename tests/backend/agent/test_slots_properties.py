@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -54,9 +53,9 @@ def check(node: FakeNode, wanted: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(STEPS, max_size=8))
-def test_slots_are_never_shared_never_short_and_never_left(steps: list[Step]) -> None:
-    async def run(folder: Path) -> None:
-        async with asyncio.timeout(30), fake_node(folder) as node:
+async def test_slots_are_never_shared_never_short_and_never_left(steps: list[Step]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        async with fake_node(Path(folder)) as node:
             wanted = 0
             for step in steps:
                 wanted = int(step[1]) if step[0] == "keep" else wanted
@@ -66,6 +65,3 @@ def test_slots_are_never_shared_never_short_and_never_left(steps: list[Step]) ->
             await node.parts.remove_all()
             await take(node, ("keep", 0))
             await node.assert_nothing_left()
-
-    with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(run(Path(folder)))

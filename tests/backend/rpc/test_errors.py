@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any, NoReturn
 
@@ -24,26 +23,22 @@ class FakeContext:
         raise Aborted
 
 
-def answer_to(error: Exception) -> tuple[grpc.StatusCode, str]:
+async def answer_to(error: Exception) -> tuple[grpc.StatusCode, str]:
     context: Any = FakeContext()
-
-    async def call() -> None:
+    with pytest.raises(Aborted):
         async with errors_to(context):
             raise error
-
-    with pytest.raises(Aborted):
-        asyncio.run(call())
     (answer,) = context.answers
     return answer  # type: ignore[no-any-return]  # the context is any
 
 
-def test_an_error_of_ours_ends_the_call_with_its_code_and_sentence() -> None:
-    assert answer_to(NotFound("no x")) == (grpc.StatusCode.NOT_FOUND, "no x")
+async def test_an_error_of_ours_ends_the_call_with_its_code_and_sentence() -> None:
+    assert await answer_to(NotFound("no x")) == (grpc.StatusCode.NOT_FOUND, "no x")
 
 
-def test_a_bug_is_only_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_is_only_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
-        code, text = answer_to(ValueError("/srv/secret"))
+        code, text = await answer_to(ValueError("/srv/secret"))
     assert (code, "secret" in text) == (grpc.StatusCode.INTERNAL, False)
     assert "/srv/secret" in caplog.text
 

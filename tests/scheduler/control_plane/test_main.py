@@ -24,7 +24,7 @@ def _free_port() -> int:
         return port
 
 
-def test_the_process_serves_and_leaves_its_state_for_the_next(tmp_path: Path) -> None:
+async def test_the_process_serves_and_leaves_its_state_for_the_next(tmp_path: Path) -> None:
     token_file = tmp_path / "token"
     token_file.write_text("s3cret\n")
     config = SchedulerConfig(
@@ -45,24 +45,24 @@ def test_the_process_serves_and_leaves_its_state_for_the_next(tmp_path: Path) ->
         with contextlib.suppress(asyncio.CancelledError):
             await process
 
-    asyncio.run(once())
-    asyncio.run(once())
+    await once()
+    await once()
 
 
-def test_an_open_address_needs_a_token(tmp_path: Path) -> None:
+async def test_an_open_address_needs_a_token(tmp_path: Path) -> None:
     config = SchedulerConfig(listen="0.0.0.0:0", state_file=tmp_path / "state.db")
     with pytest.raises(InvalidRequest, match="without a cluster token"):
-        asyncio.run(run(config))
+        await run(config)
 
 
-def test_a_taken_address_is_named(tmp_path: Path) -> None:
+async def test_a_taken_address_is_named(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
         config = SchedulerConfig(listen=address, state_file=tmp_path / "state.db")
         with pytest.raises(InvalidRequest, match=f"Cannot listen on {address}"):
-            asyncio.run(run(config))
+            await run(config)
 
 
 def test_settings_come_from_yaml_with_nested_sections(tmp_path: Path) -> None:
