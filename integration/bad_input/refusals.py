@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 import tritonclient.grpc as triton
 
-from integration.support.tiny_cluster import Cluster
+from integration.support.tiny_cluster import TinyCluster
 from paraserve_backend.errors import ParaServeError
 
 #: Heartbeats tell of a node's memory once a second.
@@ -52,7 +52,7 @@ def settled(read: Callable[[], _Value], wanted: _Value) -> _Value:
     return value
 
 
-def snapshot(cluster: Cluster) -> Mapping[str, Any]:
+def snapshot(cluster: TinyCluster) -> Mapping[str, Any]:
     """What is deployed, and what every node holds: memory, models, files."""
     memory = {
         node.info.name: (node.alive, node.reserved_bytes, node.tier_used_bytes)
@@ -61,7 +61,7 @@ def snapshot(cluster: Cluster) -> Mapping[str, Any]:
     return {"deployments": deployments(cluster), "memory": memory, "nodes": contents(cluster)}
 
 
-def deployments(cluster: Cluster) -> Mapping[str, Any]:
+def deployments(cluster: TinyCluster) -> Mapping[str, Any]:
     """By name, what was asked for and which replicas there are."""
     return {
         deployment.spec.name: (
@@ -72,13 +72,13 @@ def deployments(cluster: Cluster) -> Mapping[str, Any]:
     }
 
 
-def remains(cluster: Cluster, deployment: str) -> list[str]:
+def remains(cluster: TinyCluster, deployment: str) -> list[str]:
     """What any node still holds of a deployment: models and files."""
     held = (group for node in contents(cluster).values() for group in node)
     return [name for group in held for name in group if f"{deployment}." in name]
 
 
-def contents(cluster: Cluster) -> Mapping[str, tuple[list[str], list[str], list[str]]]:
+def contents(cluster: TinyCluster) -> Mapping[str, tuple[list[str], list[str], list[str]]]:
     """By node: models that are ready, files of its model repository, files of its tier."""
     files = cluster.layout.files
     found = {}

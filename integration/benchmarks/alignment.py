@@ -139,7 +139,7 @@ def run(folder: Path, gbit: float, seed: int, console: Console) -> dict[str, obj
         for stages in STAGES:
             put_into_bucket(layout, folder, _name(stages))
         console.print(f"{NODES} nodes with {gbit:g} Gbit/s each are up.")
-        cluster = _Cluster(layout, client, console)
+        cluster = _MeasuredCluster(layout, client, console)
         constants = cluster.measure()
         console.print(constants)
         answers = cluster.replay(trace)
@@ -166,7 +166,7 @@ def make_trace(seed: int) -> list[SimRequest]:
     return trace
 
 
-class _Cluster:
+class _MeasuredCluster:
     def __init__(self, layout: ClusterLayout, client: SchedulerClient, console: Console) -> None:
         self._layout = layout
         self._client = client

@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
+class TinyCluster:
     layout: ClusterLayout
     client: SchedulerClient
     models: dict[str, TinyModel]
@@ -72,7 +72,7 @@ class Stream:
     """One request on a stream of its own, with Triton's own client."""
 
     def __init__(
-        self, cluster: Cluster, model: str, prompt: Sequence[int], max_tokens: int
+        self, cluster: TinyCluster, model: str, prompt: Sequence[int], max_tokens: int
     ) -> None:
         self._got: queue.SimpleQueue[tuple[triton.InferResult | None, Exception | None]]
         self._got = queue.SimpleQueue()
@@ -109,7 +109,7 @@ class Stream:
         self._client.close()
 
 
-def generate(cluster: Cluster, model: str, prompt: Sequence[int], max_tokens: int) -> list[int]:
+def generate(cluster: TinyCluster, model: str, prompt: Sequence[int], max_tokens: int) -> list[int]:
     return Stream(cluster, model, prompt, max_tokens).all_ids()
 
 
@@ -144,7 +144,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> N
         time.sleep(0.05)
 
 
-def wait_for_blocks(cluster: Cluster, name: str, wanted: Callable[[float], bool]) -> None:
+def wait_for_blocks(cluster: TinyCluster, name: str, wanted: Callable[[float], bool]) -> None:
     replica = cluster.replica(name)
     head = next(node for node in cluster.layout.nodes if node.name == replica.parts[0].node)
     url = f"http://{head.host}:{head.triton_metrics_port}/metrics"
@@ -158,7 +158,7 @@ def wait_for_blocks(cluster: Cluster, name: str, wanted: Callable[[float], bool]
     wait_until(lambda: wanted(used()))
 
 
-def assert_nothing_left(cluster: Cluster, replica: str) -> None:
+def assert_nothing_left(cluster: TinyCluster, replica: str) -> None:
     """No model, no process and no shared memory of a replica is on any node."""
     for node in cluster.layout.nodes:
         client = triton.InferenceServerClient(f"{node.host}:{node.triton_grpc_port}")

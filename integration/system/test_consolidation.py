@@ -20,8 +20,8 @@ import pytest
 
 from integration.support.tiny_cluster import (
     TIMEOUT_S,
-    Cluster,
     Stream,
+    TinyCluster,
     assert_nothing_left,
     prompts,
     stubs,
@@ -35,7 +35,7 @@ PROMPTS = prompts(6)
 
 
 @pytest.fixture(scope="module")
-def expected(cluster: Cluster) -> list[list[int]]:
+def expected(cluster: TinyCluster) -> list[list[int]]:
     return [cluster.models[MODEL].greedy(prompt, MAX_TOKENS) for prompt in PROMPTS]
 
 
@@ -43,7 +43,7 @@ def expected(cluster: Cluster) -> list[list[int]]:
 class Load:
     """Clients that ask one request after the other until they are told to stop."""
 
-    cluster: Cluster
+    cluster: TinyCluster
     name: str
     expected: list[list[int]]
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -66,7 +66,9 @@ class Load:
 
 
 @contextlib.contextmanager
-def load(cluster: Cluster, name: str, expected: list[list[int]], clients: int) -> Iterator[Load]:
+def load(
+    cluster: TinyCluster, name: str, expected: list[list[int]], clients: int
+) -> Iterator[Load]:
     """Keep so many requests running; after the body every one of them must have been right."""
     running = Load(cluster, name, expected)
     with ThreadPoolExecutor(clients) as threads:
@@ -81,7 +83,7 @@ def load(cluster: Cluster, name: str, expected: list[list[int]], clients: int) -
 
 @contextlib.contextmanager
 def deployed(
-    cluster: Cluster, name: str, max_stages: int, max_sequences: int = 16, max_replicas: int = 1
+    cluster: TinyCluster, name: str, max_stages: int, max_sequences: int = 16, max_replicas: int = 1
 ) -> Iterator[str]:
     cluster.client.deploy(
         pb.DeploymentSpec(
@@ -100,16 +102,16 @@ def deployed(
         cluster.client.delete(name)
 
 
-def replicas(cluster: Cluster, name: str) -> dict[str, pb.ReplicaStatus]:
+def replicas(cluster: TinyCluster, name: str) -> dict[str, pb.ReplicaStatus]:
     (deployment,) = cluster.client.status(name).deployments
     return {replica.replica: replica for replica in deployment.replicas}
 
 
-def serving(cluster: Cluster, name: str) -> list[pb.ReplicaStatus]:
+def serving(cluster: TinyCluster, name: str) -> list[pb.ReplicaStatus]:
     return [r for r in replicas(cluster, name).values() if r.phase == pb.READY]
 
 
-def wait_until_gone(cluster: Cluster, name: str, replica: str) -> pb.ReplicaStatus:
+def wait_until_gone(cluster: TinyCluster, name: str, replica: str) -> pb.ReplicaStatus:
     """Wait until a replica has been removed from all nodes; returns its last status."""
     wait_until(lambda: replicas(cluster, name)[replica].removed_s > 0)
     return replicas(cluster, name)[replica]
@@ -117,7 +119,7 @@ def wait_until_gone(cluster: Cluster, name: str, replica: str) -> pb.ReplicaStat
 
 @pytest.mark.parametrize(("stages", "clients"), [(2, 1), (2, 16), (3, 1), (3, 16), (4, 1), (4, 16)])
 def test_a_pipeline_becomes_one_full_instance_and_no_request_notices(
-    cluster: Cluster, expected: list[list[int]], stages: int, clients: int
+    cluster: TinyCluster, expected: list[list[int]], stages: int, clients: int
 ) -> None:
     with (
         deployed(cluster, f"down-{stages}-{clients}", max_stages=stages) as name,
@@ -140,7 +142,7 @@ def test_a_pipeline_becomes_one_full_instance_and_no_request_notices(
 
 
 def test_under_load_several_stage_nodes_become_full_instances(
-    cluster: Cluster, expected: list[list[int]]
+    cluster: TinyCluster, expected: list[list[int]]
 ) -> None:
     with (
         deployed(cluster, "up", max_stages=3, max_sequences=4, max_replicas=3) as name,
@@ -155,7 +157,7 @@ def test_under_load_several_stage_nodes_become_full_instances(
 
 
 def test_a_replica_moves_to_a_named_node_and_a_drained_node_is_left(
-    cluster: Cluster, expected: list[list[int]]
+    cluster: TinyCluster, expected: list[list[int]]
 ) -> None:
     with (
         deployed(cluster, "mover", max_stages=1) as name,
@@ -194,7 +196,7 @@ def _has_torch(pid: int) -> bool:
 
 
 def test_a_full_instance_that_dies_while_it_loads_leaves_the_pipeline_serving(
-    cluster: Cluster, expected: list[list[int]]
+    cluster: TinyCluster, expected: list[list[int]]
 ) -> None:
     with (
         deployed(cluster, "early", max_stages=3) as name,
@@ -211,7 +213,7 @@ def test_a_full_instance_that_dies_while_it_loads_leaves_the_pipeline_serving(
 
 
 def test_a_full_instance_that_dies_while_it_takes_over_loses_no_request(
-    cluster: Cluster, expected: list[list[int]]
+    cluster: TinyCluster, expected: list[list[int]]
 ) -> None:
     with (
         deployed(cluster, "late", max_stages=3) as name,
@@ -227,7 +229,7 @@ def test_a_full_instance_that_dies_while_it_takes_over_loses_no_request(
 
 
 def test_a_stage_that_dies_while_it_hands_over_loses_no_request(
-    cluster: Cluster, expected: list[list[int]]
+    cluster: TinyCluster, expected: list[list[int]]
 ) -> None:
     with (
         deployed(cluster, "stage-dies", max_stages=3) as name,

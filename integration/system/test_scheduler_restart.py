@@ -19,7 +19,7 @@ from rich.console import Console
 
 from integration.support.bucket import upload
 from integration.support.tiny_cluster import (
-    Cluster,
+    TinyCluster,
     assert_nothing_left,
     pids,
     wait_until,
@@ -52,7 +52,7 @@ from paraserve_scheduler.local.layout import ClusterLayout
 PARASERVE = str(Path(sys.executable).with_name("paraserve"))
 
 
-def _answers(cluster: Cluster, name: str) -> bool:
+def _answers(cluster: TinyCluster, name: str) -> bool:
     """Whether a scheduler listens again, and knows the deployment."""
     try:
         return bool(cluster.client.status(name).deployments)
@@ -82,7 +82,7 @@ def gateway(layout: ClusterLayout) -> Iterator[ClusterLayout]:
 
 
 @pytest.fixture
-def apart(tmp_path: Path) -> Iterator[Cluster]:
+def apart(tmp_path: Path) -> Iterator[TinyCluster]:
     """A cluster of two nodes behind a gateway that outlives its scheduler."""
     environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     files = files_of("restart", environ)
@@ -98,14 +98,14 @@ def apart(tmp_path: Path) -> Iterator[Cluster]:
         source = upload(layout, folders[MODEL], MODEL, Console(quiet=True))
         token = files.token.read_text(encoding="utf-8")
         with gateway(layout) as seen, SchedulerClient(layout.scheduler_address, token) as client:
-            yield Cluster(layout=seen, client=client, models=models, sources={MODEL: source})
+            yield TinyCluster(layout=seen, client=client, models=models, sources={MODEL: source})
     finally:
         down(files, delete=True)
 
 
 @pytest.mark.parametrize("moment", ["the full instance loads", "it takes over"])
 def test_a_scheduler_that_restarts_meanwhile_finishes_what_was_begun(
-    apart: Cluster, moment: str
+    apart: TinyCluster, moment: str
 ) -> None:
     expected = [apart.models[MODEL].greedy(prompt, MAX_TOKENS) for prompt in PROMPTS]
     with (

@@ -19,7 +19,7 @@ from tests.support.views import make_demand, make_deployment, make_node_info
 CONFIG = SchedulerConfig()
 
 
-class Cluster:
+class FakeControlPlane:
     """Nodes outlive schedulers: `restart_scheduler` takes a new one on the same state file."""
 
     def __init__(self, state_file: Path, nodes: Iterable[str]) -> None:
@@ -102,8 +102,8 @@ class Cluster:
 @contextlib.asynccontextmanager
 async def running(
     state_file: Path = Path(":memory:"), nodes: Iterable[str] = ("n0", "n1")
-) -> AsyncIterator[Cluster]:
-    cluster = Cluster(state_file, nodes)
+) -> AsyncIterator[FakeControlPlane]:
+    cluster = FakeControlPlane(state_file, nodes)
     try:
         await cluster.register()
         yield cluster

@@ -32,7 +32,7 @@ DEPLOYMENT = "tiny"
 
 
 @dataclass(kw_only=True)
-class Cluster:
+class GatewayHarness:
     gateway: Gateway
     scheduler: FakeScheduler
     scheduler_server: grpc.aio.Server
@@ -88,7 +88,7 @@ class Cluster:
 @contextlib.asynccontextmanager
 async def serving(
     config: GatewayConfig | None = None, *, replicas: int = 1, token: str | None = None
-) -> AsyncIterator[Cluster]:
+) -> AsyncIterator[GatewayHarness]:
     """Run a gateway for one deployment with so many ready replicas."""
     async with contextlib.AsyncExitStack() as stack:
         scheduler = FakeScheduler()
@@ -101,7 +101,7 @@ async def serving(
         await gateway.start()
         session = await stack.enter_async_context(aiohttp.ClientSession())
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(gateway.grpc_address))
-        cluster = Cluster(
+        cluster = GatewayHarness(
             gateway=gateway,
             scheduler=scheduler,
             scheduler_server=scheduler_server,
@@ -147,7 +147,7 @@ def text_of(response: kserve.ModelInferResponse) -> str:
 
 
 async def read_stream(
-    cluster: Cluster, request: kserve.ModelInferRequest
+    cluster: GatewayHarness, request: kserve.ModelInferRequest
 ) -> list[kserve.ModelStreamInferResponse]:
     """Send one request on a stream of its own and return all that comes back."""
 

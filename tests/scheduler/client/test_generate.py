@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_scheduler.client.generate import Piece, stream
-from tests.support.gateway import Cluster, serving
+from tests.support.gateway import GatewayHarness, serving
 from tests.support.gateway_fakes import Context, answer
 
 
@@ -33,7 +33,7 @@ async def test_a_stream_that_has_had_its_final_response_is_left_to_end() -> None
         assert not cluster.triton.cancelled.is_set()
 
 
-def _ask(cluster: Cluster) -> list[Piece]:
+def _ask(cluster: GatewayHarness) -> list[Piece]:
     return list(stream(cluster.addresses[0], "tiny.1", "Once", {}, timeout_s=10.0))
 
 

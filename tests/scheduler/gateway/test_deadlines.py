@@ -17,7 +17,7 @@ from paraserve_backend.errors import DeadlineExceeded
 from paraserve_scheduler.gateway.kserve.normalisation import take_time_limit_us, time_limit
 from tests.support.gateway import (
     DEPLOYMENT,
-    Cluster,
+    GatewayHarness,
     make_inputs,
     make_request,
     read_events,
@@ -187,7 +187,7 @@ async def test_a_time_out_of_something_else_is_not_taken_for_the_limit() -> None
             await asyncio.Event().wait()
 
 
-async def _call(cluster: Cluster, *, is_stream: bool, timeout_s: float) -> None:
+async def _call(cluster: GatewayHarness, *, is_stream: bool, timeout_s: float) -> None:
     async def only() -> AsyncIterator[kserve.ModelInferRequest]:
         yield make_request()
 

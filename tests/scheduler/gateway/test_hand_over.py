@@ -13,7 +13,7 @@ from tritonclient.grpc import service_pb2 as kserve
 from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
 from paraserve_backend.protocol.sampling import ChosenToken
 from tests.support.gateway import (
-    Cluster,
+    GatewayHarness,
     make_request,
     read_stream,
     serving,
@@ -82,14 +82,14 @@ def counting(stop_after: int, hand_over: asyncio.Event | None = None) -> Script:
 
 
 @contextlib.asynccontextmanager
-async def serving_with(script: Script) -> AsyncIterator[Cluster]:
+async def serving_with(script: Script) -> AsyncIterator[GatewayHarness]:
     async with serving() as cluster:
         for triton in cluster.tritons:
             triton.script = script
         yield cluster
 
 
-async def texts(cluster: Cluster) -> list[str]:
+async def texts(cluster: GatewayHarness) -> list[str]:
     entries = await read_stream(cluster, make_request())
     assert not [entry.error_message for entry in entries if entry.error_message]
     return [

@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_scheduler.gateway.kserve.errors import clean_message
 from tests.support.gateway import (
-    Cluster,
+    GatewayHarness,
     make_config,
     make_request,
     serving,
@@ -27,7 +27,7 @@ from tests.support.gateway_fakes import (
 )
 
 
-async def failure(cluster: Cluster) -> tuple[grpc.StatusCode, str]:
+async def failure(cluster: GatewayHarness) -> tuple[grpc.StatusCode, str]:
     """Return how a request that is streamed at the replica fails for its client."""
     stream = cluster.stub.ModelStreamInfer(_requests(), metadata=(("triton_grpc_error", "true"),))
     with pytest.raises(grpc.aio.AioRpcError) as caught:

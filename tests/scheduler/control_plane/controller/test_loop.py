@@ -17,12 +17,12 @@ from paraserve_scheduler.state.events import NodeCordoned
 from paraserve_scheduler.state.records import Phase
 from paraserve_scheduler.store.sqlite import SqliteStore
 from paraserve_scheduler.testing import FakeAgents, FakeNode
-from tests.support.control_plane import Cluster, running
+from tests.support.control_plane import FakeControlPlane, running
 from tests.support.histories import LOST_PROCESS, NO_OBJECT, TRIED_AGAIN_S
 from tests.support.views import CONFIG, make_deployment, make_node_info
 
 
-def _route(cluster: Cluster) -> pb.Route:
+def _route(cluster: FakeControlPlane) -> pb.Route:
     (route,) = route_table(cluster.controller.view).routes
     return route
 

@@ -29,7 +29,7 @@ from paraserve_scheduler.gateway.kserve.compression import (
 from paraserve_scheduler.gateway.kserve.errors import TooLarge
 from tests.support.gateway import (
     DEPLOYMENT,
-    Cluster,
+    GatewayHarness,
     make_config,
     make_request,
     serving,
@@ -52,14 +52,14 @@ async def long_answer(
     yield answer(request, _LONG, is_final=True)
 
 
-def raw_channel(cluster: Cluster) -> grpc.aio.Channel:
+def raw_channel(cluster: GatewayHarness) -> grpc.aio.Channel:
     """A channel that hands compressed messages on as they are."""
     options = (("grpc.per_message_decompression", 0),)
     return grpc.aio.insecure_channel(cluster.gateway.grpc_address, options=options)
 
 
 async def raw_infer(
-    cluster: Cluster, data: bytes, compression: grpc.Compression | None = None
+    cluster: GatewayHarness, data: bytes, compression: grpc.Compression | None = None
 ) -> bytes:
     """Call ModelInfer with these bytes; return the response's as they came, still compressed."""
     async with raw_channel(cluster) as channel:

@@ -21,7 +21,7 @@ from paraserve_scheduler.gateway.kserve.metadata import Json
 from paraserve_scheduler.gateway.kserve.statistics import Statistics
 from tests.support.gateway import (
     DEPLOYMENT,
-    Cluster,
+    GatewayHarness,
     make_inputs,
     make_request,
     read_stream,
@@ -63,7 +63,7 @@ def only_model(report: Json) -> Json:
     return model
 
 
-async def http_statistics(cluster: Cluster, path: str) -> tuple[int, Json]:
+async def http_statistics(cluster: GatewayHarness, path: str) -> tuple[int, Json]:
     async with cluster.http.get(cluster.url(path)) as response:
         return response.status, await response.json()
 
