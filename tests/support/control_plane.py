@@ -13,8 +13,8 @@ from paraserve_scheduler.control_plane.controller.loop import Controller
 from paraserve_scheduler.state.events import DemandReported
 from paraserve_scheduler.state.records import Phase, Replica
 from paraserve_scheduler.store.sqlite import SqliteStore
-from paraserve_scheduler.testing import FakeAgents, FakeNode, ManualClock
-from tests.support.views import make_demand, make_deployment, make_node_info
+from paraserve_scheduler.testing import FakeAgents, FakeAgent, ManualClock
+from tests.support.scheduler_records import make_demand, make_deployment, make_node_info
 
 CONFIG = SchedulerConfig()
 
@@ -24,7 +24,7 @@ class FakeControlPlane:
 
     def __init__(self, state_file: Path, nodes: Iterable[str]) -> None:
         self.clock = ManualClock()
-        self.nodes = {name: FakeNode(make_node_info(name)) for name in nodes}
+        self.nodes = {name: FakeAgent(make_node_info(name)) for name in nodes}
         self._state_file = state_file
         self._boot()
 

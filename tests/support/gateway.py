@@ -23,7 +23,7 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.server import Gateway
-from tests.support.gateway_fakes import FakeScheduler, FakeTriton
+from tests.support.gateway_fakes import FakeScheduler, FakeTritonServer
 
 if TYPE_CHECKING:
     from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceAsyncStub
@@ -38,7 +38,7 @@ class GatewayHarness:
     scheduler_server: grpc.aio.Server
     scheduler_address: str
     #: Two servers, so that a request can go elsewhere.
-    tritons: tuple[FakeTriton, FakeTriton]
+    tritons: tuple[FakeTritonServer, FakeTritonServer]
     addresses: tuple[str, str]
     #: The first Triton's, so that it can vanish.
     server: grpc.aio.Server
@@ -46,7 +46,7 @@ class GatewayHarness:
     channel: grpc.aio.Channel
 
     @property
-    def triton(self) -> FakeTriton:
+    def triton(self) -> FakeTritonServer:
         return self.tritons[0]
 
     @property
@@ -92,7 +92,7 @@ async def serving(
     """Run a gateway for one deployment with so many ready replicas."""
     async with contextlib.AsyncExitStack() as stack:
         scheduler = FakeScheduler()
-        tritons = (FakeTriton(), FakeTriton())
+        tritons = (FakeTritonServer(), FakeTritonServer())
         scheduler_server, scheduler_address = await stack.enter_async_context(_listening(scheduler))
         listeners = [await stack.enter_async_context(_listening(each)) for each in tritons]
         settings = replace(config or make_config(), scheduler_address=scheduler_address)
@@ -165,7 +165,7 @@ async def read_events(response: aiohttp.ClientResponse) -> list[dict[str, Any]]:
 
 @contextlib.asynccontextmanager
 async def _listening(
-    servicer: FakeScheduler | FakeTriton,
+    servicer: FakeScheduler | FakeTritonServer,
 ) -> AsyncIterator[tuple[grpc.aio.Server, str]]:
     server = grpc.aio.server()
     if isinstance(servicer, FakeScheduler):

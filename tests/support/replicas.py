@@ -51,7 +51,7 @@ from paraserve_backend.weights.checkpoint.stages import split_layers, stage_tens
 from paraserve_backend.weights.fetching.fetch import fetch
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.memory import Tier
-from tests.support.generate_settings import make_generate_config
+from tests.support.generate_config import make_generate_config
 from tests.support.models import VOCAB_SIZE, TinyModel, write_model
 
 KV = KvConfig(num_blocks=256, block_size=4)

@@ -33,7 +33,7 @@ from paraserve_backend.protocol.request import parse_request
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.roles.generate import GenerateRole, LocalForward
 from paraserve_backend.roles.weights import open_weights, read_spec
-from tests.support.generate_settings import make_generate_config
+from tests.support.generate_config import make_generate_config
 
 SHAPE = LlamaShape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2)
 TOKENS = 60

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.agents import FakeNode, fake_node
+from tests.support.agents import AgentHarness, agent_harness
 
 
 @pytest.fixture
-async def node(tmp_path: Path) -> AsyncIterator[FakeNode]:
+async def node(tmp_path: Path) -> AsyncIterator[AgentHarness]:
     """A node of fakes whose parts have time enough to come and to go."""
-    async with fake_node(tmp_path) as node:
+    async with agent_harness(tmp_path) as node:
         yield node

@@ -13,13 +13,13 @@ from paraserve_backend.errors import InvalidCheckpoint, ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.tritonserver.host.client import ModelState
 from tests.support.agents import (
-    FakeNode,
-    fake_node,
+    AgentHarness,
+    agent_harness,
     follow,
+    head_part,
     make_part,
     until,
 )
-from tests.support.slotted_agents import head_part
 
 SET = ["slot-0.front", "slot-1.stage", "slot-2.link"]
 #: Longer than a pause after anything.
@@ -27,37 +27,37 @@ LONG_S = 60
 
 
 @pytest.fixture
-async def node(tmp_path: Path) -> AsyncIterator[FakeNode]:
+async def node(tmp_path: Path) -> AsyncIterator[AgentHarness]:
     """A node on which nothing is left once its parts and slots are removed."""
-    async with fake_node(tmp_path) as node:
+    async with agent_harness(tmp_path) as node:
         yield node
         await node.parts.remove_all()
         await node.slots.remove_all()
         await node.assert_nothing_left()
 
 
-async def keep(node: FakeNode, idle_sets: int) -> None:
+async def keep(node: AgentHarness, idle_sets: int) -> None:
     """Have so many idle sets, when the node has been quiet for long."""
     node.slots.keep(idle_sets)
     node.now_s[0] += LONG_S
     await node.slots.tend()
 
 
-def alive(node: FakeNode) -> list[str]:
+def alive(node: AgentHarness) -> list[str]:
     return sorted(stub.model for stub in node.processes.find())
 
 
-def slots_alive(node: FakeNode) -> list[str]:
+def slots_alive(node: AgentHarness) -> list[str]:
     return [model for model in alive(node) if model.startswith("slot-")]
 
 
-def commands(node: FakeNode) -> list[tuple[str, str]]:
+def commands(node: AgentHarness) -> list[tuple[str, str]]:
     """The slots that got a command, and which one."""
     return [(model, next(iter(json.loads(command)))) for model, command in node.triton.commands]
 
 
 async def test_as_many_sets_are_loaded_as_are_wanted_and_no_more_than_the_setting(
-    node: FakeNode,
+    node: AgentHarness,
 ) -> None:
     for wanted, there in ((1, 1), (2, 2), (7, 2), (1, 1), (0, 0)):
         await keep(node, wanted)
@@ -67,7 +67,7 @@ async def test_as_many_sets_are_loaded_as_are_wanted_and_no_more_than_the_settin
 
 
 async def test_a_cold_start_binds_idle_slots_instead_of_loading(
-    node: FakeNode, tmp_path: Path
+    node: AgentHarness, tmp_path: Path
 ) -> None:
     await keep(node, 1)
     node.triton.loads.clear()
@@ -88,14 +88,14 @@ async def test_a_cold_start_binds_idle_slots_instead_of_loading(
     assert await node.slots.idle_bytes() == 0
 
 
-async def test_a_slot_is_told_the_parameters_of_the_models_own_config(node: FakeNode) -> None:
+async def test_a_slot_is_told_the_parameters_of_the_models_own_config(node: AgentHarness) -> None:
     await keep(node, 1)
     await follow(node, head_part())
     told = {model: json.loads(command)["bind"] for model, command in node.triton.commands}
     assert told["slot-1.stage"] == {"role": "stage", "replica": "tiny.1"}
 
 
-async def test_going_to_zero_keeps_the_processes_for_the_next(node: FakeNode) -> None:
+async def test_going_to_zero_keeps_the_processes_for_the_next(node: AgentHarness) -> None:
     await keep(node, 1)
     before = node.processes.find()
     for replica in ("tiny.1", "small.1", "tiny.2"):
@@ -107,7 +107,7 @@ async def test_going_to_zero_keeps_the_processes_for_the_next(node: FakeNode) ->
     assert [verb for _, verb in commands(node)] == (3 * ["bind"] + 3 * ["unbind"]) * 3
 
 
-async def test_what_finds_no_slot_is_loaded(node: FakeNode) -> None:
+async def test_what_finds_no_slot_is_loaded(node: AgentHarness) -> None:
     await keep(node, 1)
     await follow(node, head_part("tiny.1"))
     last = (await follow(node, head_part("small.1")))[-1]
@@ -117,7 +117,7 @@ async def test_what_finds_no_slot_is_loaded(node: FakeNode) -> None:
 
 
 async def test_the_pool_is_filled_only_when_no_part_starts_and_a_while_after(
-    node: FakeNode,
+    node: AgentHarness,
 ) -> None:
     await keep(node, 1)
     node.triton.gates["slot-1.stage"] = asyncio.Event()
@@ -138,7 +138,7 @@ async def test_the_pool_is_filled_only_when_no_part_starts_and_a_while_after(
     assert (node.slots.idle_sets, len(alive(node))) == (1, 3)
 
 
-async def test_an_idle_slot_whose_process_died_is_replaced(node: FakeNode) -> None:
+async def test_an_idle_slot_whose_process_died_is_replaced(node: AgentHarness) -> None:
     await keep(node, 1)
     node.processes.end("slot-1.stage")
     node.changed.clear()
@@ -152,7 +152,9 @@ async def test_an_idle_slot_whose_process_died_is_replaced(node: FakeNode) -> No
     assert node.models_on_disk() == alive(node)
 
 
-async def test_a_part_that_loses_a_bound_process_fails_and_frees_the_others(node: FakeNode) -> None:
+async def test_a_part_that_loses_a_bound_process_fails_and_frees_the_others(
+    node: AgentHarness,
+) -> None:
     await keep(node, 1)
     await follow(node, head_part())
     node.observe()
@@ -167,7 +169,7 @@ async def test_a_part_that_loses_a_bound_process_fails_and_frees_the_others(node
     assert alive(node) == ["slot-0.front", "slot-2.link"]
 
 
-async def test_a_process_that_dies_while_it_is_bound_fails_the_part(node: FakeNode) -> None:
+async def test_a_process_that_dies_while_it_is_bound_fails_the_part(node: AgentHarness) -> None:
     await keep(node, 1)
     node.triton.gates["slot-0.front"] = asyncio.Event()
     progress = await node.parts.apply(head_part())
@@ -183,7 +185,7 @@ async def test_a_process_that_dies_while_it_is_bound_fails_the_part(node: FakeNo
 
 
 async def test_a_bind_that_fails_fails_the_part_with_its_reason_and_ends_the_process(
-    node: FakeNode,
+    node: AgentHarness,
 ) -> None:
     await keep(node, 1)
     node.triton.command_error = InvalidCheckpoint("Tensor x is missing.")
@@ -197,7 +199,7 @@ async def test_a_bind_that_fails_fails_the_part_with_its_reason_and_ends_the_pro
 
 
 @pytest.mark.parametrize("is_hung", [False, True])
-async def test_a_slot_that_does_not_let_go_is_killed(node: FakeNode, is_hung: bool) -> None:
+async def test_a_slot_that_does_not_let_go_is_killed(node: AgentHarness, is_hung: bool) -> None:
     await keep(node, 1)
     await follow(node, head_part())
     node.triton.gates["slot-0.front"] = asyncio.Event()  # never answers
@@ -208,7 +210,7 @@ async def test_a_slot_that_does_not_let_go_is_killed(node: FakeNode, is_hung: bo
     assert node.processes.killed == (["slot-0.front"] if is_hung else [])
 
 
-async def test_a_slot_that_its_part_ends_is_ended_once(node: FakeNode) -> None:
+async def test_a_slot_that_its_part_ends_is_ended_once(node: AgentHarness) -> None:
     await keep(node, 1)
     await follow(node, head_part())
     node.triton.gates["slot-0.front"] = asyncio.Event()  # never answers
@@ -221,7 +223,7 @@ async def test_a_slot_that_its_part_ends_is_ended_once(node: FakeNode) -> None:
     assert node.slots.idle_sets == 1
 
 
-async def test_a_removal_while_a_slot_is_bound_ends_its_process(node: FakeNode) -> None:
+async def test_a_removal_while_a_slot_is_bound_ends_its_process(node: AgentHarness) -> None:
     await keep(node, 1)
     gate = node.triton.gates["slot-1.stage"] = asyncio.Event()
     await node.parts.apply(head_part())
@@ -232,7 +234,7 @@ async def test_a_removal_while_a_slot_is_bound_ends_its_process(node: FakeNode) 
     gate.set()
 
 
-async def test_a_load_that_fails_is_tried_again_only_after_a_while(node: FakeNode) -> None:
+async def test_a_load_that_fails_is_tried_again_only_after_a_while(node: AgentHarness) -> None:
     node.triton.load_errors["slot-1.stage"] = ParaServeError("No torch.")
     await keep(node, 1)
     await node.slots.tend()
@@ -243,7 +245,7 @@ async def test_a_load_that_fails_is_tried_again_only_after_a_while(node: FakeNod
 
 
 async def test_a_start_that_comes_while_slots_are_loaded_has_at_most_one_of_them_beside_it(
-    node: FakeNode,
+    node: AgentHarness,
 ) -> None:
     gate = node.triton.gates["slot-0.front"] = asyncio.Event()
     keeping = asyncio.create_task(keep(node, 1))
@@ -257,7 +259,7 @@ async def test_a_start_that_comes_while_slots_are_loaded_has_at_most_one_of_them
     assert node.slots.idle_sets == 1
 
 
-async def test_slots_come_back_when_triton_does(node: FakeNode) -> None:
+async def test_slots_come_back_when_triton_does(node: AgentHarness) -> None:
     await keep(node, 1)
     node.triton.is_up = False
     for slot in SET:
@@ -271,14 +273,14 @@ async def test_slots_come_back_when_triton_does(node: FakeNode) -> None:
     assert node.slots.idle_sets == 1
 
 
-async def test_a_replica_in_a_slot_hands_over_there(node: FakeNode) -> None:
+async def test_a_replica_in_a_slot_hands_over_there(node: AgentHarness) -> None:
     await keep(node, 1)
     await follow(node, head_part())
     await node.parts.hand_over(pb.HandOverRequest(replica="tiny.1"))
     assert node.triton.commands[-1] == ("slot-0.front", '{"hand_over": []}')
 
 
-async def test_slots_that_are_wanted_come_and_go_by_themselves(node: FakeNode) -> None:
+async def test_slots_that_are_wanted_come_and_go_by_themselves(node: AgentHarness) -> None:
     running = asyncio.create_task(node.slots.run())
     node.slots.keep(1)
     await until(lambda: node.slots.idle_sets == 1)
@@ -288,7 +290,7 @@ async def test_slots_that_are_wanted_come_and_go_by_themselves(node: FakeNode) -
     await asyncio.wait([running])
 
 
-async def test_models_that_are_no_roles_of_ours_use_no_slot(node: FakeNode) -> None:
+async def test_models_that_are_no_roles_of_ours_use_no_slot(node: AgentHarness) -> None:
     await keep(node, 1)
     assert (await follow(node, make_part()))[-1].phase == pb.READY
     assert node.slots.idle_sets == 1

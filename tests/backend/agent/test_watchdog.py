@@ -4,10 +4,10 @@ import asyncio
 
 from paraserve_backend.agent.watchdog import Watchdog
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from tests.support.agents import FakeNode, follow, make_part
+from tests.support.agents import AgentHarness, follow, make_part
 
 
-def make_watchdog(node: FakeNode) -> Watchdog:
+def make_watchdog(node: AgentHarness) -> Watchdog:
     return Watchdog(
         triton=node.triton,
         stubs=node.processes,
@@ -18,7 +18,9 @@ def make_watchdog(node: FakeNode) -> Watchdog:
     )
 
 
-async def test_tritons_coming_and_going_is_a_change_and_its_staying_is_none(node: FakeNode) -> None:
+async def test_tritons_coming_and_going_is_a_change_and_its_staying_is_none(
+    node: AgentHarness,
+) -> None:
     watchdog = make_watchdog(node)
     seen = []
     for is_up in (False, True, True, False, False):
@@ -35,7 +37,7 @@ async def test_tritons_coming_and_going_is_a_change_and_its_staying_is_none(node
     ]
 
 
-async def test_it_keeps_looking_until_it_sees_a_dead_process(node: FakeNode) -> None:
+async def test_it_keeps_looking_until_it_sees_a_dead_process(node: AgentHarness) -> None:
     await follow(node, make_part())
     node.changed.clear()
     watching = asyncio.create_task(make_watchdog(node).run())

@@ -34,7 +34,7 @@ from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken, Sampling, Steering
 from paraserve_backend.roles.external import ENGINES, ExternalRole, visible_devices
-from tests.support.generate_settings import make_generate_config, weights_from
+from tests.support.generate_config import make_generate_config, weights_from
 from tests.support.models import write_model
 
 TIMEOUT_S = 20

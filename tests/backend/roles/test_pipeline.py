@@ -12,7 +12,7 @@ import torch
 from paraserve_backend.errors import Cancelled, InvalidRequest
 from paraserve_backend.protocol.sampling import Sampling, Steering
 from paraserve_backend.roles.generate import GenerateRole
-from tests.support.generate_settings import make_generate_config, weights_from
+from tests.support.generate_config import make_generate_config, weights_from
 from tests.support.models import VOCAB_SIZE, TinyModel
 from tests.support.replicas import (
     TIMEOUT_S,

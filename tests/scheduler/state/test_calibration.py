@@ -9,7 +9,7 @@ from paraserve_scheduler.state.events import DemandReported, PartReported
 from paraserve_scheduler.state.learned import Calibration, stage_times
 from paraserve_scheduler.state.records import PartState, Phase
 from tests.support.histories import History
-from tests.support.views import make_demand, make_node_info
+from tests.support.scheduler_records import make_demand, make_node_info
 
 _MB = 1_000_000
 

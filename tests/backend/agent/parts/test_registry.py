@@ -18,8 +18,8 @@ from paraserve_backend.errors import (
 )
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from tests.support.agents import (
-    FakeNode,
-    fake_node,
+    AgentHarness,
+    agent_harness,
     follow,
     make_part,
     make_plan,
@@ -32,7 +32,7 @@ def phases(parts: Parts) -> list[pb.Phase.ValueType]:
     return [status.phase for status in parts.statuses()]
 
 
-async def test_waves_load_in_order_and_unload_in_reverse(node: FakeNode) -> None:
+async def test_waves_load_in_order_and_unload_in_reverse(node: AgentHarness) -> None:
     part = make_part("tiny.1.stage0", "tiny.1.forward", "tiny.1")
     assert (await follow(node, part))[-1].phase == pb.READY
     assert node.triton.loads == ["tiny.1.stage0", "tiny.1.forward", "tiny.1"]
@@ -41,7 +41,7 @@ async def test_waves_load_in_order_and_unload_in_reverse(node: FakeNode) -> None
     await node.assert_nothing_left()
 
 
-async def test_models_of_one_wave_load_at_the_same_time(node: FakeNode) -> None:
+async def test_models_of_one_wave_load_at_the_same_time(node: AgentHarness) -> None:
     part = make_part("tiny.1", "tiny.1.link")
     for model in part.models:
         model.load_wave = 0
@@ -54,7 +54,9 @@ async def test_models_of_one_wave_load_at_the_same_time(node: FakeNode) -> None:
     assert [status async for status in progress.follow()][-1].phase == pb.READY
 
 
-async def test_the_fetch_and_the_load_run_at_the_same_time(node: FakeNode, tmp_path: Path) -> None:
+async def test_the_fetch_and_the_load_run_at_the_same_time(
+    node: AgentHarness, tmp_path: Path
+) -> None:
     gate = node.triton.gates["tiny.1"] = asyncio.Event()
     plan = make_plan(tmp_path / "model")
     progress = await node.parts.apply(make_part(plan=plan))
@@ -65,7 +67,7 @@ async def test_the_fetch_and_the_load_run_at_the_same_time(node: FakeNode, tmp_p
     assert status.phase == pb.READY
 
 
-async def test_news_says_when_each_step_began_and_ended(node: FakeNode, tmp_path: Path) -> None:
+async def test_news_says_when_each_step_began_and_ended(node: AgentHarness, tmp_path: Path) -> None:
     plan = make_plan(tmp_path / "model")
     last = (await follow(node, make_part(plan=plan)))[-1]
     assert [span.name for span in last.spans] == ["write models", "fetch", "load tiny.1"]
@@ -73,13 +75,13 @@ async def test_news_says_when_each_step_began_and_ended(node: FakeNode, tmp_path
     assert all(span.end_s == node.now_s[0] for span in last.spans)
 
 
-async def test_a_second_apply_attaches_to_the_first(node: FakeNode) -> None:
+async def test_a_second_apply_attaches_to_the_first(node: AgentHarness) -> None:
     first, second = await asyncio.gather(follow(node, make_part()), follow(node, make_part()))
     assert first[-1] == second[-1]
     assert node.triton.loads == ["tiny.1"]
 
 
-async def test_two_stages_of_a_replica_on_one_node_are_removed_together(node: FakeNode) -> None:
+async def test_two_stages_of_a_replica_on_one_node_are_removed_together(node: AgentHarness) -> None:
     for stage in (0, 1):
         part = make_part(f"tiny.1.stage{stage}", keys=True)
         part.stage = stage
@@ -91,7 +93,7 @@ async def test_two_stages_of_a_replica_on_one_node_are_removed_together(node: Fa
 
 
 async def test_a_failed_load_takes_the_loaded_models_and_the_bytes_away(
-    node: FakeNode, tmp_path: Path
+    node: AgentHarness, tmp_path: Path
 ) -> None:
     node.triton.load_errors["tiny.1"] = InvalidCheckpoint("Tensor x is missing.")
     part = make_part("tiny.1.stage0", "tiny.1", plan=make_plan(tmp_path / "m"), keys=True)
@@ -105,7 +107,7 @@ async def test_a_failed_load_takes_the_loaded_models_and_the_bytes_away(
 
 
 async def test_a_failed_fetch_is_told_although_the_load_still_waits(
-    node: FakeNode, tmp_path: Path
+    node: AgentHarness, tmp_path: Path
 ) -> None:
     node.triton.gates["tiny.1"] = gate = asyncio.Event()
     plan = make_plan(tmp_path / "model")
@@ -118,7 +120,7 @@ async def test_a_failed_fetch_is_told_although_the_load_still_waits(
 
 
 async def test_an_unexpected_error_is_reported_without_its_details(
-    node: FakeNode, tmp_path: Path
+    node: AgentHarness, tmp_path: Path
 ) -> None:
     # A file where the folder of keys should be.
     (tmp_path / "keys").write_text("in the way")
@@ -130,7 +132,9 @@ async def test_an_unexpected_error_is_reported_without_its_details(
     await node.assert_nothing_left()
 
 
-async def test_a_load_whose_answer_is_late_counts_once_the_model_is_ready(node: FakeNode) -> None:
+async def test_a_load_whose_answer_is_late_counts_once_the_model_is_ready(
+    node: AgentHarness,
+) -> None:
     gate = node.triton.gates["tiny.1"] = asyncio.Event()
     node.triton.late["tiny.1"] = DeadlineExceeded("Triton did not answer in time.")
     progress = await node.parts.apply(make_part())
@@ -140,7 +144,7 @@ async def test_a_load_whose_answer_is_late_counts_once_the_model_is_ready(node: 
 
 
 async def test_a_part_that_misses_its_deadline_says_so(tmp_path: Path) -> None:
-    async with fake_node(tmp_path, part_deadline_s=0.01) as node:
+    async with agent_harness(tmp_path, part_deadline_s=0.01) as node:
         gate = node.triton.gates["tiny.1"] = asyncio.Event()
         last = (await follow(node, make_part()))[-1]
         assert last.failure.grpc_code == "DEADLINE_EXCEEDED"
@@ -149,7 +153,7 @@ async def test_a_part_that_misses_its_deadline_says_so(tmp_path: Path) -> None:
 
 
 async def test_a_removal_waits_for_the_running_load_and_ends_the_stream(
-    node: FakeNode, tmp_path: Path
+    node: AgentHarness, tmp_path: Path
 ) -> None:
     gate = node.triton.gates["tiny.1"] = asyncio.Event()
     following = asyncio.create_task(follow(node, make_part(plan=make_plan(tmp_path / "m"))))
@@ -165,7 +169,7 @@ async def test_a_removal_waits_for_the_running_load_and_ends_the_stream(
     await node.assert_nothing_left()
 
 
-async def test_an_apply_during_a_removal_comes_after_it(node: FakeNode) -> None:
+async def test_an_apply_during_a_removal_comes_after_it(node: AgentHarness) -> None:
     await follow(node, make_part())
     removing = asyncio.create_task(node.parts.remove("tiny.1"))
     await until(lambda: phases(node.parts) == [pb.STOPPING])
@@ -175,7 +179,7 @@ async def test_an_apply_during_a_removal_comes_after_it(node: FakeNode) -> None:
     assert node.triton.loads == ["tiny.1", "tiny.1"]
 
 
-async def test_a_removal_goes_on_when_its_caller_gives_up(node: FakeNode) -> None:
+async def test_a_removal_goes_on_when_its_caller_gives_up(node: AgentHarness) -> None:
     await follow(node, make_part())
     removing = asyncio.create_task(node.parts.remove("tiny.1"))
     await until(lambda: phases(node.parts) == [pb.STOPPING])
@@ -184,12 +188,12 @@ async def test_a_removal_goes_on_when_its_caller_gives_up(node: FakeNode) -> Non
     await node.assert_nothing_left()
 
 
-async def test_removing_what_is_not_there_is_no_error(node: FakeNode) -> None:
+async def test_removing_what_is_not_there_is_no_error(node: AgentHarness) -> None:
     assert await node.parts.remove("tiny.1") is False
 
 
 async def test_a_removal_whose_process_survives_fails_and_can_be_tried_again(
-    node: FakeNode,
+    node: AgentHarness,
 ) -> None:
     await follow(node, make_part())
     node.triton.hung.add("tiny.1")
@@ -203,7 +207,7 @@ async def test_a_removal_whose_process_survives_fails_and_can_be_tried_again(
 
 
 async def test_a_dead_process_fails_a_serving_part_at_once_and_is_cleaned_up(
-    node: FakeNode,
+    node: AgentHarness,
 ) -> None:
     await follow(node, make_part("tiny.1.stage0", "tiny.1"))
     node.observe()
@@ -222,7 +226,7 @@ async def test_a_dead_process_fails_a_serving_part_at_once_and_is_cleaned_up(
 
 
 async def test_a_lost_triton_fails_its_parts_and_does_not_hold_up_their_removal(
-    node: FakeNode,
+    node: AgentHarness,
 ) -> None:
     await follow(node, make_part())
     node.triton.is_up = False
@@ -233,7 +237,7 @@ async def test_a_lost_triton_fails_its_parts_and_does_not_hold_up_their_removal(
     await node.assert_nothing_left()
 
 
-async def test_a_failure_nobody_removes_is_forgotten_after_a_while(node: FakeNode) -> None:
+async def test_a_failure_nobody_removes_is_forgotten_after_a_while(node: AgentHarness) -> None:
     node.triton.load_errors["tiny.1"] = ParaServeError("no")
     await follow(node, make_part())
     await until(lambda: node.models_on_disk() == [])
@@ -251,7 +255,7 @@ async def test_a_failure_nobody_removes_is_forgotten_after_a_while(node: FakeNod
 
 
 async def test_removing_a_replica_releases_what_was_only_prefetched(
-    node: FakeNode, tmp_path: Path
+    node: AgentHarness, tmp_path: Path
 ) -> None:
     plan = make_plan(tmp_path / "model", "tiny.1.3")
     other = make_plan(tmp_path / "other", "tiny.11.3")
@@ -273,14 +277,14 @@ async def test_removing_a_replica_releases_what_was_only_prefetched(
     ],
 )
 async def test_a_malformed_part_is_refused_and_leaves_no_record(
-    node: FakeNode, part: pb.Part, sentence: str
+    node: AgentHarness, part: pb.Part, sentence: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=sentence):
         await node.parts.apply(part)
     assert node.parts.statuses() == []
 
 
-async def test_a_malformed_fetch_plan_is_refused(node: FakeNode) -> None:
+async def test_a_malformed_fetch_plan_is_refused(node: AgentHarness) -> None:
     part = make_part()
     part.fetch.CopyFrom(pb.Fetch(plan_json=b"{}"))
     with pytest.raises(InvalidRequest):
@@ -291,7 +295,7 @@ async def test_a_malformed_fetch_plan_is_refused(node: FakeNode) -> None:
 # ---- processes that end while they load ----
 
 
-async def _lose_process(node: FakeNode) -> None:
+async def _lose_process(node: AgentHarness) -> None:
     """Let the process of tiny.1 appear and end while Triton loads the model."""
     node.triton.gates["tiny.1"] = asyncio.Event()
     await node.parts.apply(make_part("tiny.1"))
@@ -305,7 +309,7 @@ async def _lose_process(node: FakeNode) -> None:
 async def test_a_load_whose_process_has_ended_fails_though_triton_says_nothing(
     tmp_path: Path,
 ) -> None:
-    async with fake_node(tmp_path, remove_deadline_s=0.1) as node:
+    async with agent_harness(tmp_path, remove_deadline_s=0.1) as node:
         await _lose_process(node)
         node.now_s[0] += 1.9
         node.observe()
@@ -319,7 +323,7 @@ async def test_a_load_whose_process_has_ended_fails_though_triton_says_nothing(
         await node.assert_nothing_left()
 
 
-async def test_what_triton_says_about_it_in_time_is_the_reason(node: FakeNode) -> None:
+async def test_what_triton_says_about_it_in_time_is_the_reason(node: AgentHarness) -> None:
     await _lose_process(node)
     node.triton.load_errors["tiny.1"] = InvalidCheckpoint("Tensor x is missing.")
     node.triton.gates["tiny.1"].set()
@@ -328,7 +332,7 @@ async def test_what_triton_says_about_it_in_time_is_the_reason(node: FakeNode) -
     assert status.failure.message == "Tensor x is missing."
 
 
-async def test_a_process_that_forks_for_a_moment_has_not_died(node: FakeNode) -> None:
+async def test_a_process_that_forks_for_a_moment_has_not_died(node: AgentHarness) -> None:
     await follow(node, make_part("tiny.1"))
     (own,) = node.processes.alive
     node.processes.start("tiny.1")
@@ -352,7 +356,7 @@ def _hand_over(*targets: str) -> pb.HandOverRequest:
 
 @pytest.mark.parametrize("targets", [(), ("tiny.2",), ("tiny.2", "tiny.3")])
 async def test_a_head_is_told_who_takes_its_requests(
-    node: FakeNode, targets: tuple[str, ...]
+    node: AgentHarness, targets: tuple[str, ...]
 ) -> None:
     await follow(node, make_part("tiny.1"))
     await node.parts.hand_over(_hand_over(*targets))
@@ -363,7 +367,7 @@ async def test_a_head_is_told_who_takes_its_requests(
     }
 
 
-async def test_only_a_ready_head_can_be_told_to_hand_over(node: FakeNode) -> None:
+async def test_only_a_ready_head_can_be_told_to_hand_over(node: AgentHarness) -> None:
     with pytest.raises(NotFound, match=r"head of tiny\.1 is not on this node"):
         await node.parts.hand_over(_hand_over("tiny.2"))
     node.triton.gates["tiny.1"] = asyncio.Event()
@@ -374,7 +378,7 @@ async def test_only_a_ready_head_can_be_told_to_hand_over(node: FakeNode) -> Non
     assert node.triton.commands == []
 
 
-async def test_what_the_model_answers_to_a_hand_over_is_the_error(node: FakeNode) -> None:
+async def test_what_the_model_answers_to_a_hand_over_is_the_error(node: AgentHarness) -> None:
     await follow(node, make_part("tiny.1"))
     node.triton.command_error = InvalidRequest("no such thing")
     with pytest.raises(InvalidRequest, match="no such thing"):
@@ -382,7 +386,7 @@ async def test_what_the_model_answers_to_a_hand_over_is_the_error(node: FakeNode
 
 
 async def test_two_replicas_of_a_deployment_live_side_by_side(
-    node: FakeNode, tmp_path: Path
+    node: AgentHarness, tmp_path: Path
 ) -> None:
     plan = make_plan(tmp_path / "m")
     whole = replace(plan, fetch_id="tiny.2.0")

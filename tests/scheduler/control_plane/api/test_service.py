@@ -28,7 +28,7 @@ from paraserve_scheduler.control_plane.controller.loop import Controller
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.state.records import Phase
 from paraserve_scheduler.store.sqlite import SqliteStore
-from tests.support.views import make_node_info, write_model
+from tests.support.scheduler_records import make_node_info, write_model
 
 if TYPE_CHECKING:
     from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerAsyncStub

@@ -16,10 +16,10 @@ from paraserve_scheduler.state.actions import StopReplica
 from paraserve_scheduler.state.events import NodeCordoned
 from paraserve_scheduler.state.records import Phase
 from paraserve_scheduler.store.sqlite import SqliteStore
-from paraserve_scheduler.testing import FakeAgents, FakeNode
+from paraserve_scheduler.testing import FakeAgents, FakeAgent
 from tests.support.control_plane import FakeControlPlane, running
 from tests.support.histories import LOST_PROCESS, NO_OBJECT, TRIED_AGAIN_S
-from tests.support.views import CONFIG, make_deployment, make_node_info
+from tests.support.scheduler_records import CONFIG, make_deployment, make_node_info
 
 
 def _route(cluster: FakeControlPlane) -> pb.Route:
@@ -210,7 +210,7 @@ async def test_a_watcher_sees_every_change_of_what_it_watches_and_nothing_else()
 async def test_a_bug_ends_the_controller_loudly() -> None:
     async def break_it() -> None:
         async with running() as cluster:
-            stranger = FakeNode(make_node_info("n2"))  # unknown to the fake agents: KeyError
+            stranger = FakeAgent(make_node_info("n2"))  # unknown to the fake agents: KeyError
             cluster.controller.tell(stranger.registered(cluster.clock.now_s()))
             cluster.controller.tell(stranger.heartbeat(cluster.clock.now_s()))
             cluster.controller.add_deployment(make_deployment())
