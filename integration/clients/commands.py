@@ -21,7 +21,7 @@ from integration.clients.question import (
     Question,
     Sight,
 )
-from integration.support.tiny_cluster import write_words
+from tests.support.models import write_words
 
 Json = dict[str, Any]
 

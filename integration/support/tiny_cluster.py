@@ -13,9 +13,6 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.client.scheduler import SchedulerClient
@@ -25,7 +22,7 @@ from paraserve_scheduler.local.layout import (
     ClusterLayout,
     read_running,
 )
-from tests.support.models import VOCAB_SIZE, TinyModel, write_model
+from tests.support.models import VOCAB_SIZE, TinyModel, write_model, write_words
 
 TIMEOUT_S = 120.0
 #: Name to family, shape and largest shard.
@@ -127,13 +124,6 @@ def write_models(folder: Path) -> tuple[dict[str, TinyModel], dict[str, Path]]:
         models[name].oracle.save_pretrained(folders[name], max_shard_size=shard)
         write_words(folders[name])
     return models, folders
-
-
-def write_words(folder: Path) -> None:
-    """Write a tokenizer whose token `i` is the word `w<i>`."""
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,6 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +23,7 @@ from paraserve_backend.tritonserver.host.install import (
     prepare_backend_directory,
 )
 from paraserve_scheduler.local.layout import SHM
+from tests.support.ports import free_ports
 
 _HOST = "127.0.0.1"
 
@@ -127,15 +126,6 @@ class TritonServer:
                 self.stop()
                 raise RuntimeError(f"tritonserver did not start:\n{self.log[-3000:]}")
             time.sleep(0.02)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of the loopback address that nobody listens on, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((_HOST, 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _is_live(url: str) -> bool:

@@ -18,15 +18,7 @@ import pytest
 from rich.console import Console
 
 from integration.support.bucket import upload
-from integration.support.tiny_cluster import (
-    TinyCluster,
-    assert_nothing_left,
-    pids,
-    wait_until,
-    write_models,
-)
-from integration.support.triton_server import free_ports
-from integration.system.test_consolidation import (
+from integration.support.steady_load import (
     MAX_TOKENS,
     MODEL,
     PROMPTS,
@@ -35,6 +27,13 @@ from integration.system.test_consolidation import (
     replicas,
     serving,
     wait_until_gone,
+)
+from integration.support.tiny_cluster import (
+    TinyCluster,
+    assert_nothing_left,
+    pids,
+    wait_until,
+    write_models,
 )
 from paraserve_backend.errors import Unavailable
 from paraserve_backend.machine.memory import available_bytes
@@ -48,6 +47,7 @@ from paraserve_scheduler.local.cluster import (
     up,
 )
 from paraserve_scheduler.local.layout import ClusterLayout
+from tests.support.ports import free_ports
 
 PARASERVE = str(Path(sys.executable).with_name("paraserve"))
 

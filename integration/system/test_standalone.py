@@ -7,10 +7,9 @@ import urllib.request
 from pathlib import Path
 
 from integration.bad_input.single_models import fetched_by, load, unload
-from integration.support.tiny_cluster import write_words
 from integration.support.triton_server import TritonServer
 from paraserve_backend.tritonserver.host.stubs import ProcessTable
-from tests.support.models import write_model
+from tests.support.models import write_model, write_words
 
 TEMPLATE = Path(__file__).parents[2] / "model_repository_templates" / "standalone.pbtxt"
 

@@ -13,7 +13,7 @@ from paraserve_scheduler.control_plane.controller.loop import Controller
 from paraserve_scheduler.state.events import DemandReported
 from paraserve_scheduler.state.records import Phase, Replica
 from paraserve_scheduler.store.sqlite import SqliteStore
-from paraserve_scheduler.testing import FakeAgents, FakeAgent, ManualClock
+from paraserve_scheduler.testing import FakeAgent, FakeAgents, ManualClock
 from tests.support.scheduler_records import make_demand, make_deployment, make_node_info
 
 CONFIG = SchedulerConfig()

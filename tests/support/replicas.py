@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import zmq
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from paraserve_backend.channel.transport import Buffer
 from paraserve_backend.engines.base import LoopState
@@ -52,7 +48,8 @@ from paraserve_backend.weights.fetching.fetch import fetch
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.memory import Tier
 from tests.support.generate_config import make_generate_config
-from tests.support.models import VOCAB_SIZE, TinyModel, write_model
+from tests.support.models import VOCAB_SIZE, TinyModel, write_model, write_words
+from tests.support.ports import free_ports
 
 KV = KvConfig(num_blocks=256, block_size=4)
 TIMEOUT_S = 60
@@ -61,9 +58,7 @@ TIMEOUT_S = 60
 def make_model(folder: Path) -> TinyModel:
     """A Llama whose tokens are the words w0, w1, ..."""
     made = write_model(folder, "llama", seed=3)
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
+    write_words(folder)
     return made
 
 
@@ -198,14 +193,6 @@ def make_request(prompt: Sequence[int], max_tokens: int, **options: object) -> G
         **options,
     }
     return GenerateRequest(**fields)  # type: ignore[arg-type]
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def fetch_stages(model: TinyModel, run_dir: Path, stages: int, replica: str) -> list[StageConfig]:

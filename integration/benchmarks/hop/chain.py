@@ -18,7 +18,7 @@ import numpy.typing as npt
 import zmq
 from tritonclient.grpc import InferenceServerClient, InferInput
 
-from integration.support.triton_server import TritonServer, free_ports
+from integration.support.triton_server import TritonServer
 from paraserve_backend.protocol.names import (
     FORWARD_BATCH,
     FORWARD_HIDDEN,
@@ -26,6 +26,7 @@ from paraserve_backend.protocol.names import (
     FORWARD_TOKEN_IDS,
     Role,
 )
+from tests.support.ports import free_ports
 
 NODES = 4
 OURS, CHAIN, HEAD = "ours", "chain0", "head"

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from integration.support.tiny_cluster import write_words
 from paraserve_backend.engines.base import (
     EngineDead,
     EngineRequest,
@@ -35,7 +34,7 @@ from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken, Sampling, Steering
 from paraserve_backend.roles.external import ENGINES, ExternalRole, visible_devices
 from tests.support.generate_config import make_generate_config, weights_from
-from tests.support.models import write_model
+from tests.support.models import write_model, write_words
 
 TIMEOUT_S = 20
 OTHER = Target(replica="d.2", address="")

@@ -15,12 +15,12 @@ from paraserve_backend.protocol.parameters import KvConfig
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken, Ranking, Sampling, Steering
 from tests.support.models import VOCAB_SIZE, TinyModel
+from tests.support.ports import free_ports
 from tests.support.replicas import (
     KV,
     TIMEOUT_S,
     Replica,
     Reply,
-    free_ports,
     make_model,
     prompts,
     start_replica,

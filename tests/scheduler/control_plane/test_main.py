@@ -15,20 +15,14 @@ from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
 from paraserve_scheduler.control_plane.config import SchedulerConfig
 from paraserve_scheduler.control_plane.main import run
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from tests.support.ports import free_ports
 
 
 async def test_the_process_serves_and_leaves_its_state_for_the_next(tmp_path: Path) -> None:
     token_file = tmp_path / "token"
     token_file.write_text("s3cret\n")
     config = SchedulerConfig(
-        listen=f"127.0.0.1:{_free_port()}",
+        listen=f"127.0.0.1:{free_ports(1)[0]}",
         state_file=tmp_path / "state.db",
         token_file=token_file,
         with_gateway=False,

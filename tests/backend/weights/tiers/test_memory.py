@@ -27,6 +27,7 @@ from tests.support.checkpoints import (
     tensor_bytes,
     write_checkpoint,
 )
+from tests.support.mounts import needs_mounts, run_with_mounts
 
 PART_BYTES = 700  # no multiple of anything: parts end inside tensors and inside pages
 
@@ -343,39 +344,22 @@ for number, model in enumerate(models):
     tier.release(f"fetch-{number}")
 print(tier.check_integrity(), tier.used_bytes > 0)
 """
-IN_OWN_NAMESPACE = ("unshare", "--map-root-user", "--mount")
-needs_namespace = pytest.mark.skipif(
-    subprocess.run([*IN_OWN_NAMESPACE, "true"], check=False).returncode != 0,
-    reason="this machine does not allow mount namespaces",
-)
 
 
-def in_small_memory(script: str, *arguments: Path) -> str:
-    """Run a script that may mount what it likes; returns what it prints."""
-    run = subprocess.run(
-        [*IN_OWN_NAMESPACE, sys.executable, "-c", script, *arguments],
-        cwd=Path(__file__).parents[4],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return run.stdout
-
-
-@needs_namespace
+@needs_mounts
 def test_a_full_tier_is_an_error_that_readers_get_too(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "wide", width=4096)
     (small := tmp_path / "small").mkdir()
-    said = in_small_memory(FILL_A_SMALL_TIER, small, model)
+    said = run_with_mounts(FILL_A_SMALL_TIER, small, model)
     assert said.startswith("no room in the host-memory tier for fetch fetch-1, which needs ")
     assert f"free in {small}; make that file system larger" in said
 
 
-@needs_namespace
+@needs_mounts
 def test_what_is_cached_gives_way_where_memory_is_short(tmp_path: Path) -> None:
     models = [write_checkpoint(tmp_path / f"m{number}", width=512) for number in range(4)]
     (small := tmp_path / "small").mkdir()
-    assert in_small_memory(CACHE_IN_A_SMALL_TIER, small, *models) == "() True\n"
+    assert run_with_mounts(CACHE_IN_A_SMALL_TIER, small, *models) == "() True\n"
 
 
 def test_damage_to_the_tier_is_reported(tmp_path: Path, model: Path) -> None:

@@ -16,7 +16,7 @@ from paraserve_scheduler.state.actions import StopReplica
 from paraserve_scheduler.state.events import NodeCordoned
 from paraserve_scheduler.state.records import Phase
 from paraserve_scheduler.store.sqlite import SqliteStore
-from paraserve_scheduler.testing import FakeAgents, FakeAgent
+from paraserve_scheduler.testing import FakeAgent, FakeAgents
 from tests.support.control_plane import FakeControlPlane, running
 from tests.support.histories import LOST_PROCESS, NO_OBJECT, TRIED_AGAIN_S
 from tests.support.scheduler_records import CONFIG, make_deployment, make_node_info
