@@ -18,7 +18,7 @@ import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 
-from integration.benchmarks.gateway.counting_model import write_model
+from integration.support.counting_model import write_model
 from integration.support.triton_server import TritonServer
 from tests.support.gateway import (
     DEPLOYMENT,
