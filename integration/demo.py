@@ -21,9 +21,9 @@ from typing import Any
 
 from rich.console import Console
 
-from integration.benchmarks.handover.cutover import TimedAnswer, gap, wait_until_removed
 from integration.support.bucket import upload
 from integration.support.checkpoints import LlamaShape, cached, write_with_transformers
+from integration.support.cutover import TimedAnswer, gap, wait_until_removed
 from integration.support.scenario import (
     Answer,
     ask,

@@ -22,9 +22,9 @@ from integration.bad_input.bad_sources import (
     BadSpec,
     BadStore,
 )
-from integration.bad_input.refusals import each, settled, snapshot
-from integration.bad_input.strict_store import StrictStore
 from integration.support.bucket import upload
+from integration.support.refusals import each, settled, snapshot
+from integration.support.strict_store import StrictStore
 from integration.support.tiny_cluster import TinyCluster, generate
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb

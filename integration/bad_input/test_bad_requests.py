@@ -16,14 +16,14 @@ from integration.bad_input.bad_requests import (
     BadBody,
     BadRequest,
 )
-from integration.bad_input.both_protocols import (
+from integration.support.both_protocols import (
     Request,
     ask_grpc,
     ask_http,
     both_told,
     refused,
 )
-from integration.bad_input.refusals import each, settled, snapshot
+from integration.support.refusals import each, settled, snapshot
 from integration.support.tiny_cluster import Stream, TinyCluster
 
 MODEL = "qwen2-tied"

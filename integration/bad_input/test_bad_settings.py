@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from integration.bad_input.bad_settings import SETTINGS, BadFile
-from integration.bad_input.refusals import each
+from integration.support.refusals import each
 
 
 @each(SETTINGS)

@@ -13,7 +13,7 @@ import pytest
 import tritonclient.grpc as triton
 import zmq
 
-from integration.bad_input.single_models import (
+from integration.support.single_models import (
     FRESH,
     MAX_TOKENS,
     Asked,

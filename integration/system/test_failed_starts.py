@@ -13,16 +13,16 @@ import pytest
 from rich.console import Console
 from tritonclient.utils import InferenceServerException
 
-from integration.bad_input.both_protocols import (
+from integration.support.both_protocols import (
     Refused,
     Request,
     ask_grpc,
     both_told,
     refused,
 )
-from integration.bad_input.refusals import deployments, remains, settled
-from integration.bad_input.strict_store import StrictStore
 from integration.support.bucket import s3_client, upload
+from integration.support.refusals import deployments, remains, settled
+from integration.support.strict_store import StrictStore
 from integration.support.tiny_cluster import TinyCluster, wait_until
 from paraserve_backend.errors import AccessDenied, InvalidCheckpoint
 from paraserve_backend.rpc import paraserve_pb2 as pb

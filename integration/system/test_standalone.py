@@ -6,7 +6,7 @@ import json
 import urllib.request
 from pathlib import Path
 
-from integration.bad_input.single_models import fetched_by, load, unload
+from integration.support.single_models import fetched_by, load, unload
 from integration.support.triton_server import TritonServer
 from paraserve_backend.tritonserver.host.stubs import ProcessTable
 from tests.support.models import write_model, write_words

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.bad_input.single_models import (
+from integration.support.single_models import (
     FRESH,
     MAX_TOKENS,
     Asked,

@@ -23,7 +23,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from integration.benchmarks.handover.cutover import TimedAnswer, gap
 from integration.support.bucket import put_into_bucket
 from integration.support.capped_bench import run_bench
 from integration.support.capped_cluster import CappedCluster, capped_cluster
@@ -33,6 +32,7 @@ from integration.support.checkpoints import (
     llama_bytes,
     write_raw_bf16,
 )
+from integration.support.cutover import TimedAnswer, gap
 from integration.support.namespaces import HUB, inside
 from integration.support.scenario import wait_for_zero
 from paraserve_backend.errors import ParaServeError

@@ -4,10 +4,13 @@ import logging
 from typing import Any, NoReturn
 
 import grpc
+import grpc.aio
 import pytest
 
 from paraserve_backend.errors import NotFound
-from paraserve_backend.rpc.errors import errors_to, sentence
+from paraserve_backend.rpc.errors import errors_to, is_connection_lost, sentence
+
+_UNAVAILABLE, _UNKNOWN = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN
 
 
 class Aborted(Exception):
@@ -54,3 +57,22 @@ async def test_a_bug_is_only_in_the_log(caplog: pytest.LogCaptureFixture) -> Non
 )
 def test_a_text_is_one_line_of_bounded_length(text: str, shown: str) -> None:
     assert sentence(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "is_lost"),
+    [
+        (_UNAVAILABLE, "failed to connect to all addresses", True),
+        (_UNAVAILABLE, None, True),
+        (_UNKNOWN, "Stream removed (Socket closed)", True),
+        (_UNKNOWN, "Unexpected <class 'ValueError'>: boom", False),
+        (_UNKNOWN, None, False),
+        (grpc.StatusCode.INTERNAL, "Stream removed", False),
+    ],
+)
+def test_a_lost_connection_is_told_from_a_call_that_failed(
+    code: grpc.StatusCode, details: str | None, is_lost: bool
+) -> None:
+    metadata = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(code, metadata, metadata, details, None)
+    assert is_connection_lost(error) is is_lost

@@ -1,4 +1,7 @@
-"""Commands to models, over real gRPC on loopback with a server that answers as Triton does."""
+"""Commands to models, over real gRPC on loopback with a server that answers as Triton does.
+
+And what Triton says of a load that failed.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,14 @@ from tritonclient.grpc.service_pb2_grpc import (
 
 from paraserve_backend.errors import (
     DeadlineExceeded,
+    InvalidCheckpoint,
     InvalidRequest,
     NotFound,
     ParaServeError,
+    SourceUnavailable,
     Unavailable,
 )
-from paraserve_backend.tritonserver.host.client import TritonClient
+from paraserve_backend.tritonserver.host.client import TritonClient, load_error
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -130,3 +135,58 @@ async def test_one_late_answer_does_not_make_triton_dead(
     triton = _triton()
     triton.silences = silences
     assert await _is_live(triton) is is_live
+
+
+# ---- loads that failed ----
+
+_PREAMBLE = "load failed for model 'm': version 1 is at UNAVAILABLE state: "
+
+
+@pytest.mark.parametrize(
+    ("details", "kind", "message"),
+    [
+        (
+            _PREAMBLE + "Internal: InvalidCheckpoint: Tensor x is missing. Replace it.\n\nAt:\n"
+            "  /tmp/be/paraserve/model.py(7): initialize\n;\n",
+            InvalidCheckpoint,
+            "Tensor x is missing. Replace it.",
+        ),
+        (
+            _PREAMBLE + "Internal: paraserve_backend.errors.SourceUnavailable: No answer: try: "
+            "later\n\nAt:\n  /x.py(1): y\n;\n",
+            SourceUnavailable,
+            "No answer: try: later",
+        ),
+        (
+            _PREAMBLE + "Internal: TritonModelException: It is broken.\n\nAt:\n  /x.py(1): y\n;\n",
+            ParaServeError,
+            "Model m failed to load: It is broken.",
+        ),
+        (
+            _PREAMBLE + "Internal: TritonModelException: INVALID_ARGUMENT: tokenizer.json cannot "
+            "be read: no.\n\nAt:\n  /x.py(1): y\n;\n",
+            InvalidRequest,
+            "tokenizer.json cannot be read: no.",
+        ),
+        (
+            _PREAMBLE + "Internal: ValueError: 3 is\n  not 4\n\nAt:\n  /x.py(1): y\n;\n",
+            ParaServeError,
+            "Model m failed to load: ValueError: 3 is not 4",
+        ),
+        (
+            _PREAMBLE + "Internal: Stub process 'm_0_0' is not healthy.;",
+            Unavailable,
+            "The process of model m died while it loaded.",
+        ),
+        (
+            "failed to load 'm', failed to poll from model repository",
+            ParaServeError,
+            "Model m failed to load: failed to load 'm', failed to poll from model repository",
+        ),
+    ],
+)
+def test_the_cause_is_taken_out_of_tritons_text(
+    details: str, kind: type[ParaServeError], message: str
+) -> None:
+    error = load_error("m", details)
+    assert (type(error), str(error)) == (kind, message)
