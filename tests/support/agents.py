@@ -29,6 +29,7 @@ from paraserve_backend.weights.checkpoint.index import read_index
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.memory import Tier
 from tests.support.checkpoints import write_checkpoint
+from tests.support.limits import HANG_S
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,14 +60,18 @@ class AgentHarness:
 
 @asynccontextmanager
 async def agent_harness(
-    folder: Path, *, part_deadline_s: float = 30, remove_deadline_s: float = 30
+    folder: Path,
+    *,
+    part_deadline_s: float = HANG_S,
+    remove_deadline_s: float = HANG_S,
+    kill_s: float = HANG_S,
 ) -> AsyncIterator[AgentHarness]:
     (folder / "models").mkdir()
     processes, now_s, changed = FakeProcesses(), [1000.0], asyncio.Event()
     triton = FakeTritonClient(folder / "models", processes)
     fetches = Fetches(Tier.open(folder / "tier"), FetchLimits(threads=1))
     repository = ModelRepository(folder / "models")
-    unloader = Unloader(triton=triton, stubs=processes, kill_s=0.2)
+    unloader = Unloader(triton=triton, stubs=processes, kill_s=kill_s)
     slots = Slots(
         repository,
         unloader,
@@ -132,7 +137,7 @@ async def follow(node: AgentHarness, part: pb.Part) -> list[pb.PartStatus]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let other tasks run until something holds; the test's own time limit bounds it."""
+    """Let other tasks run until something holds; pytest ends a test in which it never does."""
     while not condition():
         await asyncio.sleep(0)
 
@@ -224,7 +229,7 @@ class FakeTritonClient:
         return dict(self._states)
 
     async def command(
-        self, model: str, command: str, *, replica: str = "", timeout_s: float | None = 5
+        self, model: str, command: str, *, replica: str = "", timeout_s: float | None = HANG_S
     ) -> None:
         self._require_up()
         self.commands.append((model, command))

@@ -24,6 +24,7 @@ from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_se
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.server import Gateway
 from tests.support.gateway_fakes import FakeScheduler, FakeTritonServer
+from tests.support.limits import HANG_S
 
 if TYPE_CHECKING:
     from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceAsyncStub
@@ -118,8 +119,17 @@ async def serving(
 
 
 def make_config(**settings: Any) -> GatewayConfig:
-    listeners = {"grpc_address": "127.0.0.1:0", "http_address": "127.0.0.1:0"}
-    return GatewayConfig(**{"scheduler_address": "127.0.0.1:1", **listeners, **settings})
+    """Settings of a gateway on free ports that gives up no request, but for `settings`."""
+    defaults = {
+        "scheduler_address": "127.0.0.1:1",
+        "grpc_address": "127.0.0.1:0",
+        "http_address": "127.0.0.1:0",
+        "cold_start_timeout_s": HANG_S,
+        "first_token_timeout_s": HANG_S,
+        "inter_token_timeout_s": HANG_S,
+        "unstreamed_timeout_s": HANG_S,
+    }
+    return GatewayConfig(**{**defaults, **settings})
 
 
 def make_request(

@@ -48,11 +48,11 @@ from paraserve_backend.weights.fetching.fetch import fetch
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.memory import Tier
 from tests.support.generate_config import make_generate_config
+from tests.support.limits import HANG_S
 from tests.support.models import VOCAB_SIZE, TinyModel, write_model, write_words
 from tests.support.ports import free_ports
 
 KV = KvConfig(num_blocks=256, block_size=4)
-TIMEOUT_S = 60
 
 
 def make_model(folder: Path) -> TinyModel:
@@ -112,7 +112,7 @@ class Reply:
         return self.cancelled.is_set()
 
     def next(self) -> Delta:
-        got = self.deltas.get(timeout=TIMEOUT_S)
+        got = self.deltas.get(timeout=HANG_S)
         if isinstance(got, ParaServeError):
             raise got
         return got
@@ -152,7 +152,7 @@ class ChainForward:
         with self._sending:
             hidden = self._first.step(encoded, np.array(batch.token_ids, np.int32))
             self._link.forward(encoded, hidden, answer)
-        return answered.result(timeout=TIMEOUT_S)
+        return answered.result(timeout=HANG_S)
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -212,7 +212,7 @@ def fetch_stages(model: TinyModel, run_dir: Path, stages: int, replica: str) -> 
     ):
         tensors = stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
         plan = plan_fetch(index, tensors, fetch_id=f"{replica}.{number}")
-        fetch(plan, source, tier, timeout_s=TIMEOUT_S, cancel=threading.Event())
+        fetch(plan, source, tier, timeout_s=HANG_S, cancel=threading.Event())
         weights = WeightsConfig(
             run_dir=run_dir, fetch_id=plan.fetch_id, source=None, endpoint_url=None, region=None
         )
@@ -282,6 +282,6 @@ def start_pipeline(stack: contextlib.ExitStack, configs: Sequence[StageConfig]) 
     for config, channel in zip(configs, [None, *channels[1:]], strict=True):
         roles.append(StageRole(replace(config, channel=channel), open_weights(config.weights)))
         stack.callback(roles[-1].close)
-    link = LinkRole(LinkConfig(replica="d.1", channel=channels[0], forward_timeout_s=TIMEOUT_S))
+    link = LinkRole(LinkConfig(replica="d.1", channel=channels[0], forward_timeout_s=HANG_S))
     stack.callback(link.close)
     return ChainForward(roles[0], link, len(configs))

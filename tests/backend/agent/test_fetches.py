@@ -25,6 +25,8 @@ from paraserve_backend.weights.tiers.reader import TierReader
 from tests.support.agents import make_plan, make_request
 from tests.support.checkpoints import make_plan as plan_of
 from tests.support.checkpoints import write_checkpoint
+from tests.support.limits import HANG_S
+from tests.support.patience import patient_fetches
 
 
 def make_fetches(folder: Path, threads: int = 1) -> Fetches:
@@ -39,13 +41,13 @@ async def fetches(tmp_path: Path) -> AsyncIterator[Fetches]:
 
 
 async def run_to_end(fetches: Fetches, request_plan: Path) -> int:
-    return await (await fetches.start(make_request(make_plan(request_plan)), 10)).wait()
+    return await (await fetches.start(make_request(make_plan(request_plan)), HANG_S)).wait()
 
 
 async def test_a_started_fetch_can_be_found_by_readers_at_once(
     fetches: Fetches, tmp_path: Path
 ) -> None:
-    fetching = await fetches.start(make_request(make_plan(tmp_path / "m")), 10)
+    fetching = await fetches.start(make_request(make_plan(tmp_path / "m")), HANG_S)
     TierReader.open(tmp_path / "tier", "tiny.1.0")
     await fetching.wait()
 
@@ -53,7 +55,7 @@ async def test_a_started_fetch_can_be_found_by_readers_at_once(
 async def test_who_listens_late_hears_the_newest_progress(fetches: Fetches, tmp_path: Path) -> None:
     plan = make_plan(tmp_path / "m")
     told: list[tuple[int, int]] = []
-    fetching = await fetches.start(make_request(plan), 10)
+    fetching = await fetches.start(make_request(plan), HANG_S)
     await fetching.wait()
     fetching.listen(lambda landed, total: told.append((landed, total)))
     assert told == [(plan.total_bytes, plan.total_bytes)]
@@ -74,11 +76,11 @@ async def test_a_second_start_of_the_same_fetch_joins_and_of_another_plan_is_ref
 ) -> None:
     request = make_request(make_plan(tmp_path / "m"))
     other = replace(request, plan=replace(request.plan, files=()))
-    first = await fetches.start(request, 10)
-    second = await fetches.start(request, 10)
+    first = await fetches.start(request, HANG_S)
+    second = await fetches.start(request, HANG_S)
     assert await first.wait() == await second.wait()
     with pytest.raises(AlreadyExists):
-        await (await fetches.start(other, 10)).wait()
+        await (await fetches.start(other, HANG_S)).wait()
 
 
 class _MeetingSource:
@@ -86,7 +88,7 @@ class _MeetingSource:
 
     def __init__(self, inner: Source, num_connections: int) -> None:
         self._inner = inner
-        self._barrier = threading.Barrier(num_connections, timeout=10)
+        self._barrier = threading.Barrier(num_connections, timeout=HANG_S)
         self.connections: list[Connection] = []
 
     @property
@@ -116,7 +118,7 @@ async def test_a_fetch_that_nobody_waits_for_takes_one_connection(
 
     fetches = make_fetches(tmp_path, threads=3)
     request = Meeting(plan=plan, endpoint_url=None, region=None, background=background)
-    await (await fetches.start(request, 10)).wait()
+    await (await fetches.start(request, HANG_S)).wait()
     await fetches.close()
     assert len(source.connections) == num_connections
 
@@ -132,21 +134,21 @@ async def test_readers_learn_that_a_source_cannot_even_be_opened(
     fetches: Fetches, tmp_path: Path
 ) -> None:
     plan = replace(make_plan(tmp_path / "m"), source_uri="ftp://nowhere")
-    fetching = await fetches.start(make_request(plan), 10)
+    fetching = await fetches.start(make_request(plan), HANG_S)
     with pytest.raises(InvalidRequest, match="ftp://nowhere"):
         await fetching.wait()
     reader = TierReader.open(tmp_path / "tier", "tiny.1.0")
     with pytest.raises(InvalidRequest, match="ftp://nowhere"):
-        reader.wait_for("model.norm.weight", timeout_s=5)
+        reader.wait_for("model.norm.weight", timeout_s=HANG_S)
 
 
 async def test_a_failed_fetch_can_be_started_again(fetches: Fetches, tmp_path: Path) -> None:
     request = make_request(make_plan(tmp_path / "m"))
     (tmp_path / "m").rename(tmp_path / "away")
     with pytest.raises(NotFound):
-        await (await fetches.start(request, 10)).wait()
+        await (await fetches.start(request, HANG_S)).wait()
     (tmp_path / "away").rename(tmp_path / "m")
-    assert await (await fetches.start(request, 10)).wait() == request.plan.total_bytes
+    assert await (await fetches.start(request, HANG_S)).wait() == request.plan.total_bytes
 
 
 async def test_a_fetch_that_failed_before_anybody_could_look_can_be_started_again(
@@ -162,22 +164,22 @@ async def test_a_fetch_that_failed_before_anybody_could_look_can_be_started_agai
 
     def stand_still() -> None:
         """Go on once the thread has said both that it has begun and that it has failed."""
-        assert told.acquire(timeout=10)
-        assert told.acquire(timeout=10)
+        assert told.acquire(timeout=HANG_S)
+        assert told.acquire(timeout=HANG_S)
 
     monkeypatch.setattr(loop, "call_soon_threadsafe", count)
     request = make_request(make_plan(tmp_path / "m"))
     (tmp_path / "m").rename(tmp_path / "away")
     loop.call_soon(loop.call_soon, stand_still)  # when the fetch is on its way
     with pytest.raises(NotFound):
-        await (await fetches.start(request, 10)).wait()
+        await (await fetches.start(request, HANG_S)).wait()
     (tmp_path / "away").rename(tmp_path / "m")
-    assert await (await fetches.start(request, 10)).wait() == request.plan.total_bytes
+    assert await (await fetches.start(request, HANG_S)).wait() == request.plan.total_bytes
 
 
 async def test_stopping_is_no_error_whatever_the_state(fetches: Fetches, tmp_path: Path) -> None:
     await fetches.stop("unknown")
-    fetching = await fetches.start(make_request(make_plan(tmp_path / "m")), 10)
+    fetching = await fetches.start(make_request(make_plan(tmp_path / "m")), HANG_S)
     await fetches.stop("tiny.1.0")
     await fetching.stop()
     assert await fetches.release("tiny.1.0") is True
@@ -213,7 +215,7 @@ def make_caching(folder: Path, *, memory_bytes: int, tier_bytes: int) -> Fetches
 async def use(fetches: Fetches, plan: FetchPlan, reserved_bytes: int = 0) -> int:
     """Fetch, as for a replica that may use so much, and release; returns what was fetched."""
     request = replace(make_request(plan), reserved_bytes=reserved_bytes)
-    fetched_bytes = await (await fetches.start(request, 10)).wait()
+    fetched_bytes = await (await fetches.start(request, HANG_S)).wait()
     await fetches.release(plan.fetch_id)
     return fetched_bytes
 
@@ -225,7 +227,7 @@ async def test_what_stays_in_the_tier_is_told_in_the_timeline_of_the_next_fetch(
     fetches = make_caching(tmp_path, memory_bytes=1 << 30, tier_bytes=1 << 30)
     assert await use(fetches, plan) == plan.total_bytes
     again = replace(plan, fetch_id="tiny.2.0")
-    assert await (await fetches.start(make_request(again), 10)).wait() == 0
+    assert await (await fetches.start(make_request(again), HANG_S)).wait() == 0
     (span,) = await fetches.spans("tiny.2.0")
     assert (span.name, span.size_bytes) == ("fetch from tier", plan.total_bytes)
     await fetches.close()
@@ -236,7 +238,7 @@ async def test_reports_say_which_bytes_of_an_object_are_there_as_few_ranges(
     fetches: Fetches, tmp_path: Path, layers: tuple[int, int]
 ) -> None:
     plan = plan_of(write_checkpoint(tmp_path / "m"), fetch_id="m.1.0", layers=layers)
-    await (await fetches.start(make_request(plan), 10)).wait()
+    await (await fetches.start(make_request(plan), HANG_S)).wait()
     ((found,), _) = await fetches.contents()
     wanted = merge((part.start, part.end) for part in plan.ranges)
     assert [(span.start, span.end) for span in found.landed] == list(wanted)
@@ -248,7 +250,7 @@ async def test_what_comes_from_disk_is_told_in_the_timeline_and_in_reports(tmp_p
     tier = Tier.open(tmp_path / "tier")
     disk = DiskTier.open(tmp_path / "disk", disk_bytes=1 << 30)
     fetches = Fetches(tier, FetchLimits(threads=2), disk=disk)
-    await (await fetches.start(make_request(plan), 10)).wait()
+    await (await fetches.start(make_request(plan), HANG_S)).wait()
     upkeep = DiskUpkeep(tier, disk)
     while upkeep.write_next():
         pass
@@ -260,7 +262,8 @@ async def test_what_comes_from_disk_is_told_in_the_timeline_and_in_reports(tmp_p
     )
     assert not any(it.landed_bytes or it.landed for it in reported)
     (tmp_path / "m").rename(tmp_path / "away")
-    await (await fetches.start(make_request(plan), 10)).wait()
+    with patient_fetches():
+        await (await fetches.start(make_request(plan), HANG_S)).wait()
     (span,) = await fetches.spans("tiny.1.0")
     assert (span.name, span.size_bytes >= plan.total_bytes) == ("fetch from disk", True)
     await fetches.close()
@@ -281,7 +284,7 @@ async def test_what_is_only_cached_gives_way_to_a_replica_and_is_no_longer_count
     # Its KV cache leaves a quarter of the model's size to what is cached.
     reserved_bytes = room_bytes - old.total_bytes // 4
     request = replace(make_request(new), reserved_bytes=reserved_bytes)
-    await (await fetches.start(request, 10)).wait()
+    await (await fetches.start(request, HANG_S)).wait()
     assert 0 < await fetches.cached_bytes() <= old.total_bytes // 4
     _, used_bytes = await fetches.contents()
     assert used_bytes + reserved_bytes - new.total_bytes <= room_bytes + 2 * 4096

@@ -15,6 +15,7 @@ from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
 from paraserve_scheduler.control_plane.config import SchedulerConfig
 from paraserve_scheduler.control_plane.main import run
+from tests.support.limits import HANG_S
 from tests.support.ports import free_ports
 
 
@@ -32,7 +33,7 @@ async def test_the_process_serves_and_leaves_its_state_for_the_next(tmp_path: Pa
         process = asyncio.create_task(run(config))
         async with grpc.aio.insecure_channel(config.listen) as channel:
             reply = await SchedulerStub(channel).Status(
-                pb.StatusRequest(), metadata=metadata("s3cret"), wait_for_ready=True, timeout=10
+                pb.StatusRequest(), metadata=metadata("s3cret"), wait_for_ready=True, timeout=HANG_S
             )
             assert list(reply.nodes) == []
         process.cancel()

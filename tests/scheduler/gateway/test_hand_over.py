@@ -119,7 +119,9 @@ async def test_a_request_that_is_handed_over_goes_on_at_the_named_replica(stop_a
 async def test_a_stream_of_a_lost_replica_goes_on_at_the_next_with_what_the_client_has() -> None:
     async with serving_with(counting(3)) as cluster:
         asked = asyncio.create_task(texts(cluster))
-        await cluster.scheduler.demand(lambda demand: bool(demand.replicas[0].first_token_s))
+        await cluster.scheduler.demand(
+            lambda demand: any(each.first_token_s for each in demand.replicas)
+        )
         await cluster.publish(cluster.endpoint(2), lost_replicas=["tiny.1"])
         assert await asked == [str(number) for number in range(1, LAST + 1)]
         resume = resume_of(cluster.tritons[1].requests[-1])

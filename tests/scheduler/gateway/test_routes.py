@@ -13,14 +13,15 @@ from paraserve_backend.errors import NotFound, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.routes import Routes
+from tests.support.limits import HANG_S
 
 
 def make_routes(
-    demand: DemandMeter | None = None, *, first_table_timeout_s: float = 20.0
+    demand: DemandMeter | None = None, *, first_table_timeout_s: float = HANG_S
 ) -> Routes:
     return Routes(
         demand or DemandMeter("g"),
-        cold_start_timeout_s=20.0,
+        cold_start_timeout_s=HANG_S,
         first_table_timeout_s=first_table_timeout_s,
     )
 

@@ -26,6 +26,7 @@ from tests.support.agents import (
     make_request,
     until,
 )
+from tests.support.limits import HANG_S
 
 
 def phases(parts: Parts) -> list[pb.Phase.ValueType]:
@@ -193,17 +194,18 @@ async def test_removing_what_is_not_there_is_no_error(node: AgentHarness) -> Non
 
 
 async def test_a_removal_whose_process_survives_fails_and_can_be_tried_again(
-    node: AgentHarness,
+    tmp_path: Path,
 ) -> None:
-    await follow(node, make_part())
-    node.triton.hung.add("tiny.1")
-    node.processes.unkillable = True
-    with pytest.raises(DeadlineExceeded, match=r"tiny\.1 did not end even when killed"):
-        await node.parts.remove("tiny.1", deadline_s=0.01)
-    assert phases(node.parts) == [pb.STOPPING]
-    node.processes.unkillable = False
-    assert await node.parts.remove("tiny.1", deadline_s=0.01) is True
-    await node.assert_nothing_left()
+    async with agent_harness(tmp_path, kill_s=0.5) as node:
+        await follow(node, make_part())
+        node.triton.hung.add("tiny.1")
+        node.processes.unkillable = True
+        with pytest.raises(DeadlineExceeded, match=r"tiny\.1 did not end even when killed"):
+            await node.parts.remove("tiny.1", deadline_s=0.01)
+        assert phases(node.parts) == [pb.STOPPING]
+        node.processes.unkillable = False
+        assert await node.parts.remove("tiny.1", deadline_s=0.01) is True
+        await node.assert_nothing_left()
 
 
 async def test_a_dead_process_fails_a_serving_part_at_once_and_is_cleaned_up(
@@ -260,7 +262,7 @@ async def test_removing_a_replica_releases_what_was_only_prefetched(
     plan = make_plan(tmp_path / "model", "tiny.1.3")
     other = make_plan(tmp_path / "other", "tiny.11.3")
     for each in (plan, other):
-        await (await node.fetches.start(make_request(each), 10)).wait()
+        await (await node.fetches.start(make_request(each), HANG_S)).wait()
     assert await node.parts.remove("tiny.1") is True
     objects, _ = await node.fetches.contents()
     assert {found.key.startswith(other.source_uri) for found in objects} == {True}

@@ -30,7 +30,9 @@ from tests.support.checkpoints import (
     tensor_bytes,
     write_checkpoint,
 )
+from tests.support.limits import HANG_S
 from tests.support.mounts import needs_mounts, run_with_mounts
+from tests.support.patience import patient_fetches
 
 AMPLE_BYTES = 1 << 30
 
@@ -100,15 +102,16 @@ def run(
 ) -> FetchReport:
     """Fetch, with a link so slow that the disk is never too slow for it, and check every byte."""
     plan = make_plan(model, fetch_id=fetch_id, layers=layers)
-    report = fetch(
-        plan,
-        open_source(str(model)) if store else NoSource(),
-        tier,
-        timeout_s=30,
-        cancel=threading.Event(),
-        disk=disk,
-        link_bytes_per_s=1.0,
-    )
+    with patient_fetches():
+        report = fetch(
+            plan,
+            open_source(str(model)) if store else NoSource(),
+            tier,
+            timeout_s=HANG_S,
+            cancel=threading.Event(),
+            disk=disk,
+            link_bytes_per_s=1.0,
+        )
     reader = TierReader.open(tier.directory, fetch_id)
     for tensor in plan.tensors:
         assert bytes(reader.view(tensor.name)) == tensor_bytes(model, tensor)

@@ -28,13 +28,19 @@ from paraserve_scheduler.control_plane.controller.loop import Controller
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.state.records import Phase
 from paraserve_scheduler.store.sqlite import SqliteStore
+from tests.support.limits import HANG_S
 from tests.support.scheduler_records import make_node_info, write_model
 
 if TYPE_CHECKING:
     from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerAsyncStub
 
 TOKEN = "s3cret"
-CONFIG = SchedulerConfig(policy=PolicyConfig(settle_s=0.01, drain_grace_s=0.2))
+#: Nobody here reports as agents and gateways do, and nobody is lost for it.
+CONFIG = SchedulerConfig(
+    policy=PolicyConfig(
+        settle_s=0.01, drain_grace_s=0.2, node_timeout_s=HANG_S, gateway_timeout_s=HANG_S
+    )
+)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 

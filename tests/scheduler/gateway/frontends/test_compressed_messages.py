@@ -36,6 +36,7 @@ from tests.support.gateway import (
     text_of,
 )
 from tests.support.gateway_fakes import Context, answer, one_answer
+from tests.support.limits import HANG_S
 
 _LIMIT_BYTES = 10_000
 _BOMB_BYTES = 50_000_000
@@ -311,7 +312,7 @@ async def test_tritons_http_client_packs_and_unpacks_with_binary_tensors() -> No
             [sys.executable, "-c", _TRITON_CLIENT, cluster.gateway.http_address],
             capture_output=True,
             text=True,
-            timeout=25,
+            timeout=HANG_S,
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.split() == ["413"] * 3

@@ -33,6 +33,7 @@ from tests.support.gateway_fakes import (
     one_answer,
     tokens_then_empty,
 )
+from tests.support.limits import HANG_S
 
 
 async def texts(cluster: GatewayHarness, request: kserve.ModelInferRequest) -> list[str]:
@@ -290,10 +291,10 @@ async def test_tritons_blocking_client_streams_and_cancels() -> None:
             client.start_stream(lambda result, error: received.put(result or error))
             client.async_stream_infer(DEPLOYMENT, _blocking_inputs(), request_id="b")
             for _ in range(3):
-                assert isinstance(received.get(timeout=10), triton.InferResult)
+                assert isinstance(received.get(timeout=HANG_S), triton.InferResult)
             cluster.triton.script = hanging(1)
             client.async_stream_infer(DEPLOYMENT, _blocking_inputs(), request_id="c")
-            assert isinstance(received.get(timeout=10), triton.InferResult)
+            assert isinstance(received.get(timeout=HANG_S), triton.InferResult)
             client.stop_stream(cancel_requests=True)
             client.close()
 

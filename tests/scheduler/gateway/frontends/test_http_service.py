@@ -33,6 +33,7 @@ from tests.support.gateway_fakes import (
     one_answer,
     tokens_then_empty,
 )
+from tests.support.limits import HANG_S
 
 _MODEL = f"models/{DEPLOYMENT}"
 
@@ -337,7 +338,7 @@ async def test_tritons_http_client_infers_in_json_and_in_binary() -> None:
             [sys.executable, "-c", _TRITON_CLIENT, cluster.gateway.http_address],
             capture_output=True,
             text=True,
-            timeout=25,
+            timeout=HANG_S,
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.startswith("404 Request for unknown model: 'nosuch' is not found")
