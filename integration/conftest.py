@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from integration.support.bucket import upload
+from integration.support.limits import PATIENT_SCHEDULER
 from integration.support.logs import log_tails
 from integration.support.tiny_cluster import MODELS, TinyCluster, write_models
 from paraserve_backend.machine.memory import available_bytes
@@ -88,7 +89,7 @@ def _running(
         )
         for node in layout.nodes
     )
-    layout = replace(layout, nodes=tuple(nodes))
+    layout = replace(layout, nodes=tuple(nodes), scheduler_settings=PATIENT_SCHEDULER)
     models, folders = write_models(tmp_path_factory.mktemp("models"))
     try:
         up(layout, lambda _news: None)

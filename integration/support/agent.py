@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 class AgentsScheduler(SchedulerServicer):
     """Takes every agent and keeps what it reports."""
 
-    def __init__(self) -> None:
+    def __init__(self, heartbeat_interval_s: float) -> None:
+        self._heartbeat_interval_s = heartbeat_interval_s
         self.info: asyncio.Queue[pb.NodeInfo] = asyncio.Queue()
         self.statuses: asyncio.Queue[pb.NodeStatus] = asyncio.Queue()
 
     async def Register(self, request: pb.NodeInfo, context: object) -> pb.RegisterReply:
         self.info.put_nowait(request)
-        return pb.RegisterReply(heartbeat_interval_s=0.2)
+        return pb.RegisterReply(heartbeat_interval_s=self._heartbeat_interval_s)
 
     async def Heartbeat(self, request: pb.NodeStatus, context: object) -> pb.HeartbeatReply:
         self.statuses.put_nowait(request)
@@ -102,8 +103,11 @@ def _make_config(triton: TritonServer, scheduler: str, tmp_path: Path) -> AgentC
 
 
 @asynccontextmanager
-async def scheduler_server() -> AsyncIterator[tuple[AgentsScheduler, str]]:
-    scheduler = AgentsScheduler()  # type: ignore[abstract]  # an agent calls no more of it
+async def scheduler_server(
+    heartbeat_interval_s: float = 0.2,
+) -> AsyncIterator[tuple[AgentsScheduler, str]]:
+    # An agent calls no more of it.
+    scheduler = AgentsScheduler(heartbeat_interval_s)  # type: ignore[abstract]
     server = grpc.aio.server()
     add_SchedulerServicer_to_server(scheduler, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -115,10 +119,12 @@ async def scheduler_server() -> AsyncIterator[tuple[AgentsScheduler, str]]:
 
 
 @asynccontextmanager
-async def running_node(triton: TritonServer, tmp_path: Path) -> AsyncIterator[AgentNode]:
+async def running_node(
+    triton: TritonServer, tmp_path: Path, *, heartbeat_interval_s: float = 0.2
+) -> AsyncIterator[AgentNode]:
     """Run an agent until the block ends; a crash of the agent ends the test."""
     client = TritonClient(triton.grpc_address)
-    async with scheduler_server() as (scheduler, address):
+    async with scheduler_server(heartbeat_interval_s) as (scheduler, address):
         config = _make_config(triton, address, tmp_path)
         agent = asyncio.create_task(run(config))
         registered = asyncio.create_task(scheduler.info.get())

@@ -15,11 +15,9 @@ from typing import Any, TypeVar
 import pytest
 import tritonclient.grpc as triton
 
+from integration.support.limits import HANG_S
 from integration.support.tiny_cluster import TinyCluster
 from paraserve_backend.errors import ParaServeError
-
-#: Heartbeats tell of a node's memory once a second.
-_SETTLE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +43,11 @@ def each(cases: Sequence[_Case]) -> pytest.MarkDecorator:
 
 
 def settled(read: Callable[[], _Value], wanted: _Value) -> _Value:
-    """Return what `read` gives once that is `wanted`, or what it is after a while."""
-    deadline_s = time.monotonic() + _SETTLE_S
+    """Return what `read` gives once that is `wanted`, or what it is in the end.
+
+    Heartbeats tell of a node's memory once a second.
+    """
+    deadline_s = time.monotonic() + HANG_S
     while (value := read()) != wanted and time.monotonic() < deadline_s:
         time.sleep(0.1)
     return value

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton
 
+from integration.support.limits import HANG_S
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.client.scheduler import SchedulerClient
 from paraserve_scheduler.local.layout import (
@@ -24,7 +25,6 @@ from paraserve_scheduler.local.layout import (
 )
 from tests.support.models import VOCAB_SIZE, TinyModel, write_model, write_words
 
-TIMEOUT_S = 120.0
 #: Name to family, shape and largest shard.
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama-sharded": ("llama", {"num_hidden_layers": 6}, "60KB"),
@@ -40,13 +40,20 @@ class TinyCluster:
     models: dict[str, TinyModel]
     sources: dict[str, str]
 
-    def deploy(self, name: str, model: str, stages: int, keep_alive_s: float = 600) -> None:
+    def deploy(
+        self,
+        name: str,
+        model: str,
+        stages: int,
+        keep_alive_s: float = HANG_S,
+        max_context: int = 256,
+    ) -> None:
         self.client.deploy(
             pb.DeploymentSpec(
                 name=name,
                 source=self.sources[model],
                 max_stages=stages,
-                max_context=256,
+                max_context=max_context,
                 keep_alive_s=keep_alive_s,
                 # The number of stages is what these tests are about.
                 consolidate=False,
@@ -84,7 +91,7 @@ class Stream:
         )
 
     def next(self) -> Piece:
-        result, error = self._got.get(timeout=TIMEOUT_S)
+        result, error = self._got.get(timeout=HANG_S)
         if error is not None:
             raise error
         assert result is not None
@@ -126,7 +133,7 @@ def write_models(folder: Path) -> tuple[dict[str, TinyModel], dict[str, Path]]:
     return models, folders
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = HANG_S) -> None:
     """Poll the cluster until something has happened there; fails after the time limit."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from integration.support.limits import HANG_S
 from paraserve_backend.tritonserver.host.install import (
     ServerOptions,
     find_triton,
@@ -59,7 +60,7 @@ class TritonServer:
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
-    def start(self, *, timeout_s: float = 30) -> None:
+    def start(self, *, timeout_s: float = HANG_S) -> None:
         """Start and wait until it answers; the same ports after a `stop`."""
         install = replace(find_triton(), python_path_dir=self._python.parent)
         self.model_repository.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ class TritonServer:
             )
         self._wait_until_live(timeout_s)
 
-    def stop(self, *, timeout_s: float = 15) -> None:
+    def stop(self, *, timeout_s: float = 60) -> None:
         """Stop it, by force if need be, and remove what it left in /dev/shm."""
         if self._process is None:
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from integration.support.limits import HANG_S
 from paraserve_backend.engines.base import LoopState
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.generation.answer import Delta
@@ -17,7 +18,6 @@ from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import Sampling
 from tests.support.generate_config import make_generate_config, weights_from
 
-TIMEOUT_S = 120
 PROMPT = [5, 17, 42]
 
 
@@ -42,7 +42,7 @@ class Reply:
         return self.cancelled.is_set()
 
     def next(self) -> Delta | ParaServeError | Resume:
-        return self.got.get(timeout=TIMEOUT_S)
+        return self.got.get(timeout=HANG_S)
 
     def answer(self) -> list[int]:
         """Return all tokens until the end."""

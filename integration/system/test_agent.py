@@ -206,7 +206,7 @@ async def test_a_source_that_is_gone_ends_the_part_even_while_a_model_waits_for_
     wait = """
         from paraserve_backend.weights.tiers.reader import TierReader
         reader = TierReader.open(pathlib.Path({tier!r}), "tiny.1.0")
-        reader.wait_for("model.norm.weight", timeout_s=60)
+        reader.wait_for("model.norm.weight", timeout_s=600)
     """
     plan = make_plan(tmp_path / "model")
     (tmp_path / "model").rename(tmp_path / "elsewhere")
@@ -218,20 +218,21 @@ async def test_a_source_that_is_gone_ends_the_part_even_while_a_model_waits_for_
     await node.assert_nothing_left()
 
 
-async def test_a_killed_process_is_reported_within_a_second_and_apply_heals_after_remove(
-    node: AgentNode,
+async def test_a_killed_process_is_news_by_itself_and_apply_heals_after_remove(
+    triton: TritonServer, tmp_path: Path
 ) -> None:
-    await node.apply(make_part())
-    [stub] = node.processes()
-    os.kill(stub.pid, signal.SIGKILL)
-    async with asyncio.timeout(1.5):
+    # The next heartbeat is due in an hour.
+    async with running_node(triton, tmp_path, heartbeat_interval_s=3600) as node:
+        await node.apply(make_part())
+        [stub] = node.processes()
+        os.kill(stub.pid, signal.SIGKILL)
         status = await node.scheduler.until(has_phase(pb.FAILED))
-    assert status.parts[0].failure.message == "The process of model tiny.1 died."
-    assert status.parts[0].failure.grpc_code == "UNAVAILABLE"
-    assert await node.remove() is True
-    await node.assert_nothing_left()
-    assert (await node.apply(make_part()))[-1].phase == pb.READY
-    assert [new.pid for new in node.processes()] != [stub.pid]
+        assert status.parts[0].failure.message == "The process of model tiny.1 died."
+        assert status.parts[0].failure.grpc_code == "UNAVAILABLE"
+        assert await node.remove() is True
+        await node.assert_nothing_left()
+        assert (await node.apply(make_part()))[-1].phase == pb.READY
+        assert [new.pid for new in node.processes()] != [stub.pid]
 
 
 async def test_applying_a_part_twice_at_once_loads_it_once(node: AgentNode, tmp_path: Path) -> None:
@@ -315,8 +316,8 @@ async def test_a_request_that_never_ends_cannot_hold_up_a_removal(
     async with hanging_request(node):
         if is_killed:
             os.kill(stub.pid, signal.SIGKILL)
-        async with asyncio.timeout(10):
-            assert await node.remove(deadline_s=60 if is_killed else 1) is True
+        # Nobody waits for the requests of a dead process: an hour would be too long for the test.
+        assert await node.remove(deadline_s=3600 if is_killed else 1) is True
         node.assert_no_traces()
 
 

@@ -151,8 +151,10 @@ def test_a_stage_that_dies_while_it_hands_over_loses_no_request(
         load(cluster, name, expected, 4) as running,
     ):
         wait_until(lambda: f"{name}.2" in replicas(cluster, name))
+        # Found before the hand-over: it must not end while we look.
+        (stage,) = stubs(f"{name}.1.stage2")
         wait_until(lambda: replicas(cluster, name)[f"{name}.2"].phase == pb.READY)
-        kill(f"{name}.1.stage2")
+        os.kill(stage, signal.SIGKILL)
         died_s = time.time()
         wait_until(lambda: running.spanning(died_s, died_s) >= 1)
         answered = len(running.answers)

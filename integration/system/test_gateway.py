@@ -130,7 +130,7 @@ async def test_a_client_that_leaves_cancels_the_request_in_the_model(
     assert text_of(answered) == "True"
 
 
-@pytest.mark.parametrize(("stream_timeout_s", "timeout_us"), [(0.5, None), (None, 500_000)])
+@pytest.mark.parametrize(("stream_timeout_s", "timeout_us"), [(2.0, None), (None, 2_000_000)])
 async def test_a_client_that_waits_no_longer_ends_the_request_in_the_model(
     gateway: GatewayHarness,
     replica: Replica,
@@ -203,7 +203,9 @@ async def test_statistics_count_what_was_asked(gateway: GatewayHarness) -> None:
         (model,) = (await client.get_inference_statistics(DEPLOYMENT, "1")).model_stats
     durations = model.inference_stats
     assert (durations.success.count, durations.fail.count) == (3, 1)
-    assert 0 < durations.queue.ns < durations.compute_infer.ns < durations.success.ns
+    assert durations.queue.ns > 0
+    assert durations.compute_infer.ns > 0
+    assert durations.success.ns == durations.queue.ns + durations.compute_infer.ns
 
 
 async def test_an_unloaded_replica_is_left_for_the_next_without_an_error(

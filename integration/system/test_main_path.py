@@ -70,10 +70,10 @@ def test_sixteen_requests_that_join_and_leave_equal_their_solo_runs(
 @pytest.mark.parametrize("stages", [1, 4])
 def test_a_cancelled_stream_frees_its_kv_blocks(cluster: TinyCluster, stages: int) -> None:
     name, model = f"cancel-{stages}", "llama-sharded"
-    cluster.deploy(name, model, stages)
+    cluster.deploy(name, model, stages, max_context=512)
     first, second = prompts(2)
     try:
-        endless = Stream(cluster, name, first, 240)
+        endless = Stream(cluster, name, first, 512 - len(first))
         endless.next()
         wait_for_blocks(cluster, name, lambda used: used > 0)
         endless.close()
@@ -139,13 +139,15 @@ def test_requests_of_a_killed_process_go_on_at_the_replica_that_replaces_it(
     prompt = prompts(1)[0]
     expected = cluster.models[model].greedy(prompt, 160)
     try:
-        stream = Stream(cluster, name, prompt, 160)
-        begun = stream.next().token_ids
+        generate(cluster, name, prompt, 1)
+        # Found before the request runs: it must not end while we look.
         first = cluster.replica(name).replica
         if victim == "triton":
             process = pids(cluster.layout.files)[f"{cluster.replica(name).parts[0].node}-triton"]
         else:
             (process,) = stubs(first if victim == "generate" else f"{first}.{victim}")
+        stream = Stream(cluster, name, prompt, 160)
+        begun = stream.next().token_ids
         os.kill(process, signal.SIGKILL)
         assert begun + stream.all_ids() == expected
         assert cluster.replica(name).replica != first

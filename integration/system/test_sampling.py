@@ -13,7 +13,8 @@ import pytest
 import torch
 import tritonclient.grpc as triton
 
-from integration.support.tiny_cluster import TIMEOUT_S, TinyCluster, prompts
+from integration.support.limits import HANG_S
+from integration.support.tiny_cluster import TinyCluster, prompts
 
 DEPLOYMENT = "sampling"
 MODEL = "llama-sharded"
@@ -45,7 +46,7 @@ def ask(cluster: TinyCluster, inputs: Mapping[str, tuple[str, Any]]) -> list[dic
     responses: list[dict[str, Any]] = []
     try:
         while True:
-            result, error = got.get(timeout=TIMEOUT_S)
+            result, error = got.get(timeout=HANG_S)
             if error is not None:
                 raise error
             assert result is not None
@@ -145,7 +146,7 @@ def test_numbers_in_strings_reach_the_model_over_http(deployed: TinyCluster) -> 
     }
     layout = deployed.layout
     url = f"http://{layout.host}:{layout.gateway_http_port}/v2/models/{DEPLOYMENT}/generate"
-    with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=TIMEOUT_S) as response:
+    with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=HANG_S) as response:
         answer = json.load(response)
     assert answer["output_ids"] == oracle(deployed, prompt, max_new_tokens=5)
 

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from integration.support.bucket import upload
+from integration.support.limits import PATIENT_SCHEDULER
 from integration.support.steady_load import (
     MAX_TOKENS,
     MODEL,
@@ -92,6 +93,7 @@ def apart(tmp_path: Path) -> Iterator[TinyCluster]:
         available_bytes=available_bytes(Path("/proc")),
         cores=os.cpu_count() or 1,
     )
+    layout = replace(layout, scheduler_settings=PATIENT_SCHEDULER)
     models, folders = write_models(tmp_path / "models")
     try:
         up(layout, lambda _news: None)

@@ -88,10 +88,9 @@ def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(
 ) -> None:
     cluster, name, prompt = disk_cluster, "stored", prompts(1)[0]
     expected = cluster.models[MODEL].greedy(prompt, 6)
-    # Bytes come to disk some seconds after the fetch, while they are still in memory.
-    cluster.deploy(name, MODEL, 1, keep_alive_s=15)
 
     def start() -> pb.ReplicaPart:
+        cluster.deploy(name, MODEL, 1)
         assert generate(cluster, name, prompt, 6) == expected
         (part,) = cluster.replica(name).parts
         return part
@@ -104,14 +103,15 @@ def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(
             found = extents(cluster, first.node)
             return sum(path.stat().st_size for path in found) > total_bytes
 
+        # Bytes come to disk some seconds after the fetch, while they are still in memory.
         wait_until(is_on_disk)
-        go_to_zero(cluster, name)
+        cluster.client.delete(name)
         with without_store(cluster):
             second = start()
             assert second.node == first.node
             assert bytes_from(second).keys() == {"disk"}
             assert bytes_from(second)["disk"] > total_bytes  # the small files, too
-            go_to_zero(cluster, name)
+            cluster.client.delete(name)
         for path in extents(cluster, first.node):
             path.write_bytes(b"x" * path.stat().st_size)
         third = start()

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from integration.support.limits import HANG_S
 from integration.support.vllm_role import (
     PROMPT,
-    TIMEOUT_S,
     Gauges,
     Reply,
     config_of,
@@ -150,14 +150,14 @@ def test_a_cancelled_request_leaves_the_engine(running: Running) -> None:
     while isinstance(said := reply.next(), Delta):
         pass
     assert isinstance(said, Cancelled)
-    while (state := running.gauges.states.get(timeout=TIMEOUT_S)) != LoopState(requests_moved=1):
+    while (state := running.gauges.states.get(timeout=HANG_S)) != LoopState(requests_moved=1):
         assert state.running <= 1
     assert running.ask(3).answer() == running.model.greedy(PROMPT, 3)
 
 
 def test_gauges_are_vllms_own(running: Running) -> None:
     reply = running.ask(250)
-    while (state := running.gauges.states.get(timeout=TIMEOUT_S)).kv_blocks_used == 0:
+    while (state := running.gauges.states.get(timeout=HANG_S)).kv_blocks_used == 0:
         pass
     assert (state.running, state.waiting) == (1, 0)
     reply.answer()
@@ -203,7 +203,7 @@ def test_role_and_engine_die_together(
         stdout=subprocess.PIPE,
     ) as process:
         # The output ends when the last process that has it open does: all of them must.
-        process.communicate(timeout=TIMEOUT_S)
+        process.communicate(timeout=HANG_S)
     assert process.returncode == status
     for folder in Path("/dev/shm").glob(f"paraserve-standalone-{process.pid}-*"):
         shutil.rmtree(folder)
