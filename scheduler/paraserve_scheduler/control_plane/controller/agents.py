@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
 import grpc.aio
 
+from paraserve_backend.daemon.retry import Backoff
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.errors import is_connection_lost
@@ -22,8 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TRIES = 3
-_RETRY_PAUSE_S = 0.5
+_TRIES = 5
 #: What a reply may take beyond the agent's own time limit.
 _SLACK_S = 5.0
 #: Who gets the command only takes note of it.
@@ -68,6 +69,7 @@ class GrpcAgents:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def apply(self, address: str, part: pb.Part) -> AsyncIterator[PartState]:
+        pauses = Backoff().pauses(random.Random())
         # An agent attaches to a part it already has, so that a lost stream can be taken up again.
         for tries_left in reversed(range(_TRIES)):
             try:
@@ -80,7 +82,7 @@ class GrpcAgents:
             except grpc.aio.AioRpcError as error:
                 if not (is_connection_lost(error) and tries_left):
                     raise AgentCallFailed(_failure(address, error)) from error
-            await asyncio.sleep(_RETRY_PAUSE_S)
+            await asyncio.sleep(next(pauses))
         message = f"The agent at {address} does not say how {part.replica} goes on."
         raise AgentCallFailed(Failure(grpc_code="UNAVAILABLE", message=message))
 
