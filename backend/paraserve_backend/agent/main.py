@@ -13,9 +13,6 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import grpc.aio
 
 from paraserve_backend.agent.config import AgentConfig
 from paraserve_backend.agent.disk_upkeep import DiskUpkeep, Upkeep
@@ -32,7 +29,9 @@ from paraserve_backend.channel.keys import KeyStore
 from paraserve_backend.daemon.settings import parse_arguments, read_token
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
+from paraserve_backend.rpc.addresses import split_address, with_port
+from paraserve_backend.rpc.auth import require_loopback
+from paraserve_backend.rpc.channels import cluster_server, listen
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_AgentServicer_to_server
 from paraserve_backend.tritonserver.host.client import TritonClient, read_key
 from paraserve_backend.tritonserver.host.repository import ModelRepository
@@ -43,8 +42,6 @@ from paraserve_backend.weights.tiers.layout import OBJECTS
 from paraserve_backend.weights.tiers.memory import Tier
 
 logger = logging.getLogger(__name__)
-
-_UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
 async def run(config: AgentConfig) -> None:
@@ -72,7 +69,8 @@ async def run(config: AgentConfig) -> None:
         if agent.peers is not None:
             # Before the tier is given back.
             stack.callback(agent.peers.stop)
-        server, port = _listen(config.listen, token)
+        server = cluster_server(token)
+        port = listen(server, config.listen)
         stack.push_async_callback(server.stop, grace=None)
         scheduler = GrpcSchedulerPort(config.scheduler, token)
         stack.push_async_callback(scheduler.close)
@@ -255,13 +253,13 @@ def _fetch_limits(config: AgentConfig) -> FetchLimits:
 def _peer_server(config: AgentConfig, tier: Tier, token: str | None) -> PeerServer | None:
     if config.peer_rate_bytes_per_s == 0:
         return None
-    address = config.peer_listen or f"{config.listen.rpartition(':')[0]}:0"
+    address = config.peer_listen or with_port(config.listen, 0)
     require_loopback(address, token)
-    host, _, port = address.rpartition(":")
+    host, port = split_address(address)
     return PeerServer(
         tier,
         host=host,
-        port=int(port),
+        port=port,
         token=token,
         rate=RateLimit(config.peer_rate_bytes_per_s),
         most_connections=config.peer_connections,
@@ -270,21 +268,7 @@ def _peer_server(config: AgentConfig, tier: Tier, token: str | None) -> PeerServ
 
 def _peer_address(info: pb.NodeInfo, peers: PeerServer) -> str:
     """Where others reach `peers`: on the host on which they reach the agent."""
-    return f"{info.agent_address.rpartition(':')[0]}:{peers.port}"
-
-
-def _listen(address: str, token: str | None) -> tuple[grpc.aio.Server, int]:
-    """Return a server that is not started and its port."""
-    interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = (
-        [TokenInterceptor(token)] if token else []
-    )
-    server = grpc.aio.server(interceptors=interceptors, options=_UNLIMITED)
-    try:
-        return server, server.add_insecure_port(address)
-    except RuntimeError:
-        raise InvalidRequest(
-            f"Cannot listen on {address}: the address is in use or not ours."
-        ) from None
+    return with_port(info.agent_address, peers.port)
 
 
 async def _run_until_signal(config: AgentConfig) -> None:

@@ -16,6 +16,7 @@ import grpc.aio
 from paraserve_backend.daemon.retry import Backoff
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
+from paraserve_backend.rpc.channels import cluster_channel
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 5.0
-_OPTIONS = [("grpc.max_reconnect_backoff_ms", 2000), ("grpc.max_send_message_length", -1)]
 
 
 class SchedulerPort(Protocol):
@@ -40,7 +40,7 @@ class GrpcSchedulerPort:
 
     def __init__(self, address: str, token: str | None) -> None:
         self._metadata = metadata(token)
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = cluster_channel(address)
         self._stub: SchedulerAsyncStub = SchedulerStub(self._channel)
 
     async def register(self, info: pb.NodeInfo) -> pb.RegisterReply:

@@ -17,7 +17,7 @@ from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
 from paraserve_scheduler.gateway.frontends.grpc_service import NOT_SERVING, SERVING
-from paraserve_scheduler.gateway.server import Gateway, split_address
+from paraserve_scheduler.gateway.server import Gateway
 from tests.support.gateway import (
     DEPLOYMENT,
     make_config,
@@ -82,16 +82,6 @@ async def test_an_address_in_use_is_named(setting: str) -> None:
         with pytest.raises(InvalidRequest, match=f"Cannot listen on {setting} {address}"):
             await gateway.start()
         await gateway.stop()
-
-
-@pytest.mark.parametrize("address", ["", "8000", "host:", ":8000", "host:http"])
-def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(InvalidRequest, match="write it as host:port"):
-        split_address(address)
-
-
-def test_an_address_is_split_at_its_last_colon() -> None:
-    assert split_address("[::1]:80") == ("::1", 80)
 
 
 def test_a_gateway_process_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:

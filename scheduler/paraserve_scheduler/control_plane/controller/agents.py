@@ -14,6 +14,7 @@ import grpc.aio
 from paraserve_backend.daemon.retry import Backoff
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
+from paraserve_backend.rpc.channels import cluster_channel
 from paraserve_backend.rpc.errors import is_connection_lost
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
 from paraserve_scheduler.control_plane.messages.agents import part_state
@@ -29,12 +30,6 @@ _TRIES = 5
 _SLACK_S = 5.0
 #: Who gets the command only takes note of it.
 _COMMAND_TIMEOUT_S = 10.0
-_CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", -1),
-    # A restarted agent gets its address back: look again soon.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-]
 
 
 class AgentCallFailed(Exception):
@@ -127,7 +122,7 @@ class GrpcAgents:
     def _stub(self, address: str) -> AgentAsyncStub:
         channel = self._channels.get(address)
         if channel is None:
-            channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            channel = cluster_channel(address)
             self._channels[address] = channel
         return AgentStub(channel)
 
