@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,8 @@ from paraserve_backend.agent.service import AgentService
 from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.agent.watchdog import Watchdog
 from paraserve_backend.channel.keys import KeyStore
-from paraserve_backend.daemon.settings import parse_arguments, read_token
+from paraserve_backend.daemon.process import run_daemon
+from paraserve_backend.daemon.settings import read_token
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.addresses import split_address, with_port
@@ -271,33 +271,14 @@ def _peer_address(info: pb.NodeInfo, peers: PeerServer) -> str:
     return with_port(info.agent_address, peers.port)
 
 
-async def _run_until_signal(config: AgentConfig) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Set, not cancel: a second signal must not break off the clean-up.
-        loop.add_signal_handler(number, stop.set)
-    running = asyncio.create_task(run(config))
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    running.cancel()
-    stopped.cancel()
-    try:
-        await running
-    except asyncio.CancelledError:
-        return
-
-
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the agent until SIGTERM or SIGINT.
 
     Raises:
         ParaServeError: see `run`.
     """
-    config = parse_arguments(AgentConfig, argv, program="paraserve agent")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(_run_until_signal(config))
+    return run_daemon(AgentConfig, run, argv, program="paraserve agent")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 from collections.abc import Sequence
 
-from paraserve_backend.daemon.settings import parse_arguments, read_token
+from paraserve_backend.daemon.process import run_daemon
+from paraserve_backend.daemon.settings import read_token
 from paraserve_backend.rpc.auth import require_loopback
 from paraserve_backend.rpc.channels import cluster_server, listen
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
@@ -58,23 +58,13 @@ async def run(config: SchedulerConfig) -> None:
             await agents.close()
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the scheduler until SIGTERM or SIGINT.
 
     Raises:
         InvalidRequest: see `run`.
     """
-    config = parse_arguments(SchedulerConfig, argv, program="paraserve scheduler")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    asyncio.run(_run_until_signalled(config))
-
-
-async def _run_until_signalled(config: SchedulerConfig) -> None:
-    task = asyncio.ensure_future(run(config))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    return run_daemon(SchedulerConfig, run, argv, program="paraserve scheduler")
 
 
 async def _run_gateway(config: SchedulerConfig, port: int) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import signal
 import socket
 from collections.abc import Sequence
 
 from aiohttp import web
 from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 
-from paraserve_backend.daemon.settings import parse_arguments, read_token
+from paraserve_backend.daemon.process import run_daemon
+from paraserve_backend.daemon.settings import read_token
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc.addresses import split_address, with_port
 from paraserve_backend.rpc.channels import cluster_channel, gateway_server, listen
@@ -133,20 +132,10 @@ async def run(config: GatewayConfig) -> None:
         await gateway.stop()
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run a gateway of its own until SIGTERM or SIGINT.
 
     Raises:
         InvalidRequest: the settings are wrong.
     """
-    config = parse_arguments(GatewayConfig, argv, program="paraserve gateway")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    asyncio.run(_run_until_signalled(config))
-
-
-async def _run_until_signalled(config: GatewayConfig) -> None:
-    task = asyncio.ensure_future(run(config))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    return run_daemon(GatewayConfig, run, argv, program="paraserve gateway")
