@@ -18,7 +18,7 @@ from paraserve_backend.rpc.addresses import split_address, with_port
 from paraserve_backend.rpc.channels import cluster_channel, gateway_server, listen
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import DemandMeter
-from paraserve_scheduler.gateway.frontends.grpc_service import GrpcService, HealthCheck
+from paraserve_scheduler.gateway.frontends.grpc_service import GrpcService, health_handler
 from paraserve_scheduler.gateway.frontends.http_service import HttpService
 from paraserve_scheduler.gateway.frontends.request_reader import RequestReader
 from paraserve_scheduler.gateway.kserve.statistics import Statistics
@@ -85,7 +85,7 @@ class Gateway:
         add_GRPCInferenceServiceServicer_to_server(
             GrpcService(self._proxy, self._routes, self._statistics), self._grpc
         )
-        self._grpc.add_generic_rpc_handlers((HealthCheck(self._routes),))
+        self._grpc.add_generic_rpc_handlers((health_handler(self._routes),))
         port = listen(self._grpc, self._config.grpc_address, setting="grpc_address")
         self.grpc_address = with_port(self._config.grpc_address, port)
         await self._grpc.start()
