@@ -1,7 +1,8 @@
 """Reading bytes from other nodes' tiers: the client of `paraserve_backend.agent.peer_server`.
 
-A peer speaks plain HTTP/1.1. Requests are signed with the cluster token, which itself never leaves
-its node: the URL carries a keyed hash of its path and of the time until when it may be used.
+A peer speaks plain HTTP/1.1 and is inside the cluster: it is never asked through a proxy.
+Requests are signed with the cluster token, which itself never leaves its node: the URL carries a
+keyed hash of its path and of the time until when it may be used.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class HttpPeer:
             return f"http://{self.address}{target}"
 
         signer = UrlSigner(url_for=url_for, renew=url_for)
-        return HttpConnection(signer, tls=_no_tls(), timeout_s=_TIMEOUT_S)
+        return HttpConnection(signer, tls=_no_tls(), timeout_s=_TIMEOUT_S, proxy=None)
 
 
 @cache
