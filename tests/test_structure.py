@@ -1,4 +1,4 @@
-"""The shape of the code: few modules a folder, no class name twice, a map that is complete."""
+"""The shape of the code: small folders, names and decisions made once, a map that is complete."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ PACKAGES = (
 )
 _MOST_AT_ROOT = 3
 _MOST_IN_FOLDER = 16
+#: What only one module may write, and that module.
+_ONCE = {
+    "a gRPC option": (r"""["']grpc\.""", "paraserve_backend/rpc/channels.py"),
+    "a gRPC channel or server": (
+        r"secure_channel\(|aio\.server\(",
+        "paraserve_backend/rpc/channels.py",
+    ),
+    "a log format": (r"basicConfig\(", "paraserve_backend/daemon/logs.py"),
+}
 _MAP_LINE = re.compile(r"^- `(paraserve_\w+/[\w/]+\.py)`: (\S.*)$", re.MULTILINE)
 
 
@@ -72,6 +81,18 @@ def test_no_public_class_name_is_defined_twice() -> None:
             for name in public_classes(path):
                 homes[name].append(name_of(path, package))
     assert not {name: places for name, places in homes.items() if len(places) > 1}
+
+
+@pytest.mark.parametrize("what", _ONCE)
+def test_what_is_decided_once_is_written_in_its_module_only(what: str) -> None:
+    pattern, home = _ONCE[what]
+    found = {
+        name_of(path, package)
+        for package in PACKAGES
+        for path in modules(package)
+        if re.search(pattern, path.read_text(encoding="utf-8"))
+    }
+    assert found == {home}, f"{what} belongs to {home}"
 
 
 def test_every_module_has_its_line_in_the_map_and_every_line_its_module() -> None:

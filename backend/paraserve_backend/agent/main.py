@@ -9,16 +9,12 @@ import asyncio
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import grpc.aio
 
 from paraserve_backend.agent.config import AgentConfig
 from paraserve_backend.agent.disk_upkeep import DiskUpkeep, Upkeep
@@ -32,11 +28,14 @@ from paraserve_backend.agent.service import AgentService
 from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.agent.watchdog import Watchdog
 from paraserve_backend.channel.keys import KeyStore
-from paraserve_backend.daemon.settings import parse_arguments, read_token
+from paraserve_backend.daemon.process import run_daemon
+from paraserve_backend.daemon.settings import read_token
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
+from paraserve_backend.rpc.addresses import split_address, with_port
+from paraserve_backend.rpc.auth import require_loopback
+from paraserve_backend.rpc.channels import cluster_server, listen
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_AgentServicer_to_server
 from paraserve_backend.tritonserver.host.client import TritonClient, read_key
 from paraserve_backend.tritonserver.host.repository import ModelRepository
@@ -47,8 +46,6 @@ from paraserve_backend.weights.tiers.layout import OBJECTS
 from paraserve_backend.weights.tiers.memory import Tier
 
 logger = logging.getLogger(__name__)
-
-_UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
 async def run(config: AgentConfig) -> None:
@@ -76,7 +73,8 @@ async def run(config: AgentConfig) -> None:
         if agent.peers is not None:
             # Before the tier is given back.
             stack.callback(agent.peers.stop)
-        server, port = _listen(config.listen, token)
+        server = cluster_server(token)
+        port = listen(server, config.listen)
         stack.push_async_callback(server.stop, grace=None)
         scheduler = GrpcSchedulerPort(config.scheduler, token)
         stack.push_async_callback(scheduler.close)
@@ -259,13 +257,13 @@ def _fetch_limits(config: AgentConfig) -> FetchLimits:
 def _peer_server(config: AgentConfig, tier: Tier, token: str | None) -> PeerServer | None:
     if config.peer_rate_bytes_per_s == 0:
         return None
-    address = config.peer_listen or f"{config.listen.rpartition(':')[0]}:0"
+    address = config.peer_listen or with_port(config.listen, 0)
     require_loopback(address, token)
-    host, _, port = address.rpartition(":")
+    host, port = split_address(address)
     return PeerServer(
         tier,
         host=host,
-        port=int(port),
+        port=port,
         token=token,
         rate=RateLimit(config.peer_rate_bytes_per_s),
         most_connections=config.peer_connections,
@@ -274,50 +272,17 @@ def _peer_server(config: AgentConfig, tier: Tier, token: str | None) -> PeerServ
 
 def _peer_address(info: pb.NodeInfo, peers: PeerServer) -> str:
     """Where others reach `peers`: on the host on which they reach the agent."""
-    return f"{info.agent_address.rpartition(':')[0]}:{peers.port}"
+    return with_port(info.agent_address, peers.port)
 
 
-def _listen(address: str, token: str | None) -> tuple[grpc.aio.Server, int]:
-    """Return a server that is not started and its port."""
-    interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = (
-        [TokenInterceptor(token)] if token else []
-    )
-    server = grpc.aio.server(interceptors=interceptors, options=_UNLIMITED)
-    try:
-        return server, server.add_insecure_port(address)
-    except RuntimeError:
-        raise InvalidRequest(
-            f"Cannot listen on {address}: the address is in use or not ours."
-        ) from None
-
-
-async def _run_until_signal(config: AgentConfig) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Set, not cancel: a second signal must not break off the clean-up.
-        loop.add_signal_handler(number, stop.set)
-    running = asyncio.create_task(run(config))
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    running.cancel()
-    stopped.cancel()
-    try:
-        await running
-    except asyncio.CancelledError:
-        return
-
-
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the agent until SIGTERM or SIGINT.
 
     Raises:
         ParaServeError: see `run`.
     """
-    config = parse_arguments(AgentConfig, argv, program="paraserve agent")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(_run_until_signal(config))
+    return run_daemon(AgentConfig, run, argv, program="paraserve agent")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

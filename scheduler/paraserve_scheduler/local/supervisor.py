@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import BinaryIO
 
+from paraserve_backend.daemon.logs import start_logging
 from paraserve_backend.daemon.settings import load_config
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.tritonserver.host.install import find_triton
@@ -190,7 +191,7 @@ class Reporter:
 def main() -> int:
     if os.fork():
         os._exit(0)  # nobody has to wait for the supervisor
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    start_logging()
     reporter = Reporter(sys.stdout.buffer)
     line = sys.stdin.buffer.readline()
     if not line:

@@ -338,6 +338,13 @@ def test_ranges_that_are_not_there_are_refused_at_once(tmp_path: Path, model: Pa
         client.close()
 
 
+def test_no_proxy_of_the_environment_stands_between_peers(
+    holder: Tier, reader: Tier, model: Path, dead_proxies: None
+) -> None:
+    with served(holder) as peer:
+        assert run(reader, model, peer).peer_bytes == all_bytes(model)
+
+
 def test_more_reads_than_allowed_are_turned_away(holder: Tier, reader: Tier, model: Path) -> None:
     with served(holder, connections=1) as peer:
         report = run(reader, model, peer)

@@ -14,7 +14,7 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
 from paraserve_scheduler.control_plane.config import SchedulerConfig
-from paraserve_scheduler.control_plane.main import run
+from paraserve_scheduler.control_plane.main import main, run
 from tests.support.limits import HANG_S
 from tests.support.ports import free_ports
 
@@ -58,6 +58,18 @@ async def test_a_taken_address_is_named(tmp_path: Path) -> None:
         config = SchedulerConfig(listen=address, state_file=tmp_path / "state.db")
         with pytest.raises(InvalidRequest, match=f"Cannot listen on {address}"):
             await run(config)
+
+
+def test_a_gateway_that_cannot_listen_ends_the_scheduler_with_its_reason(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        settings = tmp_path / "scheduler.yaml"
+        settings.write_text(
+            f"listen: 127.0.0.1:0\nstate_file: {tmp_path / 'state.db'}\n"
+            f"gateway:\n  scheduler_address: 127.0.0.1:1\n  grpc_address: {address}\n"
+        )
+        with pytest.raises(InvalidRequest, match=f"Cannot listen on grpc_address {address}"):
+            main(["--config", str(settings)])
 
 
 def test_settings_come_from_yaml_with_nested_sections(tmp_path: Path) -> None:

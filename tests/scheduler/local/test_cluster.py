@@ -78,6 +78,21 @@ def specs_of(layout: ClusterLayout, **environ: str) -> dict[str, ProcessSpec]:
 # ---- layout ----
 
 
+@pytest.mark.parametrize(
+    ("of_user", "told"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": "store.local"}, "127.0.0.1,localhost,store.local"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+)
+def test_no_proxy_stands_before_the_clusters_own_store(
+    tmp_path: Path, of_user: dict[str, str], told: str
+) -> None:
+    environment = specs_of(layout_in(tmp_path, nodes=1), **of_user)["node1-agent"].environment
+    assert environment["no_proxy"] == environment["NO_PROXY"] == told
+
+
 def test_no_port_is_given_twice_and_channel_ranges_are_disjoint(tmp_path: Path) -> None:
     layout = layout_in(tmp_path, nodes=4)
     ports = [layout.scheduler_port, layout.gateway_grpc_port, layout.gateway_http_port]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from paraserve_backend.daemon.retry import Backoff
 from paraserve_backend.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -42,7 +43,7 @@ from tests.support.stores import (
 )
 
 PART_BYTES = 700
-QUICK = RetryPolicy(base_s=0.001, attempts=4)
+QUICK = RetryPolicy(attempts=4, backoff=Backoff(base_s=0.001))
 
 
 def run(
@@ -276,7 +277,7 @@ def test_a_cancel_ends_the_wait_for_a_retry(
 ) -> None:
     store.script.extend([refuse(503)] * 100)
     cancel = threading.Event()
-    patient = RetryPolicy(base_s=1000, limit_s=1000)
+    patient = RetryPolicy(backoff=Backoff(base_s=1000, limit_s=1000))
     with pytest.raises(Cancelled):
         fetch(
             plan,
