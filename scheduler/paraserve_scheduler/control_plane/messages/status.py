@@ -7,7 +7,7 @@ from paraserve_scheduler.control_plane.messages.agents import PHASES
 from paraserve_scheduler.control_plane.messages.gateways import failure_message
 from paraserve_scheduler.planner.decisions import Prediction
 from paraserve_scheduler.reconciler.capacity import is_alive
-from paraserve_scheduler.reconciler.config import PolicyConfig
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.records import (
     DeploymentState,
     NodeInfo,
@@ -18,12 +18,13 @@ from paraserve_scheduler.state.spec import DeploymentSpec
 from paraserve_scheduler.state.view import ClusterView
 
 
-def cluster_status(view: ClusterView, now_s: float, config: PolicyConfig) -> pb.ClusterStatus:
+def cluster_status(turn: Turn) -> pb.ClusterStatus:
+    view = turn.view
     return pb.ClusterStatus(
         nodes=[
             pb.NodeView(
                 info=_node_message(node.info),
-                alive=is_alive(view, node, now_s, config),
+                alive=is_alive(turn, node),
                 last_seen_s=node.last_seen_s,
                 reserved_bytes=view.reserved_bytes(name),
                 tier_used_bytes=node.tier_used_bytes,
