@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.client.scheduler import SchedulerClient
 from paraserve_scheduler.local.layout import (
@@ -166,10 +167,10 @@ def assert_nothing_left(cluster: Cluster, replica: str) -> None:
         ready = [model.name for model in index.models if model.state == "READY"]
         assert not [model for model in ready if model.startswith(replica)]
         client.close()
-        run_dir = cluster.layout.files.run_dir(node.name)
-        fetches = list((run_dir / "tier" / "fetches").glob(f"{replica}*"))
+        run_dir = RunDir(cluster.layout.files.run_dir(node.name))
+        fetches = list(run_dir.tier.fetches.glob(f"{replica}*"))
         assert not fetches
-        assert not list((run_dir / "keys").glob(f"{replica}*"))
+        assert not list(run_dir.keys.glob(f"{replica}*"))
     lines = _stub_lines()
     assert not [line for line in lines if replica.encode() in line]
     # Triton gives every stub a region of shared memory and tells it the name.

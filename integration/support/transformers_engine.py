@@ -20,7 +20,7 @@ from paraserve_backend.engines.base import (
     chosen_token,
 )
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.abilities import Abilities
+from paraserve_backend.protocol.engine_abilities import Abilities
 from paraserve_backend.protocol.sampling import ChosenToken
 
 #: The model.py of a Triton backend that has this engine besides those of the package.

@@ -256,9 +256,9 @@ async def until_exists(path: Path) -> None:
 
 _READ_WEIGHTS = """
 from paraserve_backend.weights.tiers.reader import TierReader
-from paraserve_backend.telemetry.spans import SpanFile
+from paraserve_backend.telemetry.spans import SpanFile, SpanName
 tier = pathlib.Path({tier!r})
-with SpanFile(tier / "fetches" / "tiny.1.0" / "spans.jsonl").span("adopt"):
+with SpanFile(tier / "fetches" / "tiny.1.0" / "spans.jsonl").span(SpanName.ADOPT_WEIGHTS):
     TierReader.open(tier, "tiny.1.0")
 """
 
@@ -282,7 +282,7 @@ def test_a_part_becomes_ready_and_is_removed_without_a_trace(
         assert last.fetched_bytes == last.total_bytes == plan.total_bytes
         spans = {span.name: span for span in last.spans}
         loads = {f"load {stage}", f"load {forward}"}
-        assert spans.keys() == {"fetch", "write models", "adopt"} | loads
+        assert spans.keys() == {"fetch", "write models", "adopt weights"} | loads
         assert all(0 < span.start_s <= span.end_s for span in last.spans)
         assert spans["fetch"].bytes == plan.total_bytes
         assert spans[f"load {stage}"].end_s <= spans[f"load {forward}"].start_s

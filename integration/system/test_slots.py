@@ -24,6 +24,7 @@ from integration.support.tiny_cluster import (
 from integration.support.triton_server import TritonServer
 from integration.system.test_agent import Node, scenario
 from paraserve_backend.errors import InvalidRequest, NotFound
+from paraserve_backend.protocol.names import slot_model
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
@@ -174,9 +175,10 @@ def test_an_agent_removes_slots_of_an_earlier_one_and_takes_its_own_with_it(
     async def leave_slots(server: TritonServer) -> None:
         client = TritonClient(server.grpc_address)
         for number, place in enumerate(places(["cpu"])):
-            files = slot_files(f"slot-{number}.{place.kind}", place, str(tmp_path / "run"))
-            ModelRepository(server.model_repository).write(f"slot-{number}.{place.kind}", files)
-            await client.load(f"slot-{number}.{place.kind}")
+            name = slot_model(number, place.kind)
+            files = slot_files(name, place, str(tmp_path / "run"))
+            ModelRepository(server.model_repository).write(name, files)
+            await client.load(name)
         await client.close()
 
     async def play(node: Node) -> None:

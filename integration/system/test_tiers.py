@@ -15,7 +15,9 @@ from integration.support.tiny_cluster import (
     prompts,
     wait_until,
 )
+from paraserve_backend.protocol.span_messages import read_span
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.telemetry.spans import SpanName
 from paraserve_scheduler.local.layout import BUCKET
 
 MODEL = "llama-sharded"
@@ -34,9 +36,9 @@ def without_store(cluster: Cluster) -> Iterator[None]:
 
 def bytes_from(part: pb.ReplicaPart) -> dict[str, int]:
     return {
-        span.name.removeprefix("fetch from "): span.bytes
-        for span in part.status.spans
-        if span.name.startswith("fetch from ")
+        span.detail: span.size_bytes
+        for span in map(read_span, part.status.spans)
+        if span.name is SpanName.FETCH_FROM
     }
 
 

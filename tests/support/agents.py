@@ -13,6 +13,7 @@ from paraserve_backend.agent.parts.models import NodeContext
 from paraserve_backend.agent.parts.registry import Parts
 from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.channel.keys import KeyStore
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.tritonserver.host.repository import ModelRepository
 from paraserve_backend.tritonserver.host.unloader import Unloader
@@ -46,7 +47,7 @@ class FakeNode:
     async def assert_nothing_left(self) -> None:
         assert self.models_on_disk() == []
         assert self.processes.find() == ()
-        assert list((self.folder / "keys").glob("*")) == []
+        assert list(RunDir(self.folder).keys.glob("*")) == []
         assert await self.fetches.contents() == ([], 0)
 
 
@@ -57,7 +58,7 @@ async def fake_node(
     (folder / "models").mkdir()
     processes, now_s, changed = FakeProcesses(), [1000.0], asyncio.Event()
     triton = FakeTriton(folder / "models", processes)
-    fetches = Fetches(Tier.open(folder / "tier"), FetchLimits(threads=1))
+    fetches = Fetches(Tier.open(RunDir(folder).tier.path), FetchLimits(threads=1))
     repository = ModelRepository(folder / "models")
     unloader = Unloader(triton=triton, stubs=processes, kill_s=0.2)
     slots = Slots(
@@ -71,7 +72,7 @@ async def fake_node(
         repository=repository,
         unloader=unloader,
         fetches=fetches,
-        keys=KeyStore(folder / "keys"),
+        keys=KeyStore(RunDir(folder)),
         slots=slots,
         part_deadline_s=part_deadline_s,
         remove_deadline_s=remove_deadline_s,

@@ -30,6 +30,7 @@ from paraserve_backend.generation.answer import Delta
 from paraserve_backend.protocol.forward import ForwardResult
 from paraserve_backend.protocol.forward_codec import decode_result, encode_batch
 from paraserve_backend.protocol.hand_over import Target
+from paraserve_backend.protocol.names import ReplicaModels, fetch_id
 from paraserve_backend.protocol.parameters import (
     ChannelConfig,
     HandOverConfig,
@@ -40,6 +41,7 @@ from paraserve_backend.protocol.parameters import (
 )
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.protocol.sampling import Sampling
 from paraserve_backend.roles.generate import GenerateRole
 from paraserve_backend.roles.link import LinkRole
@@ -212,7 +214,7 @@ def fetch_stages(model: TinyModel, run_dir: Path, stages: int, replica: str) -> 
     """Fetch every stage as its agent would, and return the stages' settings without channels."""
     source = open_source(str(model.folder))
     index, spec = read_index(source), model.spec
-    tier = Tier.open(run_dir / "tier")
+    tier = Tier.open(RunDir(run_dir).tier.path)
     configs = []
     for number, layers in enumerate(
         split_layers(
@@ -224,7 +226,7 @@ def fetch_stages(model: TinyModel, run_dir: Path, stages: int, replica: str) -> 
         )
     ):
         tensors = stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
-        plan = plan_fetch(index, tensors, fetch_id=f"{replica}.{number}")
+        plan = plan_fetch(index, tensors, fetch_id=fetch_id(replica, number))
         fetch(plan, source, tier, timeout_s=TIMEOUT_S, cancel=threading.Event())
         weights = WeightsConfig(
             run_dir=run_dir, fetch_id=plan.fetch_id, source=None, endpoint_url=None, region=None
@@ -268,7 +270,7 @@ def start_replica(
                 configs[0].weights,
                 replica=name,
                 kv=kv,
-                forward_model=None if stages == 1 else f"{name}.forward",
+                forward_model=None if stages == 1 else ReplicaModels(name).forward,
                 max_context=256,
                 max_sequences=16,
                 max_batch_tokens=24,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paraserve_backend.protocol.names import ReplicaModels
 from paraserve_backend.rpc import paraserve_pb2 as pb
 
 
@@ -24,17 +25,18 @@ def ensemble_files(*steps: str) -> dict[str, bytes]:
 
 def head_part(replica: str = "tiny.1") -> pb.Part:
     """What the head of a pipeline gets: front, stage and link, and the ensemble of the latter."""
-    stage, link = f"{replica}.stage0", f"{replica}.link"
+    names = ReplicaModels(replica)
+    stage, link = names.stage(0), names.link
     models = {
-        replica: model_files("generate", replica=replica),
+        names.generate: model_files("generate", replica=replica),
         stage: model_files("stage", replica=replica),
         link: model_files("link", replica=replica),
-        f"{replica}.forward": ensemble_files(stage, link),
+        names.forward: ensemble_files(stage, link),
     }
     return pb.Part(
         replica=replica,
         models=[
-            pb.ModelFiles(name=name, files=files, load_wave=int(name.endswith(".forward")))
+            pb.ModelFiles(name=name, files=files, load_wave=int(name == names.forward))
             for name, files in models.items()
         ],
     )

@@ -34,6 +34,7 @@ from paraserve_backend.agent.watchdog import Watchdog
 from paraserve_backend.channel.keys import KeyStore
 from paraserve_backend.daemon.settings import parse_arguments, read_token
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_AgentServicer_to_server
@@ -64,7 +65,7 @@ async def run(config: AgentConfig) -> None:
     async with AsyncExitStack() as stack:
         triton = TritonClient(config.triton, key=read_key(config.triton_key_file))
         stack.push_async_callback(triton.close)
-        tier = Tier.open(config.run_dir / "tier", cache_bytes=sys.maxsize)
+        tier = Tier.open(RunDir(config.run_dir).tier.path, cache_bytes=sys.maxsize)
         config = _with_memory(config, tier)
         tier.limit_cache(config.tier_bytes or 0)
         disk = _open_disk(config)
@@ -127,7 +128,7 @@ class _Agent:
             repository=repository,
             unloader=unloader,
             fetches=Fetches(tier, _fetch_limits(config), token=token, disk=disk),
-            keys=KeyStore(config.run_dir / "keys"),
+            keys=KeyStore(RunDir(config.run_dir)),
             slots=slots,
             part_deadline_s=config.part_deadline_s,
             remove_deadline_s=config.remove_deadline_s,
@@ -202,7 +203,7 @@ class _Agent:
         await self.parts.remove_all()
         await self.node.slots.remove_all()
         await self.node.fetches.close()
-        tier_dir = self.config.run_dir / "tier"
+        tier_dir = RunDir(self.config.run_dir).tier.path
         if not any((tier_dir / OBJECTS).iterdir()):  # else the next agent may use what is there
             # Only what is ours: somebody may have set run_dir to a folder that holds more.
             shutil.rmtree(tier_dir)

@@ -21,12 +21,13 @@ from paraserve_backend.engines.vllm.engine import VllmEngine
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.encoder import RequestEncoder
 from paraserve_backend.generation.text import read_tokenizer
-from paraserve_backend.protocol.abilities import check
+from paraserve_backend.protocol.engine_abilities import check
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import GenerateConfig
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.roles.weights import Fetched, open_weights, read_spec
+from paraserve_backend.telemetry.spans import SpanName
 
 #: What parameter `engine` may be, besides "paraserve". A model.py of one's own may add to it.
 ENGINES: dict[str, Callable[[], Engine]] = {
@@ -64,7 +65,7 @@ class ExternalRole:
             )
             if made.abilities.has_processes:
                 stack.callback(ProcessGuard().close)
-            with fetched.spans.span(f"start {engine}"):
+            with fetched.spans.span(SpanName.START_ENGINE, engine):
                 kv_blocks = settings.kv_tokens // config.kv.block_size
                 self._host = EngineHost(made, settings, gauges, kv_blocks)
             self._close = stack.pop_all().close
@@ -132,7 +133,7 @@ def _settings(config: GenerateConfig, spec: ModelSpec, fetched: Fetched) -> Engi
     kv_tokens = config.max_sequences * max_context
     if config.kv.num_blocks is not None:
         kv_tokens = config.kv.num_blocks * config.kv.block_size
-    with fetched.spans.span("wait for weights"):
+    with fetched.spans.span(SpanName.WAIT_FOR_WEIGHTS):
         model_dir = link_model(fetched.reader, timeout_s=_TIMEOUT_S)
     whole = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
     return EngineSettings(

@@ -19,7 +19,9 @@ from typing import Any
 from paraserve_backend.architectures.registry import model_spec
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.errors import InvalidRequest, NotFound, ParaServeError
-from paraserve_backend.protocol.parameters import WeightsConfig
+from paraserve_backend.protocol.names import fetch_id
+from paraserve_backend.protocol.parameters import STANDALONE, WeightsConfig
+from paraserve_backend.protocol.run_dir import RunDir, TierDir
 from paraserve_backend.telemetry.spans import SpanFile
 from paraserve_backend.weights.tiers.reader import TierReader
 
@@ -65,17 +67,17 @@ def open_weights(config: WeightsConfig, *, whole_objects: bool = False) -> Fetch
         return _fetch_here(config, config.source, whole_objects=whole_objects)
     if config.run_dir is None or config.fetch_id is None:
         raise InvalidRequest("config.pbtxt names no weights: set parameter 'source'.")
-    return _open(config.run_dir / "tier", config.fetch_id, close=_nothing)
+    return _open(RunDir(config.run_dir).tier, config.fetch_id, close=_nothing)
 
 
 def read_spec(fetched: Fetched) -> ModelSpec:
     return model_spec(fetched.json("config.json"), fetched.json("generation_config.json"))
 
 
-def _open(tier_dir: Path, fetch_id: str, close: Callable[[], None]) -> Fetched:
+def _open(tier: TierDir, fetch_id: str, close: Callable[[], None]) -> Fetched:
     return Fetched(
-        reader=TierReader.open(tier_dir, fetch_id),
-        spans=SpanFile(tier_dir / "fetches" / fetch_id / "spans.jsonl"),
+        reader=TierReader.open(tier.path, fetch_id),
+        spans=SpanFile(tier.spans(fetch_id)),
         close=close,
     )
 
@@ -103,9 +105,10 @@ def _fetch_here(config: WeightsConfig, uri: str, *, whole_objects: bool) -> Fetc
         if whole_objects
         else stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
     )
-    plan = plan_fetch(index, tensors, fetch_id=f"standalone.{os.getpid()}")
-    folder = Path(tempfile.mkdtemp(prefix=f"paraserve-standalone-{os.getpid()}-", dir=_HOST_MEMORY))
-    tier = Tier.open(folder / "tier")
+    plan = plan_fetch(index, tensors, fetch_id=fetch_id(STANDALONE, os.getpid()))
+    folder = tempfile.mkdtemp(prefix=f"paraserve-standalone-{os.getpid()}-", dir=_HOST_MEMORY)
+    run_dir = RunDir(Path(folder))
+    tier = Tier.open(run_dir.tier.path)
     tier.begin(plan)
     cancel = threading.Event()
 
@@ -122,6 +125,6 @@ def _fetch_here(config: WeightsConfig, uri: str, *, whole_objects: bool) -> Fetc
     def close() -> None:
         cancel.set()
         thread.join()
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(run_dir.path, ignore_errors=True)
 
-    return _open(folder / "tier", plan.fetch_id, close)
+    return _open(run_dir.tier, plan.fetch_id, close)

@@ -29,6 +29,7 @@ from paraserve_backend.engines.native.model.weights import WeightLoader
 from paraserve_backend.errors import SourceUnavailable
 from paraserve_backend.protocol.forward import ForwardBatch, Row
 from paraserve_backend.protocol.parameters import KvConfig
+from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.protocol.sampling import Sampling
 from paraserve_backend.roles.weights import Fetched, read_spec
 from paraserve_backend.telemetry.spans import SpanFile
@@ -141,7 +142,7 @@ def disk_to_tensors(model: Path, node: Path) -> Callable[[], Tensors]:
 
 def _cold(node: Path) -> tuple[DiskTier, Tier, FetchPlan]:
     """Open the node's disk tier, and a host-memory tier that has nothing."""
-    plan = Manifest.read(node / "memory" / "fetches" / HELD).plan
+    plan = Manifest.read(TierDir(node / "memory").fetch(HELD)).plan
     disk = DiskTier.open(node / "disk", disk_bytes=1 << 40)
     return disk, Tier.open(node / f"cold-{os.getpid()}"), plan
 
@@ -182,7 +183,7 @@ def _fetch(disk: DiskTier, tier: Tier, plan: FetchPlan) -> None:
 def memory_tier(model: Path, node: Path) -> Callable[[], Tensors]:
     loader = WeightLoader(TierReader.open(node / "memory", HELD), _CPU, None)
     names = [
-        tensor.name for tensor in Manifest.read(node / "memory" / "fetches" / HELD).plan.tensors
+        tensor.name for tensor in Manifest.read(TierDir(node / "memory").fetch(HELD)).plan.tensors
     ]
     return lambda: [loader.get(name) for name in loader.iter_landed(names)]
 
@@ -210,10 +211,10 @@ def fastsafetensors(model: Path, node: Path) -> Callable[[], Tensors]:
 
 def stage(model: Path, node: Path) -> Callable[[], Tensors]:
     """A stage's process with all layers: what it needs of memory beside the weights."""
-    fetch_dir = node / "memory" / "fetches" / HELD
+    tier = TierDir(node / "memory")
     fetched = Fetched(
-        reader=TierReader.open(node / "memory", HELD),
-        spans=SpanFile(fetch_dir / "spans.jsonl"),
+        reader=TierReader.open(tier.path, HELD),
+        spans=SpanFile(tier.spans(HELD)),
         close=lambda: None,
     )
     spec = read_spec(fetched)

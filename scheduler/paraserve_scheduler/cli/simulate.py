@@ -119,8 +119,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _requests(cluster: ClusterDescription, arguments: argparse.Namespace) -> list[SimRequest]:
-    names = [it.name for it in cluster.deployments]
-    tokens = {it.name: it.tokens for it in cluster.deployments}
+    names = [deployment.name for deployment in cluster.deployments]
+    tokens = {deployment.name: deployment.tokens for deployment in cluster.deployments}
     seed = arguments.seed
     if arguments.trace is None:
         law = Law(

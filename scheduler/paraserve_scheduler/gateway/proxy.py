@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest, Unavailable
-from paraserve_backend.protocol.abilities import ABILITIES, can_be_carried, check
+from paraserve_backend.protocol.engine_abilities import ABILITIES, can_be_carried, check
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import DemandMeter

@@ -70,7 +70,8 @@ def offered_rate(nic_bytes_per_s: float, claims: Iterable[BandwidthClaim], now_s
     does.
     """
     running = sorted(
-        (claim for claim in claims if claim.remaining_bytes > 0), key=lambda it: it.remaining_bytes
+        (claim for claim in claims if claim.remaining_bytes > 0),
+        key=lambda claim: claim.remaining_bytes,
     )
     sizes = [claim.remaining_bytes for claim in running]
     before = _ends_s(nic_bytes_per_s, sizes, others=0)

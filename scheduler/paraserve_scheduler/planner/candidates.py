@@ -198,7 +198,7 @@ def _gives(node: Node) -> float:
 
 def find_rooms(need: Need, nodes: Sequence[Node]) -> list[Room]:
     """What nodes have free; if they are many, first those that get a fetch soonest."""
-    rooms = [Room(node=node, free_bytes=max(it.free_bytes for it in node.gpus)) for node in nodes]
+    rooms = [Room(node=node, free_bytes=max(gpu.free_bytes for gpu in node.gpus)) for node in nodes]
     if len(rooms) > _MOST_CANDIDATES:
         # Nodes without room are no places: of a full cluster they are most.
         rooms = [room for room in rooms if room.free_bytes]

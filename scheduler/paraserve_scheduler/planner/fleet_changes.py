@@ -86,7 +86,12 @@ def without(fleet: Fleet, replicas: Collection[str]) -> Fleet:
     return replace(
         fleet,
         needs=tuple(
-            replace(need, replicas=tuple(it for it in need.replicas if it.name not in replicas))
+            replace(
+                need,
+                replicas=tuple(
+                    replica for replica in need.replicas if replica.name not in replicas
+                ),
+            )
             for need in fleet.needs
         ),
     )

@@ -106,7 +106,7 @@ def _best(
     config: PlanningConfig,
 ) -> Start | None:
     rooms = find_rooms(need, nodes)
-    if need.must_grow and not any(it.free_bytes >= need.model.full_bytes for it in rooms):
+    if need.must_grow and not any(room.free_bytes >= need.model.full_bytes for room in rooms):
         return None
     layer_sources = find_layer_sources(need, fleet)
     options: list[Start] = []
@@ -130,17 +130,17 @@ def _meets(start: Start) -> bool:
 
 def _choose(options: Sequence[Start], need: Need) -> Start | None:
     """The best of them; of those that are late anyway, the cheapest that is hardly any later."""
-    best = min(options, key=lambda it: _preference(it, need), default=None)
+    best = min(options, key=lambda option: _preference(option, need), default=None)
     if best is None or _meets(best) or need.objectives.ttft_s is None:
         return best
     limit_s = _predicted(best).ready_s * _LATE_SLACK
     is_slow = not _predicted(best).meets_tpot
     able = [
-        it
-        for it in options
-        if _predicted(it).ready_s <= limit_s and (is_slow or _predicted(it).meets_tpot)
+        option
+        for option in options
+        if _predicted(option).ready_s <= limit_s and (is_slow or _predicted(option).meets_tpot)
     ]
-    return min(able, key=lambda it: _predicted(it).cost_byte_s)
+    return min(able, key=lambda option: _predicted(option).cost_byte_s)
 
 
 def _predicted(start: Start) -> Prediction:

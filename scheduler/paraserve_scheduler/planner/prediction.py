@@ -64,14 +64,14 @@ def _is_in_time(waited_s: float, start_s: float, ttft_slo_s: float | None) -> bo
 
 
 def _predict_stage(candidate: Candidate, stage: StageChoice) -> StagePrediction:
-    local = sum(it.size_bytes for it in stage.sources if it.peer == stage.node)
-    store = sum(it.size_bytes for it in stage.sources if it.peer is None)
+    local = sum(source.size_bytes for source in stage.sources if source.peer == stage.node)
+    store = sum(source.size_bytes for source in stage.sources if source.peer is None)
     return StagePrediction(
         runtime_s=runtime_s(candidate.node.kind.start, has_slot=stage.uses_slot),
         fetch_s=candidate.fetch_s(stage.start, stage.end),
         ready_s=candidate.ready_s(stage.start, stage.end),
         local_bytes=local,
-        peer_bytes=sum(it.size_bytes for it in stage.sources) - local - store,
+        peer_bytes=sum(source.size_bytes for source in stage.sources) - local - store,
         store_bytes=store,
         uses_slot=stage.uses_slot,
     )
@@ -94,7 +94,7 @@ def _full(candidates: Sequence[Candidate], stages: int, growing: int) -> int:
 def slowest(model: ModelShape, candidates: Sequence[Candidate]) -> tuple[Speed, float]:
     """The speed a pipeline over these places has: that of its slowest."""
     kinds = [candidate.node.kind for candidate in candidates]
-    speed = max((kind.speeds[model.name] for kind in kinds), key=lambda it: it.decode_s)
+    speed = max((kind.speeds[model.name] for kind in kinds), key=lambda speed: speed.decode_s)
     return speed, max(kind.hop_s for kind in kinds)
 
 

@@ -100,7 +100,10 @@ def evictions(fleet: Fleet, needed_bytes: int, now_s: float) -> list[Eviction]:
         for gpu in node.gpus:
             chosen = _enough(idle.get((node.name, gpu.index), []), needed_bytes - gpu.free_bytes)
             if chosen:
-                loss = (max(it.priority for it in chosen), sum(it.rate for it in chosen))
+                loss = (
+                    max(victim.priority for victim in chosen),
+                    sum(victim.rate for victim in chosen),
+                )
                 ranked.append((loss, node.name, gpu.index, chosen))
     ranked.sort(key=lambda entry: entry[:3])
     return [_eviction(node, gpu, chosen) for _, node, gpu, chosen in ranked]
@@ -139,20 +142,26 @@ def is_idle(replica: ReplicaLoad) -> bool:
 
 def _enough(idle: list[_Idle], lacking_bytes: int) -> list[_Idle]:
     """The first of them that free so much together; none if all do not."""
-    idle.sort(key=lambda it: (it.priority, it.rate / it.held_bytes, it.replica.idle_since_s or 0.0))
+    idle.sort(
+        key=lambda victim: (
+            victim.priority,
+            victim.rate / victim.held_bytes,
+            victim.replica.idle_since_s or 0.0,
+        )
+    )
     chosen: list[_Idle] = []
-    for it in idle:
+    for victim in idle:
         if lacking_bytes <= 0:
             break
-        chosen.append(it)
-        lacking_bytes -= it.held_bytes
+        chosen.append(victim)
+        lacking_bytes -= victim.held_bytes
     return chosen if lacking_bytes <= 0 else []
 
 
 def _eviction(node: str, gpu: int, chosen: Sequence[_Idle]) -> Eviction:
     freed: dict[tuple[str, int], int] = {}
-    for it in chosen:
-        for place, size in it.replica.reserved_bytes.items():
+    for victim in chosen:
+        for place, size in victim.replica.reserved_bytes.items():
             freed[place] = freed.get(place, 0) + size
-    names = tuple(it.replica.name for it in chosen)
+    names = tuple(victim.replica.name for victim in chosen)
     return Eviction(node=node, gpu=gpu, replicas=names, freed_bytes=freed)

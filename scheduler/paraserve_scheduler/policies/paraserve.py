@@ -50,7 +50,7 @@ def decide(fleet: Fleet, now_s: float, config: ParaServeConfig = _DEFAULTS) -> t
 
 def _start_replicas(fleet: Fleet, now_s: float, config: ParaServeConfig) -> Iterator[Decision]:
     needs = [_not_late_yet(need, now_s) for need in _waiting(fleet)]
-    for need in sorted(needs, key=lambda it: _urgency(it, now_s)):
+    for need in sorted(needs, key=lambda need: _urgency(need, now_s)):
         wanted = replicas_to_start(need, now_s, _typical_start_s(need, fleet), config.autoscaling)
         while wanted > 0:
             start = plan(need, fleet, now_s, replicas=wanted, config=config.planning)
@@ -97,7 +97,10 @@ def _not_late_yet(need: Need, now_s: float) -> Need:
         return need
     last = need.arrivals_s[-need.waiting :]
     return replace(
-        need, oldest_s=min((it for it in last if it + limit_s > now_s), default=need.oldest_s)
+        need,
+        oldest_s=min(
+            (arrival_s for arrival_s in last if arrival_s + limit_s > now_s), default=need.oldest_s
+        ),
     )
 
 

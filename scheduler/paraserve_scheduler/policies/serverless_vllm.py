@@ -34,7 +34,7 @@ def _first_fit(need: Need, fleet: Fleet) -> Start | None:
     for node in fleet.nodes:
         fitting = [gpu for gpu in node.gpus if gpu.free_bytes >= size]
         if fitting:
-            gpu = min(fitting, key=lambda it: it.free_bytes)
+            gpu = min(fitting, key=lambda gpu: gpu.free_bytes)
             stage = StageChoice(
                 node=node.name,
                 gpu=gpu.index,

@@ -198,8 +198,8 @@ def _instances_wanted(turn: Turn, replica: Replica) -> int:
 def _may_have(view: ClusterView, replica: Replica) -> int:
     """Instances that a replica may become beside the others that serve or start."""
     others = sum(
-        it.is_wanted and it.id != replica.id and it.plan.succeeds != replica.id
-        for it in view.live_replicas(replica.deployment)
+        other.is_wanted and other.id != replica.id and other.plan.succeeds != replica.id
+        for other in view.live_replicas(replica.deployment)
     )
     return view.deployments[replica.deployment].deployment.spec.max_replicas - others
 

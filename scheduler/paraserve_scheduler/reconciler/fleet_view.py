@@ -208,9 +208,9 @@ def _need(
     model = shape_of(
         state.deployment, least_kv_blocks(state.deployment, config) * config.kv_block_size
     )
-    replicas = [it for it in view.live_replicas(state.name) if it.is_wanted]
-    leading = [it for it in replicas if view.wanted_predecessor(it) is None]
-    loads = [_load(view, state, it, is_only=len(leading) == 1) for it in leading]
+    replicas = [replica for replica in view.live_replicas(state.name) if replica.is_wanted]
+    leading = [replica for replica in replicas if view.wanted_predecessor(replica) is None]
+    loads = [_load(view, state, replica, is_only=len(leading) == 1) for replica in leading]
     is_held_back = state.name in held_back
     return Need(
         name=state.name,
@@ -222,7 +222,7 @@ def _need(
         replicas=tuple(loads),
         arrivals_s=state.history.arrivals_s,
         # What a pipeline may become counts.
-        max_replicas=spec.max_replicas - sum(_instances(state, it) - 1 for it in leading),
+        max_replicas=spec.max_replicas - sum(_instances(state, replica) - 1 for replica in leading),
         min_replicas=0 if is_held_back else spec.min_replicas,
         priority=spec.priority,
         max_sequences=spec.max_sequences,
@@ -238,7 +238,9 @@ def _need(
 
 def _waiting(view: ClusterView, state: DeploymentState, replicas: Sequence[Replica]) -> int:
     """Requests that no replica works on: held by gateways, or queued in a replica that is full."""
-    queued = sum(max(0, view.replica_in_flight(it) - it.plan.max_sequences) for it in replicas)
+    queued = sum(
+        max(0, view.replica_in_flight(replica) - replica.plan.max_sequences) for replica in replicas
+    )
     return view.waiting(state.name) + queued
 
 

@@ -23,7 +23,9 @@ def held_layers(
 ) -> LayerRanges:
     """Layers `[start, end)` all of whose tensors are in a tier, as disjoint ranges."""
     index = deployment.index
-    keys = {f"{index.source_uri}/{it.key}": (it.key, it.version) for it in index.objects}
+    keys = {
+        f"{index.source_uri}/{stored.key}": (stored.key, stored.version) for stored in index.objects
+    }
     landed = {
         keys[held.key][0]: held.on_disk if on_disk else held.landed
         for held in tier

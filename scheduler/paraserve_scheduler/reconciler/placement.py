@@ -154,7 +154,9 @@ def _blocks(tokens: int, block_size: int) -> int:
 def _has_room(shares: Sequence[Share], nodes: Sequence[NodeSpace], kv_blocks: int) -> bool:
     """Whether there are enough nodes each of which can hold any of the shares."""
     largest = max(share.needs(kv_blocks) for share in shares)
-    able = [it for it in nodes if it.free_bytes >= largest and len(it.free_ports) >= LEAST_PORTS]
+    able = [
+        node for node in nodes if node.free_bytes >= largest and len(node.free_ports) >= LEAST_PORTS
+    ]
     return len(able) >= len(shares)
 
 

@@ -118,7 +118,7 @@ def _stop_with_successors(view: ClusterView, stop: Stop) -> tuple[StopReplica, .
     replica = view.replicas[stop.replica]
     # Those were started for requests that have ended.
     going = (replica, *view.successors(replica))
-    return tuple(StopReplica(replica=it.id, reason=stop.reason) for it in going)
+    return tuple(StopReplica(replica=stopped.id, reason=stop.reason) for stopped in going)
 
 
 def _keep_slots(view: ClusterView, node: str, wanted: int, reason: str) -> tuple[KeepSlots, ...]:
@@ -177,7 +177,7 @@ def _reclaim(turn: Turn) -> None:
 
 
 def _leaving(view: ClusterView) -> tuple[Replica, ...]:
-    return tuple(it for it in view.live_replicas() if it.phase is Phase.STOPPING)
+    return tuple(replica for replica in view.live_replicas() if replica.phase is Phase.STOPPING)
 
 
 def _without_room(turn: Turn, state: DeploymentState) -> None:
@@ -202,7 +202,9 @@ def _fits(turn: Turn, state: DeploymentState) -> bool:
     others = turn.view.deployments.keys() - {state.name}
     fleet = fleet_of(turn, held_back=others)
     decisions = find_policy(turn.config.name).decide(fleet, turn.now_s)
-    return any(isinstance(it, Start) and it.deployment == state.name for it in decisions)
+    return any(
+        isinstance(decision, Start) and decision.deployment == state.name for decision in decisions
+    )
 
 
 def _shortage(turn: Turn, state: DeploymentState) -> str | None:

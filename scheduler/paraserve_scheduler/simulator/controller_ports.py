@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from paraserve_backend.architectures.spec import LayerRange
+from paraserve_backend.protocol.names import deployment_of
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
@@ -118,26 +119,26 @@ class SimulatedAgents:
         self.network = Network(
             heap,
             {
-                (INTO, it.name): it.nic_bytes_per_s
-                for it in (n.description for n in self.nodes.values())
+                (INTO, description.name): description.nic_bytes_per_s
+                for description in (n.description for n in self.nodes.values())
             },
         )
         #: By node and replica, with the stage's number and the bytes of its weights.
         self._parts: dict[tuple[str, str], _Part] = {}
 
     def info(self, node: str) -> NodeInfo:
-        it = self.nodes[node].description
+        description = self.nodes[node].description
         return NodeInfo(
             name=node,
             agent_address=node,
             triton_grpc_address=f"{node}:8001",
-            memory_bytes=it.gpu_bytes[0],
-            nic_bytes_per_s=it.nic_bytes_per_s,
+            memory_bytes=description.gpu_bytes[0],
+            nic_bytes_per_s=description.nic_bytes_per_s,
             run_dir=f"/run/{node}",
             channel_host=node,
             channel_ports=(9_000, 10_000),
             devices=("cpu",),
-            kind=it.kind.name,
+            kind=description.kind.name,
         )
 
     async def apply(self, address: str, part: pb.Part) -> AsyncIterator[PartState]:
@@ -178,9 +179,15 @@ class SimulatedAgents:
     def _tier(self, node: str) -> Iterable[HeldObject]:
         for name, layers in self.nodes[node].memory.records().items():
             index = self.models[name].deployment.index
-            tensors = [it for start, end in layers for it in self.models[name].tensors(start, end)]
+            tensors = [
+                tensor for start, end in layers for tensor in self.models[name].tensors(start, end)
+            ]
             for stored in index.objects:
-                landed = sorted((it.start, it.end) for it in tensors if it.object_key == stored.key)
+                landed = sorted(
+                    (tensor.start, tensor.end)
+                    for tensor in tensors
+                    if tensor.object_key == stored.key
+                )
                 if landed:
                     yield HeldObject(
                         key=f"{index.source_uri}/{stored.key}",
@@ -267,7 +274,7 @@ class SimulatedGateway:
         running = {
             replica: batch.running
             for replica, batch in self._batches.items()
-            if replica.rpartition(".")[0] == name and batch.running
+            if deployment_of(replica) == name and batch.running
         }
         return Demand(
             deployment=name,
@@ -279,7 +286,9 @@ class SimulatedGateway:
 
     def _batch(self, replica: Replica) -> Batch:
         if replica.id not in self._batches:
-            kinds = [self._agents.nodes[it.node].description.kind for it in replica.plan.stages]
+            kinds = [
+                self._agents.nodes[stage.node].description.kind for stage in replica.plan.stages
+            ]
             name = self._agents.models[replica.deployment].description.model.name
             self._batches[replica.id] = Batch(
                 self._agents.heap,
@@ -314,7 +323,11 @@ async def drive(
             for _ in range(_TURNS):
                 await asyncio.sleep(0)
             gateway.look()
-            started |= {it.id: it for it in controller.view.live_replicas() if it.id not in started}
+            started |= {
+                replica.id: replica
+                for replica in controller.view.live_replicas()
+                if replica.id not in started
+            }
             if loop.done():
                 await loop
             heap.step()

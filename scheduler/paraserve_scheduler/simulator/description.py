@@ -174,7 +174,9 @@ def describe(file: ClusterFile, worker: str, where: str) -> ClusterDescription:
     kinds = {kind.name: _kind(kind, worker, where) for kind in file.kinds}
     models = {model.name: _model(model) for model in file.models}
     nodes = tuple(node for entry in file.nodes for node in _nodes(entry, kinds, where))
-    deployments = tuple(it for entry in file.deployments for it in _named(entry, models, where))
+    deployments = tuple(
+        deployment for entry in file.deployments for deployment in _named(entry, models, where)
+    )
     store = None if file.store_gbit is None else file.store_gbit * _BYTES_PER_GBIT
     return ClusterDescription(
         nodes=nodes, deployments=deployments, store_bytes_per_s=store, failures=file.failures

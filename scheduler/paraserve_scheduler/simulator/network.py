@@ -71,11 +71,13 @@ class Network:
         """The running fetches of every node that has any."""
         self._advance()
         claims: dict[str, list[BandwidthClaim]] = {}
-        for it in self._transfers:
-            claim = BandwidthClaim(remaining_bytes=it.remaining_bytes, deadline_s=it.deadline_s)
+        for transfer in self._transfers:
+            claim = BandwidthClaim(
+                remaining_bytes=transfer.remaining_bytes, deadline_s=transfer.deadline_s
+            )
             # What runs in the background gives way to a new fetch, and a disk's read is not in it.
-            if it.flow.rank >= 0 and (INTO, it.node) in it.flow.links:
-                claims.setdefault(it.node, []).append(claim)
+            if transfer.flow.rank >= 0 and (INTO, transfer.node) in transfer.flow.links:
+                claims.setdefault(transfer.node, []).append(claim)
         return claims
 
     def remaining_bytes(self, transfer: Transfer) -> float:
@@ -83,13 +85,13 @@ class Network:
         return transfer.remaining_bytes if transfer in self._transfers else 0.0
 
     def fetches_from(self, link: Hashable) -> int:
-        return sum(link in it.flow.links for it in self._transfers)
+        return sum(link in transfer.flow.links for transfer in self._transfers)
 
     def fetches_by_peer(self) -> dict[str, int]:
         """How many fetches run out of each node that any run out of."""
         counts: dict[str, int] = {}
-        for it in self._transfers:
-            for link in it.flow.links:
+        for transfer in self._transfers:
+            for link in transfer.flow.links:
                 if isinstance(link, tuple) and link[0] == OUT_OF:
                     counts[link[1]] = counts.get(link[1], 0) + 1
         return counts
@@ -102,19 +104,23 @@ class Network:
         passed_s = self._heap.now_s - self._updated_s
         self._updated_s = self._heap.now_s
         if passed_s > 0:
-            for it in self._transfers:
-                moved = min(it.remaining_bytes, it.rate * passed_s)
-                it.remaining_bytes -= moved
-                for link in it.flow.links:
+            for transfer in self._transfers:
+                moved = min(transfer.remaining_bytes, transfer.rate * passed_s)
+                transfer.remaining_bytes -= moved
+                for link in transfer.flow.links:
                     self._moved_bytes[link] = self._moved_bytes.get(link, 0.0) + moved
 
     def _share(self) -> None:
-        rates = fair_rates([it.flow for it in self._transfers], self._capacities)
-        for it, rate in zip(self._transfers, rates, strict=True):
-            it.rate = rate
+        rates = fair_rates([transfer.flow for transfer in self._transfers], self._capacities)
+        for transfer, rate in zip(self._transfers, rates, strict=True):
+            transfer.rate = rate
         self._version += 1
         next_s = min(
-            (it.remaining_bytes / it.rate for it in self._transfers if it.rate > 0),
+            (
+                transfer.remaining_bytes / transfer.rate
+                for transfer in self._transfers
+                if transfer.rate > 0
+            ),
             default=None,
         )
         if next_s is not None:
@@ -125,12 +131,12 @@ class Network:
             return
         self._advance()
         ended = [
-            it
-            for it in self._transfers
+            transfer
+            for transfer in self._transfers
             # Rounding of the time must not make one wait for ever.
-            if it.remaining_bytes <= max(_NOTHING, it.rate * 1e-9)
+            if transfer.remaining_bytes <= max(_NOTHING, transfer.rate * 1e-9)
         ]
-        self._transfers = [it for it in self._transfers if it not in ended]
+        self._transfers = [transfer for transfer in self._transfers if transfer not in ended]
         self._share()
-        for it in ended:
-            it.done()
+        for transfer in ended:
+            transfer.done()

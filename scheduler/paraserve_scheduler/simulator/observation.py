@@ -40,15 +40,15 @@ class NodeRecords:
         name = memory.description.name
         version, record = self._records.get(name, (None, None))
         if record is None or version != memory.version:
-            it = memory.description
+            description = memory.description
             record = Node(
                 name=name,
-                kind=it.kind,
-                nic_bytes_per_s=it.nic_bytes_per_s,
+                kind=description.kind,
+                nic_bytes_per_s=description.nic_bytes_per_s,
                 gpus=memory.records(),
                 cached=memory.memory.records(),
                 on_disk=memory.disk.records(),
-                zone=it.zone,
+                zone=description.zone,
             )
             self._records[name] = (memory.version, record)
         if not claims and not uplink_fetches:
@@ -57,22 +57,22 @@ class NodeRecords:
 
 
 def need_of(served: Served) -> Need:
-    it = served.description
+    description = served.description
     return Need(
-        name=it.name,
-        weights=it.name,
-        model=it.model,
-        objectives=it.objectives,
+        name=description.name,
+        weights=description.name,
+        model=description.model,
+        objectives=description.objectives,
         waiting=len(served.queue),
         oldest_s=served.queue[0].arrival_s if served.queue else None,
         replicas=tuple(_load(replica) for replica in served.replicas),
         arrivals_s=tuple(served.arrivals_s),
-        max_sequences=it.max_sequences,
-        max_stages=it.max_stages,
-        prompt_tokens=round(it.tokens.prompt.mean),
+        max_sequences=description.max_sequences,
+        max_stages=description.max_stages,
+        prompt_tokens=round(description.tokens.prompt.mean),
         service_s=served.service_s,
-        must_grow=it.consolidate,
-        keep_alive_s=it.keep_alive_s,
+        must_grow=description.consolidate,
+        keep_alive_s=description.keep_alive_s,
     )
 
 

@@ -74,15 +74,15 @@ class Summary:
 
 
 def summarize(outcome: Outcome, deployments: Sequence[DeploymentDescription]) -> Summary:
-    described = {it.name: it for it in deployments}
+    described = {deployment.name: deployment for deployment in deployments}
     groups: dict[str, list[SimRequest]] = {}
     for request in outcome.requests:
         groups.setdefault(described[request.deployment].application, []).append(request)
     starts = outcome.cold_starts
     errors = [
-        abs(it.predicted_s - it.actual_s) / it.actual_s
-        for it in starts
-        if it.predicted_s is not None and it.actual_s > 0
+        abs(start.predicted_s - start.actual_s) / start.actual_s
+        for start in starts
+        if start.predicted_s is not None and start.actual_s > 0
     ]
     return Summary(
         all=_attainment(outcome.requests, described),
@@ -91,7 +91,7 @@ def summarize(outcome: Outcome, deployments: Sequence[DeploymentDescription]) ->
         moved_gb=outcome.moved_bytes / _GB,
         cold_starts=len(starts),
         lost_replicas=outcome.lost_replicas,
-        stages=sum(it.stages for it in starts) / max(1, len(starts)),
+        stages=sum(start.stages for start in starts) / max(1, len(starts)),
         prediction_error=percentile(errors, 0.5) if errors else None,
         duration_s=outcome.ended_s,
     )
@@ -106,9 +106,11 @@ def _attainment(
     return Attainment(
         requests=len(requests),
         refused=sum(request.was_refused for request in requests),
-        unfinished=sum(it.end_s is None and not it.was_refused for it in requests),
-        ttft_met=sum(_meets_ttft(it, described[it.deployment]) for it in requests) / count,
-        tpot_met=sum(_meets_tpot(it, described[it.deployment]) for it in requests) / count,
+        unfinished=sum(request.end_s is None and not request.was_refused for request in requests),
+        ttft_met=sum(_meets_ttft(request, described[request.deployment]) for request in requests)
+        / count,
+        tpot_met=sum(_meets_tpot(request, described[request.deployment]) for request in requests)
+        / count,
         cold=sum(request.was_cold for request in requests) / count,
         ttft_p50_s=percentile(ttfts, 0.5),
         ttft_p90_s=percentile(ttfts, 0.9),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from paraserve_backend.protocol.names import deployment_of, replica_id
+from paraserve_backend.telemetry.spans import SpanName
 from paraserve_scheduler.planner.decisions import (
     Admission,
     Decision,
@@ -79,7 +81,9 @@ class Simulation:
             for node in cluster.nodes
         }
         self.network = Network(self.heap, _capacities(cluster))
-        self._served = {it.name: Served(description=it) for it in cluster.deployments}
+        self._served = {
+            description.name: Served(description=description) for description in cluster.deployments
+        }
         #: Those with requests waiting or replicas, in the order in which they came.
         self._active: dict[str, Served] = {}
         self._requests = requests
@@ -106,7 +110,7 @@ class Simulation:
 
     def _run_out(self) -> None:
         end_s = self.heap.now_s + _LONGEST_TAIL_S
-        while self._unfinished or any(it.replicas for it in self._active.values()):
+        while self._unfinished or any(served.replicas for served in self._active.values()):
             if self.heap.next_s() > end_s:
                 break
             self.heap.step()
@@ -169,7 +173,7 @@ class Simulation:
             self.heap.after(_TURN_S, self._turn)
 
     def _wake_if_somebody_waits(self) -> None:
-        if any(it.queue for it in self._active.values()):
+        if any(served.queue for served in self._active.values()):
             self._wake()
 
     def _turn(self) -> None:
@@ -207,7 +211,7 @@ class Simulation:
                 for name, node in self.nodes.items()
                 if not node.is_lost
             ),
-            needs=tuple(need_of(it) for it in self._active.values()),
+            needs=tuple(need_of(served) for served in self._active.values()),
             store_bytes_per_s=self._cluster.store_bytes_per_s,
             store_fetches=self.network.fetches_from(STORE),
         )
@@ -218,13 +222,13 @@ class Simulation:
         served = self._served[start.deployment]
         served.last_number += 1
         replica = SimReplica(
-            name=f"{start.deployment}.{served.last_number}",
+            name=replica_id(start.deployment, served.last_number),
             deployment=served.description,
             start=start,
             stages=list(start.stages),
             started_s=self.heap.now_s,
         )
-        self.trace.instant("plan", self.heap.now_s, replica=replica.name)
+        self.trace.instant(SpanName.PLAN, self.heap.now_s, replica=replica.name)
         replicas.begin(replica, self, self._replica_ready)
         for stage in replica.stages:
             self._reserve(stage)
@@ -254,7 +258,7 @@ class Simulation:
         now_s = self.heap.now_s
         replica.phase, replica.ready_s, replica.idle_since_s = ReplicaPhase.READY, now_s, now_s
         replica.batch = self._batch(replica)
-        self.trace.instant("all ready", now_s, replica=replica.name)
+        self.trace.instant(SpanName.ALL_READY, now_s, replica=replica.name)
         prediction = replica.start.prediction
         self._outcome.cold_starts.append(
             ColdStart(
@@ -277,7 +281,7 @@ class Simulation:
             self.heap,
             max(speeds, key=lambda speed: speed.decode_s),
             stages=len(replica.stages),
-            full=replica.full if any(it.shares_gpus for it in kinds) else len(replica.stages),
+            full=replica.full if any(kind.shares_gpus for kind in kinds) else len(replica.stages),
             hop_s=max(kind.hop_s for kind in kinds),
             ended=lambda request: self._request_ended(replica, request),
         )
@@ -310,7 +314,7 @@ class Simulation:
         served.last_number += 1
         now_s = self.heap.now_s
         child = SimReplica(
-            name=f"{served.description.name}.{served.last_number}",
+            name=replica_id(served.description.name, served.last_number),
             deployment=served.description,
             start=origin.start,
             stages=[_whole(stage, origin)],
@@ -323,9 +327,10 @@ class Simulation:
         served.replicas.append(child)
 
     def _stop(self, stop: Stop) -> None:
-        deployment = stop.replica.rpartition(".")[0]
-        served = self._served[deployment]
-        replica = next((it for it in served.replicas if it.name == stop.replica), None)
+        served = self._served[deployment_of(stop.replica)]
+        replica = next(
+            (replica for replica in served.replicas if replica.name == stop.replica), None
+        )
         # A request may have come since the policy was told.
         if replica is None or replica.in_flight or served.queue:
             return

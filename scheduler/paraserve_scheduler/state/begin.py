@@ -146,10 +146,10 @@ def _deployment_failed(view: ClusterView, action: FailDeployment) -> ClusterView
     view = change_deployment(
         view,
         action.deployment,
-        lambda it: replace(
-            it,
+        lambda state: replace(
+            state,
             failure=action.failure,
-            failure_number=it.failure_number + 1,
+            failure_number=state.failure_number + 1,
             waiting_since_s=None,
         ),
     )

@@ -65,7 +65,9 @@ def fold(view: ClusterView, event: Event) -> ClusterView:
         case DeploymentAdded():
             return _deployment_added(view, event)
         case DeletionRequested():
-            return change_deployment(view, event.deployment, lambda it: replace(it, deleting=True))
+            return change_deployment(
+                view, event.deployment, lambda state: replace(state, deleting=True)
+            )
         case ReplicaRemoved():
             return _replica_removed(view, event)
         case PartRemoved():
@@ -73,7 +75,7 @@ def fold(view: ClusterView, event: Event) -> ClusterView:
         case HandOverNotified() | HandOverFailed():
             return _hand_over_answered(view, event)
         case SlotsRefused():
-            return change_node(view, event.node, lambda it: replace(it, wanted_slots=None))
+            return change_node(view, event.node, lambda node: replace(node, wanted_slots=None))
         case NodeCordoned():
             others = view.cordoned - {event.node}
             return replace(view, cordoned=others | {event.node} if event.cordoned else others)
@@ -187,14 +189,14 @@ def _hand_over_answered(view: ClusterView, event: HandOverNotified | HandOverFai
         answered = partial(replace, targets=event.successors, telling_failed_s=None)
     else:
         answered = partial(replace, telling_failed_s=event.at_s)
-    return change_replica(view, event.replica, lambda it: answered(it, telling=False))
+    return change_replica(view, event.replica, lambda replica: answered(replica, telling=False))
 
 
 def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:
     view = change_replica(
         view,
         event.replica,
-        lambda it: replace(it, phase=Phase.STOPPED, removed_s=event.at_s, removing=False),
+        lambda replica: replace(replica, phase=Phase.STOPPED, removed_s=event.at_s, removing=False),
     )
     deployment = view.replicas[event.replica].deployment
     stopped = [

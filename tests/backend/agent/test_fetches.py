@@ -14,7 +14,7 @@ from paraserve_backend.agent.fetches import Fetches, FetchLimits, FetchRequest
 from paraserve_backend.byte_ranges import merge
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.telemetry.spans import Span, SpanFile
+from paraserve_backend.telemetry.spans import Span, SpanFile, SpanName
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.sources.base import Connection, Source, StoredObject
 from paraserve_backend.weights.sources.open import Sources, open_source
@@ -208,7 +208,7 @@ def test_spans_of_readers_are_read_and_none_are_needed(tmp_path: Path) -> None:
     async def test(fetches: Fetches) -> None:
         await run_to_end(fetches, tmp_path / "m")
         assert await fetches.spans("tiny.1.0") == ()
-        span = Span(name="adopt", start_s=1.0, end_s=2.0, size_bytes=3)
+        span = Span(name=SpanName.ADOPT_WEIGHTS, start_s=1.0, end_s=2.0, size_bytes=3)
         SpanFile(tmp_path / "tier" / "fetches" / "tiny.1.0" / "spans.jsonl").append(span)
         assert await fetches.spans("tiny.1.0") == (span,)
 
@@ -250,7 +250,7 @@ def test_what_stays_in_the_tier_is_told_in_the_timeline_of_the_next_fetch(tmp_pa
         again = replace(plan, fetch_id="tiny.2.0")
         assert await (await fetches.start(make_request(again), 10)).wait() == 0
         (span,) = await fetches.spans("tiny.2.0")
-        assert (span.name, span.size_bytes) == ("fetch from tier", plan.total_bytes)
+        assert (span.label, span.size_bytes) == ("fetch from tier", plan.total_bytes)
         await fetches.close()
 
     asyncio.run(run())
@@ -291,7 +291,7 @@ def test_what_comes_from_disk_is_told_in_the_timeline_and_in_reports(tmp_path: P
         (tmp_path / "m").rename(tmp_path / "away")
         await (await fetches.start(make_request(plan), 10)).wait()
         (span,) = await fetches.spans("tiny.1.0")
-        assert (span.name, span.size_bytes >= plan.total_bytes) == ("fetch from disk", True)
+        assert (span.label, span.size_bytes >= plan.total_bytes) == ("fetch from disk", True)
         await fetches.close()
         disk.close()
 

@@ -27,7 +27,7 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_backend.generation.answer import Delta
-from paraserve_backend.protocol.abilities import Abilities, Setting
+from paraserve_backend.protocol.engine_abilities import Abilities, Setting
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig
 from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from paraserve_backend.telemetry.spans import Span
+from paraserve_backend.telemetry.spans import Span, SpanName
 from paraserve_scheduler.state.events import DemandReported, PartReported
 from paraserve_scheduler.state.learned import Calibration, stage_times
 from paraserve_scheduler.state.records import PartState, Phase
@@ -14,11 +14,13 @@ from tests.support.views import make_demand, make_node_info
 _MB = 1_000_000
 
 
-def _spans(*, fetch_s: float, process_s: float, ready_s: float, load: str = "load") -> list[Span]:
+def _spans(
+    *, fetch_s: float, process_s: float, ready_s: float, load: SpanName = SpanName.LOAD
+) -> list[Span]:
     return [
-        Span(name="fetch", start_s=100.0, end_s=100 + fetch_s, size_bytes=0),
-        Span(name=f"{load} tiny.1", start_s=100.1, end_s=100 + ready_s, size_bytes=0),
-        Span(name="adopt weights", start_s=100 + process_s, end_s=100 + ready_s, size_bytes=0),
+        Span(name=SpanName.FETCH, start_s=100.0, end_s=100 + fetch_s),
+        Span(name=load, detail="tiny.1", start_s=100.1, end_s=100 + ready_s),
+        Span(name=SpanName.ADOPT_WEIGHTS, start_s=100 + process_s, end_s=100 + ready_s),
     ]
 
 
@@ -36,7 +38,9 @@ def test_a_small_fetch_says_nothing_about_bandwidth() -> None:
 
 
 def test_a_fetch_that_had_help_says_nothing_about_the_network() -> None:
-    helped = Span(name="fetch from peers", start_s=100.0, end_s=101.0, size_bytes=_MB)
+    helped = Span(
+        name=SpanName.FETCH_FROM, detail="peers", start_s=100.0, end_s=101.0, size_bytes=_MB
+    )
     spans = [*_spans(fetch_s=2, process_s=1, ready_s=3), helped]
     assert stage_times(spans, 100 * _MB).bytes_per_s is None
 
@@ -52,7 +56,7 @@ def test_a_measurement_counts_a_third_after_the_first() -> None:
     assert known.with_tail(6.0).tail_s == pytest.approx(4.0)
 
 
-def _started(load: str = "load") -> History:
+def _started(load: SpanName = SpanName.LOAD) -> History:
     """A replica of one stage whose start is told as measured on a node of kind "k"."""
     history = History(nodes=[make_node_info("n0", kind="k")])
     history.demand(waiting=1)
@@ -90,7 +94,7 @@ def test_the_next_prediction_reckons_with_them() -> None:
 
 
 def test_a_process_from_a_slot_says_nothing_about_a_fresh_one() -> None:
-    known = _started("bind slot.0").view.calibrations["k"]
+    known = _started(SpanName.BIND).view.calibrations["k"]
     assert known.runtime_s is None
     assert known.slot_runtime_s == pytest.approx(3.0)
 

@@ -212,11 +212,14 @@ def slot_files(name: str, place: SlotPlace, run_dir: str) -> Mapping[str, bytes]
         backend="paraserve",
         # None is required: commands have no tensors.
         input=[
-            ModelInput(name=it.name, data_type=_datatype(it), dims=it.shape, optional=True)
-            for it in inputs
+            ModelInput(
+                name=tensor.name, data_type=_datatype(tensor), dims=tensor.shape, optional=True
+            )
+            for tensor in inputs
         ],
         output=[
-            ModelOutput(name=it.name, data_type=_datatype(it), dims=it.shape) for it in outputs
+            ModelOutput(name=tensor.name, data_type=_datatype(tensor), dims=tensor.shape)
+            for tensor in outputs
         ],
         instance_group=[_instance_group(place.device)],
         model_transaction_policy=ModelTransactionPolicy(decoupled=place.kind is SlotKind.FRONT),

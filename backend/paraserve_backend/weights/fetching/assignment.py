@@ -111,10 +111,12 @@ class Assignment:
 
     def update(self, source: FetchSource, holdings: Mapping[str, Holding]) -> None:
         """Take in what a source says it has."""
-        later = {name: merge([*it.landed, *it.coming]) for name, it in holdings.items()}
+        later = {
+            name: merge([*holding.landed, *holding.coming]) for name, holding in holdings.items()
+        }
         with self._changed:
-            wanted = [*self._pending.values(), *(it.task for it in self._taken.values())]
-        landed = _covered(wanted, {name: it.landed for name, it in holdings.items()})
+            wanted = [*self._pending.values(), *(taken.task for taken in self._taken.values())]
+        landed = _covered(wanted, {name: holding.landed for name, holding in holdings.items()})
         coming = _covered(wanted, later) - landed
         with self._changed:
             source.landed, source.coming = landed, coming

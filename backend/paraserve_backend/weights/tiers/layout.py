@@ -27,7 +27,6 @@ from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, split_par
 from paraserve_backend.weights.sources.base import ObjectRange, StoredObject
 
 OBJECTS = "objects"
-FETCHES = "fetches"
 MANIFEST = "manifest.json"
 PROGRESS = "progress"
 FILES = "files"

@@ -135,7 +135,7 @@ def huge_pages_of(mounts: str) -> str:
     """Return what option `huge` of host memory is, given the lines of /proc/mounts."""
     for _, folder, _, options, *_ in map(str.split, mounts.splitlines()):
         if folder == str(SHM):
-            found = [it for it in options.split(",") if it.startswith("huge=")]
+            found = [option for option in options.split(",") if option.startswith("huge=")]
             return found[-1].removeprefix("huge=") if found else "never"
     return "never"
 

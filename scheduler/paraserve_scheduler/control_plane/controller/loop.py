@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NoReturn, TypeVar
 
 from paraserve_backend.errors import Unavailable
+from paraserve_backend.protocol.names import fetch_id
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.config import SchedulerConfig
-from paraserve_scheduler.control_plane.controller import recovery
 from paraserve_scheduler.control_plane.controller.agents import AgentCallFailed, Agents
 from paraserve_scheduler.control_plane.controller.clock import Clock
 from paraserve_scheduler.control_plane.messages.agents import part_message, peer_addresses
@@ -47,6 +47,7 @@ from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.records import PartState, Phase
 from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.state.view import ClusterView
+from paraserve_scheduler.store import recovery
 from paraserve_scheduler.store.sqlite import Store
 
 logger = logging.getLogger(__name__)
@@ -185,9 +186,8 @@ class Controller:
             peers = peer_addresses(self._view, deployment, where.node)
             part = part_message(deployment, plan, stage, keys, peers)
             address = self._view.nodes[where.node].info.agent_address
-            task = tasks.create_task(
-                self._apply(address, part), name=f"apply {plan.replica}.{stage}"
-            )
+            name = f"apply {fetch_id(plan.replica, stage)}"
+            task = tasks.create_task(self._apply(address, part), name=name)
             self._applies[plan.replica].add(task)
 
     async def _apply(self, address: str, part: pb.Part) -> None:

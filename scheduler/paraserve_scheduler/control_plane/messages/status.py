@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paraserve_backend.protocol.span_messages import span_message
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.messages.agents import PHASES
 from paraserve_scheduler.control_plane.messages.gateways import failure_message
@@ -152,10 +153,7 @@ def _part_message(part: PartState) -> pb.PartStatus:
         replica=part.replica,
         stage=part.stage,
         phase=PHASES[part.phase],
-        spans=[
-            pb.Span(name=span.name, start_s=span.start_s, end_s=span.end_s, bytes=span.size_bytes)
-            for span in part.spans
-        ],
+        spans=map(span_message, part.spans),
         fetched_bytes=part.fetched_bytes,
         total_bytes=part.total_bytes,
         failure=failure_message(part.failure),

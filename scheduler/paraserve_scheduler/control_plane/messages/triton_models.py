@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from paraserve_backend.architectures.spec import DTYPE_BYTES, ModelSpec
 from paraserve_backend.protocol.names import (
@@ -15,8 +16,10 @@ from paraserve_backend.protocol.names import (
     FORWARD_RESULT,
     FORWARD_TOKEN_IDS,
     Role,
+    fetch_id,
 )
 from paraserve_backend.protocol.parameters import format_layers
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.protocol.tensors import (
     HAND_OVER_OUTPUTS,
     INPUTS,
@@ -57,15 +60,6 @@ def stage_models(plan: ReplicaPlan, model: ModelSpec, stage: int) -> tuple[Trito
     return (own, _model(_link(plan, model)), forward, _model(_front(plan)))
 
 
-def generate_model(plan: ReplicaPlan) -> str:
-    """The name of the model on the head that takes requests."""
-    return plan.replica
-
-
-def fetch_id(plan: ReplicaPlan, stage: int) -> str:
-    return f"{plan.replica}.{stage}"
-
-
 # ---- what each role's config means ----
 
 
@@ -75,7 +69,7 @@ def _whole_model(plan: ReplicaPlan) -> Meaning:
 
 def _front(plan: ReplicaPlan) -> Meaning:
     pipeline = {
-        "forward_model": _forward_name(plan),
+        "forward_model": plan.models.forward,
         "batches_in_flight": str(len(plan.stages)),
     }
     return _generate(plan, pipeline)
@@ -92,7 +86,7 @@ def _generate(plan: ReplicaPlan, own: dict[str, str]) -> Meaning:
     }
     return Meaning(
         template="generate",
-        name=generate_model(plan),
+        name=plan.models.generate,
         inputs=tuple(map(_interface_tensor, INPUTS)),
         # Triton has no optional outputs: one that is not sent is simply not there.
         outputs=tuple(
@@ -111,7 +105,7 @@ def _stage(plan: ReplicaPlan, model: ModelSpec, stage: int) -> Meaning:
         parameters |= _channel(plan, stage)
     return Meaning(
         template="stage",
-        name=_stage_name(plan, stage),
+        name=plan.models.stage(stage),
         inputs=(_BATCH, _TOKEN_IDS if layers.is_first else hidden),
         outputs=(_RESULT if layers.is_last else hidden,),
         device=plan.stages[stage].device,
@@ -127,7 +121,7 @@ def _link(plan: ReplicaPlan, model: ModelSpec) -> Meaning:
     }
     return Meaning(
         template="link",
-        name=_link_name(plan),
+        name=plan.models.link,
         inputs=(_BATCH, _hidden(model)),
         outputs=(_RESULT,),
         parameters=parameters | {"key_file": _key_file(plan, 0)} | _channel(plan, 0),
@@ -137,10 +131,10 @@ def _link(plan: ReplicaPlan, model: ModelSpec) -> Meaning:
 def _forward(plan: ReplicaPlan) -> Meaning:
     return Meaning(
         template="forward",
-        name=_forward_name(plan),
+        name=plan.models.forward,
         inputs=(_BATCH, _TOKEN_IDS),
         outputs=(_RESULT,),
-        steps=(_stage_name(plan, 0), _link_name(plan)),
+        steps=(plan.models.stage(0), plan.models.link),
     )
 
 
@@ -149,7 +143,7 @@ def _weights(plan: ReplicaPlan, stage: int) -> dict[str, str]:
     return {
         "replica": plan.replica,
         "run_dir": own.run_dir,
-        "fetch_id": fetch_id(plan, stage),
+        "fetch_id": fetch_id(plan.replica, stage),
         "device": own.device,
         "kv_blocks": str(plan.kv_blocks),
         "block_size": str(plan.block_size),
@@ -168,7 +162,8 @@ def _channel(plan: ReplicaPlan, stage: int) -> dict[str, str]:
 
 
 def _key_file(plan: ReplicaPlan, stage: int) -> str:
-    return f"{plan.stages[stage].run_dir}/keys/{plan.replica}/curve.key"
+    run_dir = RunDir(Path(plan.stages[stage].run_dir))
+    return str(run_dir.key_file(plan.replica))
 
 
 def _hidden(model: ModelSpec) -> Tensor:
@@ -184,18 +179,6 @@ def _interface_tensor(spec: TensorSpec, *, is_output: bool = False) -> Tensor:
         dims=spec.shape,
         optional=spec.optional and not is_output,
     )
-
-
-def _stage_name(plan: ReplicaPlan, stage: int) -> str:
-    return f"{plan.replica}.stage{stage}"
-
-
-def _link_name(plan: ReplicaPlan) -> str:
-    return f"{plan.replica}.link"
-
-
-def _forward_name(plan: ReplicaPlan) -> str:
-    return f"{plan.replica}.forward"
 
 
 def _model(meaning: Meaning, *, load_wave: int = 0) -> TritonModel:

@@ -20,8 +20,8 @@ from paraserve_backend.engines.native.batcher import (
     BlockPool,
     ScheduledBatch,
 )
-from paraserve_backend.engines.native.handover_source import HandoverSource
-from paraserve_backend.engines.native.handover_target import HandoverTarget
+from paraserve_backend.engines.native.handover_source import HandOverSource
+from paraserve_backend.engines.native.handover_target import HandOverTarget
 from paraserve_backend.engines.native.loop import GenerateLoop, Request
 from paraserve_backend.errors import (
     Cancelled,
@@ -118,10 +118,10 @@ class Bench:
 def bench() -> Iterator[Bench]:
     limits = BatchingLimits(max_sequences=4, max_batch_tokens=8, batches_in_flight=1, block_size=4)
     batcher, forward = Batcher(limits, BlockPool(8)), HeldForward()
-    handover_source = HandoverSource(
+    handover_source = HandOverSource(
         nobody, inbox="", block_size=4, block_bytes=1, num_layers=1, now_s=time.monotonic
     )
-    handover_target = HandoverTarget(batcher.pool, None, nobody, time.monotonic)
+    handover_target = HandOverTarget(batcher.pool, None, nobody, time.monotonic)
     loop = GenerateLoop(
         batcher,
         forward,

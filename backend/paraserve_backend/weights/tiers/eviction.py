@@ -69,7 +69,7 @@ class CachedObject:
         check_key(stored.key)
         extents = tuple(Extent(**extent) for extent in fields["extents"])
         bounds = [bound for extent in extents for bound in extent.byte_range]
-        if bounds != sorted(bounds) or not all(0 <= it <= stored.size_bytes for it in bounds):
+        if bounds != sorted(bounds) or not all(0 <= bound <= stored.size_bytes for bound in bounds):
             raise ValueError("its extents overlap or leave the object")
         return cls(source_uri=fields["source_uri"], stored=stored, extents=extents)
 
@@ -141,7 +141,7 @@ class CacheIndex:
             for name, found in self._objects.items()
             for extent in found.extents
         ]
-        candidates.sort(key=lambda it: (it[0], it[1], -it[2][0]))
+        candidates.sort(key=lambda candidate: (candidate[0], candidate[1], -candidate[2][0]))
         for _, name, byte_range in candidates:
             for start, end in reversed(subtract([byte_range], pinned(name))):
                 if excess_bytes <= 0:
@@ -195,7 +195,7 @@ def _cut(extents: Iterable[Extent], byte_ranges: Sequence[ByteRange]) -> Iterato
 def _sorted(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     """In order, neighbours of the same use as one."""
     joined: list[Extent] = []
-    for extent in sorted(extents, key=lambda it: it.start):
+    for extent in sorted(extents, key=lambda extent: extent.start):
         last = joined[-1] if joined else None
         if last and (last.end, last.used) == (extent.start, extent.used):
             joined[-1] = replace(last, end=extent.end)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.abilities import (
+from paraserve_backend.protocol.engine_abilities import (
     ABILITIES,
     Setting,
     can_be_carried,

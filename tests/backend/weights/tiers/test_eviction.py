@@ -17,7 +17,7 @@ from paraserve_backend.byte_ranges import ByteRange, merge, subtract
 from paraserve_backend.weights.fetching.fetch import FetchReport, fetch
 from paraserve_backend.weights.sources.base import StoredObject
 from paraserve_backend.weights.sources.open import open_source
-from paraserve_backend.weights.tiers.cache_index import CachedObject
+from paraserve_backend.weights.tiers.eviction import CachedObject
 from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.reader import TierReader
 from tests.support.checkpoints import (
