@@ -13,7 +13,7 @@ import pytest
 import tritonclient.grpc as triton
 import zmq
 
-from integration.bad_input.single_models import (
+from integration.support.single_models import (
     FRESH,
     MAX_TOKENS,
     Asked,
@@ -23,12 +23,13 @@ from integration.bad_input.single_models import (
     load,
     unload,
 )
-from integration.support.tiny_cluster import prompts, write_words
+from integration.support.tiny_cluster import prompts
 from integration.support.transformers_engine import MODEL_PY
-from integration.support.triton_server import TritonServer, free_ports
+from integration.support.triton_server import TritonServer
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken
-from tests.support.models import TinyModel, write_model
+from tests.support.models import TinyModel, write_model, write_words
+from tests.support.ports import free_ports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from integration.support.tiny_cluster import (
-    Cluster,
+    TinyCluster,
     assert_nothing_left,
     generate,
     prompts,
@@ -24,7 +24,7 @@ MODEL = "llama-sharded"
 
 
 @contextmanager
-def without_store(cluster: Cluster) -> Iterator[None]:
+def without_store(cluster: TinyCluster) -> Iterator[None]:
     """Hide all models from the store."""
     bucket = cluster.layout.files.buckets / BUCKET
     hidden = bucket.rename(Path(f"{bucket}-hidden"))
@@ -42,13 +42,13 @@ def bytes_from(part: pb.ReplicaPart) -> dict[str, int]:
     }
 
 
-def go_to_zero(cluster: Cluster, name: str) -> pb.ReplicaStatus:
+def go_to_zero(cluster: TinyCluster, name: str) -> pb.ReplicaStatus:
     wait_until(lambda: cluster.replica(name).phase == pb.STOPPED)
     return cluster.replica(name)
 
 
 def test_a_second_start_reads_its_tier_and_a_start_elsewhere_its_peer(
-    caching_cluster: Cluster,
+    caching_cluster: TinyCluster,
 ) -> None:
     cluster, name, prompt = caching_cluster, "warm", prompts(1)[0]
     expected = cluster.models[MODEL].greedy(prompt, 6)
@@ -80,18 +80,19 @@ def test_a_second_start_reads_its_tier_and_a_start_elsewhere_its_peer(
         cluster.client.delete(name)
 
 
-def extents(cluster: Cluster, node: str) -> list[Path]:
+def extents(cluster: TinyCluster, node: str) -> list[Path]:
     (settings,) = (it.agent_settings for it in cluster.layout.nodes if it.name == node)
     return list(Path(str(settings["disk_dir"])).glob("objects/*/[0-9]*-*-*"))
 
 
-def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(disk_cluster: Cluster) -> None:
+def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(
+    disk_cluster: TinyCluster,
+) -> None:
     cluster, name, prompt = disk_cluster, "stored", prompts(1)[0]
     expected = cluster.models[MODEL].greedy(prompt, 6)
-    # Bytes come to disk some seconds after the fetch, while they are still in memory.
-    cluster.deploy(name, MODEL, 1, keep_alive_s=15)
 
     def start() -> pb.ReplicaPart:
+        cluster.deploy(name, MODEL, 1)
         assert generate(cluster, name, prompt, 6) == expected
         (part,) = cluster.replica(name).parts
         return part
@@ -104,14 +105,15 @@ def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(disk_cluster: 
             found = extents(cluster, first.node)
             return sum(path.stat().st_size for path in found) > total_bytes
 
+        # Bytes come to disk some seconds after the fetch, while they are still in memory.
         wait_until(is_on_disk)
-        go_to_zero(cluster, name)
+        cluster.client.delete(name)
         with without_store(cluster):
             second = start()
             assert second.node == first.node
             assert bytes_from(second).keys() == {"disk"}
             assert bytes_from(second)["disk"] > total_bytes  # the small files, too
-            go_to_zero(cluster, name)
+            cluster.client.delete(name)
         for path in extents(cluster, first.node):
             path.write_bytes(b"x" * path.stat().st_size)
         third = start()

@@ -23,7 +23,8 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.server import Gateway
-from tests.support.gateway_fakes import FakeScheduler, FakeTriton
+from tests.support.gateway_fakes import FakeScheduler, FakeTritonServer
+from tests.support.limits import HANG_S
 
 if TYPE_CHECKING:
     from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceAsyncStub
@@ -32,13 +33,13 @@ DEPLOYMENT = "tiny"
 
 
 @dataclass(kw_only=True)
-class Cluster:
+class GatewayHarness:
     gateway: Gateway
     scheduler: FakeScheduler
     scheduler_server: grpc.aio.Server
     scheduler_address: str
     #: Two servers, so that a request can go elsewhere.
-    tritons: tuple[FakeTriton, FakeTriton]
+    tritons: tuple[FakeTritonServer, FakeTritonServer]
     addresses: tuple[str, str]
     #: The first Triton's, so that it can vanish.
     server: grpc.aio.Server
@@ -46,7 +47,7 @@ class Cluster:
     channel: grpc.aio.Channel
 
     @property
-    def triton(self) -> FakeTriton:
+    def triton(self) -> FakeTritonServer:
         return self.tritons[0]
 
     @property
@@ -88,11 +89,11 @@ class Cluster:
 @contextlib.asynccontextmanager
 async def serving(
     config: GatewayConfig | None = None, *, replicas: int = 1, token: str | None = None
-) -> AsyncIterator[Cluster]:
+) -> AsyncIterator[GatewayHarness]:
     """Run a gateway for one deployment with so many ready replicas."""
     async with contextlib.AsyncExitStack() as stack:
         scheduler = FakeScheduler()
-        tritons = (FakeTriton(), FakeTriton())
+        tritons = (FakeTritonServer(), FakeTritonServer())
         scheduler_server, scheduler_address = await stack.enter_async_context(_listening(scheduler))
         listeners = [await stack.enter_async_context(_listening(each)) for each in tritons]
         settings = replace(config or make_config(), scheduler_address=scheduler_address)
@@ -101,7 +102,7 @@ async def serving(
         await gateway.start()
         session = await stack.enter_async_context(aiohttp.ClientSession())
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(gateway.grpc_address))
-        cluster = Cluster(
+        cluster = GatewayHarness(
             gateway=gateway,
             scheduler=scheduler,
             scheduler_server=scheduler_server,
@@ -118,8 +119,17 @@ async def serving(
 
 
 def make_config(**settings: Any) -> GatewayConfig:
-    listeners = {"grpc_address": "127.0.0.1:0", "http_address": "127.0.0.1:0"}
-    return GatewayConfig(**{"scheduler_address": "127.0.0.1:1", **listeners, **settings})
+    """Settings of a gateway on free ports that gives up no request, but for `settings`."""
+    defaults = {
+        "scheduler_address": "127.0.0.1:1",
+        "grpc_address": "127.0.0.1:0",
+        "http_address": "127.0.0.1:0",
+        "cold_start_timeout_s": HANG_S,
+        "first_token_timeout_s": HANG_S,
+        "inter_token_timeout_s": HANG_S,
+        "unstreamed_timeout_s": HANG_S,
+    }
+    return GatewayConfig(**{**defaults, **settings})
 
 
 def make_request(
@@ -147,7 +157,7 @@ def text_of(response: kserve.ModelInferResponse) -> str:
 
 
 async def read_stream(
-    cluster: Cluster, request: kserve.ModelInferRequest
+    cluster: GatewayHarness, request: kserve.ModelInferRequest
 ) -> list[kserve.ModelStreamInferResponse]:
     """Send one request on a stream of its own and return all that comes back."""
 
@@ -165,7 +175,7 @@ async def read_events(response: aiohttp.ClientResponse) -> list[dict[str, Any]]:
 
 @contextlib.asynccontextmanager
 async def _listening(
-    servicer: FakeScheduler | FakeTriton,
+    servicer: FakeScheduler | FakeTritonServer,
 ) -> AsyncIterator[tuple[grpc.aio.Server, str]]:
     server = grpc.aio.server()
     if isinstance(servicer, FakeScheduler):

@@ -19,7 +19,7 @@ from paraserve_scheduler.state.events import (
 from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.records import DeploymentState, Failure, NodeInfo, PartState, Phase
 from paraserve_scheduler.state.view import ClusterView
-from tests.support.views import (
+from tests.support.scheduler_records import (
     CONFIG,
     NOW_S,
     make_demand,

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from integration.support.tiny_cluster import write_words
 from paraserve_backend.engines.base import (
     EngineDead,
     EngineRequest,
@@ -34,10 +33,10 @@ from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken, Sampling, Steering
 from paraserve_backend.roles.external import ENGINES, ExternalRole, visible_devices
-from tests.support.generate_settings import make_generate_config, weights_from
-from tests.support.models import write_model
+from tests.support.generate_config import make_generate_config, weights_from
+from tests.support.limits import HANG_S
+from tests.support.models import write_model, write_words
 
-TIMEOUT_S = 20
 OTHER = Target(replica="d.2", address="")
 
 
@@ -107,17 +106,17 @@ class Reply:
         return self.cancelled.is_set()
 
     def delta(self) -> Delta:
-        said = self.got.get(timeout=TIMEOUT_S)
+        said = self.got.get(timeout=HANG_S)
         assert isinstance(said, Delta), said
         return said
 
     def error(self) -> ParaServeError:
-        said = self.got.get(timeout=TIMEOUT_S)
+        said = self.got.get(timeout=HANG_S)
         assert isinstance(said, ParaServeError), said
         return said
 
     def move_to(self) -> tuple[str, Resume]:
-        said = self.got.get(timeout=TIMEOUT_S)
+        said = self.got.get(timeout=HANG_S)
         assert isinstance(said, tuple), said
         return said
 
@@ -130,7 +129,7 @@ class Gauges:
         self.states.put(state)
 
     def wait_for(self, wanted: Callable[[LoopState], bool]) -> None:
-        while not wanted(self.states.get(timeout=TIMEOUT_S)):
+        while not wanted(self.states.get(timeout=HANG_S)):
             pass
 
 
@@ -146,7 +145,7 @@ class Bench:
         return reply
 
     def submitted(self) -> EngineRequest:
-        return self.engine.submitted.get(timeout=TIMEOUT_S)
+        return self.engine.submitted.get(timeout=HANG_S)
 
 
 def request(**changes: object) -> GenerateRequest:
@@ -221,7 +220,7 @@ def test_tokens_become_text_as_they_come(bench: Bench) -> None:
         ("w8", None),
         ("w9", "length"),
     ]
-    assert bench.engine.closed.get(timeout=TIMEOUT_S) == wanted.request_id
+    assert bench.engine.closed.get(timeout=HANG_S) == wanted.request_id
 
 
 def test_an_end_token_ends_the_answer_even_if_the_engine_goes_on(bench: Bench) -> None:
@@ -229,7 +228,7 @@ def test_an_end_token_ends_the_answer_even_if_the_engine_goes_on(bench: Bench) -
     bench.engine.give([7, 3, 9])
     delta = reply.delta()
     assert (delta.token_ids, delta.finish_reason) == ((7, 3), "stop")
-    bench.engine.closed.get(timeout=TIMEOUT_S)
+    bench.engine.closed.get(timeout=HANG_S)
 
 
 def test_a_stop_word_ends_it_too(bench: Bench) -> None:
@@ -238,7 +237,7 @@ def test_a_stop_word_ends_it_too(bench: Bench) -> None:
     bench.engine.give([8])
     delta = reply.delta()
     assert (delta.text.strip(), delta.finish_reason) == ("w7", "stop")
-    bench.engine.closed.get(timeout=TIMEOUT_S)
+    bench.engine.closed.get(timeout=HANG_S)
 
 
 def test_a_cancelled_request_is_dropped_while_the_engine_is_silent(bench: Bench) -> None:
@@ -246,7 +245,7 @@ def test_a_cancelled_request_is_dropped_while_the_engine_is_silent(bench: Bench)
     bench.submitted()
     reply.cancelled.set()
     assert isinstance(reply.error(), Cancelled)
-    bench.engine.closed.get(timeout=TIMEOUT_S)
+    bench.engine.closed.get(timeout=HANG_S)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +403,7 @@ def test_a_dead_engine_ends_the_thread_and_so_the_process(
     engine.give(EngineDead("gone"))
     errors = {str(first.error()), str(second.error())}
     assert all("again" in error for error in errors)
-    assert died.get(timeout=TIMEOUT_S) is EngineDead
+    assert died.get(timeout=HANG_S) is EngineDead
     assert engine.is_stopped
     role.close()
 

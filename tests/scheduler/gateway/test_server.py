@@ -25,6 +25,7 @@ from tests.support.gateway import (
     serving,
 )
 from tests.support.gateway_fakes import FakeScheduler, one_answer
+from tests.support.limits import HANG_S
 
 
 async def test_the_cluster_token_goes_with_every_call() -> None:
@@ -111,8 +112,10 @@ def test_a_gateway_process_serves_until_it_is_told_to_stop(tmp_path: Path) -> No
     assert process.stderr is not None
     while "HTTP" not in (line := process.stderr.readline()):
         assert line, "the gateway ended"
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/live", timeout=5) as answer:
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{port}/v2/health/live", timeout=HANG_S
+    ) as answer:
         assert answer.status == 200
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    process.communicate(timeout=HANG_S)
     assert process.returncode == 0

@@ -49,8 +49,7 @@ from paraserve_scheduler.local.layout import (
 from paraserve_scheduler.local.lock import locked, owner
 from paraserve_scheduler.local.ports import PortPicker, is_free
 from paraserve_scheduler.local.processes import Machine, process_waves, write_files
-
-WAIT_S = 20
+from tests.support.limits import HANG_S
 
 
 def make_files(tmp_path: Path, name: str = "test") -> ClusterFiles:
@@ -265,13 +264,13 @@ def test_a_child_that_ends_on_sigterm_is_not_killed(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     child = start(fake(tmp_path, "kind", KIND.format(pipe=str(pipe))))
     wait_for(pipe, child)
-    stop([child], grace_s=WAIT_S)
+    stop([child], grace_s=HANG_S)
     assert child.process.returncode == 0
 
 
 def test_the_tail_of_a_log_is_its_last_lines(tmp_path: Path) -> None:
     child = start(fake(tmp_path, "talker", "for i in range(100): print('line', i)"))
-    assert child.process.wait(WAIT_S) == 0
+    assert child.process.wait(HANG_S) == 0
     lines = child.log_tail().splitlines()
     assert lines[-1].strip() == "line 99"
     assert len(lines) < 20
@@ -304,9 +303,9 @@ def test_a_child_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
         assert up.readline()
     watch = os.pidfd_open(child_pid)
     process.kill()
-    process.wait(WAIT_S)
+    process.wait(HANG_S)
     process.stdout.close()
-    assert readable_within(watch, WAIT_S)  # a pidfd is readable when its process has ended
+    assert readable_within(watch, HANG_S)  # a pidfd is readable when its process has ended
     os.close(watch)
 
 

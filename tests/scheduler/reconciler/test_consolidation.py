@@ -22,7 +22,7 @@ from tests.support.histories import (
     TRIED_AGAIN_S,
     History,
 )
-from tests.support.views import (
+from tests.support.scheduler_records import (
     CONFIG,
     make_deployment,
     make_node_info,

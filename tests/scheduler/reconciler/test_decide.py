@@ -35,7 +35,7 @@ from tests.support.histories import (
     TRIED_AGAIN_S,
     History,
 )
-from tests.support.views import (
+from tests.support.scheduler_records import (
     CONFIG,
     NOW_S,
     make_deployment,

@@ -16,7 +16,7 @@ from paraserve_scheduler.state.events import DemandReported
 from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.records import HeldObject
 from paraserve_scheduler.state.view import ClusterView
-from tests.support.views import (
+from tests.support.scheduler_records import (
     CONFIG,
     NOW_S,
     lay_out_equally,

@@ -28,7 +28,7 @@ from paraserve_scheduler.state.actions import (
 from paraserve_scheduler.state.events import NodeCordoned, NodeRegistered, PartRemoved
 from paraserve_scheduler.state.records import PartState, Phase
 from tests.support.histories import LOST_PROCESS, History
-from tests.support.views import (
+from tests.support.scheduler_records import (
     CONFIG,
     make_deployment,
     make_heartbeat,

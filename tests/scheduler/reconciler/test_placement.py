@@ -16,7 +16,7 @@ from paraserve_scheduler.reconciler.placement import (
 )
 from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.spec import Deployment
-from tests.support.views import lay_out_equally, make_deployment, make_space
+from tests.support.scheduler_records import lay_out_equally, make_deployment, make_space
 
 CONFIG = PlacementConfig()
 BLOCK = CONFIG.kv_block_size

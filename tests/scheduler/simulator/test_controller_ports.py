@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from paraserve_scheduler.simulator.workload import Lengths, SimRequest, Tokens
 from paraserve_scheduler.simulator.world import Simulation
 from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.store.sqlite import SqliteStore
-from tests.support.views import make_deployment
+from tests.support.scheduler_records import make_deployment
 
 _PLACEMENT = PolicyConfig().placement
 _SEQUENCES, _STAGES = 8, 4
@@ -142,7 +141,7 @@ def _simulated(
     return begun
 
 
-def _controlled(
+async def _controlled(
     cluster: ClusterDescription,
     deployments: list[Deployment],
     requests: list[SimRequest],
@@ -159,7 +158,7 @@ def _controlled(
     controller = Controller(store=store, agents=agents, clock=VirtualClock(heap), config=config)
     for deployment in deployments:
         controller.add_deployment(deployment)
-    replicas = asyncio.run(drive(controller, agents, requests, 260.0))
+    replicas = await drive(controller, agents, requests, 260.0)
     store.close()
     return [
         (
@@ -183,7 +182,7 @@ def _controlled(
         ("serverless-vllm", 1, 0),
     ],
 )
-def test_the_controller_starts_what_the_simulator_starts_and_when(
+async def test_the_controller_starts_what_the_simulator_starts_and_when(
     policy: str, seed: int, memory_bytes: int
 ) -> None:
     deployments = [_deployment(f"d{i}") for i in range(3)]
@@ -191,7 +190,7 @@ def test_the_controller_starts_what_the_simulator_starts_and_when(
     rates = [size / 30, size / 12, size / 12, size / 20]
     cluster = _cluster(rates, deployments, memory_bytes)
     expected = _simulated(cluster, _requests(seed, deployments), policy)
-    begun = _controlled(cluster, deployments, _requests(seed, deployments), policy)
+    begun = await _controlled(cluster, deployments, _requests(seed, deployments), policy)
     assert [(name, stages) for _, name, stages in begun] == [
         (name, stages) for _, name, stages in expected
     ]

@@ -14,7 +14,7 @@ from paraserve_scheduler.state.records import Failure, Phase, Replica
 from paraserve_scheduler.store.records import dump, load
 from paraserve_scheduler.store.sqlite import Counters, SqliteStore
 from tests.support.histories import History
-from tests.support.views import make_deployment
+from tests.support.scheduler_records import make_deployment
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from tests.support.checkpoints import (
     tensor_bytes,
     write_checkpoint,
 )
+from tests.support.limits import HANG_S
 
 PART_BYTES = 50_000
 AMPLE_BYTES = 1 << 30
@@ -67,7 +68,7 @@ def assert_right(tier: Tier, fetch_id: str, folder: Path) -> None:
 
 def run(tier: Tier, model: Path, fetch_id: str) -> FetchReport:
     plan, source = make_plan(model, fetch_id=fetch_id), open_source(str(model))
-    return fetch(plan, source, tier, timeout_s=30, cancel=threading.Event())
+    return fetch(plan, source, tier, timeout_s=HANG_S, cancel=threading.Event())
 
 
 def test_a_second_fetch_of_the_same_version_needs_nothing(tier: Tier, wide: Path) -> None:

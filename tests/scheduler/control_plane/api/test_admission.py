@@ -14,7 +14,7 @@ from paraserve_backend.errors import (
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.api.admission import read_deployment, validated_spec
 from paraserve_scheduler.control_plane.config import DeploymentDefaults
-from tests.support.views import make_spec, write_model
+from tests.support.scheduler_records import make_spec, write_model
 
 DEFAULTS = DeploymentDefaults(max_sequences=8, max_replicas=3, max_waiting=50)
 

@@ -25,7 +25,7 @@ from paraserve_scheduler.control_plane.messages.triton_models import TritonModel
 from paraserve_scheduler.reconciler.config import PlacementConfig
 from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.spec import ChannelKeys, Deployment
-from tests.support.views import lay_out_equally, make_deployment, make_space
+from tests.support.scheduler_records import lay_out_equally, make_deployment, make_space
 
 
 def _plan(deployment: Deployment, stages: int, **space: object) -> ReplicaPlan:

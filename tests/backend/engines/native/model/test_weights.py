@@ -22,6 +22,7 @@ from tests.support.checkpoints import (
     make_plan,
     safetensors_file,
 )
+from tests.support.limits import HANG_S
 
 CPU = torch.device("cpu")
 DTYPES = (
@@ -124,7 +125,7 @@ def test_tensors_outlive_their_loader_and_their_fetch(tier: Tier, model: Path) -
 
 def test_tensors_come_in_the_order_in_which_they_land(tier: Tier, model: Path) -> None:
     fetch = tier.begin(make_plan(model), part_bytes=4096)
-    loader = WeightLoader(TierReader.open(tier.directory, "fetch-1"), CPU, None, timeout_s=30)
+    loader = WeightLoader(TierReader.open(tier.directory, "fetch-1"), CPU, None, timeout_s=HANG_S)
     last = fetch.plan.tensors[-1].name
     names = [tensor.name for tensor in fetch.plan.tensors]
     head = [

@@ -3,13 +3,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from paraserve_backend.telemetry.spans import Span, SpanName
 from paraserve_scheduler.state.events import DemandReported, PartReported
-from paraserve_scheduler.state.learned import Calibration, stage_times
+from paraserve_scheduler.state.learned import Calibration, DemandHistory, stage_times
 from paraserve_scheduler.state.records import PartState, Phase
 from tests.support.histories import History
-from tests.support.views import make_demand, make_node_info
+from tests.support.scheduler_records import make_demand, make_node_info
 
 _MB = 1_000_000
 
@@ -127,3 +129,43 @@ def test_the_first_token_of_a_start_is_what_the_next_one_is_expected_to_take() -
     second = history.view.replicas["tiny.2"].prediction
     assert second is not None
     assert second.ttft_s - second.ready_s == pytest.approx(0.7)
+
+
+# ---- demand ----
+
+
+def test_before_a_request_has_ended_nothing_is_known_of_its_duration() -> None:
+    history = DemandHistory().after(arrived=2, completed=0, running=0, elapsed_s=1.0, at_s=10.0)
+    assert history.arrivals_s == (10.0, 10.0)
+    assert history.service_s is None
+
+
+@given(st.integers(1, 20), st.floats(0.1, 30))
+def test_steady_demand_shows_how_long_a_request_runs(running: int, service_s: float) -> None:
+    # With n requests running for s seconds each, n / s of them end every second.
+    history = DemandHistory()
+    for second in range(50):
+        history = history.after(
+            arrived=1, completed=running, running=running, elapsed_s=service_s, at_s=second
+        )
+    assert history.service_s == pytest.approx(service_s)
+
+
+def test_only_the_last_arrivals_are_kept() -> None:
+    history = DemandHistory()
+    for second in range(100):
+        history = history.after(arrived=1, completed=0, running=0, elapsed_s=1.0, at_s=second)
+    assert history.arrivals_s == tuple(range(68, 100))
+
+
+def test_reports_of_gateways_make_it() -> None:
+    history = History()
+    history.demand(waiting=1, arrived=1)
+    history.decides()
+    history.becomes_ready("tiny.1")
+    history.demand(in_flight=1, arrived=1)
+    history.passes(4)
+    history.demand(arrived=1)
+    state = history.view.deployments["tiny"]
+    assert len(state.history.arrivals_s) == 1
+    assert state.history.service_s == pytest.approx(4)

@@ -18,7 +18,7 @@ from paraserve_backend.tritonserver.host.model_config import (
     slotted_model,
     with_steps,
 )
-from tests.support.slotted_agents import ensemble_files, model_files
+from tests.support.agents import ensemble_files, model_files
 
 
 def parsed(files: dict[str, bytes]) -> ModelConfig:

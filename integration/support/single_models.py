@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import tritonclient.grpc as triton
 
+from integration.support.limits import HANG_S
 from integration.support.tiny_cluster import wait_until
 from integration.support.triton_server import TritonServer
 from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
@@ -21,7 +22,6 @@ from paraserve_scheduler.local.layout import SHM
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _TEMPLATE = _REPOSITORY / "model_repository_templates" / "standalone.pbtxt"
-_TIMEOUT_S = 60
 #: Long enough that a request is still running when it is told to move.
 MAX_TOKENS = 400
 #: Of a request that has no token yet, but may move.
@@ -65,7 +65,7 @@ class Asked:
         self._client.async_stream_infer(model, [ids, stream], parameters=parameters)
 
     def next(self) -> Part:
-        result, error = self._got.get(timeout=_TIMEOUT_S)
+        result, error = self._got.get(timeout=HANG_S)
         if error is not None:
             raise error
         assert result is not None
@@ -110,7 +110,7 @@ def hand_over(server: TritonServer, model: str, *targets: str) -> None:
     client.async_stream_infer(
         model, [], parameters={"command": json.dumps(command)}, enable_empty_final_response=True
     )
-    error = answers.get(timeout=_TIMEOUT_S)
+    error = answers.get(timeout=HANG_S)
     client.stop_stream()
     client.close()
     if error is not None:

@@ -15,11 +15,9 @@ from typing import Any, TypeVar
 import pytest
 import tritonclient.grpc as triton
 
-from integration.support.tiny_cluster import Cluster
+from integration.support.limits import HANG_S
+from integration.support.tiny_cluster import TinyCluster
 from paraserve_backend.errors import ParaServeError
-
-#: Heartbeats tell of a node's memory once a second.
-_SETTLE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +43,17 @@ def each(cases: Sequence[_Case]) -> pytest.MarkDecorator:
 
 
 def settled(read: Callable[[], _Value], wanted: _Value) -> _Value:
-    """Return what `read` gives once that is `wanted`, or what it is after a while."""
-    deadline_s = time.monotonic() + _SETTLE_S
+    """Return what `read` gives once that is `wanted`, or what it is in the end.
+
+    Heartbeats tell of a node's memory once a second.
+    """
+    deadline_s = time.monotonic() + HANG_S
     while (value := read()) != wanted and time.monotonic() < deadline_s:
         time.sleep(0.1)
     return value
 
 
-def snapshot(cluster: Cluster) -> Mapping[str, Any]:
+def snapshot(cluster: TinyCluster) -> Mapping[str, Any]:
     """What is deployed, and what every node holds: memory, models, files."""
     memory = {
         node.info.name: (node.alive, node.reserved_bytes, node.tier_used_bytes)
@@ -61,7 +62,7 @@ def snapshot(cluster: Cluster) -> Mapping[str, Any]:
     return {"deployments": deployments(cluster), "memory": memory, "nodes": contents(cluster)}
 
 
-def deployments(cluster: Cluster) -> Mapping[str, Any]:
+def deployments(cluster: TinyCluster) -> Mapping[str, Any]:
     """By name, what was asked for and which replicas there are."""
     return {
         deployment.spec.name: (
@@ -72,13 +73,13 @@ def deployments(cluster: Cluster) -> Mapping[str, Any]:
     }
 
 
-def remains(cluster: Cluster, deployment: str) -> list[str]:
+def remains(cluster: TinyCluster, deployment: str) -> list[str]:
     """What any node still holds of a deployment: models and files."""
     held = (group for node in contents(cluster).values() for group in node)
     return [name for group in held for name in group if f"{deployment}." in name]
 
 
-def contents(cluster: Cluster) -> Mapping[str, tuple[list[str], list[str], list[str]]]:
+def contents(cluster: TinyCluster) -> Mapping[str, tuple[list[str], list[str], list[str]]]:
     """By node: models that are ready, files of its model repository, files of its tier."""
     files = cluster.layout.files
     found = {}

@@ -13,7 +13,7 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from integration.support.tiny_cluster import Cluster
+from integration.support.tiny_cluster import TinyCluster
 from paraserve_backend.errors import ParaServeError
 
 NUMPY: Mapping[str, Any] = {
@@ -56,7 +56,7 @@ def both_told(error: type[ParaServeError], sentence: str) -> Refused:
     )
 
 
-def refused(cluster: Cluster, request: Request) -> Refused:
+def refused(cluster: TinyCluster, request: Request) -> Refused:
     with pytest.raises(InferenceServerException) as over_grpc:
         ask_grpc(cluster, request)
     with pytest.raises(InferenceServerException) as over_http:
@@ -69,14 +69,14 @@ def refused(cluster: Cluster, request: Request) -> Refused:
     )
 
 
-def ask_grpc(cluster: Cluster, request: Request) -> list[int]:
+def ask_grpc(cluster: TinyCluster, request: Request) -> list[int]:
     """Return the answer's tokens."""
     address = cluster.layout.gateway_address
     with closing(tritonclient.grpc.InferenceServerClient(address)) as client:
         return _ask(client, tritonclient.grpc, request)
 
 
-def ask_http(cluster: Cluster, request: Request) -> list[int]:
+def ask_http(cluster: TinyCluster, request: Request) -> list[int]:
     layout = cluster.layout
     url = f"{layout.host}:{layout.gateway_http_port}"
     with closing(tritonclient.http.InferenceServerClient(url)) as client:

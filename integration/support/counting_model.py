@@ -32,7 +32,7 @@ class TritonPythonModel:
     def answer(self, sender, tensors, parameters):
         prompt = tensors["text_input"][0].decode()
         if prompt == "was cancelled":
-            self.send(sender, str(self.cancelled.wait(10)), 1, last=True)
+            self.send(sender, str(self.cancelled.wait(600)), 1, last=True)
         elif prompt == "parameters":
             parameters.pop("triton_enable_empty_final_response", None)
             parameters.pop("resume", None)  # a gateway's
