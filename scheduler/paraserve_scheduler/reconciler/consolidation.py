@@ -55,10 +55,11 @@ def hand_over(turn: Turn) -> None:
     """Tell every replica that is ready who takes its requests, until its head has taken note."""
     for replica in turn.view.live_replicas():
         successors = tuple(successor.id for successor in turn.view.ready_successors(replica))
-        if replica.phase is not Phase.READY or replica.telling or successors == replica.targets:
+        state = replica.hand_over
+        if replica.phase is not Phase.READY or state.is_notifying or successors == state.notified:
             continue
         retry_s = turn.config.consolidation.hand_over_retry_s
-        failed_s = replica.telling_failed_s
+        failed_s = state.notify_failed_s
         if failed_s is None or turn.now_s - failed_s >= retry_s:
             verb = "is" if len(successors) == 1 else "are"
             reason = (
@@ -71,9 +72,10 @@ def stop_succeeded(turn: Turn) -> None:
     """Stop replicas all of whose requests have moved."""
     for replica in turn.view.live_replicas():
         successors = turn.view.ready_successors(replica)
-        if replica.phase is not Phase.READY or replica.hand_over_s is None or not successors:
+        since_s = replica.hand_over.since_s
+        if replica.phase is not Phase.READY or since_s is None or not successors:
             continue
-        if turn.view.is_released(replica, replica.hand_over_s + turn.config.settle_s, turn.now_s):
+        if turn.is_released(replica, since_s):
             into = listed(tuple(successor.id for successor in successors))
             verb = "moved to" if len(replica.plan.stages) == 1 else "consolidated into"
             turn.do(StopReplica(replica=replica.id, reason=f"{verb} {into}"))
@@ -86,7 +88,7 @@ def may_move(view: ClusterView, replica: Replica) -> bool:
     """Whether it may get a successor: it serves, and neither hands over nor takes over now."""
     return (
         replica.phase is Phase.READY
-        and replica.hand_over_s is None
+        and replica.hand_over.since_s is None
         and view.wanted_predecessor(replica) is None
     )
 
@@ -97,11 +99,12 @@ def _is_backing_off(turn: Turn, replica: Replica) -> bool:
 
 def pause_s(turn: Turn, replica: Replica) -> float:
     """Seconds until the next successor may be tried."""
-    if replica.successor_failed_s is None:
+    failed_s = replica.hand_over.successor_failed_s
+    if failed_s is None:
         return 0.0
-    doublings = min(replica.failed_successors - 1, _MOST_DOUBLINGS)
+    doublings = min(replica.hand_over.failed_successors - 1, _MOST_DOUBLINGS)
     whole_s = turn.config.consolidation.retry_s * 2.0**doublings
-    return max(0.0, replica.successor_failed_s + whole_s - turn.now_s)
+    return max(0.0, failed_s + whole_s - turn.now_s)
 
 
 def _moves(turn: Turn, replica: Replica) -> tuple[Action, ...]:

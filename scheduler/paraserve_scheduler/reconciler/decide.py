@@ -104,8 +104,8 @@ def _removable(turn: Turn, replica: Replica) -> str | None:
     if replica.ready_s is None:
         return "it never served"
     stopping_s = replica.stopping_s or turn.now_s
-    unrouted_s = replica.hand_over_s or stopping_s
-    if turn.view.is_released(replica, unrouted_s + turn.config.settle_s, turn.now_s):
+    unrouted_s = replica.hand_over.since_s or stopping_s
+    if turn.is_released(replica, unrouted_s):
         return "no request runs on it"
     if turn.now_s - stopping_s >= turn.config.drain_grace_s:
         in_flight = turn.view.replica_in_flight(replica)

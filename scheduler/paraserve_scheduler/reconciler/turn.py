@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.state.actions import Action
 from paraserve_scheduler.state.begin import Begun, begin
+from paraserve_scheduler.state.records import Replica
 from paraserve_scheduler.state.view import ClusterView
 
 
@@ -32,6 +33,11 @@ class Turn:
         """Return this turn without what gateways said that have been silent for too long."""
         since_s = self.now_s - self.config.gateway_timeout_s
         return self.supposing(self.view.without_silent_gateways(since_s))
+
+    def is_released(self, replica: Replica, unrouted_s: float) -> bool:
+        """Whether no request runs on a replica that gets no new ones since `unrouted_s`."""
+        settled_s = unrouted_s + self.config.settle_s
+        return self.now_s >= settled_s and self.view.is_released(replica, settled_s)
 
     def supposing(self, view: ClusterView) -> Turn:
         """Return a turn in another cluster, to try what could be done there; this one stays."""

@@ -18,6 +18,7 @@ from paraserve_scheduler.state.actions import (
 )
 from paraserve_scheduler.state.changes import (
     change_deployment,
+    change_hand_over,
     change_node,
     change_replica,
     with_item,
@@ -29,6 +30,7 @@ from paraserve_scheduler.state.fold_reports import (
 from paraserve_scheduler.state.records import (
     FailedStart,
     GatewayState,
+    HandOverState,
     PartState,
     Phase,
     Replica,
@@ -60,7 +62,7 @@ def begin(view: ClusterView, begun: Begun) -> ClusterView:
             return _deployment_failed(view, action)
         case HandOver() as action:
             handing_over = partial(_handing_over, action=action, at_s=begun.at_s)
-            return change_replica(view, action.replica, handing_over)
+            return change_hand_over(view, action.replica, handing_over)
         case KeepSlots() as action:
             return change_node(view, action.node, partial(replace, wanted_slots=action.idle_slots))
         case DropDeployment() as action:
@@ -105,7 +107,7 @@ def _replica_stopping(view: ClusterView, action: StopReplica, begun: Begun) -> C
     predecessor = view.predecessor(replica)
     if predecessor is not None and not view.ready_successors(predecessor):
         # It serves again, so that the time without a request counts from the next hand-over on.
-        view = change_replica(view, predecessor.id, partial(replace, hand_over_s=None))
+        view = change_hand_over(view, predecessor.id, partial(replace, since_s=None))
     return view
 
 
@@ -113,7 +115,7 @@ def _note_failure(view: ClusterView, replica: Replica, failed: FailedStart) -> C
     predecessor = view.predecessor(replica)
     if predecessor is not None:
         failing = partial(_with_failed_successor, at_s=failed.at_s)
-        return change_replica(view, predecessor.id, failing)
+        return change_hand_over(view, predecessor.id, failing)
     return change_deployment(
         view,
         replica.deployment,
@@ -121,15 +123,13 @@ def _note_failure(view: ClusterView, replica: Replica, failed: FailedStart) -> C
     )
 
 
-def _with_failed_successor(replica: Replica, *, at_s: float) -> Replica:
-    return replace(
-        replica, failed_successors=replica.failed_successors + 1, successor_failed_s=at_s
-    )
+def _with_failed_successor(state: HandOverState, *, at_s: float) -> HandOverState:
+    return replace(state, failed_successors=state.failed_successors + 1, successor_failed_s=at_s)
 
 
-def _handing_over(replica: Replica, *, action: HandOver, at_s: float) -> Replica:
-    begun_s = (replica.hand_over_s or at_s) if action.successors else replica.hand_over_s
-    return replace(replica, telling=True, hand_over_s=begun_s)
+def _handing_over(state: HandOverState, *, action: HandOver, at_s: float) -> HandOverState:
+    since_s = (state.since_s or at_s) if action.successors else state.since_s
+    return replace(state, is_notifying=True, since_s=since_s)
 
 
 def _deployment_dropped(view: ClusterView, name: str) -> ClusterView:

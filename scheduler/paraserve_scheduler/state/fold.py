@@ -11,6 +11,7 @@ from functools import partial
 
 from paraserve_scheduler.state.changes import (
     change_deployment,
+    change_hand_over,
     change_node,
     change_replica,
     with_item,
@@ -186,10 +187,12 @@ def _deployment_added(view: ClusterView, event: DeploymentAdded) -> ClusterView:
 
 def _hand_over_answered(view: ClusterView, event: HandOverNotified | HandOverFailed) -> ClusterView:
     if isinstance(event, HandOverNotified):
-        answered = partial(replace, targets=event.successors, telling_failed_s=None)
+        answered = partial(
+            replace, is_notifying=False, notified=event.successors, notify_failed_s=None
+        )
     else:
-        answered = partial(replace, telling_failed_s=event.at_s)
-    return change_replica(view, event.replica, lambda replica: answered(replica, telling=False))
+        answered = partial(replace, is_notifying=False, notify_failed_s=event.at_s)
+    return change_hand_over(view, event.replica, answered)
 
 
 def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:
