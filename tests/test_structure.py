@@ -43,6 +43,41 @@ def public_classes(path: Path) -> Iterator[str]:
             yield node.name
 
 
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def calls_of_begin(path: Path) -> Iterator[ast.Call]:
+    """Calls of `state.begin.begin`, under whatever name it was imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "paraserve_scheduler.state.begin"
+        for alias in node.names
+        if alias.name == "begin"
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            is_function = isinstance(node.func, ast.Name) and node.func.id in names
+            is_attribute = ast.unparse(node.func).endswith("begin.begin")
+            if is_function or is_attribute:
+                yield node
+
+
+def takes(function: ast.FunctionDef | ast.AsyncFunctionDef, kind: str) -> bool:
+    """Whether an argument is annotated with this type, or with it or None."""
+    arguments = function.args
+    every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+    return any(
+        kind in ast.unparse(argument.annotation).split(" | ")
+        for argument in every
+        if argument.annotation is not None
+    )
+
+
 def name_of(path: Path, package: Path) -> str:
     """The path as docs/structure.md writes it, from the package on."""
     return path.relative_to(package.parent).as_posix()
@@ -93,6 +128,23 @@ def test_what_is_decided_once_is_written_in_its_module_only(what: str) -> None:
         if re.search(pattern, path.read_text(encoding="utf-8"))
     }
     assert found == {home}, f"{what} belongs to {home}"
+
+
+def test_no_function_takes_both_a_view_and_a_time() -> None:
+    """A decision is a `Turn`, which has both; an event and a begun action have their own time."""
+    offenders = [
+        f"{path.name}:{node.lineno} {node.name}"
+        for path in modules(PACKAGES[1])
+        for node in functions(path)
+        if takes(node, "ClusterView") and takes(node, "float")
+    ]
+    assert not offenders
+
+
+def test_an_action_is_begun_in_two_places() -> None:
+    """Where it is decided on, and where it is carried out."""
+    callers = [path.name for path in modules(PACKAGES[1]) for _ in calls_of_begin(path)]
+    assert sorted(callers) == ["loop.py", "turn.py"]
 
 
 def test_every_module_has_its_line_in_the_map_and_every_line_its_module() -> None:

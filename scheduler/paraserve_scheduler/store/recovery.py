@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from paraserve_scheduler.state.records import DeploymentState, Phase, Replica
 from paraserve_scheduler.state.view import ClusterView
 from paraserve_scheduler.store.sqlite import Counters, Store, StoredDeployment
+
+#: What makes a replica worth writing, as its fields declare.
+_WRITTEN_FIELDS = tuple(field.name for field in fields(Replica) if field.metadata["written"])
 
 
 def recover(store: Store, now_s: float) -> ClusterView:
@@ -60,10 +63,13 @@ def _recover_replica(replica: Replica) -> Replica:
         phase=Phase.STARTING,
         parts=parts,
         recovered=True,
-        targets=(),
-        telling=False,
-        telling_failed_s=None,
-        hand_over_s=None,
+        hand_over=replace(
+            replica.hand_over,
+            notified=(),
+            is_notifying=False,
+            notify_failed_s=None,
+            since_s=None,
+        ),
     )
 
 
@@ -83,18 +89,9 @@ def _counters(state: DeploymentState) -> Counters:
 
 
 def _record_replica(store: Store, before: Replica | None, after: Replica) -> None:
-    # Progress of parts comes many times a second and is reported again after a restart.
-    if before is None or _milestones(before) != _milestones(after):
+    if before is None or _written(before) != _written(after):
         store.save_replica(after)
 
 
-def _milestones(replica: Replica) -> tuple[object, ...]:
-    return (
-        replica.phase,
-        replica.ready_s,
-        replica.first_token_s,
-        replica.stopping_s,
-        replica.removed_s,
-        replica.hand_over_s,
-        replica.successor_failed_s,
-    )
+def _written(replica: Replica) -> tuple[object, ...]:
+    return tuple(getattr(replica, name) for name in _WRITTEN_FIELDS)

@@ -622,11 +622,11 @@ def _take_step(history: History, step: str, which: int, names: list[str]) -> Non
         in_flight = 1 if step == "busy" else 9
         running = {replica.id: in_flight}
         history.demand(replica.deployment, in_flight=in_flight, replica_in_flight=running)
-    elif step == "notified" and replica is not None and replica.telling:
+    elif step == "notified" and replica is not None and replica.hand_over.is_notifying:
         history.notified(
             replica.id, *(successor.id for successor in history.view.ready_successors(replica))
         )
-    elif step == "not notified" and replica is not None and replica.telling:
+    elif step == "not notified" and replica is not None and replica.hand_over.is_notifying:
         history.happens(HandOverFailed(replica=replica.id, at_s=history.now_s))
     elif step in ("drain", "undo"):
         history.happens(NodeCordoned(node=f"n{which}", cordoned=step == "drain"))

@@ -10,7 +10,7 @@ import pytest
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.telemetry.spans import Span, SpanName
-from paraserve_scheduler.state.records import Failure, Phase, Replica
+from paraserve_scheduler.state.records import Failure, HandOverState, Phase, Replica
 from paraserve_scheduler.store.records import dump, load
 from paraserve_scheduler.store.sqlite import Counters, SqliteStore
 from tests.support.histories import History
@@ -149,3 +149,35 @@ def test_a_state_file_of_another_version_is_refused(path: Path) -> None:
     connection.close()
     with pytest.raises(InvalidRequest, match="written by another version"):
         SqliteStore(path)
+
+
+def test_a_state_file_of_schema_2_is_read_on(path: Path) -> None:
+    """There the state of a hand-over lay flat in the replica's record."""
+    replica = replace(
+        _replica(),
+        hand_over=HandOverState(
+            notified=("tiny.2",), since_s=7.0, failed_successors=1, successor_failed_s=5.0
+        ),
+    )
+    store = SqliteStore(path)
+    store.save_replica(replica)
+    store.close()
+    record = json.loads(dump(replica))
+    del record["hand_over"]
+    record |= {
+        "targets": ["tiny.2"],
+        "telling": False,
+        "telling_failed_s": None,
+        "hand_over_s": 7.0,
+        "failed_successors": 1,
+        "successor_failed_s": 5.0,
+    }
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE replicas SET record = ?", (json.dumps(record),))
+    connection.execute("PRAGMA user_version = 2")
+    connection.commit()
+    connection.close()
+    for _ in range(2):  # the second time it is of this version
+        store = SqliteStore(path)
+        assert store.replicas() == (replica,)
+        store.close()

@@ -8,7 +8,7 @@ from paraserve_scheduler.control_plane.messages.agents import PHASES
 from paraserve_scheduler.control_plane.messages.gateways import failure_message
 from paraserve_scheduler.planner.decisions import Prediction
 from paraserve_scheduler.reconciler.capacity import is_alive
-from paraserve_scheduler.reconciler.config import PolicyConfig
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.records import (
     DeploymentState,
     NodeInfo,
@@ -19,12 +19,13 @@ from paraserve_scheduler.state.spec import DeploymentSpec
 from paraserve_scheduler.state.view import ClusterView
 
 
-def cluster_status(view: ClusterView, now_s: float, config: PolicyConfig) -> pb.ClusterStatus:
+def cluster_status(turn: Turn) -> pb.ClusterStatus:
+    view = turn.view
     return pb.ClusterStatus(
         nodes=[
             pb.NodeView(
                 info=_node_message(node.info),
-                alive=is_alive(view, node, now_s, config),
+                alive=is_alive(turn, node),
                 last_seen_s=node.last_seen_s,
                 reserved_bytes=view.reserved_bytes(name),
                 tier_used_bytes=node.tier_used_bytes,
@@ -112,8 +113,8 @@ def _replica_message(view: ClusterView, replica: Replica) -> pb.ReplicaStatus:
         removed_s=replica.removed_s or 0,
         succeeds=replica.plan.succeeds or "",
         successors=[successor.id for successor in view.successors(replica)],
-        hand_over_begin_s=replica.hand_over_s or 0,
-        hand_over_end_s=(replica.hand_over_s and replica.stopping_s) or 0,
+        hand_over_begin_s=replica.hand_over.since_s or 0,
+        hand_over_end_s=(replica.hand_over.since_s and replica.stopping_s) or 0,
         failure=failure_message(replica.failure),
         in_flight=view.replica_in_flight(replica),
         tpot_s=replica.tpot_s or 0,

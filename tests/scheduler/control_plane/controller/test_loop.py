@@ -240,7 +240,7 @@ async def test_a_pipeline_is_consolidated_and_its_nodes_are_empty_but_for_the_fu
         assert cluster.held() == {(head, "tiny.2")}
         record = cluster.controller.view.replicas["tiny.1"]
         assert record.phase is Phase.STOPPED
-        assert (record.hand_over_s, record.removed_s) == (1_002.0, 1_003.5)
+        assert (record.hand_over.since_s, record.removed_s) == (1_002.0, 1_003.5)
 
 
 async def test_all_replicas_of_a_deployment_share_its_keys_and_others_have_their_own() -> None:
@@ -275,7 +275,7 @@ async def test_a_head_that_cannot_be_reached_is_told_again() -> None:
         await cluster.settle()
         head.refuses_hand_overs = False
         assert head.hand_overs == {}
-        assert cluster.live()[0].hand_over_s is not None
+        assert cluster.live()[0].hand_over.since_s is not None
         await cluster.passes(CONFIG.consolidation.hand_over_retry_s)
         assert list(head.hand_overs["tiny.1"]) == ["tiny.2"]
 
