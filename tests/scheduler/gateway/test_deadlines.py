@@ -14,7 +14,8 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import DeadlineExceeded
-from paraserve_scheduler.gateway.kserve.normalisation import take_time_limit_us, time_limit
+from paraserve_scheduler.gateway.admission import take_time_limit_us
+from paraserve_scheduler.gateway.proxy import time_limit
 from tests.support.gateway import (
     DEPLOYMENT,
     GatewayHarness,
