@@ -6,6 +6,7 @@ taken off a request's inputs and put back onto the outputs of the responses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,12 +17,7 @@ from tritonclient.grpc import service_pb2 as kserve
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.request import UNSUPPORTED, refuse_unsupported
 from paraserve_backend.protocol.tensors import INPUTS, OUTPUTS, TensorSpec
-from paraserve_scheduler.gateway.kserve.raw_tensors import (
-    DATATYPES,
-    count_elements,
-    decode,
-    string_bounds,
-)
+from paraserve_scheduler.gateway.kserve.raw_tensors import DATATYPES, decode, string_bounds
 
 INPUT_SPECS = {spec.name: spec for spec in INPUTS}
 _OUTPUT_NAMES = frozenset(spec.name for spec in OUTPUTS)
@@ -174,7 +170,7 @@ def _check_declaration(tensor: _InputTensor) -> None:
             f"Unexpected shape for input '{tensor.name}': expected {list(spec.shape)}, "
             f"got {list(tensor.shape)}."
         )
-    if tensor.name == "input_ids" and not count_elements(tensor.shape):
+    if tensor.name == "input_ids" and not math.prod(tensor.shape):
         raise InvalidRequest("Input 'input_ids' is empty; give at least one token.")
 
 
@@ -190,7 +186,7 @@ def _read_raw(tensor: _InputTensor, raw: bytes) -> Sequence[Any]:
         raise InvalidRequest(f"Input '{tensor.name}' has both contents and raw contents.")
     if tensor.datatype == "BYTES":
         return _read_strings(tensor, raw)
-    expected_bytes = count_elements(tensor.shape) * DATATYPES[tensor.datatype].size_bytes
+    expected_bytes = math.prod(tensor.shape) * DATATYPES[tensor.datatype].size_bytes
     if len(raw) != expected_bytes:
         raise InvalidRequest(
             f"Input '{tensor.name}' has {len(raw)} bytes; shape {list(tensor.shape)} of "
@@ -203,7 +199,7 @@ def _read_strings(tensor: _InputTensor, raw: bytes) -> Sequence[bytes]:
     bounds = string_bounds(raw)
     try:
         # Strings beyond the declared shape are only counted: there may be millions.
-        strings = [raw[start:end] for start, end in islice(bounds, count_elements(tensor.shape))]
+        strings = [raw[start:end] for start, end in islice(bounds, math.prod(tensor.shape))]
         excess = sum(1 for _ in bounds)
     except InvalidRequest as error:
         raise InvalidRequest(f"Input '{tensor.name}' is not a BYTES tensor: {error}") from None
@@ -224,7 +220,7 @@ def _read_contents(tensor: _InputTensor) -> Sequence[Any]:
 
 
 def _check_count(tensor: _InputTensor, count: int) -> None:
-    expected = count_elements(tensor.shape)
+    expected = math.prod(tensor.shape)
     if count != expected:
         raise InvalidRequest(
             f"Input '{tensor.name}' has {count} elements; shape {list(tensor.shape)} takes "
