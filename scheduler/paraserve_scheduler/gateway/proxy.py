@@ -43,24 +43,6 @@ Send = Callable[[kserve.ModelInferResponse], Awaitable[None]]
 _MAX_REPLICAS_TRIED = 3
 
 
-class _Pace:
-    """When the responses of a stream came."""
-
-    def __init__(self) -> None:
-        self.gaps = -1
-        self.first_s = self._last_s = 0.0
-
-    def receive(self, at_s: float) -> None:
-        self.gaps += 1
-        if self.gaps == 0:
-            self.first_s = at_s
-        self._last_s = at_s
-
-    @property
-    def decode_s(self) -> float:
-        return self._last_s - self.first_s
-
-
 class _OnlyResponse:
     """Takes the response to a request that may have no more than one."""
 
@@ -127,7 +109,7 @@ class Proxy:
         self, message: kserve.ModelInferRequest, send: Send, *, may_stream: bool
     ) -> None:
         # The limit covers the wait for the route, so it is read before the route is known.
-        async with time_limit(take_time_limit_us(message)):
+        async with time_limit(message):
             route = await self._routes.require(message.model_name, message.model_version)
             request = admit(message, route, may_stream=may_stream, fresh_seed=secrets.randbits(63))
             with self._statistics.request(message.model_name) as times:
@@ -156,26 +138,23 @@ class Proxy:
         self, endpoint: pb.Endpoint, request: AdmittedRequest, send: Send, resumption: Resumption
     ) -> bool:
         """Pass a replica's responses on; returns whether the answer ended with it."""
-        message, deployment = request.message, request.message.model_name
+        message = request.message
         # Looking a missing one up would add it.
         wanted = message.parameters.get(WANT_EMPTY_FINAL)
         wants_empty_final = wanted is not None and wanted.bool_param
         timeouts = self._timeouts(request.asked.is_stream)
         responses = self._upstream.responses(endpoint, message, timeouts)
-        pace = _Pace()
+        pace = self._demand.pace(message.model_name, endpoint.replica)
         async with aclosing(responses):
             async for response in responses:
                 pace.receive(time.time())
-                if pace.gaps == 0:
-                    self._demand.first_token(deployment, endpoint.replica, pace.first_s)
                 if not resumption.receive(response):
                     return False
                 if response.outputs or wants_empty_final or not is_final(response):
                     if request.is_batch_of_one:
                         put_on_batch(response)
                     await send(response)
-        if pace.gaps > 0:
-            self._demand.decoded(deployment, endpoint.replica, pace.gaps, pace.decode_s)
+        pace.end()
         return True
 
     def _timeouts(self, is_stream: bool) -> ResponseTimeouts:
@@ -187,12 +166,14 @@ class Proxy:
 
 
 @asynccontextmanager
-async def time_limit(limit_us: int | None) -> AsyncIterator[None]:
-    """Cancel the body when it takes longer.
+async def time_limit(message: kserve.ModelInferRequest) -> AsyncIterator[None]:
+    """Cancel the body when it takes longer than the request allows.
 
     Raises:
-        DeadlineExceeded: it did.
+        InvalidRequest: the limit is none.
+        DeadlineExceeded: the body took longer.
     """
+    limit_us = take_time_limit_us(message)
     limit = asyncio.timeout(None if limit_us is None else limit_us / 1e6)
     try:
         async with limit:
