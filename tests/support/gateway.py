@@ -19,8 +19,10 @@ from tritonclient.grpc.service_pb2_grpc import (
     add_GRPCInferenceServiceServicer_to_server,
 )
 
+from paraserve_backend.protocol.tensors import INPUTS
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
+from paraserve_scheduler.gateway.admission import AdmittedRequest, admit
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.server import Gateway
 from tests.support.gateway_fakes import FakeScheduler, FakeTritonServer
@@ -141,6 +143,21 @@ def make_request(
     flag = request.inputs.add(name="stream", datatype="BOOL", shape=[1])
     flag.contents.bool_contents.append(stream)
     return request
+
+
+def make_raw_request(**raw: bytes) -> kserve.ModelInferRequest:
+    """A raw request with these inputs, declared as the interface wants them for one element."""
+    datatypes = {spec.name: spec.datatype for spec in INPUTS}
+    request = kserve.ModelInferRequest(model_name=DEPLOYMENT)
+    for name, content in raw.items():
+        request.inputs.add(name=name, datatype=datatypes[name], shape=[1])
+        request.raw_input_contents.append(content)
+    return request
+
+
+def admitted(message: kserve.ModelInferRequest, *, engine: str = "") -> AdmittedRequest:
+    """What a gateway makes of a message that came by a streaming call."""
+    return admit(message, pb.Route(engine=engine), may_stream=True, fresh_seed=0)
 
 
 def make_inputs(text: str = "hi", *, stream: bool = True) -> list[triton_aio.InferInput]:

@@ -14,7 +14,8 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import DeadlineExceeded
-from paraserve_scheduler.gateway.kserve.normalisation import take_time_limit_us, time_limit
+from paraserve_scheduler.gateway.admission import take_time_limit_us
+from paraserve_scheduler.gateway.proxy import time_limit
 from tests.support.gateway import (
     DEPLOYMENT,
     GatewayHarness,
@@ -179,10 +180,10 @@ def test_a_limit_is_read_in_every_form(parameter: kserve.InferParameter) -> None
 
 async def test_a_time_out_of_something_else_is_not_taken_for_the_limit() -> None:
     with pytest.raises(TimeoutError):
-        async with time_limit(60_000_000):
+        async with time_limit(limited(60_000_000)):
             raise TimeoutError
     with pytest.raises(DeadlineExceeded):
-        async with time_limit(1):
+        async with time_limit(limited(1)):
             await asyncio.Event().wait()
 
 

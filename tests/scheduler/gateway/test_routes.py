@@ -181,6 +181,23 @@ def test_only_the_end_of_a_cold_start_is_urgent() -> None:
     assert not demand.urgent.is_set()
 
 
+@pytest.mark.parametrize(
+    ("times_s", "is_whole", "tpot_s"),
+    [([5.0, 5.5, 7.0], True, 1.0), ([5.0, 5.5, 7.0], False, 0.0), ([5.0], True, 0.0)],
+)
+def test_a_streams_pace_counts_when_its_answer_is_whole(
+    times_s: list[float], is_whole: bool, tpot_s: float
+) -> None:
+    demand = DemandMeter("g")
+    pace = demand.pace("d", "d.1")
+    for at_s in times_s:
+        pace.receive(at_s)
+    if is_whole:
+        pace.end()
+    (replica,) = demand.report().demands[0].replicas
+    assert (replica.first_token_s, replica.tpot_s) == (5.0, tpot_s)
+
+
 async def test_a_deployment_is_known_to_whoever_asks_right_after_deploying() -> None:
     routes = make_routes()
     routes.apply(table(other=[]))

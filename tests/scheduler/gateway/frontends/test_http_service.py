@@ -18,10 +18,10 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.kserve.json_codec import generate_request
-from paraserve_scheduler.gateway.kserve.validation import validate
 from tests.support.gateway import (
     DEPLOYMENT,
     GatewayHarness,
+    admitted,
     make_config,
     read_events,
     serving,
@@ -111,8 +111,8 @@ def test_generate_passes_a_number_in_a_string_on_as_a_parameter() -> None:
     request = generate_request("d", "", json.dumps(body).encode())
     assert set(sent_tensors(request)) == {"text_input"}
     assert request.parameters["max_tokens"].string_param == "3"
-    checked = validate(request)
-    assert (checked.max_tokens, checked.sampling.temperature) == (3, 0.5)
+    asked = admitted(request).asked
+    assert (asked.max_tokens, asked.sampling.temperature) == (3, 0.5)
 
 
 async def test_generate_stream_sends_one_event_per_response() -> None:

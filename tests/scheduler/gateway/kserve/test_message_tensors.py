@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,48 +10,26 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.request import UNSUPPORTED
 from paraserve_backend.protocol.tensors import INPUTS
-from paraserve_scheduler.gateway.kserve.raw_tensors import encode
-from paraserve_scheduler.gateway.kserve.validation import validate
-from tests.support.gateway import make_request
+from paraserve_scheduler.gateway.kserve.message_tensors import check_outputs, read_inputs
+from tests.support.gateway import make_raw_request, make_request
 
 Change = Callable[[kserve.ModelInferRequest], None]
 
 _STRING = kserve.InferParameter(string_param="region")
 _IN_SHARED_MEMORY = {"shared_memory_region": _STRING}
-#: "{}" is a string and also what sampling_parameters takes.
-_VALUE = {"BYTES": "{}", "BOOL": True, "FP32": 0.5}
 
 
-def make_raw_request(**raw: bytes) -> kserve.ModelInferRequest:
-    """A raw request with these inputs, declared as the interface wants them for one element."""
-    datatypes = {spec.name: spec.datatype for spec in INPUTS}
-    request = kserve.ModelInferRequest(model_name="tiny")
-    for name, content in raw.items():
-        request.inputs.add(name=name, datatype=datatypes[name], shape=[1])
-        request.raw_input_contents.append(content)
-    return request
+def read(message: kserve.ModelInferRequest) -> Mapping[str, Sequence[Any]]:
+    elements = read_inputs(message).elements
+    check_outputs(message)
+    return elements
 
 
-def test_both_forms_of_a_good_request_pass() -> None:
-    validate(make_request())
-    validate(make_raw_request(text_input=b"\x02\0\0\0hi", stream=b"\x01"))
-
-
-@given(st.sets(st.sampled_from([spec.name for spec in INPUTS])))
-def test_every_set_of_inputs_with_exactly_one_prompt_passes(names: set[str]) -> None:
-    names = (names - {"input_ids"}) | {"text_input"}
-    datatypes = {spec.name: spec.datatype for spec in INPUTS}
-    raw = {
-        name: encode(
-            name,
-            datatypes[name],
-            [UNSUPPORTED[name][0] if name in UNSUPPORTED else _VALUE.get(datatypes[name], 3)],
-        )
-        for name in names
-    }
-    validate(make_raw_request(**raw))
+def test_both_forms_of_a_good_request_are_read() -> None:
+    elements = {"text_input": [b"hi"], "stream": [True]}
+    assert read(make_request()) == elements
+    assert read(make_raw_request(text_input=b"\x02\0\0\0hi", stream=b"\x01")) == elements
 
 
 @pytest.mark.parametrize(
@@ -65,7 +44,7 @@ def test_every_set_of_inputs_with_exactly_one_prompt_passes(names: set[str]) -> 
         (lambda r: r.inputs.append(r.inputs[0]), "'text_input' is given more than once"),
         (lambda r: setattr(r.inputs[0], "datatype", "INT32"), "has datatype INT32"),
         (lambda r: setattr(r.inputs[0], "datatype", ""), "has datatype none"),
-        (lambda r: r.inputs[0].shape.append(1), r"expected \[1\], got \[1, 1\]"),
+        (lambda r: r.inputs[0].shape.extend([1, 1]), r"expected \[1\], got \[1, 1, 1\]"),
         (lambda r: r.inputs[0].shape.pop(), r"expected \[1\], got \[\]"),
         (lambda r: r.inputs[0].contents.ClearField("bytes_contents"), "has 0 elements"),
         (lambda r: r.inputs[0].contents.int_contents.append(1), "takes bytes_contents"),
@@ -87,7 +66,7 @@ def test_a_wrong_request_is_refused_with_its_reason(change: Change, sentence: st
     request = make_request()
     change(request)
     with pytest.raises(InvalidRequest, match=sentence):
-        validate(request)
+        read(request)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +81,7 @@ def test_a_wrong_request_is_refused_with_its_reason(change: Change, sentence: st
 )
 def test_wrong_raw_contents_are_refused(raw: dict[str, bytes], sentence: str) -> None:
     with pytest.raises(InvalidRequest, match=sentence):
-        validate(make_raw_request(**raw))
+        read(make_raw_request(**raw))
 
 
 @given(st.lists(st.binary(max_size=20), max_size=4), st.lists(st.integers(), max_size=3))
@@ -116,22 +95,70 @@ def test_whatever_comes_is_accepted_or_refused_and_never_crashes(
         fitting = [value for value in shape if -(2**63) <= value < 2**63]
         request.inputs.add(name=name, datatype=datatype, shape=fitting)
     with contextlib.suppress(InvalidRequest):
-        validate(request)
+        read(request)
 
 
-@pytest.mark.parametrize("value", [True, False])
-def test_a_setting_is_read_from_wherever_it_is(value: bool) -> None:
-    assert validate(make_request(stream=value)).is_stream is value
-    text = b"\1\0\0\0a"
-    assert validate(make_raw_request(text_input=text, stream=bytes([value]))).is_stream is value
-    bare = make_raw_request(text_input=text)
-    assert validate(bare).is_stream is False
-    bare.parameters["stream"].bool_param = value
-    assert validate(bare).is_stream is value
-
-
-def test_a_setting_out_of_range_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("input_lengths", "leave it out"),
+        ("request_output_len", "send 'max_tokens'"),
+        ("streaming", "send 'stream'"),
+        ("runtime_top_k", "send 'top_k'"),
+        ("runtime_top_p", "send 'top_p'"),
+        ("len_penalty", "send 'length_penalty'"),
+    ],
+)
+def test_inputs_of_the_token_level_model_are_refused_with_their_names_here(
+    name: str, advice: str
+) -> None:
     request = make_request()
-    request.parameters["max_tokens"].int64_param = 0
-    with pytest.raises(InvalidRequest, match="'max_tokens' is 0; it must be at least 1"):
-        validate(request)
+    request.inputs.add(name=name, datatype="INT32", shape=[1, 1])
+    with pytest.raises(InvalidRequest, match=f"'{name}' belongs to TensorRT-LLM's .*{advice}"):
+        read(request)
+
+
+@pytest.mark.parametrize("size", [0, 2, -1])
+def test_a_batch_of_several_is_refused_in_one_sentence(size: int) -> None:
+    request = make_request()
+    request.inputs[0].shape.insert(0, size)
+    with pytest.raises(InvalidRequest, match=rf"'text_input' is a batch of {size}.*each in its"):
+        read(request)
+
+
+@pytest.mark.parametrize("name", ["text_input", "input_ids"])
+def test_only_the_prompts_batch_dimension_counts(name: str) -> None:
+    def batches(*names: str) -> bool:
+        request = make_raw_request(**{name: b"\0\0\0\0", "stream": b"\1"})
+        for tensor in request.inputs:
+            if tensor.name in names:
+                tensor.shape.insert(0, 1)
+        return read_inputs(request).is_batch_of_one
+
+    assert batches(name)
+    assert batches(name, "stream")
+    assert not batches("stream")
+    assert not batches()
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["text_input", "stream", "stream", "prompt"], "'stream' is given more than once"),
+        (["stream", "prompt", "stream"], "'stream' is given more than once"),
+        (["prompt", "stream", "stream"], "Unexpected inference input 'prompt'"),
+    ],
+)
+def test_the_first_wrong_name_is_refused(names: list[str], sentence: str) -> None:
+    request = kserve.ModelInferRequest()
+    for name in names:
+        request.inputs.add(name=name)
+    with pytest.raises(InvalidRequest, match=sentence):
+        read(request)
+
+
+def test_strings_beyond_the_declared_shape_are_counted() -> None:
+    with pytest.raises(InvalidRequest, match=r"'text_input' has 1000 elements; shape \[1\]"):
+        read(make_raw_request(text_input=b"\0\0\0\0" * 1000))
+    with pytest.raises(InvalidRequest, match="'text_input' is not a BYTES tensor: A string's len"):
+        read(make_raw_request(text_input=b"\0\0\0\0" * 1000 + b"\0"))
