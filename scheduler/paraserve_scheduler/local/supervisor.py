@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from paraserve_backend.daemon.settings import load_config
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.tritonserver.host.install import find_triton
 from paraserve_scheduler.client.scheduler import SchedulerClient
@@ -33,6 +32,7 @@ from paraserve_scheduler.local.layout import (
     Process,
     RunningCluster,
     ensure_secrets,
+    from_json,
     sweep,
     write_running,
 )
@@ -195,7 +195,7 @@ def main() -> int:
     line = sys.stdin.buffer.readline()
     if not line:
         return 1
-    layout = load_config(ClusterLayout, None, json.loads(line))
+    layout = from_json(ClusterLayout, line)
     with locked(layout.files.lock) as is_ours:
         if not is_ours:
             reporter.send(
