@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from paraserve_backend.errors import InsufficientCapacity
-from paraserve_scheduler.policies.keep_alive import KeepAliveConfig
+from paraserve_scheduler.policies.keep_alive import UNKNOWN_LIFE_S
 from paraserve_scheduler.reconciler.capacity import successor_spaces
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.placement import NodeSpace, place_successor
@@ -241,7 +241,7 @@ def _life_left_s(view: ClusterView, replica: Replica, now_s: float) -> float:
     state = view.deployments[replica.deployment]
     keep_alive_s = state.deployment.spec.keep_alive_s
     if keep_alive_s is None:
-        keep_alive_s = KeepAliveConfig().unknown_s
+        keep_alive_s = UNKNOWN_LIFE_S
     if view.is_idle(state.name):
         return keep_alive_s - _idle_s(view, state, now_s)
     return keep_alive_s + now_s - (replica.ready_s or now_s)
