@@ -24,14 +24,12 @@ from integration.support.single_models import (
     unload,
 )
 from integration.support.tiny_cluster import prompts
-from integration.support.transformers_engine import MODEL_PY
+from integration.support.transformers_engine import model_py
 from integration.support.triton_server import TritonServer
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken
 from tests.support.models import TinyModel, write_model, write_words
 from tests.support.ports import free_ports
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +52,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     with TritonServer(tmp_path / "ours") as ours, TritonServer(tmp_path / "theirs") as theirs:
         add_model(ours, "ours", "paraserve", checkpoint, inbox)
         load(ours, "ours")
-        theirs.add_backend("second", MODEL_PY.format(repository=str(REPOSITORY)))
+        theirs.add_backend("second", model_py(tmp_path / "package"))
         add_model(theirs, "theirs", "second", checkpoint, {"engine": "transformers"})
         load(theirs, "theirs")
         yield Pair(ours=ours, theirs=theirs, model=model)

@@ -1,4 +1,4 @@
-"""Role `generate` with an external engine: one full instance of the model. The table of engines.
+"""Role `generate` with an external engine: one full instance of the model.
 
 Requests move to and from other replicas by re-prefill of prompt and tokens; KV blocks do not move.
 """
@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import locale
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
-from paraserve_backend.engines.base import Engine, EngineSettings, Gauges, Reply
+from paraserve_backend.engines.base import EngineSettings, Gauges, Reply
+from paraserve_backend.engines.entry_points import make_engine
 from paraserve_backend.engines.host import EngineHost, Job, engine_request
 from paraserve_backend.engines.model_folder import link_model
 from paraserve_backend.engines.process_guard import ProcessGuard
-from paraserve_backend.engines.tensorrt_llm.engine import TensorRtLlmEngine
-from paraserve_backend.engines.vllm.engine import VllmEngine
-from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.encoder import RequestEncoder
 from paraserve_backend.generation.text import read_tokenizer
 from paraserve_backend.protocol.engine_abilities import check
@@ -29,24 +27,19 @@ from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.roles.weights import Fetched, open_weights, read_spec
 from paraserve_backend.telemetry.spans import SpanName
 
-#: What parameter `engine` may be, besides "paraserve". A model.py of one's own may add to it.
-ENGINES: dict[str, Callable[[], Engine]] = {
-    "tensorrt-llm": TensorRtLlmEngine,
-    "vllm": VllmEngine,
-}
 #: A fetch has its own, shorter limits; this one only ends a wait for a writer that vanished.
 _TIMEOUT_S = 3600.0
 
 
 class ExternalRole:
     def __init__(self, engine: str, config: GenerateConfig, gauges: Gauges) -> None:
-        """Wait for the weights and start the engine that `ENGINES` has under this name.
+        """Wait for the weights and start the engine that a package offers under this name.
 
         Raises:
-            InvalidRequest: there is no such engine, or it is not installed here.
+            InvalidRequest: there is no such engine, or it does not work here.
             ParaServeError: the weights did not arrive, or the engine did not start.
         """
-        made = _make(engine)
+        made = make_engine(engine)
         self._abilities = made.abilities
         os.environ.update(made.abilities.environment)
         os.environ.update(visible_devices(config.device, os.environ))
@@ -119,13 +112,6 @@ def visible_devices(device: str, environ: Mapping[str, str]) -> dict[str, str]:
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     chosen = visible.split(",")[int(index or 0)] if visible else index or "0"
     return {"CUDA_VISIBLE_DEVICES": chosen}
-
-
-def _make(engine: str) -> Engine:
-    if engine not in ENGINES:
-        known = ", ".join(["paraserve", *ENGINES])
-        raise InvalidRequest(f"Parameter 'engine' is {engine!r}; use one of {known}.")
-    return ENGINES[engine]()
 
 
 def _settings(config: GenerateConfig, spec: ModelSpec, fetched: Fetched) -> EngineSettings:

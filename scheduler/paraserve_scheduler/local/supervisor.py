@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import BinaryIO
 
 from paraserve_backend.daemon.logs import start_logging
-from paraserve_backend.daemon.settings import load_config
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.tritonserver.host.install import find_triton
 from paraserve_scheduler.client.scheduler import SchedulerClient
@@ -34,6 +33,7 @@ from paraserve_scheduler.local.layout import (
     Process,
     RunningCluster,
     ensure_secrets,
+    from_json,
     sweep,
     write_running,
 )
@@ -196,7 +196,7 @@ def main() -> int:
     line = sys.stdin.buffer.readline()
     if not line:
         return 1
-    layout = load_config(ClusterLayout, None, json.loads(line))
+    layout = from_json(ClusterLayout, line)
     with locked(layout.files.lock) as is_ours:
         if not is_ours:
             reporter.send(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 from paraserve_scheduler.planner.bandwidth import offered_rate
@@ -19,24 +18,10 @@ from paraserve_scheduler.planner.candidates import (
     find_layer_sources,
     find_rooms,
 )
-from paraserve_scheduler.planner.decisions import Growth, Prediction, StageChoice, Start
+from paraserve_scheduler.planner.decisions import Prediction, StageChoice, Start
 from paraserve_scheduler.planner.fleet import Fleet, Gpu, Need, Node, Objectives
 from paraserve_scheduler.planner.partition import choose_places, cut, divisible_s
 from paraserve_scheduler.planner.prediction import predict, tpot_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanningConfig:
-    #: Part of the TTFT objective that a prediction may take; the rest is for what it misses.
-    ttft_share: float = 0.9
-    #: Sequences in a batch that the TPOT objective is checked with.
-    tpot_batch: int = 4
-    #: Fetched layers stay in host memory when their replica goes.
-    keeps_in_memory: bool = True
-    #: Growing stages fetch only with what starts leave. Where the network is always busy with
-    #: starts, pipelines then stay pipelines, and what holds their memory is slow.
-    grows_in_background: bool = False
-
 
 #: Without an objective a start in one zone may take so many times as long.
 _ZONE_SLACK = 1.05
@@ -44,9 +29,7 @@ _ZONE_SLACK = 1.05
 _LATE_SLACK = 1.1
 
 
-def plan(
-    need: Need, fleet: Fleet, now_s: float, *, replicas: int = 1, config: PlanningConfig
-) -> Start | None:
+def plan(need: Need, fleet: Fleet, now_s: float, *, replicas: int = 1) -> Start | None:
     """How to start one replica that can grow into `replicas`; None while there is no room.
 
     Of the plans that meet both objectives it takes the cheapest; of those that meet one or none,
@@ -56,14 +39,14 @@ def plan(
     """
     able = [node for node in fleet.nodes if need.may_use(node)]
     free = [node for node in able if _takes_one_more(node, need, now_s)]
-    best = _best(need, fleet, free, now_s, replicas, config)
+    best = _best(need, fleet, free, now_s, replicas)
     if best is None and len(free) < len(able):
         free = able
-        best = _best(need, fleet, free, now_s, replicas, config)
+        best = _best(need, fleet, free, now_s, replicas)
     zones = _zones(best, free)
     for zone in zones if len(zones) > 1 else ():
         inside = [node for node in free if node.zone == zone]
-        near = _best(need, fleet, inside, now_s, replicas, config)
+        near = _best(need, fleet, inside, now_s, replicas)
         if near is not None and best is not None and _is_as_good(near, best, need):
             return near
     return best
@@ -103,7 +86,6 @@ def _best(
     nodes: Sequence[Node],
     now_s: float,
     replicas: int,
-    config: PlanningConfig,
 ) -> Start | None:
     rooms = find_rooms(need, nodes)
     if need.must_grow and not any(room.free_bytes >= need.model.full_bytes for room in rooms):
@@ -113,7 +95,7 @@ def _best(
     for stages in range(1, min(need.max_stages, len(nodes), need.model.num_layers) + 1):
         candidates = find_candidates(need, rooms, stages, layer_sources)
         for full in range(1, min(stages, replicas) + 1):
-            options += _options(need, candidates, stages, full, now_s, config)
+            options += _options(need, candidates, stages, full, now_s)
         # One more stage holds more memory for as long: what it fetches sooner, the head fetches
         # later to become whole.
         best = _choose(options, need)
@@ -167,14 +149,13 @@ def _options(
     stages: int,
     full: int,
     now_s: float,
-    config: PlanningConfig,
 ) -> Iterator[Start]:
     if stages == 1:
         for candidate in _soonest_by_kind(need, candidates):
-            yield _start(need, (candidate,), (0, need.model.num_layers), 1, now_s, config)
+            yield _start(need, (candidate,), (0, need.model.num_layers), 1, now_s)
         return
-    for group in _by_speed(need, candidates, stages, full, config):
-        yield from _pipelines(need, group, stages, full, now_s, config)
+    for group in _by_speed(need, candidates, stages, full):
+        yield from _pipelines(need, group, stages, full, now_s)
 
 
 def _soonest_by_kind(need: Need, candidates: Sequence[Candidate]) -> Iterable[Candidate]:
@@ -189,7 +170,7 @@ def _soonest_by_kind(need: Need, candidates: Sequence[Candidate]) -> Iterable[Ca
 
 
 def _by_speed(
-    need: Need, candidates: Sequence[Candidate], stages: int, full: int, config: PlanningConfig
+    need: Need, candidates: Sequence[Candidate], stages: int, full: int
 ) -> Iterator[Sequence[Candidate]]:
     """First the places of kinds fast enough for the TPOT objective, then all."""
     limit_s = need.objectives.tpot_s
@@ -197,7 +178,7 @@ def _by_speed(
         able = [
             candidate
             for candidate in candidates
-            if tpot_s(need.model, [candidate], stages, full, config.tpot_batch) <= limit_s
+            if tpot_s(need.model, [candidate], stages, full) <= limit_s
         ]
         if stages <= len(able) < len(candidates):
             yield able
@@ -210,14 +191,13 @@ def _pipelines(
     stages: int,
     full: int,
     now_s: float,
-    config: PlanningConfig,
 ) -> Iterator[Start]:
     for places in _places(need, candidates, stages, full):
         able = frozenset(i for i, candidate in enumerate(places) if candidate.can_grow)
         bound_s = divisible_s(places, need.model.total_bytes)
         found = cut(places, need.model.num_layers, heads=able, not_before_s=bound_s)
         if found is not None and found.latest_s < float("inf"):
-            yield _start(need, found.places, found.bounds, full, now_s, config)
+            yield _start(need, found.places, found.bounds, full, now_s)
 
 
 def _places(
@@ -239,29 +219,20 @@ def _start(
     bounds: Sequence[int],
     full: int,
     now_s: float,
-    config: PlanningConfig,
 ) -> Start:
     growing = _growing(candidates, full)
     chosen = [
         _stage(candidate, start, end, need.must_grow and candidate in growing)
         for candidate, start, end in zip(candidates, bounds, bounds[1:], strict=False)
     ]
-    prediction = predict(
-        need,
-        candidates,
-        chosen,
-        now_s,
-        ttft_share=config.ttft_share,
-        tpot_batch=config.tpot_batch,
-    )
+    prediction = predict(need, candidates, chosen, now_s)
     return Start(
         deployment=need.name,
         stages=tuple(chosen),
         reason=_reason(need, chosen, prediction),
         prediction=prediction,
         deadline_s=_deadline(need, now_s),
-        keeps_in_memory=config.keeps_in_memory,
-        growth=Growth(is_background=config.grows_in_background),
+        keeps_in_memory=True,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from paraserve_backend.errors import InsufficientCapacity
-from paraserve_scheduler.policies.keep_alive import KeepAliveConfig
+from paraserve_scheduler.policies.keep_alive import UNKNOWN_LIFE_S
 from paraserve_scheduler.reconciler.capacity import successor_spaces
 from paraserve_scheduler.reconciler.placement import NodeSpace, place_successor
 from paraserve_scheduler.reconciler.turn import Turn
@@ -232,7 +232,7 @@ def _life_left_s(turn: Turn, replica: Replica) -> float:
     state = turn.view.deployments[replica.deployment]
     keep_alive_s = state.deployment.spec.keep_alive_s
     if keep_alive_s is None:
-        keep_alive_s = KeepAliveConfig().unknown_s
+        keep_alive_s = UNKNOWN_LIFE_S
     if turn.view.is_idle(state.name):
         return keep_alive_s - _idle_s(turn, state)
     return keep_alive_s + turn.now_s - (replica.ready_s or turn.now_s)

@@ -40,11 +40,6 @@ class StagePlan:
     def reserved_bytes(self) -> int:
         return self.weight_bytes + self.kv_bytes
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it holds the whole model."""
-        return self.layers.is_first and self.layers.is_last
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaPlan:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +34,8 @@ from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig
 from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken, Sampling, Steering
-from paraserve_backend.roles.external import ENGINES, ExternalRole, visible_devices
+from paraserve_backend.roles.external import ExternalRole, visible_devices
+from tests.support.engine_packages import write_engine_package
 from tests.support.generate_config import make_generate_config, weights_from
 from tests.support.limits import HANG_S
 from tests.support.models import write_model, write_words
@@ -181,9 +184,12 @@ def config(checkpoint: Path) -> GenerateConfig:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
     engine = ScriptedEngine()
-    monkeypatch.setitem(ENGINES, "scripted", lambda: engine)
+    module = SimpleNamespace(make=lambda: engine)
+    monkeypatch.setitem(sys.modules, "scripted_engine", module)
+    write_engine_package(tmp_path, "scripted", {"scripted": "scripted_engine:make"})
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("SCRIPTED_ENGINE", "0")
     return engine
 
@@ -417,11 +423,6 @@ def test_an_engine_that_does_not_start_fails_the_load_and_leaves_nothing(
     assert engine.is_stopped
     assert engine.settings is not None
     assert not engine.settings.model_dir.exists()
-
-
-def test_an_unknown_engine_is_refused_with_those_there_are(config: GenerateConfig) -> None:
-    with pytest.raises(InvalidRequest, match="paraserve, tensorrt-llm, vllm"):
-        ExternalRole("os:system", config, Gauges())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from paraserve_scheduler.policies.autoscaling import (
     replicas_to_start,
 )
 from paraserve_scheduler.policies.keep_alive import (
-    KeepAliveConfig,
+    LEAST_LIFE_S,
+    MOST_LIFE_S,
     evictions,
     rate_of,
     time_to_live_s,
@@ -39,7 +40,6 @@ from tests.support.fleets import (
 )
 
 SCALING = AutoscalingConfig()
-KEEPING = KeepAliveConfig()
 
 
 def _starts(decisions: tuple[Decision, ...]) -> list[Start]:
@@ -271,18 +271,17 @@ def test_a_deployment_with_too_many_waiting_refuses_more() -> None:
 def test_a_layer_lives_within_its_bounds_and_no_longer_for_being_larger(
     rate: float, saved_s: float, held: float
 ) -> None:
-    live_s = time_to_live_s(rate=rate, saved_s=saved_s, held_bytes=held, config=KEEPING)
-    larger = time_to_live_s(rate=rate, saved_s=saved_s, held_bytes=2 * held, config=KEEPING)
-    assert KEEPING.least_s <= larger <= live_s <= KEEPING.most_s
+    live_s = time_to_live_s(rate=rate, saved_s=saved_s, held_bytes=held)
+    larger = time_to_live_s(rate=rate, saved_s=saved_s, held_bytes=2 * held)
+    assert LEAST_LIFE_S <= larger <= live_s <= MOST_LIFE_S
 
 
 def test_a_layer_that_many_share_is_kept_by_the_sum_of_their_rates() -> None:
     """The smaller the rate, the longer until the next use is likely; break-even is the limit."""
-    config = replace(KEEPING, most_s=1e9, least_s=0.0)
-    alone = time_to_live_s(rate=0.01, saved_s=1e9, held_bytes=1, config=config)
-    shared = time_to_live_s(rate=union_rate([0.01] * 10), saved_s=1e9, held_bytes=1, config=config)
+    alone = time_to_live_s(rate=0.04, saved_s=1e9, held_bytes=1)
+    shared = time_to_live_s(rate=union_rate([0.04] * 10), saved_s=1e9, held_bytes=1)
     assert alone == pytest.approx(10 * shared)
-    assert alone == pytest.approx(161, rel=0.01)
+    assert alone == pytest.approx(40, rel=0.01)
 
 
 def test_the_rate_of_few_arrivals_is_not_known() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraserve_scheduler.policies.keep_alive import KeepAliveConfig
+from paraserve_scheduler.policies.keep_alive import UNKNOWN_LIFE_S
 from paraserve_scheduler.policies.registry import POLICIES
 from paraserve_scheduler.reconciler.placement import equal_split
 from paraserve_scheduler.state.actions import (
@@ -478,7 +478,7 @@ def test_least_replicas_are_kept_without_a_request() -> None:
 def test_a_user_who_says_nothing_gets_a_replica_kept_while_it_is_worth_it() -> None:
     history = _several(keep_alive_s=None)
     history.serves()
-    history.passes(KeepAliveConfig().unknown_s - 1)
+    history.passes(UNKNOWN_LIFE_S - 1)
     assert history.decides() == ()
     history.passes(2)
     assert _kinds(history.decides()) == [StopReplica]

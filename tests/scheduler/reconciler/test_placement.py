@@ -129,7 +129,7 @@ def test_a_successor_is_whole_on_its_node_and_can_take_any_request() -> None:
     plan = place_successor(deployment, 2, pipeline, make_space("n7"), CONFIG)
     (stage,) = plan.stages
     assert (plan.replica, plan.succeeds, stage.node) == ("tiny.2", "tiny.1", "n7")
-    assert stage.is_whole
+    assert (stage.layers.is_first, stage.layers.is_last) == (True, True)
     assert plan.max_context >= pipeline.max_context
 
 

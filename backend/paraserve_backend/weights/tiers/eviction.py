@@ -5,11 +5,12 @@ Only the index, one small file per object version; `tiers.memory` moves the byte
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
 
 from paraserve_backend.byte_ranges import ByteRange, merge, subtract
 from paraserve_backend.weights.sources.base import StoredObject, check_key
@@ -59,19 +60,18 @@ class CachedObject:
         return replace(self, extents=_sorted(_cut(self.extents, byte_ranges)))
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return msgspec.json.encode(self)
 
     @classmethod
     def from_json(cls, content: bytes) -> CachedObject:
-        """Raises `ValueError`, `TypeError` or `KeyError` where it is no such record."""
-        fields = json.loads(content)
-        stored = StoredObject(**fields["stored"])
-        check_key(stored.key)
-        extents = tuple(Extent(**extent) for extent in fields["extents"])
-        bounds = [bound for extent in extents for bound in extent.byte_range]
-        if bounds != sorted(bounds) or not all(0 <= bound <= stored.size_bytes for bound in bounds):
+        """Raises `ValueError` where it is no such record."""
+        found = msgspec.json.decode(content, type=cls)
+        check_key(found.stored.key)
+        bounds = [bound for extent in found.extents for bound in extent.byte_range]
+        size_bytes = found.stored.size_bytes
+        if bounds != sorted(bounds) or not all(0 <= bound <= size_bytes for bound in bounds):
             raise ValueError("its extents overlap or leave the object")
-        return cls(source_uri=fields["source_uri"], stored=stored, extents=extents)
+        return found
 
 
 class CacheIndex:
@@ -93,7 +93,7 @@ class CacheIndex:
                 found = CachedObject.from_json(path.read_bytes())
                 if path.name != found.name:
                     raise ValueError("it is another object's")
-            except (ValueError, TypeError, KeyError) as error:
+            except ValueError as error:
                 logger.warning("cache entry dropped name=%s reason=%s", path.name, error)
                 path.unlink()
             else:

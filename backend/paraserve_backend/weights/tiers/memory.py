@@ -242,7 +242,7 @@ class Tier:
     def _load(self, fetch_dir: Path) -> None:
         try:
             fetch = TierFetch(self.directory, Manifest.read(fetch_dir))
-        except (OSError, ValueError, KeyError, InvalidRequest):
+        except (OSError, ValueError, InvalidRequest):
             # Half made, half released, or by another release of this software: fetch it anew.
             shutil.rmtree(fetch_dir)
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from paraserve_backend.protocol.span_messages import span_message
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.messages.agents import PHASES
@@ -52,25 +54,8 @@ def deployment_status(view: ClusterView, state: DeploymentState) -> pb.Deploymen
 
 
 def spec_message(spec: DeploymentSpec) -> pb.DeploymentSpec:
-    return pb.DeploymentSpec(
-        name=spec.name,
-        source=spec.source,
-        ttft_slo_s=spec.ttft_slo_s,
-        tpot_slo_s=spec.tpot_slo_s,
-        endpoint_url=spec.endpoint_url or "",
-        region=spec.region or "",
-        keep_alive_s=spec.keep_alive_s,
-        max_stages=spec.max_stages or 0,
-        max_context=spec.max_context or 0,
-        max_sequences=spec.max_sequences,
-        device=spec.device or "",
-        consolidate=spec.consolidate,
-        engine=spec.engine,
-        min_replicas=spec.min_replicas,
-        max_replicas=spec.max_replicas,
-        priority=spec.priority,
-        max_waiting=spec.max_waiting,
-    )
+    # None, like a field that is left out, is what the user did not state.
+    return pb.DeploymentSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)})
 
 
 def _node_message(info: NodeInfo) -> pb.NodeInfo:
