@@ -240,12 +240,12 @@ class Fetches:
 
     def _work(self, fetching: Fetching, timeout_s: float) -> int:
         request = fetching.request
-        self._tier.begin(request.plan)
+        writer = self._tier.begin(request.plan)
         self._reserve(request)
         fetching.set_begun()
         started_s = time.time()
         report = fetch(
-            request.plan,
+            writer,
             request.open(self._sources),
             self._tier,
             timeout_s=timeout_s,

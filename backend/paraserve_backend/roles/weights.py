@@ -109,12 +109,12 @@ def _fetch_here(config: WeightsConfig, uri: str, *, whole_objects: bool) -> Fetc
     folder = tempfile.mkdtemp(prefix=f"paraserve-standalone-{os.getpid()}-", dir=_HOST_MEMORY)
     run_dir = RunDir(Path(folder))
     tier = Tier.open(run_dir.tier.path)
-    tier.begin(plan)
+    writer = tier.begin(plan)
     cancel = threading.Event()
 
     def run() -> None:
         try:
-            fetch(plan, source, tier, timeout_s=_TIMEOUT_S, cancel=cancel)
+            fetch(writer, source, tier, timeout_s=_TIMEOUT_S, cancel=cancel)
         except ParaServeError as error:
             # The reader raises it again where the weights are waited for.
             logger.error("the fetch of %s failed: %s", uri, error)

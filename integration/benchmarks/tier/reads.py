@@ -170,7 +170,7 @@ class _NoStore:
 
 def _fetch(disk: DiskTier, tier: Tier, plan: FetchPlan) -> None:
     fetch(
-        plan,
+        tier.begin(plan),
         _NoStore(),
         tier,
         timeout_s=600,

@@ -68,7 +68,7 @@ def assert_right(tier: Tier, fetch_id: str, folder: Path) -> None:
 
 def run(tier: Tier, model: Path, fetch_id: str) -> FetchReport:
     plan, source = make_plan(model, fetch_id=fetch_id), open_source(str(model))
-    return fetch(plan, source, tier, timeout_s=HANG_S, cancel=threading.Event())
+    return fetch(tier.begin(plan), source, tier, timeout_s=HANG_S, cancel=threading.Event())
 
 
 def test_a_second_fetch_of_the_same_version_needs_nothing(tier: Tier, wide: Path) -> None:
