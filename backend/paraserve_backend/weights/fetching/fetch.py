@@ -76,12 +76,12 @@ def fetch(
     soon after `cancel` is set, `DeadlineExceeded` after `timeout_s`, and what
     `Connection.read_into` and the writer raise; readers of the fetch raise the same.
     """
-    assignment = Assignment(writer, tier, missing_tasks(writer), link_bytes_per_s=link_bytes_per_s)
+    assignment = Assignment(missing_tasks(writer), link_bytes_per_s=link_bytes_per_s)
     origins = Origins(
         store=source, threads=threads, retry=retry or RetryPolicy(), peers=peers, disk=disk
     )
     with _failure_recorded(writer):
-        workers = FetchWorkers(writer, assignment, origins)
+        workers = FetchWorkers(writer, tier, assignment, origins)
         watch = _Watch(workers, cancel, timeout_s, on_progress or _ignore_progress)
         workers.run(watch.check)
         watch.check()
