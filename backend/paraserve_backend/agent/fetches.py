@@ -220,10 +220,6 @@ class Fetches:
     def disk_used_bytes(self) -> int:
         return self._disk.used_bytes if self._disk else 0
 
-    async def cached_bytes(self) -> int:
-        """Return how much of that gives way to new replicas."""
-        return await in_thread(lambda: self._tier.cached_bytes)
-
     def _spawn(self, request: FetchRequest, timeout_s: float) -> Fetching:
         fetching = Fetching(request)
         fetching.task = asyncio.create_task(self._run(fetching, timeout_s))
