@@ -143,7 +143,7 @@ def load_figures(fetched: Fetched, device: torch.device) -> dict[str, Any]:
     """Host memory to the device, beside what page-locked buffers can be copied with."""
     names = [tensor.name for tensor in fetched.reader.plan.tensors]
     size_bytes = sum(tensor.size_bytes for tensor in fetched.reader.plan.tensors)
-    loader = WeightLoader(fetched.reader, device, None)
+    loader = WeightLoader(fetched.reader, device)
 
     def load() -> None:
         for name in names:

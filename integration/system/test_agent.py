@@ -352,21 +352,6 @@ async def test_a_lost_triton_is_reported_and_serves_again_once_it_is_back(
     assert (await node.apply(make_part()))[-1].phase == pb.READY
 
 
-async def test_prefetched_bytes_are_not_fetched_again_and_a_removal_frees_them(
-    node: AgentNode, tmp_path: Path
-) -> None:
-    plan = make_plan(tmp_path / "model")
-    request = pb.Fetch(plan_json=plan.to_json())
-    assert (await node.agent.Prefetch(request)).fetched_bytes == plan.total_bytes
-    last = (await node.apply(make_part(plan=plan)))[-1]
-    assert {span.name: span.bytes for span in last.spans}["fetch"] == 0
-    assert last.fetched_bytes == plan.total_bytes
-    await node.remove()
-    await node.agent.Prefetch(request)
-    assert await node.remove() is True
-    await node.assert_nothing_left()
-
-
 async def test_a_wrong_request_is_refused_with_a_sentence(node: AgentNode) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await node.apply(make_part(scripted_model("other")))

@@ -214,7 +214,7 @@ def fetch_stages(model: TinyModel, run_dir: Path, stages: int, replica: str) -> 
     ):
         tensors = stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
         plan = plan_fetch(index, tensors, fetch_id=fetch_id(replica, number))
-        fetch(plan, source, tier, timeout_s=HANG_S, cancel=threading.Event())
+        fetch(tier.begin(plan), source, tier, timeout_s=HANG_S, cancel=threading.Event())
         weights = WeightsConfig(
             run_dir=run_dir, fetch_id=plan.fetch_id, source=None, endpoint_url=None, region=None
         )

@@ -220,10 +220,6 @@ class Fetches:
     def disk_used_bytes(self) -> int:
         return self._disk.used_bytes if self._disk else 0
 
-    async def cached_bytes(self) -> int:
-        """Return how much of that gives way to new replicas."""
-        return await in_thread(lambda: self._tier.cached_bytes)
-
     def _spawn(self, request: FetchRequest, timeout_s: float) -> Fetching:
         fetching = Fetching(request)
         fetching.task = asyncio.create_task(self._run(fetching, timeout_s))
@@ -240,12 +236,12 @@ class Fetches:
 
     def _work(self, fetching: Fetching, timeout_s: float) -> int:
         request = fetching.request
-        self._tier.begin(request.plan)
+        writer = self._tier.begin(request.plan)
         self._reserve(request)
         fetching.set_begun()
         started_s = time.time()
         report = fetch(
-            request.plan,
+            writer,
             request.open(self._sources),
             self._tier,
             timeout_s=timeout_s,

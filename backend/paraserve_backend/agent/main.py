@@ -163,13 +163,7 @@ class _Agent:
                 group.create_task(self.upkeep.run())
 
     def service(self) -> AgentService:
-        return AgentService(
-            self.parts,
-            self.node.fetches,
-            self.node.slots,
-            self.status,
-            fetch_timeout_s=self.config.part_deadline_s,
-        )
+        return AgentService(self.parts, self.node.slots, self.status)
 
     async def status(self) -> pb.NodeStatus:
         tier, used_bytes = await self.node.fetches.contents()
@@ -179,7 +173,6 @@ class _Agent:
             parts=self.parts.statuses(),
             tier=tier,
             tier_used_bytes=used_bytes,
-            tier_cached_bytes=await self.node.fetches.cached_bytes(),
             disk_used_bytes=self.node.fetches.disk_used_bytes,
             idle_slots=self.node.slots.idle_sets,
             slots_bytes=await self.node.slots.idle_bytes(),

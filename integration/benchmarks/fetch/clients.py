@@ -107,7 +107,7 @@ def paraserve(target: Target) -> Read:
     tier = Tier.open(target.folder)
 
     def read() -> Iterable[Buffer]:
-        fetch(plan, source, tier, timeout_s=HANG_S, cancel=threading.Event())
+        fetch(tier.begin(plan), source, tier, timeout_s=HANG_S, cancel=threading.Event())
         (path,) = (target.folder / OBJECTS).iterdir()
         return _file_content(path)
 

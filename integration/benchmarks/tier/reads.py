@@ -46,6 +46,7 @@ HELD = "held"
 _STEP_BYTES = 8 << 20
 _THREADS = 2
 _PAGE_BYTES = 4096
+_TIMEOUT_S = 600.0
 _CPU = torch.device("cpu")
 
 Tensors = Iterable[torch.Tensor]
@@ -128,12 +129,13 @@ def disk_to_tensors(model: Path, node: Path) -> Callable[[], Tensors]:
     """The same, with a reader that adopts tensors as they land."""
     disk, tier, plan = _cold(node)
     tier.begin(plan)
-    loader = WeightLoader(TierReader.open(tier.directory, plan.fetch_id), _CPU, None)
+    reader = TierReader.open(tier.directory, plan.fetch_id)
+    loader = WeightLoader(reader, _CPU)
 
     def read() -> Tensors:
         fetching = threading.Thread(target=_fetch, args=(disk, tier, plan))
         fetching.start()
-        for name in loader.iter_landed([tensor.name for tensor in plan.tensors]):
+        for name in reader.iter_landed([it.name for it in plan.tensors], timeout_s=_TIMEOUT_S):
             yield loader.get(name)
         fetching.join()
 
@@ -170,10 +172,10 @@ class _NoStore:
 
 def _fetch(disk: DiskTier, tier: Tier, plan: FetchPlan) -> None:
     fetch(
-        plan,
+        tier.begin(plan),
         _NoStore(),
         tier,
-        timeout_s=600,
+        timeout_s=_TIMEOUT_S,
         cancel=threading.Event(),
         disk=disk,
         link_bytes_per_s=1.0,  # the store has nothing to help with
@@ -181,11 +183,12 @@ def _fetch(disk: DiskTier, tier: Tier, plan: FetchPlan) -> None:
 
 
 def memory_tier(model: Path, node: Path) -> Callable[[], Tensors]:
-    loader = WeightLoader(TierReader.open(node / "memory", HELD), _CPU, None)
+    reader = TierReader.open(node / "memory", HELD)
+    loader = WeightLoader(reader, _CPU)
     names = [
         tensor.name for tensor in Manifest.read(TierDir(node / "memory").fetch(HELD)).plan.tensors
     ]
-    return lambda: [loader.get(name) for name in loader.iter_landed(names)]
+    return lambda: [loader.get(name) for name in reader.iter_landed(names, timeout_s=_TIMEOUT_S)]
 
 
 def safetensors(model: Path, node: Path) -> Callable[[], Tensors]:

@@ -92,10 +92,10 @@ def reader(tmp_path: Path) -> Iterator[Tier]:
 def run(tier: Tier, model: Path, *peers: Peer, source: Source | None = None) -> FetchReport:
     """Fetch with a link so slow that the peers are never too slow for it."""
     plan = make_plan(model)
-    tier.begin(plan, part_bytes=PART_BYTES)
+    writer = tier.begin(plan, part_bytes=PART_BYTES)
     with patient_fetches():
         report = fetch(
-            plan,
+            writer,
             source or open_source(str(model)),
             tier,
             timeout_s=HANG_S,
@@ -153,9 +153,9 @@ def test_bytes_that_a_peer_is_still_fetching_are_waited_for(
 def test_the_store_helps_where_the_peers_are_slow(holder: Tier, reader: Tier, model: Path) -> None:
     plan = make_plan(model)
     stalled = threading.Event()
-    reader.begin(plan, part_bytes=PART_BYTES)
+    writer = reader.begin(plan, part_bytes=PART_BYTES)
     report = fetch(
-        plan,
+        writer,
         open_source(str(model)),
         reader,
         timeout_s=HANG_S,
@@ -173,10 +173,10 @@ def test_a_peer_that_trickles_is_left_for_the_store(
 ) -> None:
     """It is never silent, and the fetch would take minutes."""
     plan = make_plan(model)
-    reader.begin(plan, part_bytes=PART_BYTES)
+    writer = reader.begin(plan, part_bytes=PART_BYTES)
     with served(holder) as peer:
         report = fetch(
-            plan,
+            writer,
             open_source(str(model)),
             reader,
             timeout_s=HANG_S,

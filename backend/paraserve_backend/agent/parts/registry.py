@@ -120,10 +120,10 @@ class Parts:
             await asyncio.gather(*(life.stop(limit_s) for life in lives.values()))
             for key in lives:
                 del self._lives[key]
-            prefetched = await self._node.fetches.release_replica(replica)
+            had_fetches = await self._node.fetches.release_replica(replica)
             logger.info("removed replica=%s parts=%d", replica, len(lives))
             self._changed.set()
-            return bool(lives) or prefetched
+            return bool(lives) or had_fetches
 
     def _lock(self, replica: str) -> asyncio.Lock:
         return self._locks.setdefault(replica, asyncio.Lock())

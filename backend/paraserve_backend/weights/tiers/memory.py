@@ -208,12 +208,6 @@ class Tier:
         """Memory that the objects take, in whole pages."""
         return sum(used_bytes(path) for path in (self.directory / OBJECTS).iterdir())
 
-    @property
-    def cached_bytes(self) -> int:
-        """The part of it that goes when there is need for the room."""
-        with self._lock:
-            return self._cache.unpinned_bytes(self._contents.pinned)
-
     def check_integrity(self) -> tuple[str, ...]:
         """Return one sentence for everything that is not as it must be."""
         with self._lock:

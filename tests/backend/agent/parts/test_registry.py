@@ -256,7 +256,7 @@ async def test_a_failure_nobody_removes_is_forgotten_after_a_while(node: AgentHa
     assert (await follow(node, make_part()))[-1].phase == pb.FAILED
 
 
-async def test_removing_a_replica_releases_what_was_only_prefetched(
+async def test_removing_a_replica_releases_fetches_without_a_part(
     node: AgentHarness, tmp_path: Path
 ) -> None:
     plan = make_plan(tmp_path / "model", "tiny.1.3")

@@ -57,9 +57,8 @@ def run(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FetchReport:
     """Fetch in parts that are small even for a tiny model."""
-    tier.begin(plan, part_bytes=PART_BYTES)
     return fetch(
-        plan,
+        tier.begin(plan, part_bytes=PART_BYTES),
         source,
         tier,
         timeout_s=timeout_s,
@@ -103,7 +102,8 @@ def test_a_model_in_a_real_object_store_is_fetched_byte_for_byte(
     folder = write_checkpoint(tmp_path / "store" / BUCKET / "tiny", shards=3, width=4096)
     with rclone_store(tmp_path / "store") as url:
         source = open_source(f"s3://{BUCKET}/tiny", endpoint_url=url)
-        fetch(make_plan(source), source, tier, timeout_s=HANG_S, cancel=threading.Event())
+        writer = tier.begin(make_plan(source))
+        fetch(writer, source, tier, timeout_s=HANG_S, cancel=threading.Event())
     assert_complete(tier, "fetch-1", folder)
 
 
@@ -280,7 +280,7 @@ def test_a_cancel_ends_the_wait_for_a_retry(
     patient = RetryPolicy(backoff=Backoff(base_s=1000, limit_s=1000))
     with pytest.raises(Cancelled):
         fetch(
-            plan,
+            tier.begin(plan),
             remote,
             tier,
             timeout_s=HANG_S,

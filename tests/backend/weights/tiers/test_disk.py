@@ -104,7 +104,7 @@ def run(
     plan = make_plan(model, fetch_id=fetch_id, layers=layers)
     with patient_fetches():
         report = fetch(
-            plan,
+            tier.begin(plan),
             open_source(str(model)) if store else NoSource(),
             tier,
             timeout_s=HANG_S,

@@ -64,9 +64,6 @@ class Agent(AgentServicer):
     async def Remove(self, request: pb.RemoveRequest, context: Context) -> pb.RemoveReply:
         return pb.RemoveReply(was_there=self.parts.pop(request.replica, None) is not None)
 
-    async def Prefetch(self, request: pb.Fetch, context: Context) -> pb.PrefetchReply:
-        return pb.PrefetchReply()
-
     async def HandOver(self, request: pb.HandOverRequest, context: Context) -> pb.HandOverReply:
         self.hand_overs.append(request)
         return pb.HandOverReply()

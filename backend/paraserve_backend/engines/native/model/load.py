@@ -47,5 +47,5 @@ def load_engine(
             spec, layers, num_blocks=kv.num_blocks, block_size=kv.block_size, device=target
         )
     with spans.span(SpanName.ADOPT_WEIGHTS):
-        weights = WeightLoader(reader, target, None)
+        weights = WeightLoader(reader, target)
         return StageEngine(StageModel(spec, layers, weights, cache))
