@@ -99,7 +99,7 @@ def run_cell(file: ClusterFile, policy: Policy, cv: int, rate: float, seed: int)
     )
     tokens = {it.name: it.tokens for it in cluster.deployments}
     requests = with_tokens(arrivals(law, _crowds(cluster), seed), tokens, seed)
-    outcome = Simulation(cluster, requests, policy.decide, admits=policy.admits).run()
+    outcome = Simulation(cluster, requests, policy.decide).run()
     summary = summarize(outcome, cluster.deployments)
     return Run(policy=policy.name, cv=cv, rate=rate, seed=seed, summary=summary)
 

@@ -76,6 +76,5 @@ def simulate(
         cluster or make_cluster(),
         requests,
         chosen.decide,
-        admits=chosen.admits,
         keeps_trace=keeps_trace,
     ).run()

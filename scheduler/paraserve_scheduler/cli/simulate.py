@@ -96,7 +96,6 @@ def _simulate(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int
         cluster,
         requests,
         policy.decide,
-        admits=policy.admits,
         keeps_trace=arguments.chrome is not None,
     ).run()
     summary = summarize(outcome, cluster.deployments)

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.reconciler.config import PolicyConfig
+from paraserve_scheduler.state.waiting import MAX_WAITING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +21,7 @@ class DeploymentDefaults:
     max_sequences: int = 16
     max_replicas: int = 4
     #: Requests that each gateway holds for a replica of a deployment.
-    max_waiting: int = 1000
+    max_waiting: int = MAX_WAITING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

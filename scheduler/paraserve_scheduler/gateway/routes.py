@@ -23,6 +23,7 @@ from paraserve_backend.rpc.errors import error_from_code
 from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.kserve.errors import ReplicaLost
 from paraserve_scheduler.gateway.kserve.metadata import MODEL_VERSION
+from paraserve_scheduler.state.waiting import may_wait
 
 _NAMES_IN_ERROR = 20
 #: What a new deployment or replica takes from the scheduler to its gateways.
@@ -181,7 +182,7 @@ class Routes:
     async def _hold(self, deployment: str, refused: frozenset[str]) -> pb.Endpoint:
         route = self._route(deployment)
         last_failure_number = route.failure_number
-        if self._demand.num_waiting(deployment) >= route.max_waiting:
+        if not may_wait(self._demand.num_waiting(deployment), route.max_waiting):
             raise ResourceExhausted(
                 f"{route.max_waiting} requests already wait for a replica of '{deployment}'; "
                 "retry later, or deploy it with a higher --max-waiting."

@@ -5,7 +5,7 @@ Pure formulas. The constants are measured elsewhere and passed in; `planner.plan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -148,6 +148,17 @@ def pipeline_factor(stages: int, full: int) -> float:
     model's time; a worker that reserves a part of a GPU gets about that part of its speed.
     """
     return (stages - full) + full / stages
+
+
+def slowest(kinds: Sequence[NodeKind], model: str) -> tuple[Speed, float]:
+    """The speed and the hop of a pipeline over nodes of these kinds: those of the slowest."""
+    speed = max((kind.speeds[model] for kind in kinds), key=lambda speed: speed.decode_s)
+    return speed, max(kind.hop_s for kind in kinds)
+
+
+def full_speed_stages(kinds: Sequence[NodeKind], stages: int, full: int) -> int:
+    """Stages with the whole speed of their device: full workers, or all where none is shared."""
+    return full if any(kind.shares_gpus for kind in kinds) else stages
 
 
 def prefill_s(speed: Speed, tokens: int, *, stages: int, full: int, hop_s: float) -> float:

@@ -1,7 +1,6 @@
 """The decisions a policy can make, each with its reason, and what is predicted of a start.
 
-A decision becomes actions in `reconciler.starts`. The types of policies and admission rules are
-here too.
+A decision becomes actions in `reconciler.starts`. The type of policies is here too.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from paraserve_scheduler.planner.fleet import Fleet, Need
+from paraserve_scheduler.planner.fleet import Fleet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,12 +113,6 @@ class WarmSlot:
 
 
 Decision = Start | Stop | WarmSlot | DropSlot
-
-
-class Admission(Protocol):
-    """Whether a deployment may hold one more request; if not it is refused at once."""
-
-    def __call__(self, need: Need) -> bool: ...
 
 
 class PolicyFunction(Protocol):

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from paraserve_scheduler.planner.candidates import Candidate
 from paraserve_scheduler.planner.cost import (
     ModelShape,
-    Speed,
     decode_s,
+    full_speed_stages,
     prefill_s,
     runtime_s,
+    slowest,
 )
 from paraserve_scheduler.planner.decisions import Prediction, StageChoice, StagePrediction
 from paraserve_scheduler.planner.fleet import Need
@@ -35,8 +36,9 @@ def predict(
     ready = max(part.ready_s for part in parts)
     count = len(stages)
     growing = sum(stage.grows for stage in stages)
-    speed, hop = slowest(need.model, candidates)
-    full = _full(candidates, count, growing)
+    kinds = [candidate.node.kind for candidate in candidates]
+    speed, hop = slowest(kinds, need.model.name)
+    full = full_speed_stages(kinds, count, growing)
     first = prefill_s(speed, need.prompt_tokens, stages=count, full=full, hop_s=hop)
     waited = now_s - need.oldest_s if need.oldest_s is not None else 0.0
     tpot = tpot_s(need.model, candidates, count, growing)
@@ -76,21 +78,10 @@ def _predict_stage(candidate: Candidate, stage: StageChoice) -> StagePrediction:
 
 def tpot_s(model: ModelShape, candidates: Sequence[Candidate], stages: int, growing: int) -> float:
     """Seconds per token of a pipeline, `growing` of whose stages are full workers."""
-    speed, hop = slowest(model, candidates)
-    full = _full(candidates, stages, growing)
-    return decode_s(speed, TPOT_BATCH, stages=stages, full=full, hop_s=hop)
-
-
-def _full(candidates: Sequence[Candidate], stages: int, growing: int) -> int:
-    """Stages with the whole speed of their device."""
-    return growing if any(candidate.node.kind.shares_gpus for candidate in candidates) else stages
-
-
-def slowest(model: ModelShape, candidates: Sequence[Candidate]) -> tuple[Speed, float]:
-    """The speed a pipeline over these places has: that of its slowest."""
     kinds = [candidate.node.kind for candidate in candidates]
-    speed = max((kind.speeds[model.name] for kind in kinds), key=lambda speed: speed.decode_s)
-    return speed, max(kind.hop_s for kind in kinds)
+    speed, hop = slowest(kinds, model.name)
+    full = full_speed_stages(kinds, stages, growing)
+    return decode_s(speed, TPOT_BATCH, stages=stages, full=full, hop_s=hop)
 
 
 def _cost_byte_s(

@@ -1,7 +1,4 @@
-"""How many replicas a deployment should have, by demand, capacity and forecast. Pure.
-
-The limit on waiting requests here is the simulator's; a gateway has its own (`gateway.routes`).
-"""
+"""How many replicas a deployment should have, by demand, capacity and forecast. Pure."""
 
 from __future__ import annotations
 
@@ -16,13 +13,8 @@ from paraserve_scheduler.planner.fleet import Need, ReplicaPhase
 class AutoscalingConfig:
     #: Arrivals of the last so many seconds make the forecast.
     forecast_window_s: float = 10.0
-    #: Requests a deployment may hold for each of the replicas it may have, before it refuses.
-    max_waiting_per_replica: int = 64
     #: One decision starts at most so many replicas of a deployment.
     max_starts: int = 4
-
-
-_DEFAULTS = AutoscalingConfig()
 
 
 def arrival_rate(arrivals_s: Sequence[float], now_s: float, window_s: float) -> float:
@@ -74,8 +66,3 @@ def _freed_by(need: Need, now_s: float, ready_in_s: float, config: AutoscalingCo
     running = sum(r.in_flight for r in need.replicas if r.phase is ReplicaPhase.READY)
     rate = arrival_rate(need.arrivals_s, now_s, config.forecast_window_s)
     return int(max(0.0, horizon_s) * max(0.0, running / need.service_s - rate))
-
-
-def admits(need: Need, config: AutoscalingConfig = _DEFAULTS) -> bool:
-    """Whether one more request may wait; if not it is refused as RESOURCE_EXHAUSTED."""
-    return need.waiting < config.max_waiting_per_replica * need.max_replicas

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_scheduler.planner.decisions import Admission, PolicyFunction
+from paraserve_scheduler.planner.decisions import PolicyFunction
 from paraserve_scheduler.policies import hydraserve, paraserve, serverless_vllm, serverlessllm
-from paraserve_scheduler.policies.autoscaling import admits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,12 +15,10 @@ class Policy:
     decide: PolicyFunction
     #: Which of a node kind's measured start methods its workers have.
     worker: str
-    #: None: it lets everything wait.
-    admits: Admission | None = None
 
 
 _POLICIES = (
-    Policy(name="paraserve", decide=paraserve.decide, worker="paraserve", admits=admits),
+    Policy(name="paraserve", decide=paraserve.decide, worker="paraserve"),
     Policy(name="serverless-vllm", decide=serverless_vllm.decide, worker="serverless-vllm"),
     Policy(name="serverlessllm", decide=serverlessllm.decide, worker="serverlessllm"),
     Policy(name="hydraserve", decide=hydraserve.decide, worker="hydraserve"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from paraserve_backend.architectures.spec import LayerRange
@@ -22,15 +22,11 @@ from paraserve_scheduler.planner.decisions import StageChoice, Start
 from paraserve_scheduler.simulator import replicas
 from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import DeploymentDescription, NodeDescription
-from paraserve_scheduler.simulator.memory import (
-    GpuMemory,
-    Meter,
-    NodeMemory,
-    Shelf,
-)
-from paraserve_scheduler.simulator.network import INTO, Network
+from paraserve_scheduler.simulator.idle_loop import IdleLoop
+from paraserve_scheduler.simulator.memory import Meter, NodeMemory
+from paraserve_scheduler.simulator.network import Network, capacities
 from paraserve_scheduler.simulator.replicas import SimReplica
-from paraserve_scheduler.simulator.serving import Batch
+from paraserve_scheduler.simulator.serving import Batch, pipeline_batch
 from paraserve_scheduler.simulator.trace import Trace
 from paraserve_scheduler.simulator.workload import SimRequest
 from paraserve_scheduler.state.events import DemandReported, NodeRegistered, NodeReported
@@ -48,8 +44,6 @@ from paraserve_scheduler.state.spec import Deployment
 EPOCH_S = 1_000.0
 #: How often agents and the gateway report.
 _REPORT_S = 0.25
-#: Turns of the event loop in which everything happens that needs no time.
-_TURNS = 40
 
 
 class VirtualClock:
@@ -101,28 +95,14 @@ class SimulatedAgents:
     """`Agents` of nodes that exist only in a simulation; an agent's address is its node's name."""
 
     def __init__(
-        self, heap: Heap, nodes: Iterable[NodeDescription], models: Iterable[Model]
+        self, heap: Heap, nodes: Sequence[NodeDescription], models: Iterable[Model]
     ) -> None:
         self.heap = heap
         self.trace = Trace()
         self.models = {model.deployment.name: model for model in models}
         meter = Meter(heap)
-        self.nodes = {
-            node.name: NodeMemory(
-                description=node,
-                gpus=[GpuMemory(size, 0, meter) for size in node.gpu_bytes],
-                memory=Shelf(node.memory_bytes),
-                disk=Shelf(0),
-            )
-            for node in nodes
-        }
-        self.network = Network(
-            heap,
-            {
-                (INTO, description.name): description.nic_bytes_per_s
-                for description in (n.description for n in self.nodes.values())
-            },
-        )
+        self.nodes = {node.name: NodeMemory.of(node, meter) for node in nodes}
+        self.network = Network(heap, capacities(nodes, store_bytes_per_s=None))
         #: By node and replica, with the stage's number and the bytes of its weights.
         self._parts: dict[tuple[str, str], _Part] = {}
 
@@ -252,8 +232,9 @@ class SimulatedGateway:
         self._arrived[request.deployment] += 1
         self.report()
 
-    def look(self) -> None:
-        """Send what is held to replicas that have become ready, as far as they have room."""
+    def look(self) -> bool:
+        """Send what is held to ready replicas that have room; return whether anything was sent."""
+        has_sent = False
         for name, queue in self._queues.items():
             for replica in self._controller.view.routed_replicas(name) if queue else ():
                 batch = self._batch(replica)
@@ -262,6 +243,8 @@ class SimulatedGateway:
                     request.admitted_s = self._agents.heap.now_s
                     batch.add(request)
                     self.report()
+                    has_sent = True
+        return has_sent
 
     def report(self) -> None:
         now_s = self._controller.now_s()
@@ -290,21 +273,36 @@ class SimulatedGateway:
                 self._agents.nodes[stage.node].description.kind for stage in replica.plan.stages
             ]
             name = self._agents.models[replica.deployment].description.model.name
-            self._batches[replica.id] = Batch(
+            self._batches[replica.id] = pipeline_batch(
                 self._agents.heap,
-                max((kind.speeds[name] for kind in kinds), key=lambda speed: speed.decode_s),
-                stages=len(kinds),
+                kinds,
+                name,
                 full=len(kinds),
-                hop_s=max(kind.hop_s for kind in kinds),
                 ended=lambda _: self.report(),
             )
         return self._batches[replica.id]
 
 
-async def drive(
+def drive(
     controller: Controller, agents: SimulatedAgents, requests: Iterable[SimRequest], until_s: float
 ) -> list[Replica]:
-    """Run the controller over `requests` until `until_s`; returns the replicas it started."""
+    """Run the controller over `requests` until `until_s`; return the replicas it started.
+
+    Time passes only when the controller and the agents have nothing more to do at this time.
+    """
+    with asyncio.Runner(loop_factory=IdleLoop) as runner:
+        loop = runner.get_loop()
+        assert isinstance(loop, IdleLoop), "the factory makes it"
+        return runner.run(_drive(loop, controller, agents, requests, until_s))
+
+
+async def _drive(
+    loop: IdleLoop,
+    controller: Controller,
+    agents: SimulatedAgents,
+    requests: Iterable[SimRequest],
+    until_s: float,
+) -> list[Replica]:
     heap, gateway = agents.heap, SimulatedGateway(agents, controller)
     for node in agents.nodes:
         controller.notify(NodeRegistered(info=agents.info(node), at_s=controller.now_s()))
@@ -317,21 +315,21 @@ async def drive(
 
     report()
     started: dict[str, Replica] = {}
-    loop = asyncio.create_task(controller.run(), name="controller")
+    controlling = asyncio.create_task(controller.run(), name="controller")
     try:
         while heap.now_s < until_s:
-            for _ in range(_TURNS):
-                await asyncio.sleep(0)
-            gateway.look()
+            await loop.idle()
+            while gateway.look():
+                await loop.idle()
             started |= {
                 replica.id: replica
                 for replica in controller.view.live_replicas()
                 if replica.id not in started
             }
-            if loop.done():
-                await loop
+            if controlling.done():
+                await controlling
             heap.step()
     finally:
-        loop.cancel()
-        await asyncio.gather(loop, return_exceptions=True)
+        controlling.cancel()
+        await asyncio.gather(controlling, return_exceptions=True)
     return list(started.values())

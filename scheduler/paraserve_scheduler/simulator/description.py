@@ -17,6 +17,7 @@ from paraserve_scheduler.planner.cost import (
 )
 from paraserve_scheduler.planner.fleet import Objectives
 from paraserve_scheduler.simulator.workload import Lengths, Tokens
+from paraserve_scheduler.state.waiting import MAX_WAITING
 
 _GB = 10**9
 _BYTES_PER_GBIT = 1e9 / 8
@@ -99,6 +100,7 @@ class DeploymentFile:
     max_stages: int = 4
     consolidate: bool = True
     keep_alive_s: float | None = None
+    max_waiting: int = MAX_WAITING
     prompt_mean: float = 512.0
     prompt_cv: float = 0.5
     prompt_most: int = 1024
@@ -151,6 +153,8 @@ class DeploymentDescription:
     consolidate: bool = True
     #: Of an idle replica; None: as long as it is worth it.
     keep_alive_s: float | None = None
+    #: Requests that its gateway holds for a replica; one more is refused.
+    max_waiting: int = MAX_WAITING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +268,7 @@ def _named(
             max_stages=entry.max_stages,
             consolidate=entry.consolidate,
             keep_alive_s=entry.keep_alive_s,
+            max_waiting=entry.max_waiting,
             tokens=Tokens(
                 prompt=Lengths(mean=entry.prompt_mean, cv=entry.prompt_cv, most=entry.prompt_most),
                 output=Lengths(mean=entry.output_mean, cv=entry.output_cv, most=entry.output_most),

@@ -143,6 +143,17 @@ class NodeMemory:
     #: Shapes of what was ever kept.
     _models: dict[str, ModelShape] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, description: NodeDescription, meter: Meter) -> NodeMemory:
+        """Return the memory of a node that holds nothing yet."""
+        slot_bytes = description.kind.start.slot_bytes
+        return cls(
+            description=description,
+            gpus=[GpuMemory(size, slot_bytes, meter) for size in description.gpu_bytes],
+            memory=Shelf(description.memory_bytes),
+            disk=Shelf(description.disk_bytes),
+        )
+
     def records(self) -> tuple[Gpu, ...]:
         return tuple(
             Gpu(

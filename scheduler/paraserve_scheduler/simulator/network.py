@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim, Flow, fair_rates
 from paraserve_scheduler.simulator.clock import Heap
+from paraserve_scheduler.simulator.description import NodeDescription
 
 #: Links: of a node and its disk as (what, node), and the object store's.
 INTO, OUT_OF, DISK, STORE = "into", "out of", "disk of", "store"
@@ -24,6 +25,20 @@ class Transfer:
     remaining_bytes: float
     done: Callable[[], None]
     rate: float = 0.0
+
+
+def capacities(
+    nodes: Iterable[NodeDescription], store_bytes_per_s: float | None
+) -> dict[Hashable, float]:
+    """Return what each link of these nodes and the store gives; the store may be unlimited."""
+    links: dict[Hashable, float] = {}
+    for node in nodes:
+        links[INTO, node.name] = node.nic_bytes_per_s
+        links[OUT_OF, node.name] = node.nic_bytes_per_s
+        links[DISK, node.name] = node.kind.disk_bytes_per_s
+    if store_bytes_per_s is not None:
+        links[STORE] = store_bytes_per_s
+    return links
 
 
 class Network:

@@ -11,6 +11,7 @@ from paraserve_scheduler.simulator.description import DeploymentDescription
 from paraserve_scheduler.simulator.memory import NodeMemory
 from paraserve_scheduler.simulator.replicas import SimReplica
 from paraserve_scheduler.simulator.workload import SimRequest
+from paraserve_scheduler.state.waiting import may_wait
 
 #: What the arrival history of a deployment keeps.
 _HISTORY = 32
@@ -26,6 +27,11 @@ class Served:
     arrivals_s: deque[float] = field(default_factory=lambda: deque(maxlen=_HISTORY))
     last_number: int = 0
     service_s: float | None = None
+
+    def takes_one_more(self) -> bool:
+        """Return whether its gateway holds one more request, or has a replica to send it to."""
+        is_served = any(replica.batch is not None for replica in self.replicas)
+        return is_served or may_wait(len(self.queue), self.description.max_waiting)
 
 
 class NodeRecords:

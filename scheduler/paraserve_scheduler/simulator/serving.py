@@ -4,11 +4,38 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from paraserve_scheduler.planner.cost import Speed, decode_s, prefill_s
+from paraserve_scheduler.planner.cost import (
+    NodeKind,
+    Speed,
+    decode_s,
+    full_speed_stages,
+    prefill_s,
+    slowest,
+)
 from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.workload import SimRequest
+
+
+def pipeline_batch(
+    heap: Heap,
+    kinds: Sequence[NodeKind],
+    model: str,
+    *,
+    full: int,
+    ended: Callable[[SimRequest], None],
+) -> Batch:
+    """Return the batch of a replica whose stages are on nodes of `kinds`, `full` of them full."""
+    speed, hop_s = slowest(kinds, model)
+    return Batch(
+        heap,
+        speed,
+        stages=len(kinds),
+        full=full_speed_stages(kinds, len(kinds), full),
+        hop_s=hop_s,
+        ended=ended,
+    )
 
 
 class Batch:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from paraserve_backend.protocol.names import deployment_of, replica_id
 from paraserve_backend.telemetry.spans import SpanName
 from paraserve_scheduler.planner.decisions import (
-    Admission,
     Decision,
     DropSlot,
     PolicyFunction,
@@ -25,23 +24,12 @@ from paraserve_scheduler.planner.fleet import Fleet, ReplicaPhase
 from paraserve_scheduler.simulator import replicas
 from paraserve_scheduler.simulator.clock import Heap
 from paraserve_scheduler.simulator.description import ClusterDescription
-from paraserve_scheduler.simulator.memory import (
-    GpuMemory,
-    Meter,
-    NodeMemory,
-    Shelf,
-)
-from paraserve_scheduler.simulator.network import (
-    DISK,
-    INTO,
-    OUT_OF,
-    STORE,
-    Network,
-)
+from paraserve_scheduler.simulator.memory import Meter, NodeMemory
+from paraserve_scheduler.simulator.network import STORE, Network, capacities
 from paraserve_scheduler.simulator.observation import NodeRecords, Served, need_of
 from paraserve_scheduler.simulator.replicas import SimReplica
 from paraserve_scheduler.simulator.results import ColdStart, Outcome
-from paraserve_scheduler.simulator.serving import Batch
+from paraserve_scheduler.simulator.serving import Batch, pipeline_batch
 from paraserve_scheduler.simulator.trace import Trace
 from paraserve_scheduler.simulator.workload import SimRequest
 
@@ -59,7 +47,6 @@ class Simulation:
         requests: Sequence[SimRequest],
         policy: PolicyFunction,
         *,
-        admits: Admission | None = None,
         keeps_trace: bool = False,
     ) -> None:
         self.heap = Heap()
@@ -67,20 +54,8 @@ class Simulation:
         self._meter = Meter(self.heap)
         self._cluster = cluster
         self._policy = policy
-        self._admits = admits
-        self.nodes = {
-            node.name: NodeMemory(
-                description=node,
-                gpus=[
-                    GpuMemory(size, node.kind.start.slot_bytes, self._meter)
-                    for size in node.gpu_bytes
-                ],
-                memory=Shelf(node.memory_bytes),
-                disk=Shelf(node.disk_bytes),
-            )
-            for node in cluster.nodes
-        }
-        self.network = Network(self.heap, _capacities(cluster))
+        self.nodes = {node.name: NodeMemory.of(node, self._meter) for node in cluster.nodes}
+        self.network = Network(self.heap, capacities(cluster.nodes, cluster.store_bytes_per_s))
         self._served = {
             description.name: Served(description=description) for description in cluster.deployments
         }
@@ -124,13 +99,13 @@ class Simulation:
     def _arrive(self, request: SimRequest) -> None:
         served = self._served[request.deployment]
         served.arrivals_s.append(self.heap.now_s)
-        self._active.setdefault(request.deployment, served)
         if not served.queue and self._admit(served, request):
             return
-        if self._admits is not None and not self._admits(need_of(served)):
+        if not served.takes_one_more():
             request.was_refused = True
             self._unfinished -= 1
             return
+        self._active.setdefault(request.deployment, served)
         request.was_cold = True
         served.queue.append(request)
         self._wake()
@@ -275,14 +250,11 @@ class Simulation:
         self._wake_if_somebody_waits()
 
     def _batch(self, replica: SimReplica) -> Batch:
-        kinds = [self.nodes[stage.node].description.kind for stage in replica.stages]
-        speeds = [kind.speeds[replica.model.name] for kind in kinds]
-        return Batch(
+        return pipeline_batch(
             self.heap,
-            max(speeds, key=lambda speed: speed.decode_s),
-            stages=len(replica.stages),
-            full=replica.full if any(kind.shares_gpus for kind in kinds) else len(replica.stages),
-            hop_s=max(kind.hop_s for kind in kinds),
+            [self.nodes[stage.node].description.kind for stage in replica.stages],
+            replica.model.name,
+            full=replica.full,
             ended=lambda request: self._request_ended(replica, request),
         )
 
@@ -386,17 +358,6 @@ class Simulation:
 
 #: After the last arrival; a policy that never serves a request must not run for ever.
 _LONGEST_TAIL_S = 3600.0
-
-
-def _capacities(cluster: ClusterDescription) -> dict[object, float]:
-    links: dict[object, float] = {}
-    for node in cluster.nodes:
-        links[INTO, node.name] = node.nic_bytes_per_s
-        links[OUT_OF, node.name] = node.nic_bytes_per_s
-        links[DISK, node.name] = node.kind.disk_bytes_per_s
-    if cluster.store_bytes_per_s is not None:
-        links[STORE] = cluster.store_bytes_per_s
-    return links
 
 
 def _whole(stage: StageChoice, replica: SimReplica) -> StageChoice:

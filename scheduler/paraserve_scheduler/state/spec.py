@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from paraserve_backend.architectures.spec import ModelSpec
 from paraserve_backend.protocol.names import EngineName
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex
+from paraserve_scheduler.state.waiting import MAX_WAITING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class DeploymentSpec:
     #: Of two deployments that lack memory the higher one gets it.
     priority: int = 0
     #: Requests that each gateway holds for a replica; one more is refused.
-    max_waiting: int = 1000
+    max_waiting: int = MAX_WAITING
     #: `None`: as many as there are nodes.
     max_stages: int | None = None
     #: Tokens; `None`: the model's own limit, as far as memory goes.

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim, offered_rate
 from paraserve_scheduler.planner.candidates import Candidate, LayerSources, find_layer_sources
-from paraserve_scheduler.planner.cost import Speed, decode_s, prefill_s
+from paraserve_scheduler.planner.cost import Speed, decode_s, prefill_s, slowest
 from paraserve_scheduler.planner.decisions import PolicyFunction, Prediction, Start
 from paraserve_scheduler.planner.fleet import Fleet, Need, Node, Objectives
 from paraserve_scheduler.planner.fleet_changes import with_start
 from paraserve_scheduler.planner.planner import plan
-from paraserve_scheduler.planner.prediction import TPOT_BATCH, TTFT_SHARE, slowest
+from paraserve_scheduler.planner.prediction import TPOT_BATCH, TTFT_SHARE
 from paraserve_scheduler.policies import hydraserve
 from paraserve_scheduler.policies.paraserve import decide
 from tests.support.fleets import (
@@ -134,7 +134,7 @@ def _cuts(
     need: Need, candidates: tuple[Candidate, ...], full: int
 ) -> Iterator[tuple[float, float]]:
     stages = len(candidates)
-    speed, hop_s = slowest(_TINY, candidates)
+    speed, hop_s = slowest([candidate.node.kind for candidate in candidates], _TINY.name)
     first = prefill_s(speed, need.prompt_tokens, stages=stages, full=full, hop_s=hop_s)
     tpot = decode_s(speed, TPOT_BATCH, stages=stages, full=full, hop_s=hop_s)
     for inner in combinations(range(1, _LAYERS), stages - 1):

@@ -13,7 +13,6 @@ from paraserve_scheduler.planner.fleet import Fleet, Objectives, ReplicaPhase
 from paraserve_scheduler.planner.fleet_changes import with_start
 from paraserve_scheduler.policies.autoscaling import (
     AutoscalingConfig,
-    admits,
     arrival_rate,
     replicas_to_start,
 )
@@ -257,11 +256,6 @@ def test_steady_arrivals_are_forecast_at_their_rate() -> None:
     steady = tuple(NOW_S - i / 4 for i in range(100, 0, -1))
     assert arrival_rate(steady, NOW_S, 10.0) == pytest.approx(4.0, rel=0.03)
     assert arrival_rate(steady, NOW_S + 20, 10.0) == 0
-
-
-def test_a_deployment_with_too_many_waiting_refuses_more() -> None:
-    assert admits(make_need(waiting=63, max_replicas=1), SCALING)
-    assert not admits(make_need(waiting=64, max_replicas=1), SCALING)
 
 
 # ---- keep-alive ----

@@ -141,7 +141,7 @@ def _simulated(
     return begun
 
 
-async def _controlled(
+def _controlled(
     cluster: ClusterDescription,
     deployments: list[Deployment],
     requests: list[SimRequest],
@@ -158,7 +158,7 @@ async def _controlled(
     controller = Controller(store=store, agents=agents, clock=VirtualClock(heap), config=config)
     for deployment in deployments:
         controller.add_deployment(deployment)
-    replicas = await drive(controller, agents, requests, 260.0)
+    replicas = drive(controller, agents, requests, 260.0)
     store.close()
     return [
         (
@@ -182,7 +182,7 @@ async def _controlled(
         ("serverless-vllm", 1, 0),
     ],
 )
-async def test_the_controller_starts_what_the_simulator_starts_and_when(
+def test_the_controller_starts_what_the_simulator_starts_and_when(
     policy: str, seed: int, memory_bytes: int
 ) -> None:
     deployments = [_deployment(f"d{i}") for i in range(3)]
@@ -190,7 +190,7 @@ async def test_the_controller_starts_what_the_simulator_starts_and_when(
     rates = [size / 30, size / 12, size / 12, size / 20]
     cluster = _cluster(rates, deployments, memory_bytes)
     expected = _simulated(cluster, _requests(seed, deployments), policy)
-    begun = await _controlled(cluster, deployments, _requests(seed, deployments), policy)
+    begun = _controlled(cluster, deployments, _requests(seed, deployments), policy)
     assert [(name, stages) for _, name, stages in begun] == [
         (name, stages) for _, name, stages in expected
     ]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.cli.views import timeline
 from paraserve_scheduler.planner.decisions import Decision
-from paraserve_scheduler.planner.fleet import Fleet, Need, Objectives
+from paraserve_scheduler.planner.fleet import Fleet, Objectives
 from paraserve_scheduler.policies.registry import POLICIES
 from paraserve_scheduler.simulator.description import FailureFile
 from paraserve_scheduler.simulator.results import Outcome, percentile, summarize
@@ -172,12 +172,7 @@ def test_memory_is_paid_for_from_start_to_end() -> None:
 
 def test_what_is_refused_never_runs_and_what_was_let_in_does() -> None:
     requests = [make_request(100.0 + i / 100) for i in range(10)]
-    cluster = make_cluster([make_node()])
-
-    def admits(need: Need) -> bool:
-        return need.waiting < 4
-
-    Simulation(cluster, requests, POLICIES["paraserve"].decide, admits=admits).run()
+    simulate(requests, make_cluster([make_node()], [make_deployment(max_waiting=4)]))
     refused = [request for request in requests if request.was_refused]
     assert len(refused) == 6
     assert all((request.end_s is None) == request.was_refused for request in requests)

@@ -1,0 +1,82 @@
+"""A gateway and the simulator refuse the same requests."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paraserve_backend.errors import ResourceExhausted
+from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.gateway.demand import DemandMeter
+from paraserve_scheduler.gateway.routes import Routes
+from paraserve_scheduler.simulator.description import DeploymentFile
+from paraserve_scheduler.state.spec import DeploymentSpec
+from paraserve_scheduler.state.waiting import MAX_WAITING, may_wait
+from tests.support.fleets import GB
+from tests.support.simulated_clusters import (
+    make_cluster,
+    make_deployment,
+    make_node,
+    make_request,
+    simulate,
+)
+
+
+def _refused_by_gateway(num_requests: int, max_waiting: int, replicas: list[str]) -> list[bool]:
+    """Which of requests that all come at once a gateway refuses."""
+
+    async def ask(routes: Routes) -> bool:
+        try:
+            async with routes.lease("chat"):
+                return False
+        except ResourceExhausted:
+            return True
+
+    async def scenario() -> list[bool]:
+        routes = Routes(DemandMeter("g"), cold_start_timeout_s=20.0)
+        endpoints = [pb.Endpoint(replica=replica) for replica in replicas]
+        route = pb.Route(deployment="chat", endpoints=endpoints, max_waiting=max_waiting)
+        routes.apply(pb.RouteTable(routes=[route]))
+        asked = [asyncio.create_task(ask(routes)) for _ in range(num_requests)]
+        await asyncio.sleep(0)
+        route.endpoints.append(pb.Endpoint(replica="chat.1"))
+        routes.apply(pb.RouteTable(routes=[route]))
+        return await asyncio.gather(*asked)
+
+    return asyncio.run(scenario())
+
+
+def _refused_by_simulator(num_requests: int, max_waiting: int) -> list[bool]:
+    """The same of the simulator, on nodes without room for any replica."""
+    cluster = make_cluster(
+        [make_node(gpu_bytes=(1 * GB,))], [make_deployment(max_waiting=max_waiting)]
+    )
+    outcome = simulate([make_request() for _ in range(num_requests)], cluster)
+    return [request.was_refused for request in outcome.requests]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 12), st.integers(0, 12))
+def test_a_gateway_and_the_simulator_refuse_the_same_requests(
+    num_requests: int, max_waiting: int
+) -> None:
+    by_rule = [not may_wait(num_before, max_waiting) for num_before in range(num_requests)]
+    assert _refused_by_gateway(num_requests, max_waiting, []) == by_rule
+    assert _refused_by_simulator(num_requests, max_waiting) == by_rule
+
+
+def test_neither_refuses_what_a_ready_replica_takes_however_full_it_is() -> None:
+    assert _refused_by_gateway(20, 1, ["chat.1"]) == [False] * 20
+    cluster = make_cluster([make_node()], [make_deployment(max_waiting=1)])
+    late = [make_request(130.0) for _ in range(20)]
+    outcome = simulate([make_request(100.0, output_tokens=2_000), *late], cluster)
+    assert len(outcome.cold_starts) == 1, "it is always the same replica"
+    assert not any(request.was_refused for request in outcome.requests)
+
+
+def test_a_deployment_that_states_no_number_has_the_same_limit_in_both() -> None:
+    in_simulator = DeploymentFile(name="chat", model="7b").max_waiting
+    in_product = DeploymentSpec(name="chat", source="s3://m/chat", max_sequences=8).max_waiting
+    assert in_simulator == in_product == MAX_WAITING
