@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from integration.support.bucket import upload
@@ -23,6 +24,12 @@ from paraserve_scheduler.local.cluster import (
     up,
 )
 from paraserve_scheduler.local.layout import NodeLayout
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """For the tiny models' oracle: more threads only wait for each other, far longer when busy."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -129,6 +129,7 @@ def test_the_region_that_the_store_names_is_the_right_one(
             name="far", source=f"s3://{BUCKET}/model", endpoint_url=url, region="eu-west-1"
         )
         cluster.client.deploy(spec)
+        cluster.until_known("far")
         expected = cluster.models[MODEL].greedy([3, 4], 4)
         assert generate(cluster, "far", [3, 4], 4) == expected
         cluster.client.delete("far")

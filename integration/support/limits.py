@@ -10,5 +10,5 @@ from typing import Any
 HANG_S = 600.0
 #: For the scheduler of a test's cluster: no node and no gateway is lost because it was late.
 PATIENT_SCHEDULER: dict[str, Any] = {
-    "policy": {"node_timeout_s": 60.0, "gateway_timeout_s": 60.0, "recovery_grace_s": 60.0}
+    "policy": {"node_timeout_s": 30.0, "gateway_timeout_s": 30.0, "recovery_grace_s": 60.0}
 }

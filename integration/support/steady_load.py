@@ -74,6 +74,7 @@ def deployed(
             keep_alive_s=600,
         )
     )
+    cluster.until_known(name)
     try:
         yield name
     finally:

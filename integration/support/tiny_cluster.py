@@ -60,6 +60,14 @@ class TinyCluster:
                 consolidate=False,
             )
         )
+        self.until_known(name)
+
+    def until_known(self, name: str) -> None:
+        """Wait until the gateway has heard of it, a moment after the scheduler has answered."""
+        with contextlib.closing(
+            triton.InferenceServerClient(self.layout.gateway_address)
+        ) as client:
+            wait_until(lambda: client.is_model_ready(name))
 
     def replica(self, name: str) -> pb.ReplicaStatus:
         """The deployment's newest replica."""

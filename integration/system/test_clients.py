@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from tritonclient.grpc import InferenceServerClient
 
 from integration.clients import commands, environments, triton
 from integration.clients.question import (
@@ -23,7 +22,7 @@ from integration.clients.question import (
     Question,
     Sight,
 )
-from integration.support.tiny_cluster import TinyCluster, wait_until
+from integration.support.tiny_cluster import TinyCluster
 
 MODEL = "llama-sharded"
 PROMPT = [5, 6, 7]
@@ -68,9 +67,6 @@ def gateway(cluster: TinyCluster) -> Gateway:
 def deployed(cluster: TinyCluster) -> Iterator[str]:
     """A deployment at zero; of one stage, since a client cannot tell how many there are."""
     cluster.deploy("asked", MODEL, stages=1)
-    # The gateway hears of it a moment after the scheduler has answered.
-    with closing(InferenceServerClient(cluster.layout.gateway_address)) as client:
-        wait_until(lambda: client.is_model_ready("asked"))
     try:
         yield "asked"
     finally:

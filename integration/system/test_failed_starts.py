@@ -46,6 +46,7 @@ def deployed(cluster: TinyCluster, name: str, **spec: Any) -> Iterator[Failing]:
     """Deploy, and delete in the end; nothing of it is left then, and all else as it was."""
     before = deployments(cluster)
     cluster.client.deploy(pb.DeploymentSpec(name=name, **spec))
+    cluster.until_known(name)
     try:
         yield Failing(cluster, name)
     finally:

@@ -223,6 +223,7 @@ def test_a_pipeline_in_slots_hands_its_request_over_to_a_full_instance(
             name=name, source=slots_cluster.sources[FIRST], max_stages=2, max_context=256
         )
     )
+    slots_cluster.until_known(name)
     expected = slots_cluster.models[FIRST].greedy(PROMPT, 160)
     stream = Stream(slots_cluster, name, PROMPT, 160)
     begun = stream.next().token_ids

@@ -92,11 +92,16 @@ def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(
     expected = cluster.models[MODEL].greedy(prompt, 6)
 
     def start() -> pb.ReplicaPart:
-        cluster.deploy(name, MODEL, 1)
         assert generate(cluster, name, prompt, 6) == expected
         (part,) = cluster.replica(name).parts
         return part
 
+    def leave_memory() -> None:
+        """At once, and not when the replica has been idle for a while."""
+        cluster.client.delete(name)
+        cluster.deploy(name, MODEL, 1)
+
+    cluster.deploy(name, MODEL, 1)
     try:
         first = start()
         total_bytes = first.status.total_bytes
@@ -107,13 +112,13 @@ def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(
 
         # Bytes come to disk some seconds after the fetch, while they are still in memory.
         wait_until(is_on_disk)
-        cluster.client.delete(name)
+        leave_memory()
         with without_store(cluster):
             second = start()
             assert second.node == first.node
             assert bytes_from(second).keys() == {"disk"}
             assert bytes_from(second)["disk"] > total_bytes  # the small files, too
-            cluster.client.delete(name)
+        leave_memory()
         for path in extents(cluster, first.node):
             path.write_bytes(b"x" * path.stat().st_size)
         third = start()

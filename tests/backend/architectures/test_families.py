@@ -31,6 +31,8 @@ from tests.support.config_json import make_config
 from tests.support.models import CONFIGS, write_model
 from tests.support.odd_shapes import odd_shape
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROTARY = [name for name in FAMILIES if name != "OPTForCausalLM"]
 
 
