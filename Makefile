@@ -94,7 +94,7 @@ clients: .venv/ready
 
 # vLLM itself, opt-in: 3.5 GB in an environment of its own. Of what it brings, three packages are
 # built for CUDA and break what imports them, and Triton's stub does not go with NumPy 2.
-.venv-vllm/ready: integration/vllm-requirements.txt
+.venv-vllm/ready: integration/vllm-requirements.txt pyproject.toml
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/pip install --quiet -r $<
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -21,9 +21,10 @@ from typing import Any
 
 from rich.console import Console
 
-from integration.benchmarks.handover.cutover import TimedAnswer, gap, wait_until_removed
 from integration.support.bucket import upload
 from integration.support.checkpoints import LlamaShape, cached, write_with_transformers
+from integration.support.cutover import TimedAnswer, gap, wait_until_removed
+from integration.support.limits import HANG_S
 from integration.support.scenario import (
     Answer,
     ask,
@@ -53,8 +54,6 @@ LONG_PROMPT = "A pipeline that serves becomes"
 #: More than it takes to consolidate.
 LONG_TOKENS = 1900
 KEEP_ALIVE_S = 5.0
-_ZERO_TIMEOUT_S = 60.0
-_CONSOLIDATION_TIMEOUT_S = 120.0
 
 
 def main() -> int:
@@ -127,7 +126,7 @@ def _show(
     _require_reference(checkpoint, PROMPT, answer.token_ids, console)
     _require_reference(checkpoint, LONG_PROMPT, tuple(long.token_ids), console)
     with console.status(f"waiting for scale to zero (idle for {KEEP_ALIVE_S:.0f} s)"):
-        wait_for_zero(layout, client, NAME, timeout_s=KEEP_ALIVE_S + _ZERO_TIMEOUT_S)
+        wait_for_zero(layout, client, NAME, timeout_s=KEEP_ALIVE_S + HANG_S)
     console.print("[bold]At zero again:[/] no node holds a model.\n")
     return {
         "demo": "ok",
@@ -162,16 +161,14 @@ def _consolidate(
     """Keep one request running until the pipeline has become a full instance."""
     answer, stopping = TimedAnswer(), threading.Event()
     settings = {"max_tokens": LONG_TOKENS, "ignore_eos": True}
-    pieces = stream(
-        layout.gateway_address, NAME, LONG_PROMPT, settings, timeout_s=_CONSOLIDATION_TIMEOUT_S
-    )
+    pieces = stream(layout.gateway_address, NAME, LONG_PROMPT, settings, timeout_s=HANG_S)
     with (
         console.status("a long request runs while the pipeline becomes one full instance"),
         ThreadPoolExecutor(1) as thread,
     ):
         asked = thread.submit(answer.read, pieces, stopping)
         try:
-            pipeline = wait_until_removed(client, NAME, replica, timeout_s=_CONSOLIDATION_TIMEOUT_S)
+            pipeline = wait_until_removed(client, NAME, replica, timeout_s=HANG_S)
         finally:
             stopping.set()
         asked.result()

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from integration.bad_input.refusals import Refusal
+from integration.support.refusals import Refusal
 from paraserve_backend.architectures.registry import FAMILIES
 from paraserve_backend.errors import InvalidCheckpoint, UnsupportedModel
 

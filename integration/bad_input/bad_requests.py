@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from integration.bad_input.refusals import Refusal
+from integration.support.refusals import Refusal
 from paraserve_backend.errors import InvalidRequest, NotFound, ParaServeError
 from paraserve_backend.protocol.tensors import INPUTS, OUTPUTS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from integration.bad_input.refusals import Refusal
+from integration.support.refusals import Refusal
 from paraserve_backend.errors import InvalidRequest, ParaServeError
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from integration.bad_input.refusals import Refusal
-from integration.bad_input.strict_store import (
+from integration.support.refusals import Refusal
+from integration.support.strict_store import (
     DENIED,
     EXPIRED,
     UNKNOWN_KEY,

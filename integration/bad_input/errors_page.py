@@ -12,7 +12,7 @@ from integration.bad_input.bad_checkpoints import CHECKPOINTS
 from integration.bad_input.bad_requests import BODIES, REPLICA_REQUESTS, REQUESTS
 from integration.bad_input.bad_settings import SETTINGS
 from integration.bad_input.bad_sources import SOURCES, SPECS, STORES
-from integration.bad_input.refusals import Refusal
+from integration.support.refusals import Refusal
 from paraserve_backend.errors import ParaServeError
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"

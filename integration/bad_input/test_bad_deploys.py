@@ -22,10 +22,10 @@ from integration.bad_input.bad_sources import (
     BadSpec,
     BadStore,
 )
-from integration.bad_input.refusals import each, settled, snapshot
-from integration.bad_input.strict_store import StrictStore
 from integration.support.bucket import upload
-from integration.support.tiny_cluster import Cluster, generate
+from integration.support.refusals import each, settled, snapshot
+from integration.support.strict_store import StrictStore
+from integration.support.tiny_cluster import TinyCluster, generate
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.local.layout import BUCKET
@@ -35,7 +35,7 @@ MODEL = "qwen2-tied"
 
 
 @pytest.fixture(scope="module")
-def good(cluster: Cluster) -> Iterator[pb.DeploymentSpec]:
+def good(cluster: TinyCluster) -> Iterator[pb.DeploymentSpec]:
     """A deployment at zero that still answers, rightly, when all the bad ones are through."""
     spec = pb.DeploymentSpec(name="good", source=cluster.sources[MODEL], max_stages=1)
     cluster.client.deploy(spec)
@@ -46,20 +46,20 @@ def good(cluster: Cluster) -> Iterator[pb.DeploymentSpec]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_changes(cluster: Cluster, good: pb.DeploymentSpec) -> Iterator[None]:
+def _nothing_changes(cluster: TinyCluster, good: pb.DeploymentSpec) -> Iterator[None]:
     before = snapshot(cluster)
     yield
     assert settled(lambda: snapshot(cluster), before) == before
 
 
 @pytest.fixture
-def folder(cluster: Cluster, tmp_path: Path) -> Path:
+def folder(cluster: TinyCluster, tmp_path: Path) -> Path:
     """A good checkpoint that the test may spoil."""
     stored = cluster.layout.files.buckets / BUCKET / MODEL
     return Path(shutil.copytree(stored, tmp_path / "model"))
 
 
-def refusal(cluster: Cluster, spec: pb.DeploymentSpec) -> tuple[str, str]:
+def refusal(cluster: TinyCluster, spec: pb.DeploymentSpec) -> tuple[str, str]:
     """The code and the sentence with which the scheduler refuses a deployment."""
     with pytest.raises(ParaServeError) as caught:
         cluster.client.deploy(spec)
@@ -67,7 +67,7 @@ def refusal(cluster: Cluster, spec: pb.DeploymentSpec) -> tuple[str, str]:
 
 
 @each(CHECKPOINTS)
-def test_a_bad_checkpoint(cluster: Cluster, folder: Path, case: BadCheckpoint) -> None:
+def test_a_bad_checkpoint(cluster: TinyCluster, folder: Path, case: BadCheckpoint) -> None:
     names = case.spoil(folder) or {}
     prefix = f"spoilt/{folder.parent.name}"
     source = upload(cluster.layout, folder, prefix, Console(quiet=True))
@@ -76,20 +76,20 @@ def test_a_bad_checkpoint(cluster: Cluster, folder: Path, case: BadCheckpoint) -
 
 
 @each(SPECS)
-def test_a_bad_setting(cluster: Cluster, good: pb.DeploymentSpec, case: BadSpec) -> None:
+def test_a_bad_setting(cluster: TinyCluster, good: pb.DeploymentSpec, case: BadSpec) -> None:
     spec = pb.DeploymentSpec(name="bad", source=good.source)
     spec.MergeFrom(pb.DeploymentSpec(**case.fields))
     assert refusal(cluster, spec) == case.expected(source=good.source)
 
 
 @each(SOURCES)
-def test_a_bad_source(cluster: Cluster, case: BadSpec) -> None:
+def test_a_bad_source(cluster: TinyCluster, case: BadSpec) -> None:
     spec = pb.DeploymentSpec(name="bad", **case.fields)
     assert refusal(cluster, spec) == case.expected()
 
 
 @each(STORES)
-def test_a_store_that_refuses(cluster: Cluster, folder: Path, case: BadStore) -> None:
+def test_a_store_that_refuses(cluster: TinyCluster, folder: Path, case: BadStore) -> None:
     store = StrictStore(folder, region=case.region)
     store.answer = case.answer
     source = f"s3://{BUCKET}/model"
@@ -99,7 +99,7 @@ def test_a_store_that_refuses(cluster: Cluster, folder: Path, case: BadStore) ->
     assert answer == case.expected(source=source, endpoint=url)
 
 
-def test_an_endpoint_where_nothing_answers(cluster: Cluster) -> None:
+def test_an_endpoint_where_nothing_answers(cluster: TinyCluster) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     source = f"s3://{BUCKET}/{MODEL}"
@@ -109,7 +109,7 @@ def test_an_endpoint_where_nothing_answers(cluster: Cluster) -> None:
     )
 
 
-def test_a_model_that_no_set_of_nodes_can_hold(cluster: Cluster, folder: Path) -> None:
+def test_a_model_that_no_set_of_nodes_can_hold(cluster: TinyCluster, folder: Path) -> None:
     write_huge_model(folder)
     code, sentence = refusal(cluster, pb.DeploymentSpec(name="bad", source=str(folder)))
     size = r"\d+\.\d GB"  # what is free depends on the machine
@@ -121,24 +121,27 @@ def test_a_model_that_no_set_of_nodes_can_hold(cluster: Cluster, folder: Path) -
     )
 
 
-def test_the_region_that_the_store_names_is_the_right_one(cluster: Cluster, folder: Path) -> None:
+def test_the_region_that_the_store_names_is_the_right_one(
+    cluster: TinyCluster, folder: Path
+) -> None:
     with serve(StrictStore(folder, region="eu-west-1")) as url:
         spec = pb.DeploymentSpec(
             name="far", source=f"s3://{BUCKET}/model", endpoint_url=url, region="eu-west-1"
         )
         cluster.client.deploy(spec)
+        cluster.until_known("far")
         expected = cluster.models[MODEL].greedy([3, 4], 4)
         assert generate(cluster, "far", [3, 4], 4) == expected
         cluster.client.delete("far")
 
 
 def test_deploying_the_same_again_changes_nothing(
-    cluster: Cluster, good: pb.DeploymentSpec
+    cluster: TinyCluster, good: pb.DeploymentSpec
 ) -> None:
     assert cluster.client.deploy(good).spec == cluster.client.status("good").deployments[0].spec
 
 
-def test_an_unknown_deployment_cannot_be_deleted(cluster: Cluster) -> None:
+def test_an_unknown_deployment_cannot_be_deleted(cluster: TinyCluster) -> None:
     with pytest.raises(ParaServeError) as caught:
         cluster.client.delete("nothing")
     assert (caught.value.grpc_code, str(caught.value)) == (
@@ -156,7 +159,7 @@ class Ended:
     said: str
 
 
-def deploy_command(cluster: Cluster, *words: str) -> Ended:
+def deploy_command(cluster: TinyCluster, *words: str) -> Ended:
     layout = cluster.layout
     command = [sys.executable, "-m", "paraserve_scheduler.cli", "deploy", *words]
     flags = ["--scheduler", layout.scheduler_address, "--token-file", str(layout.files.token)]
@@ -166,7 +169,7 @@ def deploy_command(cluster: Cluster, *words: str) -> Ended:
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
 @pytest.mark.parametrize("flag", ["--ttft-slo"])
-def test_a_time_that_is_none_is_wrong_usage(cluster: Cluster, flag: str, seconds: str) -> None:
+def test_a_time_that_is_none_is_wrong_usage(cluster: TinyCluster, flag: str, seconds: str) -> None:
     ended = deploy_command(cluster, "bad", "--source", "s3://m/x", flag, seconds)
     assert ended.status == 2
     assert ended.said.splitlines()[-1] == (
@@ -176,13 +179,13 @@ def test_a_time_that_is_none_is_wrong_usage(cluster: Cluster, flag: str, seconds
 
 @each([case for case in SPECS if case.words])
 def test_the_command_says_what_the_scheduler_says_and_exits_with_1(
-    cluster: Cluster, good: pb.DeploymentSpec, case: BadSpec
+    cluster: TinyCluster, good: pb.DeploymentSpec, case: BadSpec
 ) -> None:
     ended = deploy_command(cluster, *case.words, "--source", good.source)
     _, sentence = case.expected(source=good.source)
     assert ended == Ended(status=1, said=f"paraserve: {sentence}\n")
 
 
-def test_the_same_command_again_succeeds(cluster: Cluster, good: pb.DeploymentSpec) -> None:
+def test_the_same_command_again_succeeds(cluster: TinyCluster, good: pb.DeploymentSpec) -> None:
     words = ("good", "--source", good.source, "--max-stages", "1")
     assert deploy_command(cluster, *words) == Ended(status=0, said="")

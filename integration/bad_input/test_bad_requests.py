@@ -16,21 +16,21 @@ from integration.bad_input.bad_requests import (
     BadBody,
     BadRequest,
 )
-from integration.bad_input.both_protocols import (
+from integration.support.both_protocols import (
     Request,
     ask_grpc,
     ask_http,
     both_told,
     refused,
 )
-from integration.bad_input.refusals import each, settled, snapshot
-from integration.support.tiny_cluster import Cluster, Stream
+from integration.support.refusals import each, settled, snapshot
+from integration.support.tiny_cluster import Stream, TinyCluster
 
 MODEL = "qwen2-tied"
 GOOD = {"input_ids": ("INT32", [5, 6, 7])}
 
 
-def answers(cluster: Cluster, name: str) -> None:
+def answers(cluster: TinyCluster, name: str) -> None:
     """A deployment gives both clients the oracle's tokens."""
     request = Request(model=name, inputs=GOOD, parameters={"max_tokens": 8})
     expected = cluster.models[MODEL].greedy([5, 6, 7], 8)
@@ -38,7 +38,7 @@ def answers(cluster: Cluster, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def deployed(cluster: Cluster) -> Iterator[Cluster]:
+def deployed(cluster: TinyCluster) -> Iterator[TinyCluster]:
     """`asleep` is at zero and answers when all bad requests are through; `awake` has a replica."""
     cluster.deploy("asleep", MODEL, 2)
     cluster.deploy("awake", MODEL, 1)
@@ -50,7 +50,7 @@ def deployed(cluster: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_changes(deployed: Cluster) -> Iterator[None]:
+def _nothing_changes(deployed: TinyCluster) -> Iterator[None]:
     before = snapshot(deployed)
     yield
     assert settled(lambda: snapshot(deployed), before) == before
@@ -67,23 +67,23 @@ def request_of(case: BadRequest, name: str) -> Request:
 
 
 @each(REQUESTS)
-def test_a_bad_request_wakes_no_model(deployed: Cluster, case: BadRequest) -> None:
+def test_a_bad_request_wakes_no_model(deployed: TinyCluster, case: BadRequest) -> None:
     assert refused(deployed, request_of(case, "asleep")) == both_told(case.error, case.says)
 
 
 @each(REPLICA_REQUESTS)
-def test_what_only_a_replica_can_tell(deployed: Cluster, case: BadRequest) -> None:
+def test_what_only_a_replica_can_tell(deployed: TinyCluster, case: BadRequest) -> None:
     assert refused(deployed, request_of(case, "awake")) == both_told(case.error, case.says)
 
 
-def test_a_stream_tells_what_is_wrong(deployed: Cluster) -> None:
+def test_a_stream_tells_what_is_wrong(deployed: TinyCluster) -> None:
     stream = Stream(deployed, "awake", [5], max_tokens=0)
     with pytest.raises(Exception, match=r"'max_tokens' is 0; it must be at least 1\.$"):
         stream.next()
     stream.close()
 
 
-def generate_call(cluster: Cluster, body: bytes) -> tuple[int, str]:
+def generate_call(cluster: TinyCluster, body: bytes) -> tuple[int, str]:
     """Post to `generate` as curl does; return the status and the error."""
     layout = cluster.layout
     url = f"http://{layout.host}:{layout.gateway_http_port}/v2/models/asleep/generate"
@@ -94,5 +94,5 @@ def generate_call(cluster: Cluster, body: bytes) -> tuple[int, str]:
 
 
 @each(BODIES)
-def test_a_bad_body_of_generate(deployed: Cluster, case: BadBody) -> None:
+def test_a_bad_body_of_generate(deployed: TinyCluster, case: BadBody) -> None:
     assert generate_call(deployed, case.body) == (case.error.http_status, case.says)

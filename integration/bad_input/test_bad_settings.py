@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from integration.bad_input.bad_settings import SETTINGS, BadFile
-from integration.bad_input.refusals import each
+from integration.support.limits import HANG_S
+from integration.support.refusals import each
 
 
 @each(SETTINGS)
@@ -19,7 +20,13 @@ def test_a_bad_settings_file(tmp_path: Path, case: BadFile) -> None:
     command = [sys.executable, "-m", "paraserve_scheduler.cli", case.daemon, "--config", str(path)]
     environ = {key: value for key, value in os.environ.items() if key != "PARASERVE_TOKEN"}
     done = subprocess.run(
-        command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        command,
+        env=environ,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=False,
     )
     _, sentence = case.expected(path=path)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"paraserve: {sentence}\n")

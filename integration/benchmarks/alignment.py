@@ -34,6 +34,7 @@ from integration.support.checkpoints import (
     llama_bytes,
     write_raw_bf16,
 )
+from integration.support.limits import HANG_S
 from integration.support.namespaces import HUB, inside
 from integration.support.scenario import (
     Answer,
@@ -79,7 +80,6 @@ TARGETS = {"median_error": 0.15}
 _MAX_CONTEXT = 512
 _KEEP_ALIVE_S = 1.0
 _NODE_MEMORY_BYTES = 4_000_000_000
-_ZERO_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +139,7 @@ def run(folder: Path, gbit: float, seed: int, console: Console) -> dict[str, obj
         for stages in STAGES:
             put_into_bucket(layout, folder, _name(stages))
         console.print(f"{NODES} nodes with {gbit:g} Gbit/s each are up.")
-        cluster = _Cluster(layout, client, console)
+        cluster = _MeasuredCluster(layout, client, console)
         constants = cluster.measure()
         console.print(constants)
         answers = cluster.replay(trace)
@@ -166,7 +166,7 @@ def make_trace(seed: int) -> list[SimRequest]:
     return trace
 
 
-class _Cluster:
+class _MeasuredCluster:
     def __init__(self, layout: ClusterLayout, client: SchedulerClient, console: Console) -> None:
         self._layout = layout
         self._client = client
@@ -193,7 +193,7 @@ class _Cluster:
                 self._ask(name)
                 warm.append(self._ask(name).ttft_s)
                 starts.append(cold_start(self._client, name))
-                wait_for_zero(self._layout, self._client, name, timeout_s=_ZERO_TIMEOUT_S)
+                wait_for_zero(self._layout, self._client, name, timeout_s=HANG_S)
         return constants_of(starts, median(warm))
 
     def replay(self, trace: Sequence[SimRequest]) -> list[Answer]:

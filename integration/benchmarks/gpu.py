@@ -34,6 +34,7 @@ from integration.benchmarks.engine import (
 from integration.benchmarks.tier.whole_model import fetch_whole
 from integration.support.bucket import put_into_bucket
 from integration.support.checkpoints import LlamaShape, llama_bytes, write_raw_bf16
+from integration.support.limits import HANG_S
 from integration.support.scenario import ask, cold_start, wait_for_zero
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.engines.native.model.kv_cache import BLOCK_SIZE, KvCache
@@ -75,7 +76,6 @@ _STAGING_BYTES = 32 << 20
 _KV_BLOCKS_MOVED = 128
 _PROMPT, _MAX_TOKENS = "Every stage is a process of its own", 16
 _KEEP_ALIVE_S = 1.0
-_ZERO_TIMEOUT_S = 60.0
 TARGETS = {
     "load_over_pinned_copy": 0.9,
     "decode_batch_8_over_eager": 3.0,
@@ -143,7 +143,7 @@ def load_figures(fetched: Fetched, device: torch.device) -> dict[str, Any]:
     """Host memory to the device, beside what page-locked buffers can be copied with."""
     names = [tensor.name for tensor in fetched.reader.plan.tensors]
     size_bytes = sum(tensor.size_bytes for tensor in fetched.reader.plan.tensors)
-    loader = WeightLoader(fetched.reader, device, None)
+    loader = WeightLoader(fetched.reader, device)
 
     def load() -> None:
         for name in names:
@@ -287,7 +287,7 @@ def _start(
     )
     answer = ask(layout, name, _PROMPT, _MAX_TOKENS)
     console.print(timeline.render(cold_start(client, name), width=console.width))
-    wait_for_zero(layout, client, name, timeout_s=_ZERO_TIMEOUT_S)
+    wait_for_zero(layout, client, name, timeout_s=HANG_S)
     return answer.ttft_s, answer.token_ids
 
 

@@ -27,6 +27,8 @@ def test_it_is_skipped_without_a_gpu() -> None:
     assert "no CUDA GPU" in line["skipped"]
 
 
+# Two minutes where nothing else runs, six beside twenty other processes on two cores.
+@pytest.mark.timeout(3600)
 def test_every_step_of_it_runs_on_a_cpu() -> None:
     status, line = last_line("--device", "cpu", "--shape", "tiny")
     figures = line["figures"]

@@ -21,11 +21,11 @@ from integration.clients.question import (
     Question,
     Sight,
 )
-from integration.support.tiny_cluster import write_words
+from integration.support.limits import HANG_S
+from tests.support.models import write_words
 
 Json = dict[str, Any]
 
-_TIMEOUT_S = 120.0
 _KSERVE_SCRIPT = Path(__file__).with_name("kserve_client.py")
 #: Requests of one AIPerf run; on a cold deployment the first waits and the others do not.
 _AIPERF_REQUESTS = 4
@@ -180,7 +180,7 @@ def _run(*command: str) -> str:
         command,
         capture_output=True,
         text=True,
-        timeout=_TIMEOUT_S,
+        timeout=HANG_S,
         check=False,
     )
     if done.returncode:

@@ -23,9 +23,7 @@ from integration.clients.question import (
     Question,
     Sight,
 )
-
-_TIMEOUT_S = 120.0
-
+from integration.support.limits import HANG_S
 
 _Inbox = queue.SimpleQueue[
     tuple[triton_grpc.InferResult | None, triton_grpc.InferenceServerException | None]
@@ -97,7 +95,7 @@ def http_infer(gateway: Gateway, question: Question) -> Answer:
 def http_async_infer(gateway: Gateway, question: Question) -> Answer:
     with triton_http.InferenceServerClient(gateway.http_address) as client:
         request = client.async_infer(question.deployment, _http_inputs(question))
-        return _answer(request.get_result(timeout=_TIMEOUT_S))
+        return _answer(request.get_result(timeout=HANG_S))
 
 
 def http_aio_infer(gateway: Gateway, question: Question) -> Answer:
@@ -201,7 +199,7 @@ def _http_inputs(question: Question) -> list[triton_http.InferInput]:
 
 
 def _next(inbox: _Inbox) -> triton_grpc.InferResult:
-    result, error = inbox.get(timeout=_TIMEOUT_S)
+    result, error = inbox.get(timeout=HANG_S)
     if error is not None:
         raise error
     assert result is not None

@@ -19,6 +19,7 @@ from typing import Self
 import numpy as np
 import tritonclient.grpc as triton
 
+from integration.support.limits import HANG_S
 from integration.support.memory import model_processes_peak_bytes
 from paraserve_backend.errors import DeadlineExceeded, Unavailable
 from paraserve_backend.tritonserver.host.install import (
@@ -42,8 +43,6 @@ _MODEL_PY = Path(__file__).with_name("status_quo_model.py")
 _STANDALONE = REPOSITORY / "model_repository_templates" / "standalone.pbtxt"
 #: The node's own server has 8000 and the next.
 _HTTP_PORT, _GRPC_PORT, _METRICS_PORT = 7000, 7001, 7002
-_START_TIMEOUT_S = 60.0
-_ANSWER_TIMEOUT_S = 300.0
 _POLL_S = 0.02
 #: Requests to the loaded model; the quickest counts, since it is a limit that they tell.
 WARM_REQUESTS = 2
@@ -87,7 +86,7 @@ class PlainTriton:
                 self._command(install), env=self._environment(install), stdout=log, stderr=log
             )
         is_ready = http_check(f"http://{self._node.host}:{_HTTP_PORT}/v2/health/ready")
-        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        deadline_s = time.monotonic() + HANG_S
         while not is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline_s:
                 self._stop()
@@ -182,7 +181,7 @@ class PlainTriton:
     ) -> tuple[int, ...]:
         if loader is Loader.STANDALONE:
             settings = {"max_tokens": max_tokens, "ignore_eos": True}
-            pieces = stream(self._address, name, prompt, settings, timeout_s=_ANSWER_TIMEOUT_S)
+            pieces = stream(self._address, name, prompt, settings, timeout_s=HANG_S)
             return tuple(token for piece in pieces for token in piece.token_ids)
         text = triton.InferInput("text_input", [1], "BYTES")
         text.set_data_from_numpy(np.array([prompt.encode()], np.object_))
@@ -194,7 +193,7 @@ class PlainTriton:
 
     def _wait_until_unloaded(self, client: triton.InferenceServerClient, name: str) -> None:
         """An unload returns before the model's process and its memory are gone."""
-        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        deadline_s = time.monotonic() + HANG_S
         while client.is_model_ready(name) or model_processes_peak_bytes([self._node], name):
             if time.monotonic() > deadline_s:
                 raise DeadlineExceeded(f"Model {name} did not unload.")
@@ -204,7 +203,7 @@ class PlainTriton:
         if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(_START_TIMEOUT_S)
+                self._process.wait(HANG_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

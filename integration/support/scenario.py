@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import tritonclient.grpc as triton
 
+from integration.support.limits import HANG_S
 from paraserve_backend.errors import DeadlineExceeded, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.cli.views import timeline
@@ -15,9 +16,6 @@ from paraserve_scheduler.client.generate import stream
 from paraserve_scheduler.client.scheduler import SchedulerClient
 from paraserve_scheduler.local.layout import ClusterLayout
 
-_COLD_START_TIMEOUT_S = 300.0
-#: Gateways report every second.
-_REPORT_TIMEOUT_S = 5.0
 _POLL_S = 0.2
 
 
@@ -40,9 +38,7 @@ def ask(
     settings = {"max_tokens": max_tokens, "ignore_eos": True}
     text, token_ids, first_s = "", list[int](), None
     started_s = time.monotonic()
-    for piece in stream(
-        layout.gateway_address, deployment, prompt, settings, timeout_s=_COLD_START_TIMEOUT_S
-    ):
+    for piece in stream(layout.gateway_address, deployment, prompt, settings, timeout_s=HANG_S):
         first_s = first_s or time.monotonic()
         token_ids.extend(piece.token_ids)
         text += piece.text
@@ -54,7 +50,7 @@ def ask(
 
 def cold_start(client: SchedulerClient, deployment: str) -> pb.ReplicaStatus:
     """Return the newest cold start when the gateway has reported its first token."""
-    deadline = time.monotonic() + _REPORT_TIMEOUT_S
+    deadline = time.monotonic() + HANG_S
     while True:
         replica = timeline.newest(client.status(deployment))
         if replica is not None and replica.first_token_s:

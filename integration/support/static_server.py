@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from integration.support.limits import HANG_S
 from paraserve_backend.errors import NotFound, Unavailable
 
-_START_TIMEOUT_S = 10.0
 _CONFIG = """
 daemon off;
 user root;
@@ -74,7 +74,7 @@ def static_server(
 
 
 def _wait_for(host: str, port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    deadline_s = time.monotonic() + HANG_S
     while True:
         try:
             socket.create_connection((host, port), timeout=1).close()

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from integration.support.limits import HANG_S
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.client.scheduler import SchedulerClient
 from paraserve_scheduler.local.layout import (
@@ -25,9 +24,8 @@ from paraserve_scheduler.local.layout import (
     ClusterLayout,
     read_running,
 )
-from tests.support.models import VOCAB_SIZE, TinyModel, write_model
+from tests.support.models import VOCAB_SIZE, TinyModel, write_model, write_words
 
-TIMEOUT_S = 120.0
 #: Name to family, shape and largest shard.
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama-sharded": ("llama", {"num_hidden_layers": 6}, "60KB"),
@@ -37,24 +35,39 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
+class TinyCluster:
     layout: ClusterLayout
     client: SchedulerClient
     models: dict[str, TinyModel]
     sources: dict[str, str]
 
-    def deploy(self, name: str, model: str, stages: int, keep_alive_s: float = 600) -> None:
+    def deploy(
+        self,
+        name: str,
+        model: str,
+        stages: int,
+        keep_alive_s: float = HANG_S,
+        max_context: int = 256,
+    ) -> None:
         self.client.deploy(
             pb.DeploymentSpec(
                 name=name,
                 source=self.sources[model],
                 max_stages=stages,
-                max_context=256,
+                max_context=max_context,
                 keep_alive_s=keep_alive_s,
                 # The number of stages is what these tests are about.
                 consolidate=False,
             )
         )
+        self.until_known(name)
+
+    def until_known(self, name: str) -> None:
+        """Wait until the gateway has heard of it, a moment after the scheduler has answered."""
+        with contextlib.closing(
+            triton.InferenceServerClient(self.layout.gateway_address)
+        ) as client:
+            wait_until(lambda: client.is_model_ready(name))
 
     def replica(self, name: str) -> pb.ReplicaStatus:
         """The deployment's newest replica."""
@@ -72,7 +85,7 @@ class Stream:
     """One request on a stream of its own, with Triton's own client."""
 
     def __init__(
-        self, cluster: Cluster, model: str, prompt: Sequence[int], max_tokens: int
+        self, cluster: TinyCluster, model: str, prompt: Sequence[int], max_tokens: int
     ) -> None:
         self._got: queue.SimpleQueue[tuple[triton.InferResult | None, Exception | None]]
         self._got = queue.SimpleQueue()
@@ -87,7 +100,7 @@ class Stream:
         )
 
     def next(self) -> Piece:
-        result, error = self._got.get(timeout=TIMEOUT_S)
+        result, error = self._got.get(timeout=HANG_S)
         if error is not None:
             raise error
         assert result is not None
@@ -109,7 +122,7 @@ class Stream:
         self._client.close()
 
 
-def generate(cluster: Cluster, model: str, prompt: Sequence[int], max_tokens: int) -> list[int]:
+def generate(cluster: TinyCluster, model: str, prompt: Sequence[int], max_tokens: int) -> list[int]:
     return Stream(cluster, model, prompt, max_tokens).all_ids()
 
 
@@ -129,14 +142,7 @@ def write_models(folder: Path) -> tuple[dict[str, TinyModel], dict[str, Path]]:
     return models, folders
 
 
-def write_words(folder: Path) -> None:
-    """Write a tokenizer whose token `i` is the word `w<i>`."""
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = HANG_S) -> None:
     """Poll the cluster until something has happened there; fails after the time limit."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
@@ -144,7 +150,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> N
         time.sleep(0.05)
 
 
-def wait_for_blocks(cluster: Cluster, name: str, wanted: Callable[[float], bool]) -> None:
+def wait_for_blocks(cluster: TinyCluster, name: str, wanted: Callable[[float], bool]) -> None:
     replica = cluster.replica(name)
     head = next(node for node in cluster.layout.nodes if node.name == replica.parts[0].node)
     url = f"http://{head.host}:{head.triton_metrics_port}/metrics"
@@ -158,7 +164,7 @@ def wait_for_blocks(cluster: Cluster, name: str, wanted: Callable[[float], bool]
     wait_until(lambda: wanted(used()))
 
 
-def assert_nothing_left(cluster: Cluster, replica: str) -> None:
+def assert_nothing_left(cluster: TinyCluster, replica: str) -> None:
     """No model, no process and no shared memory of a replica is on any node."""
     for node in cluster.layout.nodes:
         client = triton.InferenceServerClient(f"{node.host}:{node.triton_grpc_port}")
@@ -166,10 +172,10 @@ def assert_nothing_left(cluster: Cluster, replica: str) -> None:
         ready = [model.name for model in index.models if model.state == "READY"]
         assert not [model for model in ready if model.startswith(replica)]
         client.close()
-        run_dir = cluster.layout.files.run_dir(node.name)
-        fetches = list((run_dir / "tier" / "fetches").glob(f"{replica}*"))
+        run_dir = RunDir(cluster.layout.files.run_dir(node.name))
+        fetches = list(run_dir.tier.fetches.glob(f"{replica}*"))
         assert not fetches
-        assert not list((run_dir / "keys").glob(f"{replica}*"))
+        assert not list(run_dir.keys.glob(f"{replica}*"))
     lines = _stub_lines()
     assert not [line for line in lines if replica.encode() in line]
     # Triton gives every stub a region of shared memory and tells it the name.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,18 +21,24 @@ from paraserve_backend.engines.base import (
     chosen_token,
 )
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.abilities import Abilities
+from paraserve_backend.protocol.engine_abilities import Abilities
 from paraserve_backend.protocol.sampling import ChosenToken
+from tests.support.engine_packages import write_engine_package
 
-#: The model.py of a Triton backend that has this engine besides those of the package.
-MODEL_PY = """\
+#: The model.py of a Triton backend to which a package in `folder` offers this engine.
+_MODEL_PY = """\
 import sys
-sys.path.insert(0, {repository!r})
-from integration.support.transformers_engine import TransformersEngine
-from paraserve_backend.roles.external import ENGINES
-ENGINES[TransformersEngine.abilities.name] = TransformersEngine
+sys.path[:0] = [{folder!r}, {repository!r}]
 from paraserve_backend.tritonserver.stub.model import TritonPythonModel
 """
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def model_py(folder: Path) -> str:
+    """Return the model.py of a backend that has this engine; `folder` is new."""
+    engine = f"{TransformersEngine.__module__}:{TransformersEngine.__name__}"
+    write_engine_package(folder, "second-engine", {TransformersEngine.abilities.name: engine})
+    return _MODEL_PY.format(folder=str(folder), repository=str(_REPOSITORY))
 
 
 class TransformersEngine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,12 +10,12 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from integration.support.limits import HANG_S
 from paraserve_backend.tritonserver.host.install import (
     ServerOptions,
     find_triton,
@@ -25,6 +24,7 @@ from paraserve_backend.tritonserver.host.install import (
     prepare_backend_directory,
 )
 from paraserve_scheduler.local.layout import SHM
+from tests.support.ports import free_ports
 
 _HOST = "127.0.0.1"
 
@@ -60,7 +60,7 @@ class TritonServer:
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
-    def start(self, *, timeout_s: float = 30) -> None:
+    def start(self, *, timeout_s: float = HANG_S) -> None:
         """Start and wait until it answers; the same ports after a `stop`."""
         install = replace(find_triton(), python_path_dir=self._python.parent)
         self.model_repository.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class TritonServer:
             )
         self._wait_until_live(timeout_s)
 
-    def stop(self, *, timeout_s: float = 15) -> None:
+    def stop(self, *, timeout_s: float = 60) -> None:
         """Stop it, by force if need be, and remove what it left in /dev/shm."""
         if self._process is None:
             return
@@ -127,15 +127,6 @@ class TritonServer:
                 self.stop()
                 raise RuntimeError(f"tritonserver did not start:\n{self.log[-3000:]}")
             time.sleep(0.02)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of the loopback address that nobody listens on, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((_HOST, 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _is_live(url: str) -> bool:

@@ -9,10 +9,9 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -21,19 +20,14 @@ import pytest
 from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient
 
+from integration.support.agent import AgentNode, running_node, scheduler_server
 from integration.support.triton_server import TritonServer
-from paraserve_backend.agent.config import AgentConfig
-from paraserve_backend.agent.main import run
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.rpc.paraserve_pb2_grpc import (
-    AgentStub,
-    SchedulerServicer,
-    add_SchedulerServicer_to_server,
-)
+from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
 from paraserve_backend.tritonserver.host.client import ModelState, TritonClient
 from paraserve_backend.tritonserver.host.repository import ModelRepository
-from paraserve_backend.tritonserver.host.stubs import ProcessTable, Stub
+from paraserve_backend.tritonserver.host.stubs import ProcessTable
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from tests.support.agents import make_plan
 
@@ -87,7 +81,6 @@ class TritonPythonModel:
         self.senders += [request.get_response_sender() for request in requests]
         self.busy.touch()
 """
-_LIMIT_S = 60.0
 
 
 def scripted_model(name: str, script: str = "") -> pb.ModelFiles:
@@ -117,67 +110,6 @@ def make_part(*models: pb.ModelFiles, plan: FetchPlan | None = None) -> pb.Part:
     )
 
 
-class Scheduler(SchedulerServicer):
-    """Takes every agent and keeps what it reports."""
-
-    def __init__(self) -> None:
-        self.info: asyncio.Queue[pb.NodeInfo] = asyncio.Queue()
-        self.statuses: asyncio.Queue[pb.NodeStatus] = asyncio.Queue()
-
-    async def Register(self, request: pb.NodeInfo, context: object) -> pb.RegisterReply:
-        self.info.put_nowait(request)
-        return pb.RegisterReply(heartbeat_interval_s=0.2)
-
-    async def Heartbeat(self, request: pb.NodeStatus, context: object) -> pb.HeartbeatReply:
-        self.statuses.put_nowait(request)
-        return pb.HeartbeatReply(known=True)
-
-    async def until(self, wanted: Callable[[pb.NodeStatus], bool]) -> pb.NodeStatus:
-        """Return the first report from now on that is as wanted."""
-        while not self.statuses.empty():
-            self.statuses.get_nowait()
-        while not wanted(status := await self.statuses.get()):
-            pass
-        return status
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """A running agent, its Triton, and what a test asks them."""
-
-    config: AgentConfig
-    agent: AgentAsyncStub
-    scheduler: Scheduler
-    triton: TritonClient
-    server: TritonServer
-
-    async def apply(self, part: pb.Part) -> list[pb.PartStatus]:
-        return [status async for status in self.agent.Apply(part)]
-
-    async def remove(self, replica: str = "tiny.1", deadline_s: float = 0) -> bool:
-        reply = await self.agent.Remove(pb.RemoveRequest(replica=replica, deadline_s=deadline_s))
-        return reply.was_there
-
-    async def describe(self) -> pb.NodeStatus:
-        return await self.agent.Describe(pb.DescribeRequest())
-
-    def processes(self) -> tuple[Stub, ...]:
-        return ProcessTable(self.config.model_repository).find()
-
-    async def assert_nothing_left(self) -> None:
-        states = set((await self.triton.states()).values())
-        assert states <= {ModelState.ABSENT, ModelState.UNAVAILABLE, ModelState.UNLOADING}
-        self.assert_no_traces()
-        status = await self.describe()
-        assert (list(status.tier), status.tier_used_bytes) == ([], 0)
-
-    def assert_no_traces(self) -> None:
-        assert self.processes() == ()
-        assert self.server.shm_regions() == []
-        assert list(self.config.model_repository.iterdir()) == []
-        assert not (self.config.run_dir / "keys" / "tiny.1").exists()
-
-
 @pytest.fixture
 def triton(tmp_path: Path) -> Iterator[TritonServer]:
     with TritonServer(tmp_path / "triton") as server:
@@ -186,63 +118,10 @@ def triton(tmp_path: Path) -> Iterator[TritonServer]:
         yield server
 
 
-def make_config(triton: TritonServer, scheduler: str, tmp_path: Path) -> AgentConfig:
-    return AgentConfig(
-        name="node-1",
-        scheduler=scheduler,
-        triton=triton.grpc_address,
-        model_repository=triton.model_repository,
-        run_dir=tmp_path / "run",
-        listen="127.0.0.1:0",
-        memory_bytes=1 << 30,
-        tier_bytes=0,
-    )
-
-
-@asynccontextmanager
-async def scheduler_server() -> AsyncIterator[tuple[Scheduler, str]]:
-    scheduler = Scheduler()  # type: ignore[abstract]  # an agent calls no more of it
-    server = grpc.aio.server()
-    add_SchedulerServicer_to_server(scheduler, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield scheduler, f"127.0.0.1:{port}"
-    finally:
-        await server.stop(grace=None)
-
-
-@asynccontextmanager
-async def running_node(triton: TritonServer, tmp_path: Path) -> AsyncIterator[Node]:
-    """Run an agent until the block ends; a crash of the agent ends the test."""
-    client = TritonClient(triton.grpc_address)
-    async with asyncio.timeout(_LIMIT_S), scheduler_server() as (scheduler, address):
-        config = make_config(triton, address, tmp_path)
-        agent = asyncio.create_task(run(config))
-        registered = asyncio.create_task(scheduler.info.get())
-        await asyncio.wait({agent, registered}, return_when=asyncio.FIRST_COMPLETED)
-        if agent.done():
-            agent.result()
-        async with grpc.aio.insecure_channel(registered.result().agent_address) as channel:
-            yield Node(
-                config=config,
-                agent=AgentStub(channel),
-                scheduler=scheduler,
-                triton=client,
-                server=triton,
-            )
-        agent.cancel()
-        with suppress(asyncio.CancelledError):
-            await agent
-    await client.close()
-
-
-def scenario(test: Callable[[Node], Any], triton: TritonServer, tmp_path: Path) -> None:
-    async def play() -> None:
-        async with running_node(triton, tmp_path) as node:
-            await test(node)
-
-    asyncio.run(play())
+@pytest.fixture
+async def node(triton: TritonServer, tmp_path: Path) -> AsyncIterator[AgentNode]:
+    async with running_node(triton, tmp_path) as node:
+        yield node
 
 
 def has_phase(phase: pb.Phase.ValueType) -> Callable[[pb.NodeStatus], bool]:
@@ -256,109 +135,98 @@ async def until_exists(path: Path) -> None:
 
 _READ_WEIGHTS = """
 from paraserve_backend.weights.tiers.reader import TierReader
-from paraserve_backend.telemetry.spans import SpanFile
+from paraserve_backend.telemetry.spans import SpanFile, SpanName
 tier = pathlib.Path({tier!r})
-with SpanFile(tier / "fetches" / "tiny.1.0" / "spans.jsonl").span("adopt"):
+with SpanFile(tier / "fetches" / "tiny.1.0" / "spans.jsonl").span(SpanName.ADOPT_WEIGHTS):
     TierReader.open(tier, "tiny.1.0")
 """
 
 
-def test_a_part_becomes_ready_and_is_removed_without_a_trace(
-    triton: TritonServer, tmp_path: Path
+async def test_a_part_becomes_ready_and_is_removed_without_a_trace(
+    node: AgentNode, tmp_path: Path
 ) -> None:
-    async def play(node: Node) -> None:
-        plan = make_plan(tmp_path / "model")
-        read_weights = _READ_WEIGHTS.format(tier=str(node.config.run_dir / "tier"))
-        stage, forward = "tiny.1.stage0", "tiny.1.forward"
-        part = make_part(ensemble(forward, stage), scripted_model(stage, read_weights), plan=plan)
-        part.channel_keys.CopyFrom(pb.ChannelKeys(public_key="p" * 40, secret_key="s" * 40))
+    plan = make_plan(tmp_path / "model")
+    read_weights = _READ_WEIGHTS.format(tier=str(node.config.run_dir / "tier"))
+    stage, forward = "tiny.1.stage0", "tiny.1.forward"
+    part = make_part(ensemble(forward, stage), scripted_model(stage, read_weights), plan=plan)
+    part.channel_keys.CopyFrom(pb.ChannelKeys(public_key="p" * 40, secret_key="s" * 40))
 
-        statuses = await node.apply(part)
+    statuses = await node.apply(part)
 
-        last = statuses[-1]
-        assert [status.phase for status in statuses] == [pb.STARTING] * (len(statuses) - 1) + [
-            pb.READY
-        ], last
-        assert last.fetched_bytes == last.total_bytes == plan.total_bytes
-        spans = {span.name: span for span in last.spans}
-        loads = {f"load {stage}", f"load {forward}"}
-        assert spans.keys() == {"fetch", "write models", "adopt"} | loads
-        assert all(0 < span.start_s <= span.end_s for span in last.spans)
-        assert spans["fetch"].bytes == plan.total_bytes
-        assert spans[f"load {stage}"].end_s <= spans[f"load {forward}"].start_s
-        key_file = node.config.run_dir / "keys" / "tiny.1" / "curve.key"
-        assert key_file.read_text().split() == ["p" * 40, "s" * 40]
-        assert key_file.stat().st_mode & 0o777 == 0o600
-        assert key_file.parent.stat().st_mode & 0o777 == 0o700
-        assert (await node.triton.states())[forward] is ModelState.READY
-        assert [stub.model for stub in node.processes()] == [stage]
-        assert (await node.describe()).tier[0].landed_bytes > 0
+    last = statuses[-1]
+    assert [status.phase for status in statuses] == [pb.STARTING] * (len(statuses) - 1) + [
+        pb.READY
+    ], last
+    assert last.fetched_bytes == last.total_bytes == plan.total_bytes
+    spans = {span.name: span for span in last.spans}
+    loads = {f"load {stage}", f"load {forward}"}
+    assert spans.keys() == {"fetch", "write models", "adopt weights"} | loads
+    assert all(0 < span.start_s <= span.end_s for span in last.spans)
+    assert spans["fetch"].bytes == plan.total_bytes
+    assert spans[f"load {stage}"].end_s <= spans[f"load {forward}"].start_s
+    key_file = node.config.run_dir / "keys" / "tiny.1" / "curve.key"
+    assert key_file.read_text().split() == ["p" * 40, "s" * 40]
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    assert key_file.parent.stat().st_mode & 0o777 == 0o700
+    assert (await node.triton.states())[forward] is ModelState.READY
+    assert [stub.model for stub in node.processes()] == [stage]
+    assert (await node.describe()).tier[0].landed_bytes > 0
 
-        assert await node.remove() is True
-        await node.assert_nothing_left()
-        assert await node.triton.states() == {}
-        assert await node.remove() is False
-
-    scenario(play, triton, tmp_path)
+    assert await node.remove() is True
+    await node.assert_nothing_left()
+    assert await node.triton.states() == {}
+    assert await node.remove() is False
 
 
-def test_a_model_that_fails_to_load_ends_the_part_with_its_own_sentence(
-    triton: TritonServer, tmp_path: Path
+async def test_a_model_that_fails_to_load_ends_the_part_with_its_own_sentence(
+    node: AgentNode, tmp_path: Path
 ) -> None:
     fail = """
         from paraserve_backend.errors import InvalidCheckpoint
         raise InvalidCheckpoint("Tensor x is missing: replace the file.")
     """
-
-    async def play(node: Node) -> None:
-        part = make_part(
-            scripted_model("tiny.1"),
-            scripted_model("tiny.1.link", fail),
-            plan=make_plan(tmp_path / "model"),
-        )
-        last = (await node.apply(part))[-1]
-        assert last.phase == pb.FAILED
-        assert last.failure.message == "Tensor x is missing: replace the file."
-        assert last.failure.grpc_code == "INVALID_ARGUMENT"
-        again = await node.apply(part)
-        assert [status.failure for status in again] == [last.failure]
-        assert await node.remove() is True
-        await node.assert_nothing_left()
-
-    scenario(play, triton, tmp_path)
+    part = make_part(
+        scripted_model("tiny.1"),
+        scripted_model("tiny.1.link", fail),
+        plan=make_plan(tmp_path / "model"),
+    )
+    last = (await node.apply(part))[-1]
+    assert last.phase == pb.FAILED
+    assert last.failure.message == "Tensor x is missing: replace the file."
+    assert last.failure.grpc_code == "INVALID_ARGUMENT"
+    again = await node.apply(part)
+    assert [status.failure for status in again] == [last.failure]
+    assert await node.remove() is True
+    await node.assert_nothing_left()
 
 
-def test_a_source_that_is_gone_ends_the_part_even_while_a_model_waits_for_its_bytes(
-    triton: TritonServer, tmp_path: Path
+async def test_a_source_that_is_gone_ends_the_part_even_while_a_model_waits_for_its_bytes(
+    node: AgentNode, tmp_path: Path
 ) -> None:
     wait = """
         from paraserve_backend.weights.tiers.reader import TierReader
         reader = TierReader.open(pathlib.Path({tier!r}), "tiny.1.0")
-        reader.wait_for("model.norm.weight", timeout_s=60)
+        reader.wait_for("model.norm.weight", timeout_s=600)
     """
-
-    async def play(node: Node) -> None:
-        plan = make_plan(tmp_path / "model")
-        (tmp_path / "model").rename(tmp_path / "elsewhere")
-        model = scripted_model("tiny.1", wait.format(tier=str(node.config.run_dir / "tier")))
-        last = (await node.apply(make_part(model, plan=plan)))[-1]
-        assert (last.phase, last.failure.grpc_code) == (pb.FAILED, "NOT_FOUND")
-        assert "no longer" in last.failure.message
-        await node.remove()
-        await node.assert_nothing_left()
-
-    scenario(play, triton, tmp_path)
+    plan = make_plan(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    model = scripted_model("tiny.1", wait.format(tier=str(node.config.run_dir / "tier")))
+    last = (await node.apply(make_part(model, plan=plan)))[-1]
+    assert (last.phase, last.failure.grpc_code) == (pb.FAILED, "NOT_FOUND")
+    assert "no longer" in last.failure.message
+    await node.remove()
+    await node.assert_nothing_left()
 
 
-def test_a_killed_process_is_reported_within_a_second_and_apply_heals_after_remove(
+async def test_a_killed_process_is_news_by_itself_and_apply_heals_after_remove(
     triton: TritonServer, tmp_path: Path
 ) -> None:
-    async def play(node: Node) -> None:
+    # The next heartbeat is due in an hour.
+    async with running_node(triton, tmp_path, heartbeat_interval_s=3600) as node:
         await node.apply(make_part())
         [stub] = node.processes()
         os.kill(stub.pid, signal.SIGKILL)
-        async with asyncio.timeout(1.5):
-            status = await node.scheduler.until(has_phase(pb.FAILED))
+        status = await node.scheduler.until(has_phase(pb.FAILED))
         assert status.parts[0].failure.message == "The process of model tiny.1 died."
         assert status.parts[0].failure.grpc_code == "UNAVAILABLE"
         assert await node.remove() is True
@@ -366,25 +234,19 @@ def test_a_killed_process_is_reported_within_a_second_and_apply_heals_after_remo
         assert (await node.apply(make_part()))[-1].phase == pb.READY
         assert [new.pid for new in node.processes()] != [stub.pid]
 
-    scenario(play, triton, tmp_path)
 
-
-def test_applying_a_part_twice_at_once_loads_it_once(triton: TritonServer, tmp_path: Path) -> None:
+async def test_applying_a_part_twice_at_once_loads_it_once(node: AgentNode, tmp_path: Path) -> None:
     loads = tmp_path / "loads"
     note = f"""
         with open({str(loads)!r}, "a") as file:
             file.write("loaded ")
     """
-
-    async def play(node: Node) -> None:
-        part = make_part(scripted_model("tiny.1", note))
-        first, second = await asyncio.gather(node.apply(part), node.apply(part))
-        third = await node.apply(part)
-        assert {first[-1].phase, second[-1].phase, third[-1].phase} == {pb.READY}
-        assert len(third) == 1
-        assert loads.read_text() == "loaded "
-
-    scenario(play, triton, tmp_path)
+    part = make_part(scripted_model("tiny.1", note))
+    first, second = await asyncio.gather(node.apply(part), node.apply(part))
+    third = await node.apply(part)
+    assert {first[-1].phase, second[-1].phase, third[-1].phase} == {pb.READY}
+    assert len(third) == 1
+    assert loads.read_text() == "loaded "
 
 
 def waiting_model(started: Path, gate: Path) -> pb.ModelFiles:
@@ -399,44 +261,36 @@ def waiting_model(started: Path, gate: Path) -> pb.ModelFiles:
     )
 
 
-def test_a_removal_during_the_load_waits_for_it_and_then_leaves_nothing(
-    triton: TritonServer, tmp_path: Path
+async def test_a_removal_during_the_load_waits_for_it_and_then_leaves_nothing(
+    node: AgentNode, tmp_path: Path
 ) -> None:
     started, gate = tmp_path / "started", tmp_path / "gate"
-
-    async def play(node: Node) -> None:
-        part = make_part(waiting_model(started, gate), plan=make_plan(tmp_path / "model"))
-        applying = asyncio.create_task(node.apply(part))
-        await until_exists(started)
-        removing = asyncio.create_task(node.remove())
-        await node.scheduler.until(has_phase(pb.STOPPING))
-        assert not removing.done()
-        gate.touch()
-        assert await removing is True
-        assert (await applying)[-1].phase == pb.STOPPED
-        await node.assert_nothing_left()
-
-    scenario(play, triton, tmp_path)
+    part = make_part(waiting_model(started, gate), plan=make_plan(tmp_path / "model"))
+    applying = asyncio.create_task(node.apply(part))
+    await until_exists(started)
+    removing = asyncio.create_task(node.remove())
+    await node.scheduler.until(has_phase(pb.STOPPING))
+    assert not removing.done()
+    gate.touch()
+    assert await removing is True
+    assert (await applying)[-1].phase == pb.STOPPED
+    await node.assert_nothing_left()
 
 
-def test_a_load_that_never_ends_is_killed_at_the_deadline(
-    triton: TritonServer, tmp_path: Path
+async def test_a_load_that_never_ends_is_killed_at_the_deadline(
+    node: AgentNode, tmp_path: Path
 ) -> None:
     started = tmp_path / "started"
-
-    async def play(node: Node) -> None:
-        part = make_part(waiting_model(started, tmp_path / "never"))
-        applying = asyncio.create_task(node.apply(part))
-        await until_exists(started)
-        assert await node.remove(deadline_s=0.3) is True
-        await applying
-        await node.assert_nothing_left()
-
-    scenario(play, triton, tmp_path)
+    part = make_part(waiting_model(started, tmp_path / "never"))
+    applying = asyncio.create_task(node.apply(part))
+    await until_exists(started)
+    assert await node.remove(deadline_s=0.3) is True
+    await applying
+    await node.assert_nothing_left()
 
 
 @asynccontextmanager
-async def hanging_request(node: Node) -> AsyncIterator[None]:
+async def hanging_request(node: AgentNode) -> AsyncIterator[None]:
     """Have model `tiny.1` work on a request for as long as the block runs."""
 
     async def requests() -> AsyncIterator[dict[str, object]]:
@@ -454,153 +308,111 @@ async def hanging_request(node: Node) -> AsyncIterator[None]:
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_a_request_that_never_ends_cannot_hold_up_a_removal(
-    triton: TritonServer, tmp_path: Path, is_killed: bool
+async def test_a_request_that_never_ends_cannot_hold_up_a_removal(
+    node: AgentNode, is_killed: bool
 ) -> None:
-    async def play(node: Node) -> None:
-        await node.apply(make_part(hanging_model("tiny.1")))
-        [stub] = node.processes()
-        async with hanging_request(node):
-            if is_killed:
-                os.kill(stub.pid, signal.SIGKILL)
-            async with asyncio.timeout(10):
-                assert await node.remove(deadline_s=60 if is_killed else 1) is True
-            node.assert_no_traces()
-
-    scenario(play, triton, tmp_path)
+    await node.apply(make_part(hanging_model("tiny.1")))
+    [stub] = node.processes()
+    async with hanging_request(node):
+        if is_killed:
+            os.kill(stub.pid, signal.SIGKILL)
+        # Nobody waits for the requests of a dead process: an hour would be too long for the test.
+        assert await node.remove(deadline_s=3600 if is_killed else 1) is True
+        node.assert_no_traces()
 
 
-def test_a_part_that_is_not_ready_in_time_fails_and_goes(
-    triton: TritonServer, tmp_path: Path
+async def test_a_part_that_is_not_ready_in_time_fails_and_goes(
+    node: AgentNode, tmp_path: Path
 ) -> None:
     started, gate = tmp_path / "started", tmp_path / "gate"
-
-    async def play(node: Node) -> None:
-        part = make_part(waiting_model(started, gate), plan=make_plan(tmp_path / "model"))
-        part.fetch.deadline_s = 0.5
-        last = (await node.apply(part))[-1]
-        assert last.failure.message == "Stage 0 of tiny.1 was not ready within 0.5 s."
-        assert last.failure.grpc_code == "DEADLINE_EXCEEDED"
-        gate.touch()
-        await node.remove()
-        await node.assert_nothing_left()
-
-    scenario(play, triton, tmp_path)
+    part = make_part(waiting_model(started, gate), plan=make_plan(tmp_path / "model"))
+    part.fetch.deadline_s = 0.5
+    last = (await node.apply(part))[-1]
+    assert last.failure.message == "Stage 0 of tiny.1 was not ready within 0.5 s."
+    assert last.failure.grpc_code == "DEADLINE_EXCEEDED"
+    gate.touch()
+    await node.remove()
+    await node.assert_nothing_left()
 
 
-def test_a_lost_triton_is_reported_and_serves_again_once_it_is_back(
+async def test_a_lost_triton_is_reported_and_serves_again_once_it_is_back(
+    node: AgentNode, triton: TritonServer
+) -> None:
+    await node.apply(make_part())
+    await node.scheduler.until(lambda status: status.triton_live)
+    await asyncio.to_thread(triton.stop)
+    status = await node.scheduler.until(lambda status: not status.triton_live)
+    failed = status if has_phase(pb.FAILED)(status) else None
+    failed = failed or await node.scheduler.until(has_phase(pb.FAILED))
+    assert failed.parts[0].failure.grpc_code == "UNAVAILABLE"
+    assert await node.remove() is True
+    node.assert_no_traces()
+    await asyncio.to_thread(triton.start)
+    await node.scheduler.until(lambda status: status.triton_live)
+    assert (await node.apply(make_part()))[-1].phase == pb.READY
+
+
+async def test_a_wrong_request_is_refused_with_a_sentence(node: AgentNode) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await node.apply(make_part(scripted_model("other")))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == "Model other does not belong to tiny.1."
+    assert list((await node.describe()).parts) == []
+
+
+async def test_an_agent_starts_by_removing_what_an_earlier_one_left(
     triton: TritonServer, tmp_path: Path
 ) -> None:
-    async def play(node: Node) -> None:
-        await node.apply(make_part())
-        await node.scheduler.until(lambda status: status.triton_live)
-        await asyncio.to_thread(triton.stop)
-        status = await node.scheduler.until(lambda status: not status.triton_live)
-        failed = status if has_phase(pb.FAILED)(status) else None
-        failed = failed or await node.scheduler.until(has_phase(pb.FAILED))
-        assert failed.parts[0].failure.grpc_code == "UNAVAILABLE"
-        assert await node.remove() is True
-        node.assert_no_traces()
-        await asyncio.to_thread(triton.start)
-        await node.scheduler.until(lambda status: status.triton_live)
-        assert (await node.apply(make_part()))[-1].phase == pb.READY
-
-    scenario(play, triton, tmp_path)
-
-
-def test_prefetched_bytes_are_not_fetched_again_and_a_removal_frees_them(
-    triton: TritonServer, tmp_path: Path
-) -> None:
-    async def play(node: Node) -> None:
-        plan = make_plan(tmp_path / "model")
-        request = pb.Fetch(plan_json=plan.to_json())
-        assert (await node.agent.Prefetch(request)).fetched_bytes == plan.total_bytes
-        last = (await node.apply(make_part(plan=plan)))[-1]
-        assert {span.name: span.bytes for span in last.spans}["fetch"] == 0
-        assert last.fetched_bytes == plan.total_bytes
-        await node.remove()
-        await node.agent.Prefetch(request)
-        assert await node.remove() is True
-        await node.assert_nothing_left()
-
-    scenario(play, triton, tmp_path)
-
-
-def test_a_wrong_request_is_refused_with_a_sentence(triton: TritonServer, tmp_path: Path) -> None:
-    async def play(node: Node) -> None:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await node.apply(make_part(scripted_model("other")))
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert caught.value.details() == "Model other does not belong to tiny.1."
-        assert list((await node.describe()).parts) == []
-
-    scenario(play, triton, tmp_path)
-
-
-def test_an_agent_starts_by_removing_what_an_earlier_one_left(
-    triton: TritonServer, tmp_path: Path
-) -> None:
-    async def leave_models() -> None:
-        client = TritonClient(triton.grpc_address)
-        for model in (scripted_model("tiny.1"), ensemble("tiny.1.forward", "tiny.1")):
-            ModelRepository(triton.model_repository).write(model.name, model.files)
-            await client.load(model.name)
-        await client.close()
-
-    async def play(node: Node) -> None:
+    client = TritonClient(triton.grpc_address)
+    for model in (scripted_model("tiny.1"), ensemble("tiny.1.forward", "tiny.1")):
+        ModelRepository(triton.model_repository).write(model.name, model.files)
+        await client.load(model.name)
+    await client.close()
+    (triton.model_repository / "theirs").mkdir()
+    (tmp_path / "run" / "keys" / "tiny.0").mkdir(parents=True)
+    async with running_node(triton, tmp_path) as node:
         assert await node.triton.states() == {"theirs": ModelState.ABSENT}
         assert node.processes() == ()
         assert not (node.config.run_dir / "keys" / "tiny.0").exists()
         (triton.model_repository / "theirs").rmdir()
 
-    asyncio.run(leave_models())
-    (triton.model_repository / "theirs").mkdir()
-    (tmp_path / "run" / "keys" / "tiny.0").mkdir(parents=True)
-    scenario(play, triton, tmp_path)
+
+async def test_an_agent_that_stops_takes_everything_with_it(
+    triton: TritonServer, tmp_path: Path
+) -> None:
+    async with running_node(triton, tmp_path) as node:
+        await node.apply(make_part(plan=make_plan(tmp_path / "model")))
+    node.assert_no_traces()
+    assert not node.config.run_dir.exists()
 
 
-def test_an_agent_that_stops_takes_everything_with_it(triton: TritonServer, tmp_path: Path) -> None:
-    async def play() -> None:
-        async with running_node(triton, tmp_path) as node:
-            await node.apply(make_part(plan=make_plan(tmp_path / "model")))
-        node.assert_no_traces()
-        assert not node.config.run_dir.exists()
-
-    asyncio.run(play())
-
-
-def test_the_process_stops_cleanly_on_sigterm(triton: TritonServer, tmp_path: Path) -> None:
+async def test_the_process_stops_cleanly_on_sigterm(triton: TritonServer, tmp_path: Path) -> None:
     config = tmp_path / "agent.yaml"
-
-    async def play() -> int:
-        async with asyncio.timeout(_LIMIT_S), scheduler_server() as (scheduler, address):
-            config.write_text(
-                f"name: node-1\nscheduler: {address}\ntriton: {triton.grpc_address}\n"
-                f"model_repository: {triton.model_repository}\nlisten: 127.0.0.1:0\n"
-            )
-            command = ("-m", "paraserve_backend.agent.main", f"--config={config}")
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, *command, f"--run-dir={tmp_path / 'run'}", stderr=subprocess.PIPE
-            )
-            info = await scheduler.info.get()
-            async with grpc.aio.insecure_channel(info.agent_address) as channel:
-                stub: AgentAsyncStub = AgentStub(channel)
-                phases = [status.phase async for status in stub.Apply(make_part())]
-            assert phases[-1] == pb.READY
-            process.send_signal(signal.SIGTERM)
-            await process.communicate()
-            return process.returncode or 0
-
-    assert asyncio.run(play()) == 0
+    async with scheduler_server() as (scheduler, address):
+        config.write_text(
+            f"name: node-1\nscheduler: {address}\ntriton: {triton.grpc_address}\n"
+            f"model_repository: {triton.model_repository}\nlisten: 127.0.0.1:0\n"
+        )
+        command = ("-m", "paraserve_backend.agent.main", f"--config={config}")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *command, f"--run-dir={tmp_path / 'run'}", stderr=subprocess.PIPE
+        )
+        info = await scheduler.info.get()
+        async with grpc.aio.insecure_channel(info.agent_address) as channel:
+            stub: AgentAsyncStub = AgentStub(channel)
+            phases = [status.phase async for status in stub.Apply(make_part())]
+        assert phases[-1] == pb.READY
+        process.send_signal(signal.SIGTERM)
+        await process.communicate()
+    assert process.returncode == 0
     assert ProcessTable(triton.model_repository).find() == ()
     assert list(triton.model_repository.iterdir()) == []
     assert not (tmp_path / "run").exists()
 
 
-def test_a_restricted_repository_api_needs_its_key(tmp_path: Path) -> None:
+async def test_a_restricted_repository_api_needs_its_key(tmp_path: Path) -> None:
     restriction = "--grpc-restricted-protocol=model-repository:agent-key=SECRET"
-
-    async def play(server: TritonServer) -> None:
+    with TritonServer(tmp_path / "triton", [restriction]) as server:
         without = TritonClient(server.grpc_address)
         with pytest.raises(InvalidRequest, match="set triton_key_file") as caught:
             await without.states()
@@ -612,6 +424,3 @@ def test_a_restricted_repository_api_needs_its_key(tmp_path: Path) -> None:
         await with_key.unload("tiny.1")
         await without.close()
         await with_key.close()
-
-    with TritonServer(tmp_path / "triton", [restriction]) as server:
-        asyncio.run(play(server))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from tritonclient.grpc import InferenceServerClient
 
 from integration.clients import commands, environments, triton
 from integration.clients.question import (
@@ -23,7 +22,7 @@ from integration.clients.question import (
     Question,
     Sight,
 )
-from integration.support.tiny_cluster import Cluster, wait_until
+from integration.support.tiny_cluster import TinyCluster
 
 MODEL = "llama-sharded"
 PROMPT = [5, 6, 7]
@@ -56,7 +55,7 @@ WAYS = [*ONE_REQUEST_WAYS, *params(commands.AIPERF_WAYS, "aiperf")]
 
 
 @pytest.fixture
-def gateway(cluster: Cluster) -> Gateway:
+def gateway(cluster: TinyCluster) -> Gateway:
     layout = cluster.layout
     return Gateway(
         grpc_address=layout.gateway_address,
@@ -65,19 +64,16 @@ def gateway(cluster: Cluster) -> Gateway:
 
 
 @contextmanager
-def deployed(cluster: Cluster) -> Iterator[str]:
+def deployed(cluster: TinyCluster) -> Iterator[str]:
     """A deployment at zero; of one stage, since a client cannot tell how many there are."""
     cluster.deploy("asked", MODEL, stages=1)
-    # The gateway hears of it a moment after the scheduler has answered.
-    with closing(InferenceServerClient(cluster.layout.gateway_address)) as client:
-        wait_until(lambda: client.is_model_ready("asked"))
     try:
         yield "asked"
     finally:
         cluster.client.delete("asked")
 
 
-def num_replicas(cluster: Cluster, name: str) -> int:
+def num_replicas(cluster: TinyCluster, name: str) -> int:
     return len(cluster.client.status(name).deployments[0].replicas)
 
 
@@ -88,7 +84,7 @@ def question(name: str, max_tokens: int = MAX_TOKENS) -> Question:
 
 @pytest.mark.parametrize("ask", WAYS)
 def test_a_client_gets_transformers_tokens_cold_and_warm(
-    cluster: Cluster, gateway: Gateway, ask: Ask
+    cluster: TinyCluster, gateway: Gateway, ask: Ask
 ) -> None:
     ids = cluster.models[MODEL].greedy(PROMPT, MAX_TOKENS)
     expected = Answer(token_ids=ids, text="".join(f" w{token}" for token in ids))
@@ -102,7 +98,7 @@ def test_a_client_gets_transformers_tokens_cold_and_warm(
 
 @pytest.mark.parametrize("ask", ONE_REQUEST_WAYS)
 def test_a_client_is_told_what_is_wrong_with_its_request(
-    cluster: Cluster, gateway: Gateway, ask: Ask
+    cluster: TinyCluster, gateway: Gateway, ask: Ask
 ) -> None:
     with deployed(cluster) as name:
         with pytest.raises(Exception, match="'max_tokens' is 0; it must be at least 1"):
@@ -114,7 +110,7 @@ def test_a_client_is_told_what_is_wrong_with_its_request(
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_a_client_finds_a_deployment_at_zero_ready_and_does_not_wake_it(
-    cluster: Cluster, gateway: Gateway, look: Look
+    cluster: TinyCluster, gateway: Gateway, look: Look
 ) -> None:
     with deployed(cluster) as name:
         assert look(gateway, name) == Sight(
@@ -127,7 +123,9 @@ def test_a_client_finds_a_deployment_at_zero_ready_and_does_not_wake_it(
 
 
 @needs("curl")
-def test_curl_finds_the_tensors_of_a_deployment_at_zero(cluster: Cluster, gateway: Gateway) -> None:
+def test_curl_finds_the_tensors_of_a_deployment_at_zero(
+    cluster: TinyCluster, gateway: Gateway
+) -> None:
     with deployed(cluster) as name:
         metadata = commands.curl_metadata(gateway, name)
         assert metadata["name"] == name

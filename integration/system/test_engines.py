@@ -13,7 +13,7 @@ import pytest
 import tritonclient.grpc as triton
 import zmq
 
-from integration.bad_input.single_models import (
+from integration.support.single_models import (
     FRESH,
     MAX_TOKENS,
     Asked,
@@ -23,14 +23,13 @@ from integration.bad_input.single_models import (
     load,
     unload,
 )
-from integration.support.tiny_cluster import prompts, write_words
-from integration.support.transformers_engine import MODEL_PY
-from integration.support.triton_server import TritonServer, free_ports
+from integration.support.tiny_cluster import prompts
+from integration.support.transformers_engine import model_py
+from integration.support.triton_server import TritonServer
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken
-from tests.support.models import TinyModel, write_model
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.models import TinyModel, write_model, write_words
+from tests.support.ports import free_ports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +52,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     with TritonServer(tmp_path / "ours") as ours, TritonServer(tmp_path / "theirs") as theirs:
         add_model(ours, "ours", "paraserve", checkpoint, inbox)
         load(ours, "ours")
-        theirs.add_backend("second", MODEL_PY.format(repository=str(REPOSITORY)))
+        theirs.add_backend("second", model_py(tmp_path / "package"))
         add_model(theirs, "theirs", "second", checkpoint, {"engine": "transformers"})
         load(theirs, "theirs")
         yield Pair(ours=ours, theirs=theirs, model=model)

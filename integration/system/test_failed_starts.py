@@ -13,17 +13,17 @@ import pytest
 from rich.console import Console
 from tritonclient.utils import InferenceServerException
 
-from integration.bad_input.both_protocols import (
+from integration.support.both_protocols import (
     Refused,
     Request,
     ask_grpc,
     both_told,
     refused,
 )
-from integration.bad_input.refusals import deployments, remains, settled
-from integration.bad_input.strict_store import StrictStore
 from integration.support.bucket import s3_client, upload
-from integration.support.tiny_cluster import Cluster, wait_until
+from integration.support.refusals import deployments, remains, settled
+from integration.support.strict_store import StrictStore
+from integration.support.tiny_cluster import TinyCluster, wait_until
 from paraserve_backend.errors import AccessDenied, InvalidCheckpoint
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.local.layout import BUCKET
@@ -35,17 +35,18 @@ CHANGED = f"{SHARD} has changed since it was deployed: delete the deployment and
 
 
 @pytest.fixture
-def folder(cluster: Cluster, tmp_path: Path) -> Path:
+def folder(cluster: TinyCluster, tmp_path: Path) -> Path:
     """A good checkpoint that the test may spoil once it is deployed."""
     stored = cluster.layout.files.buckets / BUCKET / MODEL
     return Path(shutil.copytree(stored, tmp_path / "model"))
 
 
 @contextmanager
-def deployed(cluster: Cluster, name: str, **spec: Any) -> Iterator[Failing]:
+def deployed(cluster: TinyCluster, name: str, **spec: Any) -> Iterator[Failing]:
     """Deploy, and delete in the end; nothing of it is left then, and all else as it was."""
     before = deployments(cluster)
     cluster.client.deploy(pb.DeploymentSpec(name=name, **spec))
+    cluster.until_known(name)
     try:
         yield Failing(cluster, name)
     finally:
@@ -55,7 +56,7 @@ def deployed(cluster: Cluster, name: str, **spec: Any) -> Iterator[Failing]:
     assert deployments(cluster) == before
 
 
-def assert_nothing_remains(cluster: Cluster, name: str) -> None:
+def assert_nothing_remains(cluster: TinyCluster, name: str) -> None:
     nothing: list[str] = []
     assert settled(lambda: remains(cluster, name), nothing) == nothing
 
@@ -63,7 +64,7 @@ def assert_nothing_remains(cluster: Cluster, name: str) -> None:
 class Failing:
     """A deployment at zero whose start fails, and leaves nothing on any node."""
 
-    def __init__(self, cluster: Cluster, name: str) -> None:
+    def __init__(self, cluster: TinyCluster, name: str) -> None:
         self._cluster = cluster
         self.request = Request(model=name, inputs={"input_ids": ("INT32", [1, 2])})
 
@@ -78,7 +79,7 @@ def failed(name: str, reason: str) -> str:
 
 
 @pytest.mark.parametrize("stages", [1, 3])
-def test_weights_that_vanish(cluster: Cluster, folder: Path, stages: int) -> None:
+def test_weights_that_vanish(cluster: TinyCluster, folder: Path, stages: int) -> None:
     source = upload(cluster.layout, folder, "vanishing", Console(quiet=True))
     with deployed(cluster, "vanished", source=source, max_stages=stages) as start:
         # All of them: one stage may miss another file first, and would name that.
@@ -90,7 +91,7 @@ def test_weights_that_vanish(cluster: Cluster, folder: Path, stages: int) -> Non
     assert told.grpc_sentence.endswith(" is no longer in the store (HTTP 404 NoSuchKey)")
 
 
-def test_weights_that_change_are_never_mixed(cluster: Cluster, folder: Path) -> None:
+def test_weights_that_change_are_never_mixed(cluster: TinyCluster, folder: Path) -> None:
     with deployed(cluster, "changed", source=str(folder), max_stages=2) as start:
         with (folder / SHARD).open("ab") as file:
             file.write(bytes(16))
@@ -99,7 +100,7 @@ def test_weights_that_change_are_never_mixed(cluster: Cluster, folder: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b"{}", b"nonsense"])
-def test_a_tokenizer_that_is_none(cluster: Cluster, folder: Path, content: bytes) -> None:
+def test_a_tokenizer_that_is_none(cluster: TinyCluster, folder: Path, content: bytes) -> None:
     (folder / "tokenizer.json").write_bytes(content)
     with deployed(cluster, "mute", source=str(folder), max_stages=1) as start:
         told = start.refused()
@@ -109,7 +110,7 @@ def test_a_tokenizer_that_is_none(cluster: Cluster, folder: Path, content: bytes
 
 
 def test_credentials_that_expire_between_two_stages_and_work_again(
-    cluster: Cluster, folder: Path
+    cluster: TinyCluster, folder: Path
 ) -> None:
     store = StrictStore(folder)
     spec = {"source": f"s3://{BUCKET}/model", "max_stages": 2}
@@ -125,7 +126,7 @@ def test_credentials_that_expire_between_two_stages_and_work_again(
         assert answer_after_a_while(cluster, start.request) == expected
 
 
-def answer_after_a_while(cluster: Cluster, request: Request) -> list[int]:
+def answer_after_a_while(cluster: TinyCluster, request: Request) -> list[int]:
     """Ask until a start is tried again: for a while a failure is told without trying."""
     answers: list[list[int]] = []
 

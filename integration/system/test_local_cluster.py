@@ -17,6 +17,7 @@ import yaml
 
 from integration.support.capped_cluster import NAME as CAPPED
 from integration.support.capped_cluster import CappedCluster, capped_cluster
+from integration.support.limits import HANG_S
 from integration.support.namespaces import HUB, missing_requirement
 from integration.support.namespaces import PREFIX as NAMESPACE_PREFIX
 from integration.support.tiny_cluster import pids, wait_until
@@ -24,7 +25,6 @@ from paraserve_scheduler.local.cluster import down, files_of, find
 from paraserve_scheduler.local.layout import SHM, ClusterFiles
 from paraserve_scheduler.local.ports import is_free
 
-WAIT_S = 60.0
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -75,10 +75,10 @@ class Home:
 def end_of(process: subprocess.Popen[str]) -> str:
     """Wait for a command's end and return what it said; one that hangs is made to say where."""
     try:
-        said, _ = process.communicate(timeout=WAIT_S)
+        said, _ = process.communicate(timeout=HANG_S)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)
-        said, _ = process.communicate(timeout=WAIT_S)
+        said, _ = process.communicate(timeout=HANG_S)
         pytest.fail(f"{process.args!r} hung:\n{said}")
     return said
 
@@ -110,7 +110,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
 
 
 def wait_until_exists(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + HANG_S
     while not path.exists() and process.poll() is None:
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.005)
@@ -208,7 +208,7 @@ def test_a_killed_supervisor_takes_all_with_it_and_the_next_up_starts_afresh(hom
 
 
 def wait_for_end(watch: int) -> None:
-    assert select.select([watch], [], [], WAIT_S)[0], "a process outlived its supervisor"
+    assert select.select([watch], [], [], HANG_S)[0], "a process outlived its supervisor"
     os.close(watch)
 
 

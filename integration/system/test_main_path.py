@@ -13,8 +13,8 @@ import pytest
 
 from integration.support.tiny_cluster import (
     MODELS,
-    Cluster,
     Stream,
+    TinyCluster,
     assert_nothing_left,
     generate,
     pids,
@@ -27,7 +27,7 @@ from integration.support.tiny_cluster import (
 STAGES = (1, 2, 3, 4)
 
 
-def test_the_sharded_checkpoint_has_shards_and_the_tied_one_no_head(cluster: Cluster) -> None:
+def test_the_sharded_checkpoint_has_shards_and_the_tied_one_no_head(cluster: TinyCluster) -> None:
     names = {name: model.weights.keys() for name, model in cluster.models.items()}
     assert "lm_head.weight" not in names["qwen2-tied"]
     assert "lm_head.weight" in names["llama-sharded"]
@@ -35,7 +35,7 @@ def test_the_sharded_checkpoint_has_shards_and_the_tied_one_no_head(cluster: Clu
 
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize("model", MODELS)
-def test_greedy_tokens_equal_transformers(cluster: Cluster, model: str, stages: int) -> None:
+def test_greedy_tokens_equal_transformers(cluster: TinyCluster, model: str, stages: int) -> None:
     name = f"{model}-{stages}"
     cluster.deploy(name, model, stages)
     prompt = prompts(1)[0]
@@ -50,7 +50,7 @@ def test_greedy_tokens_equal_transformers(cluster: Cluster, model: str, stages: 
 
 @pytest.mark.parametrize("stages", [1, 4])
 def test_sixteen_requests_that_join_and_leave_equal_their_solo_runs(
-    cluster: Cluster, stages: int
+    cluster: TinyCluster, stages: int
 ) -> None:
     name, model = f"crowd-{stages}", "llama-sharded"
     cluster.deploy(name, model, stages)
@@ -68,12 +68,12 @@ def test_sixteen_requests_that_join_and_leave_equal_their_solo_runs(
 
 
 @pytest.mark.parametrize("stages", [1, 4])
-def test_a_cancelled_stream_frees_its_kv_blocks(cluster: Cluster, stages: int) -> None:
+def test_a_cancelled_stream_frees_its_kv_blocks(cluster: TinyCluster, stages: int) -> None:
     name, model = f"cancel-{stages}", "llama-sharded"
-    cluster.deploy(name, model, stages)
+    cluster.deploy(name, model, stages, max_context=512)
     first, second = prompts(2)
     try:
-        endless = Stream(cluster, name, first, 240)
+        endless = Stream(cluster, name, first, 512 - len(first))
         endless.next()
         wait_for_blocks(cluster, name, lambda used: used > 0)
         endless.close()
@@ -83,7 +83,7 @@ def test_a_cancelled_stream_frees_its_kv_blocks(cluster: Cluster, stages: int) -
         cluster.client.delete(name)
 
 
-def test_an_idle_deployment_goes_to_zero_and_comes_back(cluster: Cluster) -> None:
+def test_an_idle_deployment_goes_to_zero_and_comes_back(cluster: TinyCluster) -> None:
     name, model = "sleepy", "qwen3-odd"
     cluster.deploy(name, model, 2, keep_alive_s=0.5)
     prompt = prompts(1)[0]
@@ -99,14 +99,14 @@ def test_an_idle_deployment_goes_to_zero_and_comes_back(cluster: Cluster) -> Non
         cluster.client.delete(name)
 
 
-def test_a_deleted_deployment_leaves_nothing_behind(cluster: Cluster) -> None:
+def test_a_deleted_deployment_leaves_nothing_behind(cluster: TinyCluster) -> None:
     cluster.deploy("gone", "qwen2-tied", 3)
     generate(cluster, "gone", [1, 2, 3], 2)
     cluster.client.delete("gone")
     assert_nothing_left(cluster, "gone.")
 
 
-def test_bad_requests_are_refused_without_waking_the_model(cluster: Cluster) -> None:
+def test_bad_requests_are_refused_without_waking_the_model(cluster: TinyCluster) -> None:
     cluster.deploy("strict", "qwen2-tied", 1)
     try:
         with pytest.raises(Exception, match="'max_tokens' is 0; it must be at least 1"):
@@ -121,7 +121,7 @@ def test_bad_requests_are_refused_without_waking_the_model(cluster: Cluster) -> 
         cluster.client.delete("strict")
 
 
-def test_an_unknown_deployment_is_named_with_those_there_are(cluster: Cluster) -> None:
+def test_an_unknown_deployment_is_named_with_those_there_are(cluster: TinyCluster) -> None:
     cluster.deploy("known", "qwen2-tied", 1)
     try:
         with pytest.raises(Exception, match=r"unknown model: 'unknown' is not found.*known"):
@@ -132,20 +132,22 @@ def test_an_unknown_deployment_is_named_with_those_there_are(cluster: Cluster) -
 
 @pytest.mark.parametrize("victim", ["generate", "stage1", "triton"])
 def test_requests_of_a_killed_process_go_on_at_the_replica_that_replaces_it(
-    cluster: Cluster, victim: str
+    cluster: TinyCluster, victim: str
 ) -> None:
     name, model = f"kill-{victim}", "llama-sharded"
     cluster.deploy(name, model, 3)
     prompt = prompts(1)[0]
     expected = cluster.models[model].greedy(prompt, 160)
     try:
-        stream = Stream(cluster, name, prompt, 160)
-        begun = stream.next().token_ids
+        generate(cluster, name, prompt, 1)
+        # Found before the request runs: it must not end while we look.
         first = cluster.replica(name).replica
         if victim == "triton":
             process = pids(cluster.layout.files)[f"{cluster.replica(name).parts[0].node}-triton"]
         else:
             (process,) = stubs(first if victim == "generate" else f"{first}.{victim}")
+        stream = Stream(cluster, name, prompt, 160)
+        begun = stream.next().token_ids
         os.kill(process, signal.SIGKILL)
         assert begun + stream.all_ids() == expected
         assert cluster.replica(name).replica != first

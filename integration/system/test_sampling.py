@@ -13,7 +13,8 @@ import pytest
 import torch
 import tritonclient.grpc as triton
 
-from integration.support.tiny_cluster import TIMEOUT_S, Cluster, prompts
+from integration.support.limits import HANG_S
+from integration.support.tiny_cluster import TinyCluster, prompts
 
 DEPLOYMENT = "sampling"
 MODEL = "llama-sharded"
@@ -27,13 +28,13 @@ NUMPY = {
 
 
 @pytest.fixture(scope="module")
-def deployed(cluster: Cluster) -> Iterator[Cluster]:
+def deployed(cluster: TinyCluster) -> Iterator[TinyCluster]:
     cluster.deploy(DEPLOYMENT, MODEL, 2)
     yield cluster
     cluster.client.delete(DEPLOYMENT)
 
 
-def ask(cluster: Cluster, inputs: Mapping[str, tuple[str, Any]]) -> list[dict[str, Any]]:
+def ask(cluster: TinyCluster, inputs: Mapping[str, tuple[str, Any]]) -> list[dict[str, Any]]:
     """Send inputs, each a datatype and its elements; return the outputs of every response."""
     got: queue.SimpleQueue[tuple[triton.InferResult | None, Exception | None]]
     got = queue.SimpleQueue()
@@ -45,7 +46,7 @@ def ask(cluster: Cluster, inputs: Mapping[str, tuple[str, Any]]) -> list[dict[st
     responses: list[dict[str, Any]] = []
     try:
         while True:
-            result, error = got.get(timeout=TIMEOUT_S)
+            result, error = got.get(timeout=HANG_S)
             if error is not None:
                 raise error
             assert result is not None
@@ -69,7 +70,7 @@ def text_of(prompt: list[int]) -> bytes:
     return " ".join(f"w{token}" for token in prompt).encode()
 
 
-def oracle(cluster: Cluster, prompt: list[int], **options: object) -> list[int]:
+def oracle(cluster: TinyCluster, prompt: list[int], **options: object) -> list[int]:
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         whole = cluster.models[MODEL].oracle.generate(
@@ -79,7 +80,7 @@ def oracle(cluster: Cluster, prompt: list[int], **options: object) -> list[int]:
 
 
 def test_a_client_of_the_vllm_backend_gets_its_outputs_with_every_response(
-    deployed: Cluster,
+    deployed: TinyCluster,
 ) -> None:
     prompt = prompts(1)[0]
     settings = {"max_tokens": "6", "min_tokens": "6", "temperature": "0", "logprobs": 2}
@@ -110,7 +111,7 @@ def test_a_client_of_the_vllm_backend_gets_its_outputs_with_every_response(
         assert result["cumulative_logprob"][0] == pytest.approx(total, abs=1e-4)
 
 
-def test_a_client_of_the_tensorrt_llm_backend_gets_its_outputs(deployed: Cluster) -> None:
+def test_a_client_of_the_tensorrt_llm_backend_gets_its_outputs(deployed: TinyCluster) -> None:
     prompt = prompts(1)[0]
     plain = oracle(deployed, prompt, max_new_tokens=8)
     (result,) = ask(
@@ -137,7 +138,7 @@ def test_a_client_of_the_tensorrt_llm_backend_gets_its_outputs(deployed: Cluster
     assert result["cum_log_probs"][0] == pytest.approx(float(each.sum()), abs=1e-4)
 
 
-def test_numbers_in_strings_reach_the_model_over_http(deployed: Cluster) -> None:
+def test_numbers_in_strings_reach_the_model_over_http(deployed: TinyCluster) -> None:
     prompt = prompts(1)[0]
     body = {
         "text_input": text_of(prompt).decode(),
@@ -145,12 +146,12 @@ def test_numbers_in_strings_reach_the_model_over_http(deployed: Cluster) -> None
     }
     layout = deployed.layout
     url = f"http://{layout.host}:{layout.gateway_http_port}/v2/models/{DEPLOYMENT}/generate"
-    with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=TIMEOUT_S) as response:
+    with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=HANG_S) as response:
         answer = json.load(response)
     assert answer["output_ids"] == oracle(deployed, prompt, max_new_tokens=5)
 
 
-def test_the_same_seed_gives_the_same_tokens_beside_other_requests(deployed: Cluster) -> None:
+def test_the_same_seed_gives_the_same_tokens_beside_other_requests(deployed: TinyCluster) -> None:
     prompt = prompts(1)[0]
     inputs = {
         "input_ids": ("INT32", prompt),

@@ -18,15 +18,8 @@ import pytest
 from rich.console import Console
 
 from integration.support.bucket import upload
-from integration.support.tiny_cluster import (
-    Cluster,
-    assert_nothing_left,
-    pids,
-    wait_until,
-    write_models,
-)
-from integration.support.triton_server import free_ports
-from integration.system.test_consolidation import (
+from integration.support.limits import PATIENT_SCHEDULER
+from integration.support.steady_load import (
     MAX_TOKENS,
     MODEL,
     PROMPTS,
@@ -35,6 +28,13 @@ from integration.system.test_consolidation import (
     replicas,
     serving,
     wait_until_gone,
+)
+from integration.support.tiny_cluster import (
+    TinyCluster,
+    assert_nothing_left,
+    pids,
+    wait_until,
+    write_models,
 )
 from paraserve_backend.errors import Unavailable
 from paraserve_backend.machine.memory import available_bytes
@@ -48,11 +48,12 @@ from paraserve_scheduler.local.cluster import (
     up,
 )
 from paraserve_scheduler.local.layout import ClusterLayout
+from tests.support.ports import free_ports
 
 PARASERVE = str(Path(sys.executable).with_name("paraserve"))
 
 
-def _answers(cluster: Cluster, name: str) -> bool:
+def _answers(cluster: TinyCluster, name: str) -> bool:
     """Whether a scheduler listens again, and knows the deployment."""
     try:
         return bool(cluster.client.status(name).deployments)
@@ -82,7 +83,7 @@ def gateway(layout: ClusterLayout) -> Iterator[ClusterLayout]:
 
 
 @pytest.fixture
-def apart(tmp_path: Path) -> Iterator[Cluster]:
+def apart(tmp_path: Path) -> Iterator[TinyCluster]:
     """A cluster of two nodes behind a gateway that outlives its scheduler."""
     environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     files = files_of("restart", environ)
@@ -92,20 +93,21 @@ def apart(tmp_path: Path) -> Iterator[Cluster]:
         available_bytes=available_bytes(Path("/proc")),
         cores=os.cpu_count() or 1,
     )
+    layout = replace(layout, scheduler_settings=PATIENT_SCHEDULER)
     models, folders = write_models(tmp_path / "models")
     try:
         up(layout, lambda _step: None)
         source = upload(layout, folders[MODEL], MODEL, Console(quiet=True))
         token = files.token.read_text(encoding="utf-8")
         with gateway(layout) as seen, SchedulerClient(layout.scheduler_address, token) as client:
-            yield Cluster(layout=seen, client=client, models=models, sources={MODEL: source})
+            yield TinyCluster(layout=seen, client=client, models=models, sources={MODEL: source})
     finally:
         down(files, delete=True)
 
 
 @pytest.mark.parametrize("moment", ["the full instance loads", "it takes over"])
 def test_a_scheduler_that_restarts_meanwhile_finishes_what_was_begun(
-    apart: Cluster, moment: str
+    apart: TinyCluster, moment: str
 ) -> None:
     expected = [apart.models[MODEL].greedy(prompt, MAX_TOKENS) for prompt in PROMPTS]
     with (

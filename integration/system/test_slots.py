@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -12,9 +11,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from integration.support.agent import AgentNode, running_node
 from integration.support.tiny_cluster import (
-    Cluster,
     Stream,
+    TinyCluster,
     assert_nothing_left,
     generate,
     prompts,
@@ -22,7 +22,6 @@ from integration.support.tiny_cluster import (
     wait_until,
 )
 from integration.support.triton_server import TritonServer
-from integration.system.test_agent import Node, scenario
 from paraserve_backend.errors import InvalidRequest, NotFound
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
@@ -39,7 +38,7 @@ PROMPT = prompts(1)[0]
 class Agents:
     """The cluster's agents, called directly."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: TinyCluster) -> None:
         token = cluster.layout.files.token.read_text(encoding="utf-8")
         self._metadata = metadata(token)
         self._channels = {
@@ -67,14 +66,14 @@ class Agents:
 
 
 @pytest.fixture
-def agents(slots_cluster: Cluster) -> Iterator[Agents]:
+def agents(slots_cluster: TinyCluster) -> Iterator[Agents]:
     agents = Agents(slots_cluster)
     agents.keep(1)
     yield agents
     agents.close()
 
 
-def start(cluster: Cluster, name: str, model: str, stages: int = 2) -> pb.ReplicaStatus:
+def start(cluster: TinyCluster, name: str, model: str, stages: int = 2) -> pb.ReplicaStatus:
     """Start a deployment by a request, whose answer must be the model's."""
     cluster.deploy(name, model, stages)
     assert generate(cluster, name, PROMPT, 8) == cluster.models[model].greedy(PROMPT, 8)
@@ -85,13 +84,13 @@ def slots_of(replica: pb.ReplicaStatus) -> dict[str, str]:
     return {model: slot for part in replica.parts for model, slot in part.status.slots.items()}
 
 
-def remove(cluster: Cluster, name: str) -> None:
+def remove(cluster: TinyCluster, name: str) -> None:
     cluster.client.delete(name)
     wait_until(lambda: all(it.spec.name != name for it in cluster.client.status().deployments))
 
 
 def test_two_deployments_in_turn_run_in_the_same_processes(
-    slots_cluster: Cluster, agents: Agents
+    slots_cluster: TinyCluster, agents: Agents
 ) -> None:
     def run(name: str, model: str) -> dict[str, list[int]]:
         replica = start(slots_cluster, name, model)
@@ -110,12 +109,12 @@ def test_two_deployments_in_turn_run_in_the_same_processes(
     assert first == second
 
 
-def process_of(cluster: Cluster, node: str, slot: str) -> int:
+def process_of(cluster: TinyCluster, node: str, slot: str) -> int:
     found = ProcessTable(cluster.layout.files.model_repository(node)).find()
     return next(stub.pid for stub in found if stub.model == slot)
 
 
-def test_a_killed_idle_slot_is_replaced(slots_cluster: Cluster, agents: Agents) -> None:
+def test_a_killed_idle_slot_is_replaced(slots_cluster: TinyCluster, agents: Agents) -> None:
     # Also those that came while another part had theirs are gone.
     wait_until(lambda: len(slots_on(slots_cluster, "node1")) == 3)
     before = slots_on(slots_cluster, "node1")
@@ -130,31 +129,33 @@ def test_a_killed_idle_slot_is_replaced(slots_cluster: Cluster, agents: Agents) 
     remove(slots_cluster, "after")
 
 
-def slots_on(cluster: Cluster, node: str) -> set[str]:
+def slots_on(cluster: TinyCluster, node: str) -> set[str]:
     found = ProcessTable(cluster.layout.files.model_repository(node)).find()
     return {stub.model for stub in found}
 
 
 @pytest.mark.parametrize("victim", ["", ".stage1"])
 def test_requests_of_a_killed_bound_slot_go_on_at_another_replica(
-    slots_cluster: Cluster, agents: Agents, victim: str
+    slots_cluster: TinyCluster, agents: Agents, victim: str
 ) -> None:
     name = f"killed{victim.replace('.', '-')}"
     slots_cluster.deploy(name, FIRST, 2)
     expected = slots_cluster.models[FIRST].greedy(PROMPT, 120)
-    stream = Stream(slots_cluster, name, PROMPT, 120)
-    begun = stream.next().token_ids
+    generate(slots_cluster, name, PROMPT, 1)
+    # Found before the request runs: it must not end while we look.
     replica = slots_cluster.replica(name)
     part = replica.parts[1 if victim else 0]
-    slot = part.status.slots[f"{replica.replica}{victim}"]
-    os.kill(process_of(slots_cluster, part.node, slot), signal.SIGKILL)
+    process = process_of(slots_cluster, part.node, part.status.slots[f"{replica.replica}{victim}"])
+    stream = Stream(slots_cluster, name, PROMPT, 120)
+    begun = stream.next().token_ids
+    os.kill(process, signal.SIGKILL)
     assert begun + stream.all_ids() == expected
     assert slots_cluster.replica(name).replica != replica.replica
     remove(slots_cluster, name)
     agents.wait(lambda status: status.idle_slots == 1)
 
 
-def test_without_slots_left_a_model_is_loaded(slots_cluster: Cluster, agents: Agents) -> None:
+def test_without_slots_left_a_model_is_loaded(slots_cluster: TinyCluster, agents: Agents) -> None:
     bound = start(slots_cluster, "bound", FIRST, 1)
     assert slots_of(bound).keys() == {"bound.1"}
     agents.keep(0)
@@ -168,35 +169,35 @@ def test_without_slots_left_a_model_is_loaded(slots_cluster: Cluster, agents: Ag
         assert_nothing_left(slots_cluster, f"{name}.1")
 
 
-def test_an_agent_removes_slots_of_an_earlier_one_and_takes_its_own_with_it(
+async def leave_slots(server: TritonServer, run_dir: Path) -> None:
+    """Load one of every kind, as an agent that was killed leaves them behind."""
+    client = TritonClient(server.grpc_address)
+    for number, place in enumerate(places(["cpu"])):
+        files = slot_files(f"slot-{number}.{place.kind}", place, str(run_dir))
+        ModelRepository(server.model_repository).write(f"slot-{number}.{place.kind}", files)
+        await client.load(f"slot-{number}.{place.kind}")
+    await client.close()
+
+
+async def test_an_agent_removes_slots_of_an_earlier_one_and_takes_its_own_with_it(
     tmp_path: Path,
 ) -> None:
-    async def leave_slots(server: TritonServer) -> None:
-        client = TritonClient(server.grpc_address)
-        for number, place in enumerate(places(["cpu"])):
-            files = slot_files(f"slot-{number}.{place.kind}", place, str(tmp_path / "run"))
-            ModelRepository(server.model_repository).write(f"slot-{number}.{place.kind}", files)
-            await client.load(f"slot-{number}.{place.kind}")
-        await client.close()
-
-    async def play(node: Node) -> None:
-        assert node.processes() == ()
-        await node.agent.KeepSlots(pb.KeepSlotsRequest(idle_slots=5))
-        status = await node.scheduler.until(lambda status: status.idle_slots > 0)
-        assert status.idle_slots == 1  # the node's setting
-        assert status.slots_bytes > 100_000_000  # torch, twice
-        assert len(node.processes()) == 3
-        await refuses_what_its_agent_did_not_mean(node)
-
     with TritonServer(tmp_path / "triton") as server:
-        asyncio.run(leave_slots(server))
-        scenario(play, server, tmp_path)
+        await leave_slots(server, tmp_path / "run")
+        async with running_node(server, tmp_path) as node:
+            assert node.processes() == ()
+            await node.agent.KeepSlots(pb.KeepSlotsRequest(idle_slots=5))
+            status = await node.scheduler.until(lambda status: status.idle_slots > 0)
+            assert status.idle_slots == 1  # the node's setting
+            assert status.slots_bytes > 100_000_000  # torch, twice
+            assert len(node.processes()) == 3
+            await refuses_what_its_agent_did_not_mean(node)
         assert ProcessTable(server.model_repository).find() == ()
         assert server.shm_regions() == []
         assert list(server.model_repository.iterdir()) == []
 
 
-async def refuses_what_its_agent_did_not_mean(node: Node) -> None:
+async def refuses_what_its_agent_did_not_mean(node: AgentNode) -> None:
     slots = {stub.model.partition(".")[2]: stub.model for stub in node.processes()}
     elsewhere = {
         "role": "generate",
@@ -214,7 +215,7 @@ async def refuses_what_its_agent_did_not_mean(node: Node) -> None:
 
 
 def test_a_pipeline_in_slots_hands_its_request_over_to_a_full_instance(
-    slots_cluster: Cluster, agents: Agents
+    slots_cluster: TinyCluster, agents: Agents
 ) -> None:
     name = "moved"
     slots_cluster.client.deploy(
@@ -222,10 +223,11 @@ def test_a_pipeline_in_slots_hands_its_request_over_to_a_full_instance(
             name=name, source=slots_cluster.sources[FIRST], max_stages=2, max_context=256
         )
     )
+    slots_cluster.until_known(name)
     expected = slots_cluster.models[FIRST].greedy(PROMPT, 160)
     stream = Stream(slots_cluster, name, PROMPT, 160)
     begun = stream.next().token_ids
-    (pipeline,) = slots_cluster.client.status(name).deployments[0].replicas
+    pipeline = slots_cluster.client.status(name).deployments[0].replicas[0]
     assert len(slots_of(pipeline)) == 4
     assert begun + stream.all_ids() == expected
 

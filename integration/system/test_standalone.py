@@ -6,11 +6,11 @@ import json
 import urllib.request
 from pathlib import Path
 
-from integration.bad_input.single_models import fetched_by, load, unload
-from integration.support.tiny_cluster import write_words
+from integration.support.limits import HANG_S
+from integration.support.single_models import fetched_by, load, unload
 from integration.support.triton_server import TritonServer
 from paraserve_backend.tritonserver.host.stubs import ProcessTable
-from tests.support.models import write_model
+from tests.support.models import write_model, write_words
 
 TEMPLATE = Path(__file__).parents[2] / "model_repository_templates" / "standalone.pbtxt"
 
@@ -19,7 +19,7 @@ def generate(server: TritonServer, text: str, max_tokens: int) -> list[int]:
     """Ask over Triton's own HTTP endpoint and return the ids of the answer."""
     body = json.dumps({"text_input": text, "max_tokens": max_tokens}).encode()
     url = f"http://{server.http_address}/v2/models/whole/generate"
-    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=HANG_S) as response:
         ids: list[int] = json.loads(response.read())["output_ids"]
     return ids
 

@@ -9,20 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from integration.support.tiny_cluster import (
-    Cluster,
+    TinyCluster,
     assert_nothing_left,
     generate,
     prompts,
     wait_until,
 )
+from paraserve_backend.protocol.span_messages import read_span
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.telemetry.spans import SpanName
 from paraserve_scheduler.local.layout import BUCKET
 
 MODEL = "llama-sharded"
 
 
 @contextmanager
-def without_store(cluster: Cluster) -> Iterator[None]:
+def without_store(cluster: TinyCluster) -> Iterator[None]:
     """Hide all models from the store."""
     bucket = cluster.layout.files.buckets / BUCKET
     hidden = bucket.rename(Path(f"{bucket}-hidden"))
@@ -34,19 +36,19 @@ def without_store(cluster: Cluster) -> Iterator[None]:
 
 def bytes_from(part: pb.ReplicaPart) -> dict[str, int]:
     return {
-        span.name.removeprefix("fetch from "): span.bytes
-        for span in part.status.spans
-        if span.name.startswith("fetch from ")
+        span.detail: span.size_bytes
+        for span in map(read_span, part.status.spans)
+        if span.name is SpanName.FETCH_FROM
     }
 
 
-def go_to_zero(cluster: Cluster, name: str) -> pb.ReplicaStatus:
+def go_to_zero(cluster: TinyCluster, name: str) -> pb.ReplicaStatus:
     wait_until(lambda: cluster.replica(name).phase == pb.STOPPED)
     return cluster.replica(name)
 
 
 def test_a_second_start_reads_its_tier_and_a_start_elsewhere_its_peer(
-    caching_cluster: Cluster,
+    caching_cluster: TinyCluster,
 ) -> None:
     cluster, name, prompt = caching_cluster, "warm", prompts(1)[0]
     expected = cluster.models[MODEL].greedy(prompt, 6)
@@ -78,22 +80,28 @@ def test_a_second_start_reads_its_tier_and_a_start_elsewhere_its_peer(
         cluster.client.delete(name)
 
 
-def extents(cluster: Cluster, node: str) -> list[Path]:
+def extents(cluster: TinyCluster, node: str) -> list[Path]:
     (settings,) = (it.agent_settings for it in cluster.layout.nodes if it.name == node)
     return list(Path(str(settings["disk_dir"])).glob("objects/*/[0-9]*-*-*"))
 
 
-def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(disk_cluster: Cluster) -> None:
+def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(
+    disk_cluster: TinyCluster,
+) -> None:
     cluster, name, prompt = disk_cluster, "stored", prompts(1)[0]
     expected = cluster.models[MODEL].greedy(prompt, 6)
-    # Bytes come to disk some seconds after the fetch, while they are still in memory.
-    cluster.deploy(name, MODEL, 1, keep_alive_s=15)
 
     def start() -> pb.ReplicaPart:
         assert generate(cluster, name, prompt, 6) == expected
         (part,) = cluster.replica(name).parts
         return part
 
+    def leave_memory() -> None:
+        """At once, and not when the replica has been idle for a while."""
+        cluster.client.delete(name)
+        cluster.deploy(name, MODEL, 1)
+
+    cluster.deploy(name, MODEL, 1)
     try:
         first = start()
         total_bytes = first.status.total_bytes
@@ -102,14 +110,15 @@ def test_a_start_reads_the_disk_and_damage_on_it_changes_no_token(disk_cluster: 
             found = extents(cluster, first.node)
             return sum(path.stat().st_size for path in found) > total_bytes
 
+        # Bytes come to disk some seconds after the fetch, while they are still in memory.
         wait_until(is_on_disk)
-        go_to_zero(cluster, name)
+        leave_memory()
         with without_store(cluster):
             second = start()
             assert second.node == first.node
             assert bytes_from(second).keys() == {"disk"}
             assert bytes_from(second)["disk"] > total_bytes  # the small files, too
-            go_to_zero(cluster, name)
+        leave_memory()
         for path in extents(cluster, first.node):
             path.write_bytes(b"x" * path.stat().st_size)
         third = start()

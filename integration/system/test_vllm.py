@@ -7,80 +7,36 @@ what runs here is all below that: adapter, role, weights in the tier, hand-over.
 from __future__ import annotations
 
 import os
-import queue
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from integration.support.limits import HANG_S
+from integration.support.vllm_role import (
+    PROMPT,
+    Gauges,
+    Reply,
+    config_of,
+    request,
+)
 from paraserve_backend.engines.base import LoopState
 from paraserve_backend.engines.signatures import VLLM, differences
-from paraserve_backend.errors import Cancelled, InvalidRequest, ParaServeError
+from paraserve_backend.errors import Cancelled, InvalidRequest
 from paraserve_backend.generation.answer import Delta
 from paraserve_backend.protocol.hand_over import Target
-from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig
-from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
+from paraserve_backend.protocol.request import WantedOutputs
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken, Sampling, Steering
 from paraserve_backend.roles.external import ExternalRole
-from tests.support.generate_settings import make_generate_config, weights_from
-from tests.support.models import VOCAB_SIZE, TinyModel, write_model
+from tests.support.models import TinyModel, write_model, write_words
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
-
-TIMEOUT_S = 120
-PROMPT = [5, 17, 42]
-
-
-@dataclass(slots=True, eq=False)
-class Reply:
-    got: queue.SimpleQueue[Delta | ParaServeError | Resume] = field(
-        default_factory=queue.SimpleQueue
-    )
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def send(self, delta: Delta) -> None:
-        self.got.put(delta)
-
-    def fail(self, error: ParaServeError) -> None:
-        self.got.put(error)
-
-    def move(self, replica: str, resume: Resume) -> None:
-        assert replica == "d.2"
-        self.got.put(resume)
-
-    def is_cancelled(self) -> bool:
-        return self.cancelled.is_set()
-
-    def next(self) -> Delta | ParaServeError | Resume:
-        return self.got.get(timeout=TIMEOUT_S)
-
-    def answer(self) -> list[int]:
-        """Return all tokens until the end."""
-        ids: list[int] = []
-        while True:
-            said = self.next()
-            assert isinstance(said, Delta), said
-            ids += said.token_ids
-            if said.finish_reason is not None:
-                return ids
-
-
-class Gauges:
-    def __init__(self) -> None:
-        self.states: queue.SimpleQueue[LoopState] = queue.SimpleQueue()
-
-    def update(self, state: LoopState) -> None:
-        self.states.put(state)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,35 +51,12 @@ class Running:
         return reply
 
 
-def request(max_tokens: int, **changes: Any) -> GenerateRequest:
-    fields: dict[str, Any] = {
-        "text": None,
-        "input_ids": tuple(PROMPT),
-        "sampling": Sampling(seed=3),
-        "max_tokens": max_tokens,
-        "is_stream": True,
-        **changes,
-    }
-    return GenerateRequest(**fields)
-
-
-def config_of(checkpoint: Path) -> GenerateConfig:
-    return make_generate_config(
-        weights_from(checkpoint),
-        kv=KvConfig(num_blocks=64, block_size=16),
-        max_context=256,
-        max_sequences=8,
-    )
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     folder = tmp_path_factory.mktemp("checkpoint")
     # vLLM's attention on a CPU takes heads of 32, 64, ... only.
     model = write_model(folder, "llama", seed=4, head_dim=32)
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
+    write_words(folder)
     return model
 
 
@@ -217,14 +150,14 @@ def test_a_cancelled_request_leaves_the_engine(running: Running) -> None:
     while isinstance(said := reply.next(), Delta):
         pass
     assert isinstance(said, Cancelled)
-    while (state := running.gauges.states.get(timeout=TIMEOUT_S)) != LoopState(requests_moved=1):
+    while (state := running.gauges.states.get(timeout=HANG_S)) != LoopState(requests_moved=1):
         assert state.running <= 1
     assert running.ask(3).answer() == running.model.greedy(PROMPT, 3)
 
 
 def test_gauges_are_vllms_own(running: Running) -> None:
     reply = running.ask(250)
-    while (state := running.gauges.states.get(timeout=TIMEOUT_S)).kv_blocks_used == 0:
+    while (state := running.gauges.states.get(timeout=HANG_S)).kv_blocks_used == 0:
         pass
     assert (state.running, state.waiting) == (1, 0)
     reply.answer()
@@ -238,7 +171,7 @@ def test_what_vllm_cannot_do_here_is_refused(running: Running) -> None:
 DIES = """
 import os, signal, sys, threading
 from pathlib import Path
-from integration.system.test_vllm import Gauges, Reply, config_of, engine_processes, request
+from integration.support.vllm_role import Gauges, Reply, config_of, engine_processes, request
 from paraserve_backend.engines.base import EngineDead
 from paraserve_backend.roles.external import ExternalRole
 
@@ -258,13 +191,6 @@ if __name__ == "__main__":
 """
 
 
-def engine_processes(parent: int) -> list[int]:
-    """Return the children of `parent` that name themselves an engine."""
-    children = Path(f"/proc/{parent}/task").glob("*/children")
-    pids = [int(pid) for each in children for pid in each.read_text().split()]
-    return [pid for pid in pids if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
 @pytest.mark.parametrize(("victim", "status"), [("engine", 70), ("role", -9)])
 def test_role_and_engine_die_together(
     model: TinyModel, tmp_path: Path, victim: str, status: int
@@ -277,7 +203,7 @@ def test_role_and_engine_die_together(
         stdout=subprocess.PIPE,
     ) as process:
         # The output ends when the last process that has it open does: all of them must.
-        process.communicate(timeout=TIMEOUT_S)
+        process.communicate(timeout=HANG_S)
     assert process.returncode == status
     for folder in Path("/dev/shm").glob(f"paraserve-standalone-{process.pid}-*"):
         shutil.rmtree(folder)

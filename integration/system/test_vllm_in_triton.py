@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.bad_input.single_models import (
+from integration.support.single_models import (
     FRESH,
     MAX_TOKENS,
     Asked,
@@ -19,12 +19,12 @@ from integration.bad_input.single_models import (
     load,
     unload,
 )
-from integration.support.tiny_cluster import prompts, wait_until, write_words
+from integration.support.tiny_cluster import prompts, wait_until
 from integration.support.triton_server import TritonServer
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken
 from paraserve_backend.tritonserver.host.stubs import ProcessTable
-from tests.support.models import TinyModel, write_model
+from tests.support.models import TinyModel, write_model, write_words
 
 ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-vllm"
 

@@ -15,8 +15,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 #: Ends a hang; installing from the registry takes half a minute.
 _TIMEOUT_S = 900
 _RENDER = """
-from paraserve_backend.tritonserver.host.model_config import Meaning, render
-print(render(Meaning(template="link", name="link", inputs=(), outputs=())).decode())
+from paraserve_backend.tritonserver.host.model_config import render
+config = render("link", name="link", inputs=(), outputs=(), parameters={}, device="cpu")
+print(config.decode())
 """
 _TESTBED = """
 from importlib import resources

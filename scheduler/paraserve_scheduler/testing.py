@@ -45,7 +45,7 @@ class ManualClock:
         return late_s
 
 
-class FakeNode:
+class FakeAgent:
     """One node's agent: takes parts and has them ready at once, unless told otherwise."""
 
     def __init__(self, info: NodeInfo) -> None:
@@ -87,9 +87,9 @@ class FakeNode:
 
 
 class FakeAgents:
-    """`Agents` over `FakeNode`s."""
+    """`Agents` over `FakeAgent`s."""
 
-    def __init__(self, nodes: Iterable[FakeNode]) -> None:
+    def __init__(self, nodes: Iterable[FakeAgent]) -> None:
         self._nodes = {node.info.agent_address: node for node in nodes}
 
     async def apply(self, address: str, part: pb.Part) -> AsyncIterator[PartState]:
@@ -115,7 +115,7 @@ class FakeAgents:
     async def keep_slots(self, address: str, idle_slots: int) -> None:
         self._reach(address).wanted_slots = idle_slots
 
-    def _reach(self, address: str) -> FakeNode:
+    def _reach(self, address: str) -> FakeAgent:
         node = self._nodes[address]
         if not node.reachable:
             message = f"The agent at {address} cannot be reached."

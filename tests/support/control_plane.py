@@ -13,18 +13,18 @@ from paraserve_scheduler.control_plane.controller.loop import Controller
 from paraserve_scheduler.state.events import DemandReported
 from paraserve_scheduler.state.records import Phase, Replica
 from paraserve_scheduler.store.sqlite import SqliteStore
-from paraserve_scheduler.testing import FakeAgents, FakeNode, ManualClock
-from tests.support.views import make_demand, make_deployment, make_node_info
+from paraserve_scheduler.testing import FakeAgent, FakeAgents, ManualClock
+from tests.support.scheduler_records import make_demand, make_deployment, make_node_info
 
 CONFIG = SchedulerConfig()
 
 
-class Cluster:
+class FakeControlPlane:
     """Nodes outlive schedulers: `restart_scheduler` takes a new one on the same state file."""
 
     def __init__(self, state_file: Path, nodes: Iterable[str]) -> None:
         self.clock = ManualClock()
-        self.nodes = {name: FakeNode(make_node_info(name)) for name in nodes}
+        self.nodes = {name: FakeAgent(make_node_info(name)) for name in nodes}
         self._state_file = state_file
         self._boot()
 
@@ -102,8 +102,8 @@ class Cluster:
 @contextlib.asynccontextmanager
 async def running(
     state_file: Path = Path(":memory:"), nodes: Iterable[str] = ("n0", "n1")
-) -> AsyncIterator[Cluster]:
-    cluster = Cluster(state_file, nodes)
+) -> AsyncIterator[FakeControlPlane]:
+    cluster = FakeControlPlane(state_file, nodes)
     try:
         await cluster.register()
         yield cluster

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from paraserve_backend.protocol.names import deployment_of
 from paraserve_scheduler.planner.cost import (
     ModelShape,
     NodeKind,
@@ -82,7 +83,7 @@ def make_need(name: str = "chat", **fields: Any) -> Need:
 
 def make_load(name: str = "chat.1", **fields: Any) -> ReplicaLoad:
     defaults: dict[str, Any] = {
-        "deployment": name.rpartition(".")[0],
+        "deployment": deployment_of(name),
         "phase": ReplicaPhase.READY,
         "capacity": 8,
         "in_flight": 0,

@@ -19,11 +19,14 @@ from tritonclient.grpc.service_pb2_grpc import (
     add_GRPCInferenceServiceServicer_to_server,
 )
 
+from paraserve_backend.protocol.tensors import INPUTS
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
+from paraserve_scheduler.gateway.admission import AdmittedRequest, admit
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.server import Gateway
-from tests.support.gateway_fakes import FakeScheduler, FakeTriton
+from tests.support.gateway_fakes import FakeScheduler, FakeTritonServer
+from tests.support.limits import HANG_S
 
 if TYPE_CHECKING:
     from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceAsyncStub
@@ -32,13 +35,13 @@ DEPLOYMENT = "tiny"
 
 
 @dataclass(kw_only=True)
-class Cluster:
+class GatewayHarness:
     gateway: Gateway
     scheduler: FakeScheduler
     scheduler_server: grpc.aio.Server
     scheduler_address: str
     #: Two servers, so that a request can go elsewhere.
-    tritons: tuple[FakeTriton, FakeTriton]
+    tritons: tuple[FakeTritonServer, FakeTritonServer]
     addresses: tuple[str, str]
     #: The first Triton's, so that it can vanish.
     server: grpc.aio.Server
@@ -46,7 +49,7 @@ class Cluster:
     channel: grpc.aio.Channel
 
     @property
-    def triton(self) -> FakeTriton:
+    def triton(self) -> FakeTritonServer:
         return self.tritons[0]
 
     @property
@@ -88,11 +91,11 @@ class Cluster:
 @contextlib.asynccontextmanager
 async def serving(
     config: GatewayConfig | None = None, *, replicas: int = 1, token: str | None = None
-) -> AsyncIterator[Cluster]:
+) -> AsyncIterator[GatewayHarness]:
     """Run a gateway for one deployment with so many ready replicas."""
     async with contextlib.AsyncExitStack() as stack:
         scheduler = FakeScheduler()
-        tritons = (FakeTriton(), FakeTriton())
+        tritons = (FakeTritonServer(), FakeTritonServer())
         scheduler_server, scheduler_address = await stack.enter_async_context(_listening(scheduler))
         listeners = [await stack.enter_async_context(_listening(each)) for each in tritons]
         settings = replace(config or make_config(), scheduler_address=scheduler_address)
@@ -101,7 +104,7 @@ async def serving(
         await gateway.start()
         session = await stack.enter_async_context(aiohttp.ClientSession())
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(gateway.grpc_address))
-        cluster = Cluster(
+        cluster = GatewayHarness(
             gateway=gateway,
             scheduler=scheduler,
             scheduler_server=scheduler_server,
@@ -118,8 +121,17 @@ async def serving(
 
 
 def make_config(**settings: Any) -> GatewayConfig:
-    listeners = {"grpc_address": "127.0.0.1:0", "http_address": "127.0.0.1:0"}
-    return GatewayConfig(**{"scheduler_address": "127.0.0.1:1", **listeners, **settings})
+    """Settings of a gateway on free ports that gives up no request, but for `settings`."""
+    defaults = {
+        "scheduler_address": "127.0.0.1:1",
+        "grpc_address": "127.0.0.1:0",
+        "http_address": "127.0.0.1:0",
+        "cold_start_timeout_s": HANG_S,
+        "first_token_timeout_s": HANG_S,
+        "inter_token_timeout_s": HANG_S,
+        "unstreamed_timeout_s": HANG_S,
+    }
+    return GatewayConfig(**{**defaults, **settings})
 
 
 def make_request(
@@ -131,6 +143,21 @@ def make_request(
     flag = request.inputs.add(name="stream", datatype="BOOL", shape=[1])
     flag.contents.bool_contents.append(stream)
     return request
+
+
+def make_raw_request(**raw: bytes) -> kserve.ModelInferRequest:
+    """A raw request with these inputs, declared as the interface wants them for one element."""
+    datatypes = {spec.name: spec.datatype for spec in INPUTS}
+    request = kserve.ModelInferRequest(model_name=DEPLOYMENT)
+    for name, content in raw.items():
+        request.inputs.add(name=name, datatype=datatypes[name], shape=[1])
+        request.raw_input_contents.append(content)
+    return request
+
+
+def admitted(message: kserve.ModelInferRequest, *, engine: str = "") -> AdmittedRequest:
+    """What a gateway makes of a message that came by a streaming call."""
+    return admit(message, pb.Route(engine=engine), may_stream=True, fresh_seed=0)
 
 
 def make_inputs(text: str = "hi", *, stream: bool = True) -> list[triton_aio.InferInput]:
@@ -147,7 +174,7 @@ def text_of(response: kserve.ModelInferResponse) -> str:
 
 
 async def read_stream(
-    cluster: Cluster, request: kserve.ModelInferRequest
+    cluster: GatewayHarness, request: kserve.ModelInferRequest
 ) -> list[kserve.ModelStreamInferResponse]:
     """Send one request on a stream of its own and return all that comes back."""
 
@@ -165,7 +192,7 @@ async def read_events(response: aiohttp.ClientResponse) -> list[dict[str, Any]]:
 
 @contextlib.asynccontextmanager
 async def _listening(
-    servicer: FakeScheduler | FakeTriton,
+    servicer: FakeScheduler | FakeTritonServer,
 ) -> AsyncIterator[tuple[grpc.aio.Server, str]]:
     server = grpc.aio.server()
     if isinstance(servicer, FakeScheduler):

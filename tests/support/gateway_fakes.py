@@ -84,7 +84,7 @@ class FakeScheduler(SchedulerServicer):
         raise NotImplementedError
 
 
-class FakeTriton(RefusedCalls):
+class FakeTritonServer(RefusedCalls):
     """Answers streams by a script; as Triton, it says what it refuses inside the stream."""
 
     def __init__(self) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.decide import decide
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.actions import Action
-from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.events import (
     DemandReported,
     Event,
@@ -19,7 +19,7 @@ from paraserve_scheduler.state.events import (
 from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.records import DeploymentState, Failure, NodeInfo, PartState, Phase
 from paraserve_scheduler.state.view import ClusterView
-from tests.support.views import (
+from tests.support.scheduler_records import (
     CONFIG,
     NOW_S,
     make_demand,
@@ -79,10 +79,19 @@ class History:
 
     def decides(self) -> tuple[Action, ...]:
         """What the policy does now; it has begun when this returns."""
-        actions = decide(self.view, self.now_s, self.config)
-        for action in actions:
-            self.view = begin(self.view, action, self.now_s)
+        actions = decide(self.turn())
+        self.do(*actions)
         return actions
+
+    def turn(self) -> Turn:
+        return Turn(view=self.view, now_s=self.now_s, config=self.config)
+
+    def do(self, *actions: Action) -> None:
+        """Have these actions begun."""
+        turn = self.turn()
+        for action in actions:
+            turn.do(action)
+        self.view = turn.view
 
     def part(self, replica: str, stage: int, phase: Phase, failure: Failure | None = None) -> None:
         state = PartState(replica=replica, stage=stage, phase=phase, failure=failure)

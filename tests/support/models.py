@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers.utils import logging as transformers_logging
 
 from paraserve_backend.architectures.registry import model_spec
@@ -120,6 +123,13 @@ def write_model(
         weights=load_file(folder / "model.safetensors"),
         oracle=model,
     )
+
+
+def write_words(folder: Path) -> None:
+    """Write a tokenizer whose token `i` is the word `w<i>`."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
 
 
 @dataclass(slots=True, kw_only=True)

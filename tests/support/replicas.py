@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import zmq
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from paraserve_backend.channel.transport import Buffer
 from paraserve_backend.engines.base import LoopState
@@ -30,6 +26,7 @@ from paraserve_backend.generation.answer import Delta
 from paraserve_backend.protocol.forward import ForwardResult
 from paraserve_backend.protocol.forward_codec import decode_result, encode_batch
 from paraserve_backend.protocol.hand_over import Target
+from paraserve_backend.protocol.names import ReplicaModels, fetch_id
 from paraserve_backend.protocol.parameters import (
     ChannelConfig,
     HandOverConfig,
@@ -40,6 +37,7 @@ from paraserve_backend.protocol.parameters import (
 )
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.protocol.sampling import Sampling
 from paraserve_backend.roles.generate import GenerateRole
 from paraserve_backend.roles.link import LinkRole
@@ -51,19 +49,18 @@ from paraserve_backend.weights.checkpoint.stages import split_layers, stage_tens
 from paraserve_backend.weights.fetching.fetch import fetch
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.memory import Tier
-from tests.support.generate_settings import make_generate_config
-from tests.support.models import VOCAB_SIZE, TinyModel, write_model
+from tests.support.generate_config import make_generate_config
+from tests.support.limits import HANG_S
+from tests.support.models import VOCAB_SIZE, TinyModel, write_model, write_words
+from tests.support.ports import free_ports
 
 KV = KvConfig(num_blocks=256, block_size=4)
-TIMEOUT_S = 60
 
 
 def make_model(folder: Path) -> TinyModel:
     """A Llama whose tokens are the words w0, w1, ..."""
     made = write_model(folder, "llama", seed=3)
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
+    write_words(folder)
     return made
 
 
@@ -117,7 +114,7 @@ class Reply:
         return self.cancelled.is_set()
 
     def next(self) -> Delta:
-        got = self.deltas.get(timeout=TIMEOUT_S)
+        got = self.deltas.get(timeout=HANG_S)
         if isinstance(got, ParaServeError):
             raise got
         return got
@@ -157,7 +154,7 @@ class ChainForward:
         with self._sending:
             hidden = self._first.step(encoded, np.array(batch.token_ids, np.int32))
             self._link.forward(encoded, hidden, answer)
-        return answered.result(timeout=TIMEOUT_S)
+        return answered.result(timeout=HANG_S)
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -200,19 +197,11 @@ def make_request(prompt: Sequence[int], max_tokens: int, **options: object) -> G
     return GenerateRequest(**fields)  # type: ignore[arg-type]
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 def fetch_stages(model: TinyModel, run_dir: Path, stages: int, replica: str) -> list[StageConfig]:
     """Fetch every stage as its agent would, and return the stages' settings without channels."""
     source = open_source(str(model.folder))
     index, spec = read_index(source), model.spec
-    tier = Tier.open(run_dir / "tier")
+    tier = Tier.open(RunDir(run_dir).tier.path)
     configs = []
     for number, layers in enumerate(
         split_layers(
@@ -224,8 +213,8 @@ def fetch_stages(model: TinyModel, run_dir: Path, stages: int, replica: str) -> 
         )
     ):
         tensors = stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
-        plan = plan_fetch(index, tensors, fetch_id=f"{replica}.{number}")
-        fetch(plan, source, tier, timeout_s=TIMEOUT_S, cancel=threading.Event())
+        plan = plan_fetch(index, tensors, fetch_id=fetch_id(replica, number))
+        fetch(tier.begin(plan), source, tier, timeout_s=HANG_S, cancel=threading.Event())
         weights = WeightsConfig(
             run_dir=run_dir, fetch_id=plan.fetch_id, source=None, endpoint_url=None, region=None
         )
@@ -268,7 +257,7 @@ def start_replica(
                 configs[0].weights,
                 replica=name,
                 kv=kv,
-                forward_model=None if stages == 1 else f"{name}.forward",
+                forward_model=None if stages == 1 else ReplicaModels(name).forward,
                 max_context=256,
                 max_sequences=16,
                 max_batch_tokens=24,
@@ -295,6 +284,6 @@ def start_pipeline(stack: contextlib.ExitStack, configs: Sequence[StageConfig]) 
     for config, channel in zip(configs, [None, *channels[1:]], strict=True):
         roles.append(StageRole(replace(config, channel=channel), open_weights(config.weights)))
         stack.callback(roles[-1].close)
-    link = LinkRole(LinkConfig(replica="d.1", channel=channels[0], forward_timeout_s=TIMEOUT_S))
+    link = LinkRole(LinkConfig(replica="d.1", channel=channels[0], forward_timeout_s=HANG_S))
     stack.callback(link.close)
     return ChainForward(roles[0], link, len(configs))

@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.support.limits import HANG_S
+
 ACCESS_KEY = "AKIDTEST"
 SECRET_KEY = "SECRETTEST"
 BUCKET = "models"
@@ -45,11 +47,11 @@ def rclone_store(folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(HANG_S)
 
 
 def _wait_for_port(port: int, server: subprocess.Popen[bytes]) -> None:
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + HANG_S
     while time.monotonic() < deadline_s:
         assert server.poll() is None, "rclone ended at once"
         try:
@@ -81,6 +83,8 @@ class ScriptedStore:
         self.objects = objects
         self.etags = {key: f'"etag-{key}"' for key in objects}
         self.script: deque[Step] = deque()
+        #: What the first GET from this byte of this object takes in place of the script's next.
+        self.steps_at: dict[tuple[str, int], Step] = {}
         self.gets: list[Get] = []
         self.sent_bytes = 0
         self.lock = threading.Lock()
@@ -89,6 +93,8 @@ class ScriptedStore:
         self.release = threading.Event()
         #: Set as soon as a GET waits.
         self.waiting = threading.Event()
+        #: GETs that wait now, whether or not anybody still wants their answer.
+        self.num_waiting = 0
 
     def refusal(self, path: str, headers: Mapping[str, str]) -> Answer | None:
         """Return the answer to a request that is refused before it is looked at."""
@@ -226,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: _Server
-    timeout = 30
+    timeout = HANG_S
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -275,7 +281,9 @@ class _Handler(BaseHTTPRequestHandler):
                 query=urlsplit(self.path).query,
             )
             store.gets.append(get)
-            step = store.script.popleft() if store.script else answer_well
+            step = store.steps_at.pop((key, start), None)
+            if step is None:
+                step = store.script.popleft() if store.script else answer_well
         step(answer)
         if store.held and store.held[0] == key and end > store.held[1]:
             self._wait()
@@ -311,5 +319,10 @@ class _Handler(BaseHTTPRequestHandler):
         return b""
 
     def _wait(self) -> None:
-        self.server.store.waiting.set()
-        self.server.store.release.wait(30)
+        store = self.server.store
+        with store.lock:
+            store.num_waiting += 1
+        store.waiting.set()
+        store.release.wait(HANG_S)
+        with store.lock:
+            store.num_waiting -= 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.rpc.addresses import split_address
 
 _ADDRESSES = (
     "scheduler",
@@ -133,6 +134,7 @@ class AgentConfig:
 
 
 def _require_address(key: str, address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise InvalidRequest(f"Setting '{key}' is {address!r}; write it as host:port.")
+    try:
+        split_address(address)
+    except InvalidRequest:
+        raise InvalidRequest(f"Setting '{key}' is {address!r}; write it as host:port.") from None

@@ -12,20 +12,20 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from paraserve_backend.agent.status import tier_messages
 from paraserve_backend.daemon.tasks import in_thread
 from paraserve_backend.errors import AlreadyExists, NotFound
+from paraserve_backend.protocol.names import replica_of
+from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.telemetry.spans import Span, SpanFile
+from paraserve_backend.telemetry.spans import Span, SpanFile, SpanName
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.fetching.fetch import FetchReport, fetch
 from paraserve_backend.weights.sources.base import Source
 from paraserve_backend.weights.sources.open import LazySource, Sources
 from paraserve_backend.weights.sources.peer import HttpPeer
 from paraserve_backend.weights.tiers.disk import DiskTier
-from paraserve_backend.weights.tiers.layout import FETCHES
 from paraserve_backend.weights.tiers.memory import Tier
 
 #: Fetches at once; the rest wait. Each only watches its own threads.
@@ -142,6 +142,7 @@ class Fetches:
         disk: DiskTier | None = None,
     ) -> None:
         self._tier = tier
+        self._dir = TierDir(tier.directory)
         self._sources = Sources()
         self._disk = disk
         self._limits = limits
@@ -186,8 +187,8 @@ class Fetches:
         return await in_thread(lambda: self._release(fetch_id))
 
     async def release_replica(self, replica: str) -> bool:
-        """Release all fetches of a replica ("<replica>.<stage>"); returns whether it had any."""
-        ids = [fetch_id for fetch_id in self._ids() if _replica(fetch_id) == replica]
+        """Release the fetches of all stages of a replica; returns whether it had any."""
+        ids = [fetch_id for fetch_id in self._ids() if replica_of(fetch_id) == replica]
         released = [await self.release(fetch_id) for fetch_id in ids]
         return any(released)
 
@@ -203,7 +204,7 @@ class Fetches:
 
     async def spans(self, fetch_id: str) -> tuple[Span, ...]:
         """Return what the processes that read a fetch have measured."""
-        return await in_thread(SpanFile(self._spans_path(fetch_id)).read)
+        return await in_thread(SpanFile(self._dir.spans(fetch_id)).read)
 
     @property
     def is_fetching(self) -> bool:
@@ -218,10 +219,6 @@ class Fetches:
     @property
     def disk_used_bytes(self) -> int:
         return self._disk.used_bytes if self._disk else 0
-
-    async def cached_bytes(self) -> int:
-        """Return how much of that gives way to new replicas."""
-        return await in_thread(lambda: self._tier.cached_bytes)
 
     def _spawn(self, request: FetchRequest, timeout_s: float) -> Fetching:
         fetching = Fetching(request)
@@ -239,12 +236,12 @@ class Fetches:
 
     def _work(self, fetching: Fetching, timeout_s: float) -> int:
         request = fetching.request
-        self._tier.begin(request.plan)
+        writer = self._tier.begin(request.plan)
         self._reserve(request)
         fetching.set_begun()
         started_s = time.time()
         report = fetch(
-            request.plan,
+            writer,
             request.open(self._sources),
             self._tier,
             timeout_s=timeout_s,
@@ -260,22 +257,26 @@ class Fetches:
 
     def _note(self, fetch_id: str, report: FetchReport, started_s: float) -> None:
         """Write into the timeline where the bytes came from, unless all came from the store."""
-        origins = {
-            "fetch from tier": report.reused_bytes,
-            "fetch from disk": report.disk_bytes,
-            "fetch from peers": report.peer_bytes,
-            "fetch from store": report.store_bytes,
-        }
-        if not any(origins[name] for name in origins if name != "fetch from store"):
+        if not report.reused_bytes + report.disk_bytes + report.peer_bytes:
             return
-        spans = SpanFile(self._spans_path(fetch_id))
-        end_s = started_s + report.total_s
-        for name, size_bytes in origins.items():
+        origins = {
+            "tier": report.reused_bytes,
+            "disk": report.disk_bytes,
+            "peers": report.peer_bytes,
+            "store": report.store_bytes,
+        }
+        spans = SpanFile(self._dir.spans(fetch_id))
+        for origin, size_bytes in origins.items():
             if size_bytes:
-                spans.append(Span(name=name, start_s=started_s, end_s=end_s, size_bytes=size_bytes))
-
-    def _spans_path(self, fetch_id: str) -> Path:
-        return self._tier.directory / FETCHES / fetch_id / "spans.jsonl"
+                spans.append(
+                    Span(
+                        name=SpanName.FETCH_FROM,
+                        detail=origin,
+                        start_s=started_s,
+                        end_s=started_s + report.total_s,
+                        size_bytes=size_bytes,
+                    )
+                )
 
     def _release(self, fetch_id: str) -> bool:
         # First: what the replica leaves may stay where it was.
@@ -315,7 +316,3 @@ class Fetches:
     def _ids(self) -> list[str]:
         in_tier = {landing.plan.fetch_id for landing in self._tier.fetches()}
         return sorted(in_tier | self._running.keys())
-
-
-def _replica(fetch_id: str) -> str:
-    return fetch_id.rpartition(".")[0]

@@ -9,10 +9,11 @@ from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.machine.devices import find_devices, hardware_kind
 from paraserve_backend.machine.memory import available_bytes
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.rpc.addresses import split_address, with_port
 
 #: The rest is left to Triton, the agent and the Python processes themselves.
 _MEMORY_SHARE = 0.8
-_ANY_HOST = ("0.0.0.0", "[::]", "::")
+_ANY_HOST = ("0.0.0.0", "::")
 
 
 def node_info(config: AgentConfig, bound_port: int, *, proc: Path, dev: Path) -> pb.NodeInfo:
@@ -50,9 +51,8 @@ def devices_of(config: AgentConfig, dev: Path) -> tuple[str, ...]:
 
 
 def _own_address(listen: str, bound_port: int) -> str:
-    host = listen.rpartition(":")[0]
-    if host in _ANY_HOST:
+    if split_address(listen)[0] in _ANY_HOST:
         raise InvalidRequest(
             f"The agent listens on {listen}: set 'advertise' to the host:port others should use."
         )
-    return f"{host}:{bound_port}"
+    return with_port(listen, bound_port)

@@ -9,16 +9,12 @@ import asyncio
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import grpc.aio
 
 from paraserve_backend.agent.config import AgentConfig
 from paraserve_backend.agent.disk_upkeep import DiskUpkeep, Upkeep
@@ -32,10 +28,14 @@ from paraserve_backend.agent.service import AgentService
 from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.agent.watchdog import Watchdog
 from paraserve_backend.channel.keys import KeyStore
-from paraserve_backend.daemon.settings import parse_arguments, read_token
+from paraserve_backend.daemon.process import run_daemon
+from paraserve_backend.daemon.settings import read_token
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
+from paraserve_backend.rpc.addresses import split_address, with_port
+from paraserve_backend.rpc.auth import require_loopback
+from paraserve_backend.rpc.channels import cluster_server, listen
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_AgentServicer_to_server
 from paraserve_backend.tritonserver.host.client import TritonClient, read_key
 from paraserve_backend.tritonserver.host.repository import ModelRepository
@@ -46,8 +46,6 @@ from paraserve_backend.weights.tiers.layout import OBJECTS
 from paraserve_backend.weights.tiers.memory import Tier
 
 logger = logging.getLogger(__name__)
-
-_UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
 async def run(config: AgentConfig) -> None:
@@ -64,7 +62,7 @@ async def run(config: AgentConfig) -> None:
     async with AsyncExitStack() as stack:
         triton = TritonClient(config.triton, key=read_key(config.triton_key_file))
         stack.push_async_callback(triton.close)
-        tier = Tier.open(config.run_dir / "tier", cache_bytes=sys.maxsize)
+        tier = Tier.open(RunDir(config.run_dir).tier.path, cache_bytes=sys.maxsize)
         config = _with_memory(config, tier)
         tier.limit_cache(config.tier_bytes or 0)
         disk = _open_disk(config)
@@ -75,7 +73,8 @@ async def run(config: AgentConfig) -> None:
         if agent.peers is not None:
             # Before the tier is given back.
             stack.callback(agent.peers.stop)
-        server, port = _listen(config.listen, token)
+        server = cluster_server(token)
+        port = listen(server, config.listen)
         stack.push_async_callback(server.stop, grace=None)
         scheduler = GrpcSchedulerPort(config.scheduler, token)
         stack.push_async_callback(scheduler.close)
@@ -127,7 +126,7 @@ class _Agent:
             repository=repository,
             unloader=unloader,
             fetches=Fetches(tier, _fetch_limits(config), token=token, disk=disk),
-            keys=KeyStore(config.run_dir / "keys"),
+            keys=KeyStore(RunDir(config.run_dir)),
             slots=slots,
             part_deadline_s=config.part_deadline_s,
             remove_deadline_s=config.remove_deadline_s,
@@ -164,13 +163,7 @@ class _Agent:
                 group.create_task(self.upkeep.run())
 
     def service(self) -> AgentService:
-        return AgentService(
-            self.parts,
-            self.node.fetches,
-            self.node.slots,
-            self.status,
-            fetch_timeout_s=self.config.part_deadline_s,
-        )
+        return AgentService(self.parts, self.node.slots, self.status)
 
     async def status(self) -> pb.NodeStatus:
         tier, used_bytes = await self.node.fetches.contents()
@@ -180,7 +173,6 @@ class _Agent:
             parts=self.parts.statuses(),
             tier=tier,
             tier_used_bytes=used_bytes,
-            tier_cached_bytes=await self.node.fetches.cached_bytes(),
             disk_used_bytes=self.node.fetches.disk_used_bytes,
             idle_slots=self.node.slots.idle_sets,
             slots_bytes=await self.node.slots.idle_bytes(),
@@ -202,7 +194,7 @@ class _Agent:
         await self.parts.remove_all()
         await self.node.slots.remove_all()
         await self.node.fetches.close()
-        tier_dir = self.config.run_dir / "tier"
+        tier_dir = RunDir(self.config.run_dir).tier.path
         if not any((tier_dir / OBJECTS).iterdir()):  # else the next agent may use what is there
             # Only what is ours: somebody may have set run_dir to a folder that holds more.
             shutil.rmtree(tier_dir)
@@ -258,13 +250,13 @@ def _fetch_limits(config: AgentConfig) -> FetchLimits:
 def _peer_server(config: AgentConfig, tier: Tier, token: str | None) -> PeerServer | None:
     if config.peer_rate_bytes_per_s == 0:
         return None
-    address = config.peer_listen or f"{config.listen.rpartition(':')[0]}:0"
+    address = config.peer_listen or with_port(config.listen, 0)
     require_loopback(address, token)
-    host, _, port = address.rpartition(":")
+    host, port = split_address(address)
     return PeerServer(
         tier,
         host=host,
-        port=int(port),
+        port=port,
         token=token,
         rate=RateLimit(config.peer_rate_bytes_per_s),
         most_connections=config.peer_connections,
@@ -273,50 +265,17 @@ def _peer_server(config: AgentConfig, tier: Tier, token: str | None) -> PeerServ
 
 def _peer_address(info: pb.NodeInfo, peers: PeerServer) -> str:
     """Where others reach `peers`: on the host on which they reach the agent."""
-    return f"{info.agent_address.rpartition(':')[0]}:{peers.port}"
+    return with_port(info.agent_address, peers.port)
 
 
-def _listen(address: str, token: str | None) -> tuple[grpc.aio.Server, int]:
-    """Return a server that is not started and its port."""
-    interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = (
-        [TokenInterceptor(token)] if token else []
-    )
-    server = grpc.aio.server(interceptors=interceptors, options=_UNLIMITED)
-    try:
-        return server, server.add_insecure_port(address)
-    except RuntimeError:
-        raise InvalidRequest(
-            f"Cannot listen on {address}: the address is in use or not ours."
-        ) from None
-
-
-async def _run_until_signal(config: AgentConfig) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Set, not cancel: a second signal must not break off the clean-up.
-        loop.add_signal_handler(number, stop.set)
-    running = asyncio.create_task(run(config))
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    running.cancel()
-    stopped.cancel()
-    try:
-        await running
-    except asyncio.CancelledError:
-        return
-
-
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the agent until SIGTERM or SIGINT.
 
     Raises:
         ParaServeError: see `run`.
     """
-    config = parse_arguments(AgentConfig, argv, program="paraserve agent")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(_run_until_signal(config))
+    return run_daemon(AgentConfig, run, argv, program="paraserve agent")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

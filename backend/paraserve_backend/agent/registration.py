@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import grpc.aio
 
+from paraserve_backend.daemon.retry import Backoff
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
+from paraserve_backend.rpc.channels import cluster_channel
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
 
 if TYPE_CHECKING:
@@ -22,9 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 5.0
-_FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 5.0
-_OPTIONS = [("grpc.max_reconnect_backoff_ms", 2000), ("grpc.max_send_message_length", -1)]
 
 
 class SchedulerPort(Protocol):
@@ -40,7 +40,7 @@ class GrpcSchedulerPort:
 
     def __init__(self, address: str, token: str | None) -> None:
         self._metadata = metadata(token)
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = cluster_channel(address)
         self._stub: SchedulerAsyncStub = SchedulerStub(self._channel)
 
     async def register(self, info: pb.NodeInfo) -> pb.RegisterReply:
@@ -81,14 +81,13 @@ class Registration:
 
     async def _register(self) -> float:
         """Return the heartbeat interval, once the scheduler has taken us."""
-        pause_s = _FIRST_PAUSE_S
+        pauses = Backoff().pauses(random.Random())
         while True:
             try:
                 reply = await self._scheduler.register(self._info)
             except grpc.aio.AioRpcError as error:
                 self._log(f"scheduler away code={error.code().name} reason={error.details()}")
-                await self._pause(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                await self._pause(next(pauses))
             else:
                 self._log("registered")
                 return reply.heartbeat_interval_s

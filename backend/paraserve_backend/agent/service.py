@@ -1,4 +1,4 @@
-"""The agent's gRPC service: passes the scheduler's commands to parts, fetches and slots.
+"""The agent's gRPC service: passes the scheduler's commands to parts and slots.
 
 It decides nothing itself.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from paraserve_backend.agent.fetches import Fetches, FetchRequest
 from paraserve_backend.agent.parts.registry import Parts
 from paraserve_backend.agent.slots import Slots
 from paraserve_backend.rpc import paraserve_pb2 as pb
@@ -19,17 +18,12 @@ class AgentService(AgentServicer):
     def __init__(
         self,
         parts: Parts,
-        fetches: Fetches,
         slots: Slots,
         status: Callable[[], Awaitable[pb.NodeStatus]],
-        *,
-        fetch_timeout_s: float,
     ) -> None:
         self._parts = parts
-        self._fetches = fetches
         self._slots = slots
         self._status = status
-        self._fetch_timeout_s = fetch_timeout_s
 
     async def Apply(self, request: pb.Part, context: Context) -> AsyncIterator[pb.PartStatus]:
         async with errors_to(context):
@@ -41,14 +35,6 @@ class AgentService(AgentServicer):
         async with errors_to(context):
             was_there = await self._parts.remove(request.replica, request.deadline_s)
         return pb.RemoveReply(was_there=was_there)
-
-    async def Prefetch(self, request: pb.Fetch, context: Context) -> pb.PrefetchReply:
-        async with errors_to(context):
-            fetching = await self._fetches.start(
-                FetchRequest.from_message(request), request.deadline_s or self._fetch_timeout_s
-            )
-            fetched_bytes = await fetching.wait()
-        return pb.PrefetchReply(fetched_bytes=fetched_bytes)
 
     async def HandOver(self, request: pb.HandOverRequest, context: Context) -> pb.HandOverReply:
         async with errors_to(context):

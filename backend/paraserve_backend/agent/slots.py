@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from paraserve_backend.daemon.tasks import finish_all, in_thread
 from paraserve_backend.errors import ParaServeError
+from paraserve_backend.protocol.names import slot_model
 from paraserve_backend.tritonserver.host.model_config import SlotPlace, places, slot_files
 from paraserve_backend.tritonserver.host.repository import ModelRepository
 from paraserve_backend.tritonserver.host.stubs import Stub
@@ -128,7 +129,7 @@ class Slots:
 
     def take(self, place: SlotPlace) -> Slot | None:
         """Return an idle slot that is the caller's until it is released; `None`: there is none."""
-        slot = next((it for it in self._in(SlotState.IDLE) if it.place == place), None)
+        slot = next((idle for idle in self._in(SlotState.IDLE) if idle.place == place), None)
         if slot is not None:
             slot.state = SlotState.TAKEN
             self._changed()
@@ -236,7 +237,7 @@ class Slots:
         return [place for place in self._places for _ in range(self._wanted_sets - idle[place])]
 
     async def _load(self, place: SlotPlace) -> None:
-        name = f"slot-{next(self._numbers)}.{place.kind}"
+        name = slot_model(next(self._numbers), place.kind)
         slot = self._slots[name] = Slot(name=name, place=place)
         files = slot_files(name, place, self._limits.run_dir)
         try:

@@ -8,30 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
 
 
 class KeyStore:
-    """`<folder>/<replica>/curve.key`: the public key, then the secret one, a line each."""
+    """A file for each replica: the public key, then the secret one, a line each."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
 
     def write(self, replica: str, keys: pb.ChannelKeys) -> None:
-        folder = self._folder / replica
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._run_dir.key_file(replica)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # O_EXCL on a fresh name: nobody can have put a readable file there before us.
-        path = folder / "curve.key"
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(f"{keys.public_key}\n{keys.secret_key}\n")
 
     def remove(self, replica: str) -> None:
-        shutil.rmtree(self._folder / replica, ignore_errors=True)
+        shutil.rmtree(self._run_dir.key_file(replica).parent, ignore_errors=True)
 
     def clear(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._run_dir.keys, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.generation.answer import Delta
-from paraserve_backend.protocol.abilities import Abilities
+from paraserve_backend.protocol.engine_abilities import Abilities
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken, Ranking, Sampling
 

@@ -5,6 +5,7 @@ Standard library only. Ranges of bytes and of layers are half-open everywhere: `
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -52,3 +53,73 @@ FORWARD_RESULT = "result"  # UINT8[-1]: an encoded `protocol.forward.ForwardResu
 #: Request parameter that names the replica a request is meant for. A slot serves one replica after
 #: the other, and refuses what was meant for another one.
 REPLICA_PARAMETER = "paraserve_replica"
+
+# ---- identifiers: nobody else puts one together or takes one apart ----
+
+
+def replica_id(deployment: str, number: int) -> str:
+    return f"{deployment}.{number}"
+
+
+def deployment_of(replica: str) -> str:
+    """Return the deployment whose replica this is; nothing if it is the id of none."""
+    return replica.rpartition(".")[0]
+
+
+def named_deployment(name: str) -> str:
+    """Return the deployment a user means, who names it or one of its replicas.
+
+    The name of a deployment has no dots.
+    """
+    return name.partition(".")[0]
+
+
+def fetch_id(replica: str, stage: int) -> str:
+    """Return the id of what one stage of a replica fetches."""
+    return f"{replica}.{stage}"
+
+
+def replica_of(fetch: str) -> str:
+    """Return the replica whose fetch this is; nothing if the fetch is no replica's."""
+    return fetch.rpartition(".")[0]
+
+
+def slot_model(number: int, kind: SlotKind) -> str:
+    """Return the name of a slot's Triton model; the number is never used again on its node."""
+    return f"slot-{number}.{kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaModels:
+    """Names of a replica's Triton models.
+
+    They begin with its id, so that no two replicas have a model in common.
+    """
+
+    replica: str
+
+    @property
+    def generate(self) -> str:
+        """The model on the head that takes requests."""
+        return self.replica
+
+    @property
+    def forward(self) -> str:
+        """The ensemble on the head that is one forward pass."""
+        return f"{self.replica}.forward"
+
+    @property
+    def link(self) -> str:
+        return f"{self.replica}.link"
+
+    def stage(self, number: int) -> str:
+        return f"{self.replica}.stage{number}"
+
+    def __contains__(self, model: str) -> bool:
+        return model == self.replica or model.startswith(f"{self.replica}.")
+
+    def short(self, model: str) -> str:
+        """Return what a model is within its replica, such as "stage0"; others keep their names."""
+        if model == self.generate:
+            return Role.GENERATE
+        return model.removeprefix(f"{self.replica}.")

@@ -17,6 +17,8 @@ from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.names import EngineName, Role, SlotKind
 
+#: Deployment and replica of a model that a user configures by hand.
+STANDALONE = "standalone"
 _LAYERS = re.compile(r"(\d+):(\d+)/(\d+)")
 
 
@@ -220,8 +222,8 @@ def _channel(parameters: _Parameters) -> ChannelConfig:
 
 def _generate(parameters: _Parameters) -> GenerateConfig:
     return GenerateConfig(
-        deployment=parameters.optional("deployment") or "standalone",
-        replica=parameters.optional("replica") or "standalone",
+        deployment=parameters.optional("deployment") or STANDALONE,
+        replica=parameters.optional("replica") or STANDALONE,
         weights=_weights(parameters),
         kv=_kv(parameters),
         device=parameters.optional("device") or "cpu",

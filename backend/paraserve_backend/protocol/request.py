@@ -1,8 +1,8 @@
 """One generate request, parsed and checked: defaults, ranges, and what is not supported.
 
-Settings of vLLM's and of TensorRT-LLM's clients are understood (docs/protocol.md). The gateway
-checks a request before it wakes a model; the replica checks it again, as clients may call it
-directly.
+Settings of vLLM's and of TensorRT-LLM's clients are understood (docs/protocol.md). A request is
+parsed twice on purpose. The gateway parses it so that a bad request wakes no model. The replica
+parses it again because it must not trust what reaches it: clients may call it directly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Role `generate` with an external engine: one full instance of the model. The table of engines.
+"""Role `generate` with an external engine: one full instance of the model.
 
 Requests move to and from other replicas by re-prefill of prompt and tokens; KV blocks do not move.
 """
@@ -7,45 +7,39 @@ from __future__ import annotations
 
 import locale
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
-from paraserve_backend.engines.base import Engine, EngineSettings, Gauges, Reply
+from paraserve_backend.engines.base import EngineSettings, Gauges, Reply
+from paraserve_backend.engines.entry_points import make_engine
 from paraserve_backend.engines.host import EngineHost, Job, engine_request
 from paraserve_backend.engines.model_folder import link_model
 from paraserve_backend.engines.process_guard import ProcessGuard
-from paraserve_backend.engines.tensorrt_llm.engine import TensorRtLlmEngine
-from paraserve_backend.engines.vllm.engine import VllmEngine
-from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.encoder import RequestEncoder
 from paraserve_backend.generation.text import read_tokenizer
-from paraserve_backend.protocol.abilities import check
+from paraserve_backend.protocol.engine_abilities import check
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import GenerateConfig
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.roles.weights import Fetched, open_weights, read_spec
+from paraserve_backend.telemetry.spans import SpanName
 
-#: What parameter `engine` may be, besides "paraserve". A model.py of one's own may add to it.
-ENGINES: dict[str, Callable[[], Engine]] = {
-    "tensorrt-llm": TensorRtLlmEngine,
-    "vllm": VllmEngine,
-}
 #: A fetch has its own, shorter limits; this one only ends a wait for a writer that vanished.
 _TIMEOUT_S = 3600.0
 
 
 class ExternalRole:
     def __init__(self, engine: str, config: GenerateConfig, gauges: Gauges) -> None:
-        """Wait for the weights and start the engine that `ENGINES` has under this name.
+        """Wait for the weights and start the engine that a package offers under this name.
 
         Raises:
-            InvalidRequest: there is no such engine, or it is not installed here.
+            InvalidRequest: there is no such engine, or it does not work here.
             ParaServeError: the weights did not arrive, or the engine did not start.
         """
-        made = _make(engine)
+        made = make_engine(engine)
         self._abilities = made.abilities
         os.environ.update(made.abilities.environment)
         os.environ.update(visible_devices(config.device, os.environ))
@@ -64,7 +58,7 @@ class ExternalRole:
             )
             if made.abilities.has_processes:
                 stack.callback(ProcessGuard().close)
-            with fetched.spans.span(f"start {engine}"):
+            with fetched.spans.span(SpanName.START_ENGINE, engine):
                 kv_blocks = settings.kv_tokens // config.kv.block_size
                 self._host = EngineHost(made, settings, gauges, kv_blocks)
             self._close = stack.pop_all().close
@@ -120,19 +114,12 @@ def visible_devices(device: str, environ: Mapping[str, str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": chosen}
 
 
-def _make(engine: str) -> Engine:
-    if engine not in ENGINES:
-        known = ", ".join(["paraserve", *ENGINES])
-        raise InvalidRequest(f"Parameter 'engine' is {engine!r}; use one of {known}.")
-    return ENGINES[engine]()
-
-
 def _settings(config: GenerateConfig, spec: ModelSpec, fetched: Fetched) -> EngineSettings:
     max_context = min(config.max_context or spec.context_length, spec.context_length)
     kv_tokens = config.max_sequences * max_context
     if config.kv.num_blocks is not None:
         kv_tokens = config.kv.num_blocks * config.kv.block_size
-    with fetched.spans.span("wait for weights"):
+    with fetched.spans.span(SpanName.WAIT_FOR_WEIGHTS):
         model_dir = link_model(fetched.reader, timeout_s=_TIMEOUT_S)
     whole = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
     return EngineSettings(

@@ -22,8 +22,8 @@ from paraserve_backend.engines.native.batcher import (
     BlockPool,
     ScheduledBatch,
 )
-from paraserve_backend.engines.native.handover_source import HandoverSource
-from paraserve_backend.engines.native.handover_target import HandoverTarget, Write
+from paraserve_backend.engines.native.handover_source import HandOverSource
+from paraserve_backend.engines.native.handover_target import HandOverTarget, Write
 from paraserve_backend.engines.native.loop import Forward, GenerateLoop, Request
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.encoder import RequestEncoder
@@ -34,6 +34,7 @@ from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.roles.weights import Fetched, open_weights, read_spec
+from paraserve_backend.telemetry.spans import SpanName
 
 if TYPE_CHECKING:
     from paraserve_backend.engines.native.model.stage import StageEngine
@@ -59,7 +60,7 @@ class GenerateRole:
             forward = _local_forward(fetched, spec, kv, config.device, self._mailbox.send)
             write = forward.write
         pool = BlockPool(kv.num_blocks)
-        handover_source = HandoverSource(
+        handover_source = HandOverSource(
             self._mailbox.send,
             inbox=self._mailbox.address,
             block_size=kv.block_size,
@@ -67,7 +68,7 @@ class GenerateRole:
             num_layers=spec.num_layers,
             now_s=time.monotonic,
         )
-        handover_target = HandoverTarget(pool, write, self._mailbox.send, time.monotonic)
+        handover_target = HandOverTarget(pool, write, self._mailbox.send, time.monotonic)
         limits = BatchingLimits(
             max_sequences=config.max_sequences,
             max_batch_tokens=config.max_batch_tokens,
@@ -170,7 +171,7 @@ def _local_forward(
     fetched: Fetched, spec: ModelSpec, kv: KvConfig, device: str, send: SendMessage
 ) -> LocalForward:
     # The head of a pipeline must not pay for it.
-    with fetched.spans.span("import torch"):
+    with fetched.spans.span(SpanName.IMPORT_TORCH):
         from paraserve_backend.engines.native.model.load import load_engine
 
     engine = load_engine(

@@ -29,6 +29,7 @@ from paraserve_backend.protocol.parameters import (
     StageConfig,
     read_parameters,
 )
+from paraserve_backend.protocol.run_dir import RunDir
 
 #: Nice value.
 _LOWEST_PRIORITY = 19
@@ -155,7 +156,7 @@ def _check(slot: SlotConfig, config: RoleConfig, key_file: Path) -> None:
     expected = {"generate": GenerateConfig, "stage": StageConfig, "link": LinkConfig}[role]
     if not isinstance(config, expected):
         raise InvalidRequest(f"This slot takes models of role {role} only.")
-    if not key_file.is_relative_to(slot.run_dir / "keys") or ".." in key_file.parts:
+    if not key_file.is_relative_to(RunDir(slot.run_dir).keys) or ".." in key_file.parts:
         raise InvalidRequest("This slot takes models with keys in its own run_dir only.")
     if isinstance(config, LinkConfig):
         return

@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.rpc.addresses import split_address
 
 TOKEN_HEADER = "x-paraserve-token"
 
@@ -58,9 +59,9 @@ def require_loopback(address: str, token: str | None) -> None:
     """Refuse to listen beyond this machine without a cluster token.
 
     Raises:
-        InvalidRequest: `address` (host:port) is not a loopback address and there is no token.
+        InvalidRequest: `address` is not host:port, or not a loopback address without a token.
     """
-    host = address.rpartition(":")[0].strip("[]")
+    host, _ = split_address(address)
     if token or host == "localhost":
         return
     try:

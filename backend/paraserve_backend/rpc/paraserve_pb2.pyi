@@ -146,15 +146,12 @@ class NodeStatus(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     TIER_USED_BYTES_FIELD_NUMBER: _builtins.int
-    TIER_CACHED_BYTES_FIELD_NUMBER: _builtins.int
     IDLE_SLOTS_FIELD_NUMBER: _builtins.int
     SLOTS_BYTES_FIELD_NUMBER: _builtins.int
     DISK_USED_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     triton_live: _builtins.bool
     tier_used_bytes: _builtins.int
-    tier_cached_bytes: _builtins.int
-    """the part of it that gives way to replicas"""
     idle_slots: _builtins.int
     """sets of slots that no part has bound"""
     slots_bytes: _builtins.int
@@ -173,14 +170,13 @@ class NodeStatus(_message.Message):
         parts: _abc.Iterable[Global___PartStatus] | None = ...,
         tier: _abc.Iterable[Global___TierObject] | None = ...,
         tier_used_bytes: _builtins.int = ...,
-        tier_cached_bytes: _builtins.int = ...,
         idle_slots: _builtins.int = ...,
         slots_bytes: _builtins.int = ...,
         disk_used_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_used_bytes", b"disk_used_bytes", "idle_slots", b"idle_slots", "name", b"name", "parts", b"parts", "slots_bytes", b"slots_bytes", "tier", b"tier", "tier_cached_bytes", b"tier_cached_bytes", "tier_used_bytes", b"tier_used_bytes", "triton_live", b"triton_live"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_used_bytes", b"disk_used_bytes", "idle_slots", b"idle_slots", "name", b"name", "parts", b"parts", "slots_bytes", b"slots_bytes", "tier", b"tier", "tier_used_bytes", b"tier_used_bytes", "triton_live", b"triton_live"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,7 +412,7 @@ class Fetch(_message.Message):
     PEERS_FIELD_NUMBER: _builtins.int
     RESERVED_BYTES_FIELD_NUMBER: _builtins.int
     plan_json: _builtins.bytes
-    """paraserve_backend.weights.plan.FetchPlan"""
+    """paraserve_backend.weights.checkpoint.fetch_plan.FetchPlan"""
     endpoint_url: _builtins.str
     region: _builtins.str
     deadline_s: _builtins.float
@@ -638,25 +634,6 @@ class RemoveReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RemoveReply: _TypeAlias = RemoveReply  # noqa: Y015
-
-@_typing.final
-class PrefetchReply(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
-    fetched_bytes: _builtins.int
-    def __init__(
-        self,
-        *,
-        fetched_bytes: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetched_bytes", b"fetched_bytes"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___PrefetchReply: _TypeAlias = PrefetchReply  # noqa: Y015
 
 @_typing.final
 class HandOverRequest(_message.Message):

@@ -45,11 +45,6 @@ class AgentStub:
                 request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.RemoveRequest.SerializeToString,
                 response_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.RemoveReply.FromString,
                 _registered_method=True)
-        self.Prefetch = channel.unary_unary(
-                '/paraserve.v1.Agent/Prefetch',
-                request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.Fetch.SerializeToString,
-                response_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.PrefetchReply.FromString,
-                _registered_method=True)
         self.HandOver = channel.unary_unary(
                 '/paraserve.v1.Agent/HandOver',
                 request_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.HandOverRequest.SerializeToString,
@@ -82,13 +77,6 @@ class AgentServicer:
 
     def Remove(self, request, context):
         """Unloads a replica's part and answers when its processes, models and memory are gone.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Prefetch(self, request, context):
-        """Brings weights into the host-memory tier and loads nothing. Answers when they have landed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,11 +115,6 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Remove,
                     request_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.RemoveRequest.FromString,
                     response_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.RemoveReply.SerializeToString,
-            ),
-            'Prefetch': grpc.unary_unary_rpc_method_handler(
-                    servicer.Prefetch,
-                    request_deserializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.Fetch.FromString,
-                    response_serializer=paraserve__backend_dot_rpc_dot_paraserve__pb2.PrefetchReply.SerializeToString,
             ),
             'HandOver': grpc.unary_unary_rpc_method_handler(
                     servicer.HandOver,
@@ -204,33 +187,6 @@ class Agent:
             '/paraserve.v1.Agent/Remove',
             paraserve__backend_dot_rpc_dot_paraserve__pb2.RemoveRequest.SerializeToString,
             paraserve__backend_dot_rpc_dot_paraserve__pb2.RemoveReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Prefetch(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/paraserve.v1.Agent/Prefetch',
-            paraserve__backend_dot_rpc_dot_paraserve__pb2.Fetch.SerializeToString,
-            paraserve__backend_dot_rpc_dot_paraserve__pb2.PrefetchReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,8 +42,6 @@ class AgentStub:
     """
     Remove: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.RemoveRequest, _paraserve_pb2.RemoveReply]
     """Unloads a replica's part and answers when its processes, models and memory are gone."""
-    Prefetch: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.Fetch, _paraserve_pb2.PrefetchReply]
-    """Brings weights into the host-memory tier and loads nothing. Answers when they have landed."""
     HandOver: _grpc.UnaryUnaryMultiCallable[_paraserve_pb2.HandOverRequest, _paraserve_pb2.HandOverReply]
     """Has the head of a replica move its running requests to others, shared out among them. Stands
     until the replica is removed or another such command replaces it; without targets it stays.
@@ -64,8 +62,6 @@ class AgentAsyncStub(AgentStub):
     """
     Remove: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.RemoveRequest, _paraserve_pb2.RemoveReply]  # type: ignore[assignment]
     """Unloads a replica's part and answers when its processes, models and memory are gone."""
-    Prefetch: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.Fetch, _paraserve_pb2.PrefetchReply]  # type: ignore[assignment]
-    """Brings weights into the host-memory tier and loads nothing. Answers when they have landed."""
     HandOver: _aio.UnaryUnaryMultiCallable[_paraserve_pb2.HandOverRequest, _paraserve_pb2.HandOverReply]  # type: ignore[assignment]
     """Has the head of a replica move its running requests to others, shared out among them. Stands
     until the replica is removed or another such command replaces it; without targets it stays.
@@ -95,14 +91,6 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_paraserve_pb2.RemoveReply, _abc.Awaitable[_paraserve_pb2.RemoveReply]]:
         """Unloads a replica's part and answers when its processes, models and memory are gone."""
-
-    @_abc_1.abstractmethod
-    def Prefetch(
-        self,
-        request: _paraserve_pb2.Fetch,
-        context: _ServicerContext,
-    ) -> _typing.Union[_paraserve_pb2.PrefetchReply, _abc.Awaitable[_paraserve_pb2.PrefetchReply]]:
-        """Brings weights into the host-memory tier and loads nothing. Answers when they have landed."""
 
     @_abc_1.abstractmethod
     def HandOver(

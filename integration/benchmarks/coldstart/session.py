@@ -32,6 +32,7 @@ from integration.benchmarks.coldstart.variants import (
 )
 from integration.support.bucket import s3_client
 from integration.support.checkpoints import llama_bytes
+from integration.support.limits import HANG_S
 from integration.support.memory import backed_memory, model_processes_peak_bytes
 from integration.support.namespaces import inside
 from integration.support.plain_triton import WARM_REQUESTS, PlainTriton
@@ -54,8 +55,6 @@ MAX_TOKENS = 4
 _KEEP_ALIVE_S = 2.0
 #: Weights are copied to disk while they are in use: 5 s after a start, 200 MB/s.
 _DISK_KEEP_ALIVE_S = 25.0
-_ZERO_TIMEOUT_S = 60.0
-_SLOTS_TIMEOUT_S = 180.0
 #: Slots are made anew after a start; a machine that is busy with something else stays so.
 _REST_TIMEOUT_S = 10.0
 _POLL_S = 0.1
@@ -150,7 +149,7 @@ class Session:
             raise ParaServeError(f"{name} has {len(replica.parts)} stages: {replica.reason}.")
         peak_bytes = model_processes_peak_bytes(self._layout.nodes)
         self._readers[variant.source] = [part.node for part in replica.parts]
-        wait_for_zero(self._layout, self._client, name, timeout_s=keep_alive_s + _ZERO_TIMEOUT_S)
+        wait_for_zero(self._layout, self._client, name, timeout_s=keep_alive_s + HANG_S)
         self._client.delete(name)
         return Start(
             variant=variant.name,
@@ -193,7 +192,7 @@ class Session:
                 self._client.drain(node, undo=True)
 
     def _wait_for_slots(self) -> None:
-        deadline_s = time.monotonic() + _SLOTS_TIMEOUT_S
+        deadline_s = time.monotonic() + HANG_S
         for node in self._layout.nodes if self._testbed.slots else ():
             while self._status(node).idle_slots < self._testbed.slots:
                 if time.monotonic() > deadline_s:
@@ -204,7 +203,7 @@ class Session:
         token = metadata(self._layout.files.token.read_text())
         with grpc.insecure_channel(f"{node.host}:{node.agent_port}") as channel:
             status: pb.NodeStatus = AgentStub(channel).Describe(
-                pb.DescribeRequest(), metadata=token, timeout=_SLOTS_TIMEOUT_S
+                pb.DescribeRequest(), metadata=token, timeout=HANG_S
             )
         return status
 
@@ -218,7 +217,7 @@ class Session:
         )
         assert node.network_namespace is not None
         with inside(node.network_namespace):
-            connection = http.client.HTTPConnection(url.netloc, timeout=_ZERO_TIMEOUT_S)
+            connection = http.client.HTTPConnection(url.netloc, timeout=HANG_S)
             began_s = time.monotonic()
             connection.request("GET", f"{url.path}?{url.query}")
             response, buffer, read_bytes = connection.getresponse(), bytearray(1 << 20), 0

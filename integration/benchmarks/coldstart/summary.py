@@ -11,10 +11,10 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 
 from integration.benchmarks.coldstart.variants import Deployed, Variant, Weights
 from paraserve_backend.errors import ParaServeError
+from paraserve_backend.protocol.span_messages import read_span
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.telemetry.spans import SpanName
 
-#: How a part's spans are called that say where bytes came from; without any all are the store's.
-_FETCH_FROM = "fetch from "
 _UNMEASURED = (Weights.DISK, Weights.PEER)
 #: The steps that make a cold start fast, each on top of those before it.
 ABLATION = {
@@ -46,11 +46,11 @@ class Start:
         """What came from the nodes' memory ("tier"), disks, peers and the store."""
         found: dict[str, int] = {}
         for part in self.replica.parts if self.replica is not None else ():
-            spans = [it for it in part.status.spans if it.name.startswith(_FETCH_FROM)]
-            for span in spans:
-                origin = span.name.removeprefix(_FETCH_FROM)
-                found[origin] = found.get(origin, 0) + span.bytes
-            if not spans:
+            spans = map(read_span, part.status.spans)
+            origins = [span for span in spans if span.name is SpanName.FETCH_FROM]
+            for span in origins:
+                found[span.detail] = found.get(span.detail, 0) + span.size_bytes
+            if not origins:  # nothing is said where all came from the store
                 found["store"] = found.get("store", 0) + part.status.total_bytes
         return found
 

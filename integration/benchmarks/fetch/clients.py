@@ -24,6 +24,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from integration.support.limits import HANG_S
+
 BUCKET, PREFIX, KEY = "bucket", "model", "weights.safetensors"
 OBJECT = f"{PREFIX}/{KEY}"
 REGION = "us-east-1"
@@ -32,7 +34,6 @@ ACCESS_KEY, SECRET_KEY = "AKIDBENCH", "benchmark-secret"
 #: The product's defaults, given to all where a client has such a setting.
 THREADS = 4
 PART_BYTES = 8 << 20
-_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +107,7 @@ def paraserve(target: Target) -> Read:
     tier = Tier.open(target.folder)
 
     def read() -> Iterable[Buffer]:
-        fetch(plan, source, tier, timeout_s=_TIMEOUT_S, cancel=threading.Event())
+        fetch(tier.begin(plan), source, tier, timeout_s=HANG_S, cancel=threading.Event())
         (path,) = (target.folder / OBJECTS).iterdir()
         return _file_content(path)
 
@@ -154,7 +155,7 @@ def awscrt(target: Target) -> Read:
     def read() -> Iterable[Buffer]:
         client.make_request(
             type=s3.S3RequestType.GET_OBJECT, request=request, recv_filepath=str(path)
-        ).finished_future.result(_TIMEOUT_S)
+        ).finished_future.result(HANG_S)
         return _file_content(path)
 
     return read

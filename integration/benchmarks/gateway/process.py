@@ -17,15 +17,14 @@ import grpc.aio
 from tritonclient.grpc import service_pb2 as kserve
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from integration.support.triton_server import free_ports
+from integration.support.limits import HANG_S
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
 from tests.support.gateway_fakes import FakeScheduler
+from tests.support.ports import free_ports
 
 if TYPE_CHECKING:
     from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceAsyncStub
-
-_START_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +95,7 @@ def _routes(endpoints: Mapping[str, pb.Endpoint | None]) -> list[pb.Route]:
 
 
 async def _wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    deadline_s = time.monotonic() + HANG_S
     async with grpc.aio.insecure_channel(address) as channel:
         while not await _is_ready(GRPCInferenceServiceStub(channel)):
             if process.poll() is not None or time.monotonic() > deadline_s:

@@ -25,8 +25,8 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc import service_pb2 as kserve
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from integration.benchmarks.gateway.counting_model import paced, write_model
 from integration.benchmarks.gateway.process import GatewayProcess, gateway_process
+from integration.support.counting_model import paced, write_model
 from integration.support.triton_server import TritonServer
 from paraserve_backend.rpc import paraserve_pb2 as pb
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from integration.benchmarks.handover.cutover import TimedAnswer, gap
 from integration.support.bucket import put_into_bucket
 from integration.support.capped_bench import run_bench
 from integration.support.capped_cluster import CappedCluster, capped_cluster
@@ -33,6 +32,8 @@ from integration.support.checkpoints import (
     llama_bytes,
     write_raw_bf16,
 )
+from integration.support.cutover import TimedAnswer, gap
+from integration.support.limits import HANG_S
 from integration.support.namespaces import HUB, inside
 from integration.support.scenario import wait_for_zero
 from paraserve_backend.errors import ParaServeError
@@ -54,7 +55,6 @@ BURST_SEQUENCES = 4
 TARGETS = {"gap_over_tpot": 2.0}
 _NODE_MEMORY_BYTES = 3_000_000_000
 _KEEP_ALIVE_S = 2.0
-_TIMEOUT_S = 300.0
 _POLL_S = 0.1
 _METRICS = ("kv_blocks_sent_ahead", "kv_blocks_sent_held", "requests_moved")
 
@@ -153,16 +153,14 @@ class _Bench:
         )
 
     def _remove(self, name: str) -> None:
-        wait_for_zero(self._layout, self._client, name, timeout_s=_KEEP_ALIVE_S + 60)
+        wait_for_zero(self._layout, self._client, name, timeout_s=_KEEP_ALIVE_S + HANG_S)
         self._client.delete(name)
 
     def _ask(self, name: str, number: int, max_tokens: int) -> TimedAnswer:
         answer = TimedAnswer()
         settings = {"max_tokens": max_tokens, "ignore_eos": True}
         prompt = f"Request number {number} goes on while its model moves"
-        answer.read(
-            stream(self._layout.gateway_address, name, prompt, settings, timeout_s=_TIMEOUT_S)
-        )
+        answer.read(stream(self._layout.gateway_address, name, prompt, settings, timeout_s=HANG_S))
         return answer
 
     def _watch(self, name: str) -> Cut | None:

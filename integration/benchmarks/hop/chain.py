@@ -18,7 +18,8 @@ import numpy.typing as npt
 import zmq
 from tritonclient.grpc import InferenceServerClient, InferInput
 
-from integration.support.triton_server import TritonServer, free_ports
+from integration.support.limits import HANG_S
+from integration.support.triton_server import TritonServer
 from paraserve_backend.protocol.names import (
     FORWARD_BATCH,
     FORWARD_HIDDEN,
@@ -26,6 +27,7 @@ from paraserve_backend.protocol.names import (
     FORWARD_TOKEN_IDS,
     Role,
 )
+from tests.support.ports import free_ports
 
 NODES = 4
 OURS, CHAIN, HEAD = "ours", "chain0", "head"
@@ -34,7 +36,6 @@ STAGES: Mapping[str, int] = {OURS: NODES, CHAIN: NODES, HEAD: 1}
 ROW_BYTES = 8192
 #: A file for Triton, which alone can import it.
 _MODEL_PY = Path(__file__).with_name("model.py")
-_FORWARD_TIMEOUT_S = 20.0
 
 _BATCH = f'{{ name: "{FORWARD_BATCH}" data_type: TYPE_UINT8 dims: [-1] }}'
 _TOKEN_IDS = f'{{ name: "{FORWARD_TOKEN_IDS}" data_type: TYPE_INT32 dims: [-1] }}'
@@ -127,7 +128,7 @@ def _head_models(ring: _Ring) -> dict[str, str]:
     link = ring.place(0) | {
         "role": Role.LINK,
         "replica": OURS,
-        "forward_timeout_s": f"{_FORWARD_TIMEOUT_S:g}",
+        "forward_timeout_s": f"{HANG_S:g}",
     }
     return {
         "link": _config("paraserve", [_BATCH, _HIDDEN], _RESULT, link),

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from integration.support.checkpoints import LlamaShape, write_raw_bf16
+from integration.support.limits import HANG_S
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.engines.base import LoopState
 from paraserve_backend.engines.native.batcher import ScheduledBatch
@@ -33,13 +34,12 @@ from paraserve_backend.protocol.request import parse_request
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.roles.generate import GenerateRole, LocalForward
 from paraserve_backend.roles.weights import open_weights, read_spec
-from tests.support.generate_settings import make_generate_config
+from tests.support.generate_config import make_generate_config
 
 SHAPE = LlamaShape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2)
 TOKENS = 60
 ROUNDS = 16
 _KV = KvConfig(num_blocks=64, block_size=16)
-_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ def _loop_s(role: GenerateRole) -> list[float]:
         "ignore_eos": [True],
     }
     role.add(parse_request(tensors, {}, fresh_seed=0), reply)
-    if not reply.is_done.wait(_TIMEOUT_S):
+    if not reply.is_done.wait(HANG_S):
         raise TimeoutError("the loop gave no answer")
     if reply.error is not None:
         raise reply.error

@@ -29,6 +29,7 @@ from paraserve_backend.engines.native.model.weights import WeightLoader
 from paraserve_backend.errors import SourceUnavailable
 from paraserve_backend.protocol.forward import ForwardBatch, Row
 from paraserve_backend.protocol.parameters import KvConfig
+from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.protocol.sampling import Sampling
 from paraserve_backend.roles.weights import Fetched, read_spec
 from paraserve_backend.telemetry.spans import SpanFile
@@ -45,6 +46,7 @@ HELD = "held"
 _STEP_BYTES = 8 << 20
 _THREADS = 2
 _PAGE_BYTES = 4096
+_TIMEOUT_S = 600.0
 _CPU = torch.device("cpu")
 
 Tensors = Iterable[torch.Tensor]
@@ -127,12 +129,13 @@ def disk_to_tensors(model: Path, node: Path) -> Callable[[], Tensors]:
     """The same, with a reader that adopts tensors as they land."""
     disk, tier, plan = _cold(node)
     tier.begin(plan)
-    loader = WeightLoader(TierReader.open(tier.directory, plan.fetch_id), _CPU, None)
+    reader = TierReader.open(tier.directory, plan.fetch_id)
+    loader = WeightLoader(reader, _CPU)
 
     def read() -> Tensors:
         fetching = threading.Thread(target=_fetch, args=(disk, tier, plan))
         fetching.start()
-        for name in loader.iter_landed([tensor.name for tensor in plan.tensors]):
+        for name in reader.iter_landed([it.name for it in plan.tensors], timeout_s=_TIMEOUT_S):
             yield loader.get(name)
         fetching.join()
 
@@ -141,7 +144,7 @@ def disk_to_tensors(model: Path, node: Path) -> Callable[[], Tensors]:
 
 def _cold(node: Path) -> tuple[DiskTier, Tier, FetchPlan]:
     """Open the node's disk tier, and a host-memory tier that has nothing."""
-    plan = Manifest.read(node / "memory" / "fetches" / HELD).plan
+    plan = Manifest.read(TierDir(node / "memory").fetch(HELD)).plan
     disk = DiskTier.open(node / "disk", disk_bytes=1 << 40)
     return disk, Tier.open(node / f"cold-{os.getpid()}"), plan
 
@@ -169,10 +172,10 @@ class _NoStore:
 
 def _fetch(disk: DiskTier, tier: Tier, plan: FetchPlan) -> None:
     fetch(
-        plan,
+        tier.begin(plan),
         _NoStore(),
         tier,
-        timeout_s=600,
+        timeout_s=_TIMEOUT_S,
         cancel=threading.Event(),
         disk=disk,
         link_bytes_per_s=1.0,  # the store has nothing to help with
@@ -180,11 +183,12 @@ def _fetch(disk: DiskTier, tier: Tier, plan: FetchPlan) -> None:
 
 
 def memory_tier(model: Path, node: Path) -> Callable[[], Tensors]:
-    loader = WeightLoader(TierReader.open(node / "memory", HELD), _CPU, None)
+    reader = TierReader.open(node / "memory", HELD)
+    loader = WeightLoader(reader, _CPU)
     names = [
-        tensor.name for tensor in Manifest.read(node / "memory" / "fetches" / HELD).plan.tensors
+        tensor.name for tensor in Manifest.read(TierDir(node / "memory").fetch(HELD)).plan.tensors
     ]
-    return lambda: [loader.get(name) for name in loader.iter_landed(names)]
+    return lambda: [loader.get(name) for name in reader.iter_landed(names, timeout_s=_TIMEOUT_S)]
 
 
 def safetensors(model: Path, node: Path) -> Callable[[], Tensors]:
@@ -210,10 +214,10 @@ def fastsafetensors(model: Path, node: Path) -> Callable[[], Tensors]:
 
 def stage(model: Path, node: Path) -> Callable[[], Tensors]:
     """A stage's process with all layers: what it needs of memory beside the weights."""
-    fetch_dir = node / "memory" / "fetches" / HELD
+    tier = TierDir(node / "memory")
     fetched = Fetched(
-        reader=TierReader.open(node / "memory", HELD),
-        spans=SpanFile(fetch_dir / "spans.jsonl"),
+        reader=TierReader.open(tier.path, HELD),
+        spans=SpanFile(tier.spans(HELD)),
         close=lambda: None,
     )
     spec = read_spec(fetched)

@@ -23,4 +23,4 @@ def fetch_whole(model: Path, tier: Tier, fetch_id: str) -> None:
     layers = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
     tensors = stage_tensors(index, spec.names, tied=spec.tie_word_embeddings, layers=layers)
     plan = plan_fetch(index, tensors, fetch_id=fetch_id)
-    fetch(plan, source, tier, timeout_s=600, cancel=threading.Event())
+    fetch(tier.begin(plan), source, tier, timeout_s=600, cancel=threading.Event())

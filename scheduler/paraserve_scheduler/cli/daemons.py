@@ -23,4 +23,4 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(name: str, argv: Sequence[str]) -> int:
     """Run a daemon until it is told to stop; returns its exit status."""
     module, _ = DAEMONS[name]
-    return importlib.import_module(module).main(argv) or 0
+    return int(importlib.import_module(module).main(argv))

@@ -24,23 +24,23 @@ examples:
   paraserve deploy tiny --source s3://models/tiny --ttft-slo 5 --tpot-slo 0.1
   paraserve deploy qwen --source /srv/models/qwen --keep-alive 300 --max-stages 2
 """
-#: Flags of `deploy` that are fields of the specification: (flag, type, metavar, help).
+#: Flags of `deploy` by the field of the specification: (field, type, metavar, help).
 _DEPLOY_FLAGS = (
-    ("ttft-slo", seconds, "S", "goal for the time to first token, seconds"),
-    ("tpot-slo", seconds, "S", "goal for the time per output token, seconds"),
+    ("ttft_slo_s", seconds, "S", "goal for the time to first token, seconds"),
+    ("tpot_slo_s", seconds, "S", "goal for the time per output token, seconds"),
     (
-        "keep-alive",
+        "keep_alive_s",
         seconds,
         "S",
         "idle seconds before a replica goes (default: while it is worth it)",
     ),
-    ("max-stages", whole(1), "N", "longest pipeline (default: as the scheduler sees fit)"),
-    ("max-context", whole(1), "N", "tokens of prompt and answer (default: what the model allows)"),
-    ("max-sequences", whole(1), "N", "requests a replica works on at once (default: 16)"),
-    ("min-replicas", whole(0), "N", "replicas kept without any request (default: 0)"),
-    ("max-replicas", whole(1), "N", "most replicas at once (default: 4)"),
+    ("max_stages", whole(1), "N", "longest pipeline (default: as the scheduler sees fit)"),
+    ("max_context", whole(1), "N", "tokens of prompt and answer (default: what the model allows)"),
+    ("max_sequences", whole(1), "N", "requests a replica works on at once (default: 16)"),
+    ("min_replicas", whole(0), "N", "replicas kept without any request (default: 0)"),
+    ("max_replicas", whole(1), "N", "most replicas at once (default: 4)"),
     (
-        "max-waiting",
+        "max_waiting",
         whole(1),
         "N",
         "requests a gateway holds while no replica is there (default: 1000)",
@@ -97,8 +97,9 @@ def _add_deploy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="URI",
         help="Hugging Face checkpoint: s3://bucket/prefix, or a folder that every node can read",
     )
-    for flag, kind, metavar, text in _DEPLOY_FLAGS:
-        parser.add_argument(f"--{flag}", type=kind, metavar=metavar, help=text)
+    for field, kind, metavar, text in _DEPLOY_FLAGS:
+        flag = "--" + field.removesuffix("_s").replace("_", "-")
+        parser.add_argument(flag, dest=field, type=kind, metavar=metavar, help=text)
     parser.add_argument("--endpoint-url", default="", metavar="URL", help="S3 endpoint")
     parser.add_argument("--region", default="", help="S3 region")
     parser.add_argument(
@@ -121,25 +122,10 @@ def _add_deploy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _deploy(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    spec = pb.DeploymentSpec(
-        name=arguments.name,
-        source=_source(arguments.source),
-        ttft_slo_s=arguments.ttft_slo,
-        tpot_slo_s=arguments.tpot_slo,
-        endpoint_url=arguments.endpoint_url,
-        region=arguments.region,
-        keep_alive_s=arguments.keep_alive,
-        max_stages=arguments.max_stages,
-        max_context=arguments.max_context,
-        max_sequences=arguments.max_sequences,
-        min_replicas=arguments.min_replicas,
-        max_replicas=arguments.max_replicas,
-        max_waiting=arguments.max_waiting,
-        priority=arguments.priority,
-        device=arguments.device,
-        consolidate=arguments.consolidate,
-        engine=arguments.engine,
-    )
+    fields = {
+        field.name: getattr(arguments, field.name) for field in pb.DeploymentSpec.DESCRIPTOR.fields
+    }
+    spec = pb.DeploymentSpec(**fields | {"source": _source(arguments.source)})
     with open_client(arguments, environ) as client:
         status = client.deploy(spec)
     size = f"{status.weight_bytes / 1e6:.0f} MB"

@@ -10,6 +10,7 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 
 from paraserve_backend.errors import NotFound
+from paraserve_backend.protocol.names import named_deployment
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.cli.connection import add_connection_flags, open_client
 from paraserve_scheduler.cli.views import explanation, timeline
@@ -31,7 +32,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _explain(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    deployment = arguments.replica.partition(".")[0]
+    deployment = named_deployment(arguments.replica)
     with open_client(arguments, environ) as client:
         status = client.status(deployment)
     replica = _find(status, arguments.replica)
@@ -46,7 +47,7 @@ def _explain(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _find(status: pb.ClusterStatus, name: str) -> pb.ReplicaStatus:
     known = [replica for entry in status.deployments for replica in entry.replicas]
-    if "." in name:
+    if name != named_deployment(name):
         found = next((replica for replica in known if replica.replica == name), None)
     else:
         found = timeline.newest(status)

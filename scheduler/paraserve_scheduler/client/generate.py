@@ -13,6 +13,7 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
+from paraserve_backend.rpc.channels import triton_client_arguments
 
 #: KServe datatype and numpy type of the settings a request may carry.
 _SETTINGS: Mapping[str, tuple[str, Any]] = {
@@ -75,7 +76,7 @@ def _converse(
 
     There, Ctrl-C would be raised inside gRPC, and closing what it has begun may then never end.
     """
-    client = triton.InferenceServerClient(address)
+    client = triton.InferenceServerClient(address, channel_args=triton_client_arguments())
     cancel = True
     try:
         client.start_stream(lambda result, error: answers.put(error or result))

@@ -9,14 +9,11 @@ from typing import TypeVar
 
 import grpc
 
-from paraserve_backend.errors import (
-    AccessDenied,
-    InvalidRequest,
-    ParaServeError,
-    Unavailable,
-)
+from paraserve_backend.errors import AccessDenied, ParaServeError, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.rpc.addresses import split_address
 from paraserve_backend.rpc.auth import metadata
+from paraserve_backend.rpc.channels import blocking_cluster_channel
 from paraserve_backend.rpc.errors import error_from_code
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
 
@@ -33,10 +30,7 @@ class SchedulerClient:
     def __init__(self, address: str, token: str | None) -> None:
         self._address = address
         self._metadata = metadata(token)
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)],
-        )
+        self._channel = blocking_cluster_channel(address)
         self._stub = SchedulerStub(self._channel)
 
     def __enter__(self) -> SchedulerClient:
@@ -92,11 +86,8 @@ class SchedulerClient:
 
 def _require_listener(address: str) -> None:
     # gRPC's own error for this names every address it tried, and no remedy.
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
-    except ValueError:
-        raise InvalidRequest(f"{address!r} is no address: write host:port.") from None
+        socket.create_connection(split_address(address), _CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise Unavailable(
             f"No scheduler answers at {address} ({error.strerror or error}): start one, or name "

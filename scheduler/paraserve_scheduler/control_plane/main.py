@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 from collections.abc import Sequence
 
-import grpc.aio
-
-from paraserve_backend.daemon.settings import parse_arguments, read_token
-from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.rpc.auth import TokenInterceptor, require_loopback
+from paraserve_backend.daemon.process import run_daemon
+from paraserve_backend.daemon.settings import read_token
+from paraserve_backend.rpc.auth import require_loopback
+from paraserve_backend.rpc.channels import cluster_server, listen
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
 from paraserve_scheduler.control_plane.api.service import SchedulerService
 from paraserve_scheduler.control_plane.config import SchedulerConfig
@@ -26,13 +24,6 @@ from paraserve_scheduler.store.sqlite import SqliteStore
 
 logger = logging.getLogger(__name__)
 
-_SERVER_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # Two schedulers on one port would share the cluster at random.
-    ("grpc.so_reuseport", 0),
-]
-
 
 async def run(config: SchedulerConfig) -> None:
     """Serve until cancelled. Replicas go on serving then; the next scheduler takes them over.
@@ -43,7 +34,8 @@ async def run(config: SchedulerConfig) -> None:
     token = read_token(config.token_file, os.environ)
     require_loopback(config.listen, token)
     find_policy(config.policy.name)
-    server, port = _listen(config.listen, token)
+    server = cluster_server(token)
+    port = listen(server, config.listen)
     agents = GrpcAgents(token)
     with contextlib.closing(SqliteStore(config.state_file)) as store:
         controller = Controller(store=store, agents=agents, clock=SystemClock(), config=config)
@@ -66,32 +58,13 @@ async def run(config: SchedulerConfig) -> None:
             await agents.close()
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the scheduler until SIGTERM or SIGINT.
 
     Raises:
         InvalidRequest: see `run`.
     """
-    config = parse_arguments(SchedulerConfig, argv, program="paraserve scheduler")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    asyncio.run(_run_until_signalled(config))
-
-
-async def _run_until_signalled(config: SchedulerConfig) -> None:
-    task = asyncio.ensure_future(run(config))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-
-
-def _listen(address: str, token: str | None) -> tuple[grpc.aio.Server, int]:
-    interceptors = [TokenInterceptor(token)] if token else []
-    server = grpc.aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
-    try:
-        return server, server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise InvalidRequest(f"Cannot listen on {address}: is it in use?") from error
+    return run_daemon(SchedulerConfig, run, argv, program="paraserve scheduler")
 
 
 async def _run_gateway(config: SchedulerConfig, port: int) -> None:

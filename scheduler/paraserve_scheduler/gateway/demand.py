@@ -58,6 +58,9 @@ class DemandMeter:
         finally:
             in_flight[replica] -= 1
 
+    def pace(self, deployment: str, replica: str) -> StreamPace:
+        return StreamPace(self, deployment, replica)
+
     def first_token(self, deployment: str, replica: str, at_s: float) -> None:
         """Note a token at `at_s` seconds since the epoch; only a replica's very first counts."""
         first_token_s = self._of(deployment).first_token_s
@@ -94,6 +97,31 @@ class DemandMeter:
 
     def _of(self, deployment: str) -> _DeploymentDemand:
         return self._deployments.setdefault(deployment, _DeploymentDemand())
+
+
+class StreamPace:
+    """Notes when the responses of one request came from one replica."""
+
+    def __init__(self, meter: DemandMeter, deployment: str, replica: str) -> None:
+        self._meter = meter
+        self._deployment = deployment
+        self._replica = replica
+        self._gaps = -1
+        self._first_s = self._last_s = 0.0
+
+    def receive(self, at_s: float) -> None:
+        """Note a response at `at_s` seconds since the epoch."""
+        self._gaps += 1
+        if self._gaps == 0:
+            self._first_s = at_s
+            self._meter.first_token(self._deployment, self._replica, at_s)
+        self._last_s = at_s
+
+    def end(self) -> None:
+        """Note the gaps between the responses; only for an answer that ended here."""
+        if self._gaps > 0:
+            seconds = self._last_s - self._first_s
+            self._meter.decoded(self._deployment, self._replica, self._gaps, seconds)
 
 
 def _forget_replicas(demand: _DeploymentDemand, replicas: Collection[str]) -> None:

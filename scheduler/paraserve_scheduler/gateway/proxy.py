@@ -1,27 +1,32 @@
 """One client request from its checks to its last response, whatever protocol it came by.
 
-It decides when a request is tried at another replica, and at how many.
+It admits a request, leases a replica, passes the responses on and resumes at another replica. It
+decides when another replica is tried, and how many are.
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 
 from tritonclient.grpc import service_pb2 as kserve
 
-from paraserve_backend.errors import InvalidRequest, Unavailable
-from paraserve_backend.protocol.abilities import ABILITIES, can_be_carried, check
+from paraserve_backend.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.gateway.admission import (
+    TIME_LIMIT,
+    AdmittedRequest,
+    admit,
+    take_time_limit_us,
+)
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import DemandMeter
-from paraserve_scheduler.gateway.kserve import normalisation
 from paraserve_scheduler.gateway.kserve.errors import ReplicaLost
-from paraserve_scheduler.gateway.kserve.normalisation import Send, take_time_limit_us, time_limit
+from paraserve_scheduler.gateway.kserve.message_tensors import put_on_batch
 from paraserve_scheduler.gateway.kserve.statistics import RequestTimes, Statistics
-from paraserve_scheduler.gateway.kserve.validation import validate
 from paraserve_scheduler.gateway.resumption import Resumption
 from paraserve_scheduler.gateway.routes import Routes
 from paraserve_scheduler.gateway.upstream import (
@@ -32,35 +37,10 @@ from paraserve_scheduler.gateway.upstream import (
     is_final,
 )
 
+#: Takes one response to the client; returns when the client can take more.
+Send = Callable[[kserve.ModelInferResponse], Awaitable[None]]
+
 _MAX_REPLICAS_TRIED = 3
-
-
-class _Pace:
-    """When the responses of a stream came."""
-
-    def __init__(self) -> None:
-        self.gaps = -1
-        self.first_s = self._last_s = 0.0
-
-    def receive(self, at_s: float) -> None:
-        self.gaps += 1
-        if self.gaps == 0:
-            self.first_s = at_s
-        self._last_s = at_s
-
-    @property
-    def decode_s(self) -> float:
-        return self._last_s - self.first_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Admitted:
-    """What the gateway itself has to know of a request that passed its checks."""
-
-    is_stream: bool
-    #: Whether the prompt came with a leading dimension of 1.
-    is_batch_of_one: bool
-    resumption: Resumption
 
 
 class _OnlyResponse:
@@ -103,7 +83,7 @@ class Proxy:
         self._upstream = upstream
         self._statistics = statistics
 
-    async def stream(self, request: kserve.ModelInferRequest, send: Send) -> None:
+    async def stream(self, message: kserve.ModelInferRequest, send: Send) -> None:
         """Send every response, in order; waits for a replica first if there is none.
 
         An empty final response is sent only if the client asked for it. Cancelling this cancels
@@ -112,69 +92,42 @@ class Proxy:
         Raises:
             ParaServeError: one sentence for the client, under the right code.
         """
-        async with time_limit(take_time_limit_us(request)):
-            admitted = await self._admit(request)
-            await self._serve(request, send, admitted)
+        await self._answer(message, send, may_stream=True)
 
-    async def single(self, request: kserve.ModelInferRequest) -> kserve.ModelInferResponse:
+    async def single(self, message: kserve.ModelInferRequest) -> kserve.ModelInferResponse:
         """Return the one response to a request that is not streamed.
 
         Raises:
             InvalidRequest: the request asks for a stream, or got one.
             ParaServeError: as `stream`.
         """
-        only = _OnlyResponse(request.model_name)
-        async with time_limit(take_time_limit_us(request)):
-            admitted = await self._admit(request)
-            if admitted.is_stream:
-                raise InvalidRequest(
-                    "A request with one response cannot have 'stream' true: use ModelStreamInfer "
-                    "(gRPC) or generate_stream (HTTP)."
-                )
-            await self._serve(request, only.take, admitted)
+        only = _OnlyResponse(message.model_name)
+        await self._answer(message, only.take, may_stream=False)
         return only.response()
 
-    async def _admit(self, request: kserve.ModelInferRequest) -> _Admitted:
-        """Refuse what can only fail, before a replica is started for it."""
-        await self._routes.require(request.model_name, request.model_version)
-        is_batch_of_one = normalisation.take_off(request)
-        asked = validate(request, fresh_seed=secrets.randbits(63))
-        abilities = ABILITIES.get(self._routes.engine(request.model_name))
-        if abilities is not None:
-            check(asked, abilities)
-        can_move = abilities is None or can_be_carried(asked, abilities)
-        return _Admitted(
-            is_stream=asked.is_stream,
-            is_batch_of_one=is_batch_of_one,
-            resumption=Resumption(request, asked, can_move=can_move),
-        )
-
-    async def _serve(
-        self, request: kserve.ModelInferRequest, send: Send, admitted: _Admitted
+    async def _answer(
+        self, message: kserve.ModelInferRequest, send: Send, *, may_stream: bool
     ) -> None:
-        if admitted.is_batch_of_one:
-            send = normalisation.put_on(send)
-        with self._statistics.request(request.model_name) as times:
-            await self._forward(request, send, times, admitted)
+        # The limit covers the wait for the route, so it is read before the route is known.
+        async with time_limit(message):
+            route = await self._routes.require(message.model_name, message.model_version)
+            request = admit(message, route, may_stream=may_stream, fresh_seed=secrets.randbits(63))
+            with self._statistics.request(message.model_name) as times:
+                await self._forward(request, send, times)
 
-    async def _forward(
-        self,
-        request: kserve.ModelInferRequest,
-        send: Send,
-        times: RequestTimes,
-        admitted: _Admitted,
-    ) -> None:
+    async def _forward(self, request: AdmittedRequest, send: Send, times: RequestTimes) -> None:
         """Have replicas answer, one after the other, until the answer is whole."""
-        timeouts, resumption = self._timeouts(admitted.is_stream), admitted.resumption
-        self._demand.arrived(request.model_name)
+        deployment = request.message.model_name
+        resumption = Resumption(request.message, request.asked, can_move=request.can_move)
+        self._demand.arrived(deployment)
         refused: frozenset[str] = frozenset()
         while True:
             try:
                 async with self._routes.lease(
-                    request.model_name, preferred=resumption.next_replica, refused=refused
+                    deployment, preferred=resumption.next_replica, refused=refused
                 ) as endpoint:
                     times.given_to_replica()
-                    if await self._run(endpoint, request, send, timeouts, resumption):
+                    if await self._run(endpoint, request, send, resumption):
                         return
             except (ReplicaLost, ReplicaRefused):
                 refused |= {endpoint.replica}
@@ -182,30 +135,26 @@ class Proxy:
                     raise
 
     async def _run(
-        self,
-        endpoint: pb.Endpoint,
-        request: kserve.ModelInferRequest,
-        send: Send,
-        timeouts: ResponseTimeouts,
-        resumption: Resumption,
+        self, endpoint: pb.Endpoint, request: AdmittedRequest, send: Send, resumption: Resumption
     ) -> bool:
         """Pass a replica's responses on; returns whether the answer ended with it."""
+        message = request.message
         # Looking a missing one up would add it.
-        wanted = request.parameters.get(WANT_EMPTY_FINAL)
+        wanted = message.parameters.get(WANT_EMPTY_FINAL)
         wants_empty_final = wanted is not None and wanted.bool_param
-        responses = self._upstream.responses(endpoint, request, timeouts)
-        pace = _Pace()
+        timeouts = self._timeouts(request.asked.is_stream)
+        responses = self._upstream.responses(endpoint, message, timeouts)
+        pace = self._demand.pace(message.model_name, endpoint.replica)
         async with aclosing(responses):
             async for response in responses:
                 pace.receive(time.time())
-                if pace.gaps == 0:
-                    self._demand.first_token(request.model_name, endpoint.replica, pace.first_s)
                 if not resumption.receive(response):
                     return False
                 if response.outputs or wants_empty_final or not is_final(response):
+                    if request.is_batch_of_one:
+                        put_on_batch(response)
                     await send(response)
-        if pace.gaps > 0:
-            self._demand.decoded(request.model_name, endpoint.replica, pace.gaps, pace.decode_s)
+        pace.end()
         return True
 
     def _timeouts(self, is_stream: bool) -> ResponseTimeouts:
@@ -214,3 +163,25 @@ class Proxy:
             first_s=config.first_token_timeout_s if is_stream else config.unstreamed_timeout_s,
             next_s=config.inter_token_timeout_s,
         )
+
+
+@asynccontextmanager
+async def time_limit(message: kserve.ModelInferRequest) -> AsyncIterator[None]:
+    """Cancel the body when it takes longer than the request allows.
+
+    Raises:
+        InvalidRequest: the limit is none.
+        DeadlineExceeded: the body took longer.
+    """
+    limit_us = take_time_limit_us(message)
+    limit = asyncio.timeout(None if limit_us is None else limit_us / 1e6)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(
+            f"The request was not answered within its '{TIME_LIMIT}' of {limit_us} microseconds, "
+            "which include a cold start; allow more or leave it out."
+        ) from None

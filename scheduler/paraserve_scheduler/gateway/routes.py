@@ -70,10 +70,6 @@ class Routes:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def engine(self, deployment: str) -> str:
-        """Return what computes in its full instances; raises as `require` does."""
-        return self._route(deployment).engine
-
     async def _wait_for(self, condition: Callable[[], bool], limit_s: float) -> None:
         """Return when a table has made it true, or after `limit_s`."""
         with contextlib.suppress(TimeoutError):
@@ -87,8 +83,8 @@ class Routes:
             for lease in self._leases.pop(replica):
                 lease.reschedule(now_s)
 
-    async def require(self, deployment: str, version: str = "") -> None:
-        """Check that a deployment exists.
+    async def require(self, deployment: str, version: str = "") -> pb.Route:
+        """Return the route of a deployment.
 
         Waits a moment for the very first table, and for one with a deployment that is unknown: it
         may have been deployed just now.
@@ -99,12 +95,13 @@ class Routes:
         """
         await self._wait_for(lambda: self.is_known, self._first_table_timeout_s)
         await self._wait_for(lambda: deployment in (self._table or ()), _ROUTE_CHANGE_TIMEOUT_S)
-        self._route(deployment)
+        route = self._route(deployment)
         if version not in ("", MODEL_VERSION):
             raise NotFound(
                 f"Request for unknown model: '{deployment}' version {version} is not found. "
                 f"Every deployment has version {MODEL_VERSION} only."
             )
+        return route
 
     @contextlib.asynccontextmanager
     async def lease(

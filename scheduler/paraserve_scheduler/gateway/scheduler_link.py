@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 
 import grpc
 import grpc.aio
 
+from paraserve_backend.daemon.retry import Backoff
 from paraserve_backend.rpc import auth
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerStub
@@ -22,8 +24,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 1.0
 _REPORT_TIMEOUT_S = 5.0
-_FIRST_BACKOFF_S = 0.05
-_LAST_BACKOFF_S = 2.0
+_BACKOFF = Backoff()
 
 
 class SchedulerLink:
@@ -48,19 +49,19 @@ class SchedulerLink:
             tasks.create_task(self._report_demand(), name="report demand")
 
     async def _watch_routes(self) -> None:
-        backoff_s = _FIRST_BACKOFF_S
+        rng = random.Random()
+        pauses = _BACKOFF.pauses(rng)
         while True:
             try:
                 async for table in self._stub.WatchRoutes(
                     pb.WatchRoutesRequest(gateway=self._gateway), metadata=self._metadata
                 ):
                     self._routes.apply(table)
-                    backoff_s = _FIRST_BACKOFF_S
+                    pauses = _BACKOFF.pauses(rng)
                 logger.warning("The scheduler ended the route stream; asking again.")
             except grpc.aio.AioRpcError as error:
                 logger.warning("No routes from the scheduler: %s", _reason(error))
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
+            await asyncio.sleep(next(pauses))
 
     async def _report_demand(self) -> None:
         while True:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import signal
 import socket
 from collections.abc import Sequence
 
-import grpc
-import grpc.aio
 from aiohttp import web
 from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 
-from paraserve_backend.daemon.settings import parse_arguments, read_token
+from paraserve_backend.daemon.process import run_daemon
+from paraserve_backend.daemon.settings import read_token
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.rpc.addresses import split_address, with_port
+from paraserve_backend.rpc.channels import cluster_channel, gateway_server, listen
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import DemandMeter
-from paraserve_scheduler.gateway.frontends.grpc_service import GrpcService, HealthCheck
+from paraserve_scheduler.gateway.frontends.grpc_service import GrpcService, health_handler
 from paraserve_scheduler.gateway.frontends.http_service import HttpService
-from paraserve_scheduler.gateway.frontends.request_reader import RequestReader, server_options
+from paraserve_scheduler.gateway.frontends.request_reader import RequestReader
 from paraserve_scheduler.gateway.kserve.statistics import Statistics
 from paraserve_scheduler.gateway.proxy import Proxy
 from paraserve_scheduler.gateway.routes import Routes
@@ -30,18 +29,6 @@ from paraserve_scheduler.gateway.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
-_SERVER_OPTIONS = (
-    ("grpc.max_send_message_length", -1),
-    # Two servers on one port would share its clients at random.
-    ("grpc.so_reuseport", 0),
-)
-_SCHEDULER_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # A scheduler's machine that vanished sends no reset; reports keep the connection busy else.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-)
 _SHUTDOWN_GRACE_S = 2.0
 
 
@@ -64,15 +51,12 @@ class Gateway:
             upstream=self._upstream,
             statistics=self._statistics,
         )
-        self._scheduler = grpc.aio.insecure_channel(
-            config.scheduler_address, options=_SCHEDULER_OPTIONS
-        )
+        self._scheduler = cluster_channel(config.scheduler_address)
         self._link = SchedulerLink(
             self._scheduler, gateway=name, token=token, routes=self._routes, demand=self._demand
         )
-        self._grpc = grpc.aio.server(
-            interceptors=[RequestReader(config.max_request_bytes)],
-            options=_SERVER_OPTIONS + server_options(config.max_request_bytes),
+        self._grpc = gateway_server(
+            [RequestReader(config.max_request_bytes)], max_request_bytes=config.max_request_bytes
         )
         service = HttpService(
             self._proxy,
@@ -101,14 +85,9 @@ class Gateway:
         add_GRPCInferenceServiceServicer_to_server(
             GrpcService(self._proxy, self._routes, self._statistics), self._grpc
         )
-        self._grpc.add_generic_rpc_handlers((HealthCheck(self._routes),))
-        try:
-            port = self._grpc.add_insecure_port(self._config.grpc_address)
-        except RuntimeError:
-            raise InvalidRequest(
-                f"Cannot listen on grpc_address {self._config.grpc_address}; is it in use?"
-            ) from None
-        self.grpc_address = f"{split_address(self._config.grpc_address)[0]}:{port}"
+        self._grpc.add_generic_rpc_handlers((health_handler(self._routes),))
+        port = listen(self._grpc, self._config.grpc_address, setting="grpc_address")
+        self.grpc_address = with_port(self._config.grpc_address, port)
         await self._grpc.start()
         await self._start_http()
 
@@ -131,22 +110,7 @@ class Gateway:
             raise InvalidRequest(
                 f"Cannot listen on http_address {self._config.http_address}: {error.strerror}."
             ) from None
-        self.http_address = f"{host}:{self._http.addresses[0][1]}"
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Split host:port.
-
-    Raises:
-        InvalidRequest: it is no such address.
-    """
-    host, separator, port = address.rpartition(":")
-    if not (separator and host and port.isdecimal()):
-        raise InvalidRequest(f"'{address}' is not an address; write it as host:port.")
-    return host.strip("[]"), int(port)
-
-
-logger = logging.getLogger(__name__)
+        self.http_address = with_port(self._config.http_address, self._http.addresses[0][1])
 
 
 async def run(config: GatewayConfig) -> None:
@@ -168,20 +132,10 @@ async def run(config: GatewayConfig) -> None:
         await gateway.stop()
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run a gateway of its own until SIGTERM or SIGINT.
 
     Raises:
         InvalidRequest: the settings are wrong.
     """
-    config = parse_arguments(GatewayConfig, argv, program="paraserve gateway")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    asyncio.run(_run_until_signalled(config))
-
-
-async def _run_until_signalled(config: GatewayConfig) -> None:
-    task = asyncio.ensure_future(run(config))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    return run_daemon(GatewayConfig, run, argv, program="paraserve gateway")

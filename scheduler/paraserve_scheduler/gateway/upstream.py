@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from paraserve_backend.errors import (
 )
 from paraserve_backend.protocol.names import REPLICA_PARAMETER
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.rpc.channels import triton_channel
 from paraserve_backend.rpc.errors import error_from_code, is_connection_lost
 from paraserve_scheduler.gateway.kserve.errors import ReplicaLost, clean_message
 
@@ -37,13 +38,6 @@ if TYPE_CHECKING:
 WANT_EMPTY_FINAL = "triton_enable_empty_final_response"
 FINAL_MARK = "triton_final_response"
 
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # A restarted server gets its address back: look again soon.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
 #: What Triton says, without a code, when a model is not there or its process is dead.
 _NOT_SERVED = re.compile(
     r"unknown model|no available versions|is not ready|is not healthy", re.IGNORECASE
@@ -123,7 +117,7 @@ class Upstream:
 
     def _stub(self, address: str) -> GRPCInferenceServiceAsyncStub:
         if address not in self._servers:
-            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = triton_channel(address)
             self._servers[address] = _Server(
                 channel=channel, stub=GRPCInferenceServiceStub(channel)
             )
@@ -139,7 +133,7 @@ class _Stream:
     ) -> None:
         self._model = endpoint.model
         self._deployment = request.model_name
-        self._call = stub.ModelStreamInfer(_only(_addressed(request, endpoint)))
+        self._call = stub.ModelStreamInfer(iter((_addressed(request, endpoint),)))
         self._messages = aiter(self._call)
         self._is_started = False
         #: Whether the final response has been read.
@@ -227,12 +221,6 @@ class _Stream:
 def is_final(response: kserve.ModelInferResponse) -> bool:
     mark = response.parameters.get(FINAL_MARK)
     return mark is not None and mark.bool_param
-
-
-async def _only(
-    request: kserve.ModelInferRequest,
-) -> AsyncIterator[kserve.ModelInferRequest]:
-    yield request
 
 
 def _addressed(

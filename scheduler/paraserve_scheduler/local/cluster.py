@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from random import SystemRandom
 from typing import IO, Any
 
@@ -33,6 +33,7 @@ from paraserve_scheduler.local.layout import (
     read_running,
     state_root,
     sweep,
+    to_json,
 )
 from paraserve_scheduler.local.lock import locked, owner
 from paraserve_scheduler.local.ports import PortPicker, is_free
@@ -214,7 +215,7 @@ class _Start:
             )
         self._stdin, self._stdout = process.stdin, process.stdout
         assert process.stdin is not None
-        process.stdin.write(json.dumps(asdict(self._layout), default=str).encode() + b"\n")
+        process.stdin.write(to_json(self._layout) + b"\n")
         process.stdin.flush()
         process.wait()  # it goes on as a grandchild, which this process need not reap
 

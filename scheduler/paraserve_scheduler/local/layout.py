@@ -7,23 +7,24 @@ memory start with one prefix, by which leftovers are found and removed here.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from paraserve_backend.daemon.settings import load_config
-from paraserve_backend.errors import (
-    InvalidRequest,
-)
+import msgspec
+
+from paraserve_backend.errors import InvalidRequest
 
 SHM = Path("/dev/shm")
 #: Bucket of the embedded S3 server.
 BUCKET = "models"
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,27 +160,54 @@ def check_name(name: str) -> str:
     return name
 
 
+def to_json(record: object) -> bytes:
+    return msgspec.json.encode(record, enc_hook=str)  # a path is a string
+
+
+def from_json(record: type[Record], content: bytes) -> Record:
+    """Read what `to_json` wrote; raises `ValueError` for anything else."""
+    return msgspec.json.decode(content, type=record, dec_hook=_decoded)
+
+
+def _decoded(hint: object, value: object) -> object:
+    return Path(str(value)) if hint is Path else value
+
+
 def write_running(path: Path, record: RunningCluster) -> None:
     """Write a record so that readers see it whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(record), default=str, indent=2), encoding="utf-8")
+    temporary.write_bytes(msgspec.json.format(to_json(record)))
     temporary.replace(path)
 
 
 def read_running(path: Path) -> RunningCluster:
-    return load_config(RunningCluster, path)
+    """Read what `write_running` wrote.
+
+    Raises:
+        InvalidRequest: there is no such file, or another version wrote it.
+    """
+    return _read(RunningCluster, path)
 
 
 def ensure_secrets(files: ClusterFiles) -> None:
     """Make the cluster token and the S3 key pair where they are missing; only their owner reads."""
     files.token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _write_once(files.token, secrets.token_urlsafe(32))
-    key = {"access_key": secrets.token_hex(10), "secret_key": secrets.token_urlsafe(32)}
-    _write_once(files.s3_key, json.dumps(key))
+    key = S3Key(access_key=secrets.token_hex(10), secret_key=secrets.token_urlsafe(32))
+    _write_once(files.s3_key, to_json(key).decode())
 
 
 def read_s3_key(files: ClusterFiles) -> S3Key:
-    return load_config(S3Key, files.s3_key)
+    return _read(S3Key, files.s3_key)
+
+
+def _read(record: type[Record], path: Path) -> Record:
+    try:
+        return from_json(record, path.read_bytes())
+    except OSError as error:
+        raise InvalidRequest(f"Cannot read {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise InvalidRequest(f"{path} was written by another version: {error}.") from None
 
 
 def _write_once(path: Path, content: str) -> None:

@@ -167,9 +167,16 @@ def _daemon_environment(layout: ClusterLayout, machine: Machine) -> dict[str, st
     environment = dict(machine.environ)
     if layout.s3_port:
         environment = _without_aws(environment) | aws_environment(layout, read_s3_key(layout.files))
-    # The cluster's own addresses are never reached through a proxy.
-    hosts = ",".join(sorted({"localhost", layout.host, *(node.host for node in layout.nodes)}))
+    hosts = _no_proxy(layout, environment.get("no_proxy") or environment.get("NO_PROXY") or "")
     return environment | {"NO_PROXY": hosts, "no_proxy": hosts}
+
+
+def _no_proxy(layout: ClusterLayout, of_user: str) -> str:
+    """Add the cluster's own hosts, one of which has its object store, to the user's."""
+    if of_user.strip() == "*":  # all of them, but only where it stands alone
+        return "*"
+    own = sorted({"localhost", layout.host, *(node.host for node in layout.nodes)})
+    return ",".join([*own, of_user] if of_user else own)
 
 
 def _scheduler_settings(layout: ClusterLayout) -> dict[str, object]:

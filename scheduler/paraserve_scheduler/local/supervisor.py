@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from paraserve_backend.daemon.settings import load_config
+from paraserve_backend.daemon.logs import start_logging
 from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.tritonserver.host.install import find_triton
 from paraserve_scheduler.client.scheduler import SchedulerClient
@@ -33,6 +33,7 @@ from paraserve_scheduler.local.layout import (
     Process,
     RunningCluster,
     ensure_secrets,
+    from_json,
     sweep,
     write_running,
 )
@@ -190,12 +191,12 @@ class Reporter:
 def main() -> int:
     if os.fork():
         os._exit(0)  # nobody has to wait for the supervisor
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    start_logging()
     reporter = Reporter(sys.stdout.buffer)
     line = sys.stdin.buffer.readline()
     if not line:
         return 1
-    layout = load_config(ClusterLayout, None, json.loads(line))
+    layout = from_json(ClusterLayout, line)
     with locked(layout.files.lock) as is_ours:
         if not is_ours:
             reporter.send(

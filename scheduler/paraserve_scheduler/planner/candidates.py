@@ -193,7 +193,7 @@ def _held(need: Need, node: Node) -> int:
 
 
 def _gives(node: Node) -> float:
-    return (node.uplink_bytes_per_s or node.nic_bytes_per_s) / (node.uplink_fetches + 1)
+    return node.nic_bytes_per_s / (node.uplink_fetches + 1)
 
 
 def find_rooms(need: Need, nodes: Sequence[Node]) -> list[Room]:

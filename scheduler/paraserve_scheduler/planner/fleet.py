@@ -42,8 +42,7 @@ class Node:
     cached: Mapping[str, LayerRanges] = field(default_factory=dict)
     #: The same on its disk.
     on_disk: Mapping[str, LayerRanges] = field(default_factory=dict)
-    #: How fast peers may read this node's host memory together, and how many fetches do.
-    uplink_bytes_per_s: float | None = None
+    #: Fetches of peers that read this node's host memory; they share its link.
     uplink_fetches: int = 0
     #: Rack or zone; empty: not known.
     zone: str = ""

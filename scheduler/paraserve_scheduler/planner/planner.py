@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 from paraserve_scheduler.planner.bandwidth import offered_rate
@@ -20,24 +19,10 @@ from paraserve_scheduler.planner.candidates import (
     find_rooms,
 )
 from paraserve_scheduler.planner.cost import ModelShape
-from paraserve_scheduler.planner.decisions import Growth, Prediction, StageChoice, Start
+from paraserve_scheduler.planner.decisions import Prediction, StageChoice, Start
 from paraserve_scheduler.planner.fleet import Fleet, Gpu, Need, Node, Objectives
 from paraserve_scheduler.planner.partition import choose_places, cut, divisible_s
 from paraserve_scheduler.planner.prediction import predict, tpot_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanningConfig:
-    #: Part of the TTFT objective that a prediction may take; the rest is for what it misses.
-    ttft_share: float = 0.9
-    #: Sequences in a batch that the TPOT objective is checked with.
-    tpot_batch: int = 4
-    #: Fetched layers stay in host memory when their replica goes.
-    keeps_in_memory: bool = True
-    #: Growing stages fetch only with what starts leave. Where the network is always busy with
-    #: starts, pipelines then stay pipelines, and what holds their memory is slow.
-    grows_in_background: bool = False
-
 
 #: Without an objective a start in one zone may take so many times as long.
 _ZONE_SLACK = 1.05
@@ -45,9 +30,7 @@ _ZONE_SLACK = 1.05
 _LATE_SLACK = 1.1
 
 
-def plan(
-    need: Need, fleet: Fleet, now_s: float, *, replicas: int = 1, config: PlanningConfig
-) -> Start | None:
+def plan(need: Need, fleet: Fleet, now_s: float, *, replicas: int = 1) -> Start | None:
     """How to start one replica that can grow into `replicas`; None while there is no room.
 
     Of the plans that meet both objectives it takes the cheapest; of those that meet one or none,
@@ -57,7 +40,7 @@ def plan(
     """
     if need.must_grow and need.model.full_bytes > fleet.most_free_bytes:
         return None
-    search = _Search(need, fleet, now_s, replicas, config)
+    search = _Search(need, fleet, now_s, replicas)
     able = [node for node in fleet.nodes if need.may_use(node)]
     free = [node for node in able if _takes_one_more(node, need, now_s)]
     best = search.best(free)
@@ -103,13 +86,10 @@ def _is_as_good(near: Start, best: Start, need: Need) -> bool:
 class _Search:
     """The search for the start of one replica, over any of the fleet's nodes."""
 
-    def __init__(
-        self, need: Need, fleet: Fleet, now_s: float, replicas: int, config: PlanningConfig
-    ) -> None:
+    def __init__(self, need: Need, fleet: Fleet, now_s: float, replicas: int) -> None:
         self._need = need
         self._now_s = now_s
         self._replicas = replicas
-        self._config = config
         self._candidates = Candidates(need, find_layer_sources(need, fleet))
 
     def best(self, nodes: Sequence[Node]) -> Start | None:
@@ -149,7 +129,7 @@ class _Search:
             able = [
                 candidate
                 for candidate in candidates
-                if tpot_s(model, [candidate], stages, full, self._config.tpot_batch) <= limit_s
+                if tpot_s(model, [candidate], stages, full) <= limit_s
             ]
             if stages <= len(able) < len(candidates):
                 yield able
@@ -167,28 +147,20 @@ class _Search:
                 yield self._start(found.places, found.bounds, full)
 
     def _start(self, candidates: Sequence[Candidate], bounds: Sequence[int], full: int) -> Start:
-        need, config = self._need, self._config
+        need = self._need
         growing = _growing(candidates, full)
         chosen = [
             _stage(candidate, start, end, need.must_grow and candidate in growing)
             for candidate, start, end in zip(candidates, bounds, bounds[1:], strict=False)
         ]
-        prediction = predict(
-            need,
-            candidates,
-            chosen,
-            self._now_s,
-            ttft_share=config.ttft_share,
-            tpot_batch=config.tpot_batch,
-        )
+        prediction = predict(need, candidates, chosen, self._now_s)
         return Start(
             deployment=need.name,
             stages=tuple(chosen),
             reason=_reason(need, chosen, prediction),
             prediction=prediction,
             deadline_s=_deadline(need, self._now_s),
-            keeps_in_memory=config.keeps_in_memory,
-            growth=Growth(is_background=config.grows_in_background),
+            keeps_in_memory=True,
         )
 
 

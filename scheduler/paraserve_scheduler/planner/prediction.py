@@ -16,22 +16,19 @@ from paraserve_scheduler.planner.cost import (
 from paraserve_scheduler.planner.decisions import Prediction, StageChoice, StagePrediction
 from paraserve_scheduler.planner.fleet import Need
 
+#: Part of the TTFT objective that a prediction may take; the rest is for what it misses.
+TTFT_SHARE = 0.9
+#: Sequences in a batch that the TPOT objective is checked with.
+TPOT_BATCH = 4
+
 
 def predict(
     need: Need,
     candidates: Sequence[Candidate],
     stages: Sequence[StageChoice],
     now_s: float,
-    *,
-    ttft_share: float,
-    tpot_batch: int,
 ) -> Prediction:
-    """Return what `stages` on `candidates` are expected to give.
-
-    Args:
-        ttft_share: part of the TTFT objective that a prediction may take.
-        tpot_batch: sequences in a batch that the TPOT objective is checked with.
-    """
+    """Return what `stages` on `candidates` are expected to give."""
     parts = tuple(
         _predict_stage(candidate, stage)
         for candidate, stage in zip(candidates, stages, strict=True)
@@ -44,7 +41,7 @@ def predict(
     full = full_speed_stages(kinds, count, growing)
     first = prefill_s(speed, need.prompt_tokens, stages=count, full=full, hop_s=hop)
     waited = now_s - need.oldest_s if need.oldest_s is not None else 0.0
-    tpot = tpot_s(need.model, candidates, count, growing, tpot_batch)
+    tpot = tpot_s(need.model, candidates, count, growing)
     ttft = waited + ready + first
     objectives = need.objectives
     return Prediction(
@@ -52,7 +49,7 @@ def predict(
         ttft_s=ttft,
         tpot_s=tpot,
         cost_byte_s=_cost_byte_s(candidates, stages, ready),
-        meets_ttft=_is_in_time(waited, (ready + first) / ttft_share, objectives.ttft_s),
+        meets_ttft=_is_in_time(waited, (ready + first) / TTFT_SHARE, objectives.ttft_s),
         meets_tpot=objectives.tpot_s is None or tpot <= objectives.tpot_s,
         stages=parts,
     )
@@ -79,14 +76,12 @@ def _predict_stage(candidate: Candidate, stage: StageChoice) -> StagePrediction:
     )
 
 
-def tpot_s(
-    model: ModelShape, candidates: Sequence[Candidate], stages: int, growing: int, batch: int
-) -> float:
+def tpot_s(model: ModelShape, candidates: Sequence[Candidate], stages: int, growing: int) -> float:
     """Seconds per token of a pipeline, `growing` of whose stages are full workers."""
     kinds = [candidate.node.kind for candidate in candidates]
     speed, hop = slowest(kinds, model.name)
     full = full_speed_stages(kinds, stages, growing)
-    return decode_s(speed, batch, stages=stages, full=full, hop_s=hop)
+    return decode_s(speed, TPOT_BATCH, stages=stages, full=full, hop_s=hop)
 
 
 def _cost_byte_s(

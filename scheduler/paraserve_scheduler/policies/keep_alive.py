@@ -19,18 +19,14 @@ from paraserve_scheduler.planner.fleet import (
 
 #: Arrivals that make a rate, as in RainbowCake's code.
 _WINDOW = 6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeepAliveConfig:
-    #: The chance with which the next arrival comes within the time a layer is kept.
-    quantile: float = 0.8
-    #: What a second of a user's waiting is worth in byte · seconds of GPU memory.
-    wait_price_byte_s: float = 60e9
-    least_s: float = 2.0
-    most_s: float = 60.0
-    #: For a deployment whose arrivals are not known yet.
-    unknown_s: float = 15.0
+#: The chance with which the next arrival comes within the time a layer is kept.
+_QUANTILE = 0.8
+#: What a second of a user's waiting is worth in byte · seconds of GPU memory.
+_WAIT_PRICE_BYTE_S = 60e9
+#: How long a layer stays at least and at most.
+LEAST_LIFE_S, MOST_LIFE_S = 2.0, 60.0
+#: How long the layers of a deployment stay whose arrivals are not known yet.
+UNKNOWN_LIFE_S = 15.0
 
 
 def rate_of(arrivals_s: Sequence[float], now_s: float) -> float | None:
@@ -41,9 +37,7 @@ def rate_of(arrivals_s: Sequence[float], now_s: float) -> float | None:
     return len(window) / (now_s - window[0])
 
 
-def time_to_live_s(
-    *, rate: float | None, saved_s: float, held_bytes: float, config: KeepAliveConfig
-) -> float:
+def time_to_live_s(*, rate: float | None, saved_s: float, held_bytes: float) -> float:
     """RainbowCake: min(quantile of the time to the next arrival, break-even time).
 
     The quantile of a Poisson process is -ln(1 - p) / rate. The break-even time is when what the
@@ -51,24 +45,22 @@ def time_to_live_s(
     without it.
     """
     if rate is None:
-        return config.unknown_s
-    live_s = min(_next_use_s(rate, config), _break_even_s(saved_s, held_bytes, config))
-    return min(max(live_s, config.least_s), config.most_s)
+        return UNKNOWN_LIFE_S
+    live_s = min(_next_use_s(rate), _break_even_s(saved_s, held_bytes))
+    return min(max(live_s, LEAST_LIFE_S), MOST_LIFE_S)
 
 
-def _next_use_s(rate: float, config: KeepAliveConfig) -> float:
-    return -log(1 - config.quantile) / rate if rate > 0 else inf
+def _next_use_s(rate: float) -> float:
+    return -log(1 - _QUANTILE) / rate if rate > 0 else inf
 
 
-def _break_even_s(saved_s: float, held_bytes: float, config: KeepAliveConfig) -> float:
-    return saved_s * config.wait_price_byte_s / held_bytes if held_bytes > 0 else inf
+def _break_even_s(saved_s: float, held_bytes: float) -> float:
+    return saved_s * _WAIT_PRICE_BYTE_S / held_bytes if held_bytes > 0 else inf
 
 
-def is_used_in_time(
-    *, rate: float, saved_s: float, held_bytes: float, config: KeepAliveConfig
-) -> bool:
+def is_used_in_time(*, rate: float, saved_s: float, held_bytes: float) -> bool:
     """Whether a layer's next use is likely before its memory has cost what a start would."""
-    return _next_use_s(rate, config) <= _break_even_s(saved_s, held_bytes, config)
+    return _next_use_s(rate) <= _break_even_s(saved_s, held_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,17 +7,16 @@ before the others. Idle replicas are evicted to make room.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from paraserve_scheduler.planner.cost import StartMethod, stage_ready_s
 from paraserve_scheduler.planner.decisions import Decision, DropSlot, Start, Stop, WarmSlot
 from paraserve_scheduler.planner.fleet import Fleet, Need, ReplicaLoad
 from paraserve_scheduler.planner.fleet_changes import with_freed, with_start, without
-from paraserve_scheduler.planner.planner import PlanningConfig, plan
+from paraserve_scheduler.planner.planner import plan
 from paraserve_scheduler.policies.autoscaling import AutoscalingConfig, replicas_to_start
 from paraserve_scheduler.policies.keep_alive import (
     Eviction,
-    KeepAliveConfig,
     evictions,
     idle_by_gpu,
     is_idle,
@@ -27,22 +26,14 @@ from paraserve_scheduler.policies.keep_alive import (
     time_to_live_s,
 )
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParaServeConfig:
-    planning: PlanningConfig = field(default_factory=PlanningConfig)
-    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
-    keep_alive: KeepAliveConfig = field(default_factory=KeepAliveConfig)
+_AUTOSCALING = AutoscalingConfig()
 
 
-_DEFAULTS = ParaServeConfig()
-
-
-def decide(fleet: Fleet, now_s: float, config: ParaServeConfig = _DEFAULTS) -> tuple[Decision, ...]:
+def decide(fleet: Fleet, now_s: float) -> tuple[Decision, ...]:
     return (
-        *_start_replicas(fleet, now_s, config),
-        *_stop_idle(fleet, now_s, config.keep_alive),
-        *_keep_slots(fleet, now_s, config.keep_alive),
+        *_start_replicas(fleet, now_s),
+        *_stop_idle(fleet, now_s),
+        *_keep_slots(fleet, now_s),
     )
 
 
@@ -73,26 +64,24 @@ class _Room:
         self._most_bytes = most_room_bytes(self.fleet, self.idle)
 
 
-def _start_replicas(fleet: Fleet, now_s: float, config: ParaServeConfig) -> Iterator[Decision]:
+def _start_replicas(fleet: Fleet, now_s: float) -> Iterator[Decision]:
     room = _Room(fleet, now_s)
     # Of a full cluster hardly any has to be looked at.
     needs = [_not_late_yet(need, now_s) for need in _waiting(fleet) if room.may_suffice(need)]
     for need in sorted(needs, key=lambda need: _urgency(need, now_s)):
         if room.may_suffice(need):
-            yield from _start_for(need, room, now_s, config)
+            yield from _start_for(need, room, now_s)
 
 
-def _start_for(
-    need: Need, room: _Room, now_s: float, config: ParaServeConfig
-) -> Iterator[Decision]:
+def _start_for(need: Need, room: _Room, now_s: float) -> Iterator[Decision]:
     ready_in_s = _typical_start_s(need, room.fleet)
-    wanted = replicas_to_start(need, now_s, ready_in_s, config.autoscaling)
+    wanted = replicas_to_start(need, now_s, ready_in_s, _AUTOSCALING)
     while wanted > 0:
-        start = plan(need, room.fleet, now_s, replicas=wanted, config=config.planning)
-        if start is None and _will_fit(need, room.fleet, now_s, config):
+        start = plan(need, room.fleet, now_s, replicas=wanted)
+        if start is None and _will_fit(need, room.fleet, now_s):
             return
         if start is None or (_is_late(start) and not _is_hopeless(need, now_s)):
-            eviction = _make_room(need, room, now_s, start, config)
+            eviction = _make_room(need, room, now_s, start)
             if eviction is not None:
                 yield from _evict(eviction, need)
                 room.evict(eviction)
@@ -104,12 +93,12 @@ def _start_for(
         wanted -= max(1, sum(stage.grows for stage in start.stages))
 
 
-def _will_fit(need: Need, fleet: Fleet, now_s: float, config: ParaServeConfig) -> bool:
+def _will_fit(need: Need, fleet: Fleet, now_s: float) -> bool:
     """Whether there is room for a replica once those that are being stopped have gone."""
     if not fleet.leaving_bytes:
         return False
     freed = with_freed(fleet, fleet.leaving_bytes)
-    return plan(need, freed, now_s, config=config.planning) is not None
+    return plan(need, freed, now_s) is not None
 
 
 def _evict(eviction: Eviction, need: Need) -> Iterator[Stop]:
@@ -180,14 +169,12 @@ _EVICTIONS_TRIED = 4
 _LOOKED_AT = 8
 
 
-def _make_room(
-    need: Need, room: _Room, now_s: float, late: Start | None, config: ParaServeConfig
-) -> Eviction | None:
+def _make_room(need: Need, room: _Room, now_s: float, late: Start | None) -> Eviction | None:
     """Idle replicas to stop if a plan gets possible by it, or gets to meet the objectives."""
     found = evictions(room.fleet, need.model.full_bytes, room.idle)
     for eviction in found[:_EVICTIONS_TRIED]:
         freed = with_freed(room.fleet, eviction.freed_bytes)
-        start = plan(need, freed, now_s, config=config.planning)
+        start = plan(need, freed, now_s)
         if start is not None and (late is None or not _is_late(start)):
             return eviction
     return None
@@ -196,43 +183,40 @@ def _make_room(
 # ---- stopping ----
 
 
-def _stop_idle(fleet: Fleet, now_s: float, config: KeepAliveConfig) -> Iterator[Stop]:
+def _stop_idle(fleet: Fleet, now_s: float) -> Iterator[Stop]:
     for need in fleet.needs:
         spare = len(need.replicas) - need.min_replicas
         for replica in need.replicas:
             if spare > 0 and is_idle(replica) and not need.waiting:
                 idle_s = now_s - (replica.idle_since_s or now_s)
-                limit_s = _weights_live_s(need, replica, fleet, now_s, config)
+                limit_s = _weights_live_s(need, replica, fleet, now_s)
                 if idle_s >= limit_s:
                     spare -= 1
                     reason = f"idle for {idle_s:.1f} s, worth {limit_s:.1f} s"
                     yield Stop(replica=replica.name, reason=reason, leaves_slots=True)
 
 
-def _weights_live_s(
-    need: Need, replica: ReplicaLoad, fleet: Fleet, now_s: float, config: KeepAliveConfig
-) -> float:
+def _weights_live_s(need: Need, replica: ReplicaLoad, fleet: Fleet, now_s: float) -> float:
     if need.keep_alive_s is not None:
         return need.keep_alive_s
     return time_to_live_s(
         rate=rate_of(need.arrivals_s, now_s),
         saved_s=_typical_start_s(need, fleet),
         held_bytes=sum(replica.reserved_bytes.values()),
-        config=config,
     )
 
 
 # ---- slots ----
 
 
-def _keep_slots(fleet: Fleet, now_s: float, config: KeepAliveConfig) -> Iterator[Decision]:
+def _keep_slots(fleet: Fleet, now_s: float) -> Iterator[Decision]:
     """One slot on every GPU that could take a stage, as long as starts are frequent enough."""
     worth: dict[str, bool] = {}
     for node in fleet.nodes:
         if node.kind.start.slot_runtime_s is None:
             continue
         if node.kind.name not in worth:
-            worth[node.kind.name] = _are_starts_frequent(fleet, node.kind.start, now_s, config)
+            worth[node.kind.name] = _are_starts_frequent(fleet, node.kind.start, now_s)
         is_worth_it, needed_bytes = worth[node.kind.name], node.kind.start.slot_bytes
         for gpu in node.gpus:
             if is_worth_it and gpu.slots == 0 and gpu.free_bytes >= needed_bytes:
@@ -241,9 +225,7 @@ def _keep_slots(fleet: Fleet, now_s: float, config: KeepAliveConfig) -> Iterator
                 yield DropSlot(node=node.name, gpu=gpu.index, reason="starts are rare")
 
 
-def _are_starts_frequent(
-    fleet: Fleet, method: StartMethod, now_s: float, config: KeepAliveConfig
-) -> bool:
+def _are_starts_frequent(fleet: Fleet, method: StartMethod, now_s: float) -> bool:
     """Whether a slot is worth its memory: all deployments share it, so that their rates add up.
 
     Where no rate is known yet it is.
@@ -253,11 +235,11 @@ def _are_starts_frequent(
         rate += rate_of(need.arrivals_s, now_s) or 0.0
         # Requests choose among the nodes; a slot on one is asked for by its part of them. Further
         # rates would only add to it.
-        if rate and _is_worth_a_slot(method, rate / max(1, len(fleet.nodes)), config):
+        if rate and _is_worth_a_slot(method, rate / max(1, len(fleet.nodes))):
             return True
     return rate == 0
 
 
-def _is_worth_a_slot(method: StartMethod, rate: float, config: KeepAliveConfig) -> bool:
+def _is_worth_a_slot(method: StartMethod, rate: float) -> bool:
     saved_s = method.runtime_s - (method.slot_runtime_s or 0.0)
-    return is_used_in_time(rate=rate, saved_s=saved_s, held_bytes=method.slot_bytes, config=config)
+    return is_used_in_time(rate=rate, saved_s=saved_s, held_bytes=method.slot_bytes)

@@ -5,30 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.placement import NodeSpace
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.records import NodeState, Replica
 from paraserve_scheduler.state.spec import DeploymentSpec
 from paraserve_scheduler.state.view import ClusterView
 
 
-def is_alive(view: ClusterView, node: NodeState, now_s: float, config: PolicyConfig) -> bool:
-    return _silent_s(view, node, now_s) <= config.node_timeout_s
+def is_alive(turn: Turn, node: NodeState) -> bool:
+    return _silent_s(turn, node) <= turn.config.node_timeout_s
 
 
-def _silent_s(view: ClusterView, node: NodeState, now_s: float) -> float:
-    return now_s - max(node.last_seen_s, view.listening_since_s)
+def _silent_s(turn: Turn, node: NodeState) -> float:
+    return turn.now_s - max(node.last_seen_s, turn.view.listening_since_s)
 
 
-def node_spaces(
-    view: ClusterView, spec: DeploymentSpec, now_s: float, config: PolicyConfig
-) -> tuple[NodeSpace, ...]:
+def node_spaces(turn: Turn, spec: DeploymentSpec) -> tuple[NodeSpace, ...]:
     """What every node that could take a stage of this deployment has to give, by name."""
     return tuple(
-        _space(view, node, device)
-        for _, node in sorted(view.nodes.items())
-        if is_usable(view, node, now_s, config)
-        and (device := device_of(node, spec.device)) is not None
+        _space(turn.view, node, device)
+        for _, node in sorted(turn.view.nodes.items())
+        if is_usable(turn, node) and (device := device_of(node, spec.device)) is not None
     )
 
 
@@ -40,14 +37,14 @@ def space_on(view: ClusterView, name: str, spec: DeploymentSpec) -> NodeSpace:
     return _space(view, node, device)
 
 
-def is_usable(view: ClusterView, node: NodeState, now_s: float, config: PolicyConfig) -> bool:
+def is_usable(turn: Turn, node: NodeState) -> bool:
     """Whether a node may get new replicas."""
     return (
-        node.info.name not in view.cordoned
-        and is_alive(view, node, now_s, config)
+        node.info.name not in turn.view.cordoned
+        and is_alive(turn, node)
         and bool(node.triton_live)
         # What no replica wants still takes memory, nobody knows how much.
-        and not view.orphans(node)
+        and not turn.view.orphans(node)
     )
 
 
@@ -57,24 +54,22 @@ def free_ports(view: ClusterView, node: NodeState) -> tuple[int, ...]:
     return tuple(port for port in range(*node.info.channel_ports) if port not in used)
 
 
-def successor_spaces(
-    view: ClusterView, replica: Replica, now_s: float, config: PolicyConfig
-) -> Mapping[str, NodeSpace]:
+def successor_spaces(turn: Turn, replica: Replica) -> Mapping[str, NodeSpace]:
     """What every node has to give to a successor of `replica`, which shares its weights there."""
-    spec = view.deployments[replica.deployment].deployment.spec
-    spaces = node_spaces(view, spec, now_s, config)
-    return {space.name: _shared(view, replica, space) for space in spaces}
+    spec = turn.view.deployments[replica.deployment].deployment.spec
+    spaces = node_spaces(turn, spec)
+    return {space.name: _shared(turn.view, replica, space) for space in spaces}
 
 
-def node_trouble(view: ClusterView, name: str, now_s: float, config: PolicyConfig) -> str | None:
+def node_trouble(turn: Turn, name: str) -> str | None:
     """Why nothing on the node `name` can be relied on, if so."""
-    node = view.nodes.get(name)
+    node = turn.view.nodes.get(name)
     if node is None:
-        silent_s = now_s - view.listening_since_s
-        lost = silent_s > config.recovery_grace_s
+        silent_s = turn.now_s - turn.view.listening_since_s
+        lost = silent_s > turn.config.recovery_grace_s
         return f"Node {name} has not registered for {silent_s:.1f} s." if lost else None
-    if not is_alive(view, node, now_s, config):
-        return f"Node {name} was lost: silent for {_silent_s(view, node, now_s):.1f} s."
+    if not is_alive(turn, node):
+        return f"Node {name} was lost: silent for {_silent_s(turn, node):.1f} s."
     if node.triton_live is False:
         return f"Triton on node {name} does not answer."
     return None

@@ -7,15 +7,15 @@ successors are decided in `reconciler.consolidation`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from paraserve_scheduler.reconciler import consolidation
 from paraserve_scheduler.reconciler.capacity import (
     is_alive,
     node_trouble,
 )
-from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.starts import follow_policy
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.actions import (
     Action,
     DropDeployment,
@@ -23,73 +23,63 @@ from paraserve_scheduler.state.actions import (
     RemoveReplica,
     StopReplica,
 )
-from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.records import Failure, Phase, Replica
-from paraserve_scheduler.state.view import ClusterView
 
 
-def decide(view: ClusterView, now_s: float, config: PolicyConfig) -> tuple[Action, ...]:
-    """All that is to be done now; every action is possible when those before it have begun."""
-    view = view.without_silent_gateways(now_s - config.gateway_timeout_s)
-    actions: list[Action] = []
+def decide(turn: Turn) -> tuple[Action, ...]:
+    """Decide on all that is to be done now; every action is possible when those before it began."""
+    turn = turn.without_silent_gateways()
     for rule in _RULES:
-        for action in rule(view, now_s, config):
-            actions.append(action)
-            view = begin(view, action, now_s)
-    return tuple(actions)
+        rule(turn)
+    return tuple(turn.actions)
 
 
 # ---- stopping ----
 
 
-def _stop_replicas(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[Action]:
-    for replica in view.live_replicas():
+def _stop_replicas(turn: Turn) -> None:
+    for replica in turn.view.live_replicas():
         if replica.is_wanted:
-            action = _stop(view, replica, now_s, config)
+            action = _stop(turn, replica)
             if action is not None:
-                yield action
+                turn.do(action)
 
 
-def _stop(
-    view: ClusterView, replica: Replica, now_s: float, config: PolicyConfig
-) -> StopReplica | None:
-    state = view.deployments[replica.deployment]
+def _stop(turn: Turn, replica: Replica) -> StopReplica | None:
+    state = turn.view.deployments[replica.deployment]
     if state.deleting:
         return StopReplica(replica=replica.id, reason=f"'{state.name}' is deleted")
-    failure = _failure(view, replica, now_s, config)
+    failure = _failure(turn, replica)
     if failure is not None:
         return StopReplica(replica=replica.id, reason=failure.message, failure=failure)
     return None
 
 
-def _failure(
-    view: ClusterView, replica: Replica, now_s: float, config: PolicyConfig
-) -> Failure | None:
+def _failure(turn: Turn, replica: Replica) -> Failure | None:
     """Why this replica cannot go on, if so."""
     for stage, part in replica.stage_plans:
         if part.phase is Phase.FAILED:
             # A part that ended without saying why is an error of ours or of the agent.
             return part.failure or _unavailable(f"{replica.id} failed on node {stage.node}.")
     for stage in replica.plan.stages:
-        trouble = node_trouble(view, stage.node, now_s, config)
+        trouble = node_trouble(turn, stage.node)
         if trouble is not None:
             return _unavailable(trouble)
-    if replica.phase is Phase.STARTING and now_s - replica.planned_s > _start_limit(
-        replica, view, config
-    ):
+    started_s = turn.now_s - replica.planned_s
+    if replica.phase is Phase.STARTING and started_s > _start_limit_s(turn, replica):
         return Failure(
             grpc_code="DEADLINE_EXCEEDED",
-            message=f"{replica.id} was not ready within {config.start_timeout_s:g} s.",
+            message=f"{replica.id} was not ready within {turn.config.start_timeout_s:g} s.",
         )
     return None
 
 
-def _start_limit(replica: Replica, view: ClusterView, config: PolicyConfig) -> float:
+def _start_limit_s(turn: Turn, replica: Replica) -> float:
     """Seconds from the plan until a starting replica must be ready."""
     if not replica.recovered:
-        return config.start_timeout_s
+        return turn.config.start_timeout_s
     # It may have served for hours before the scheduler restarted.
-    return view.started_s - replica.planned_s + config.start_timeout_s
+    return turn.view.started_s - replica.planned_s + turn.config.start_timeout_s
 
 
 def _unavailable(message: str) -> Failure:
@@ -99,51 +89,46 @@ def _unavailable(message: str) -> Failure:
 # ---- removing ----
 
 
-def _remove_replicas(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[Action]:
-    for replica in view.live_replicas():
+def _remove_replicas(turn: Turn) -> None:
+    for replica in turn.view.live_replicas():
         if replica.phase is Phase.STOPPING and not replica.removing:
-            reason = _removable(view, replica, now_s, config)
+            reason = _removable(turn, replica)
             if reason is not None:
-                yield RemoveReplica(replica=replica.id, reason=reason)
+                turn.do(RemoveReplica(replica=replica.id, reason=reason))
 
 
-def _removable(
-    view: ClusterView, replica: Replica, now_s: float, config: PolicyConfig
-) -> str | None:
+def _removable(turn: Turn, replica: Replica) -> str | None:
     """Why a stopping replica may go now; `None` while requests may still run on it."""
     if replica.failure is not None:
         return "it failed"
     if replica.ready_s is None:
         return "it never served"
-    stopping_s = replica.stopping_s or now_s
-    unrouted_s = replica.hand_over_s or stopping_s
-    if view.is_released(replica, unrouted_s + config.settle_s, now_s):
+    stopping_s = replica.stopping_s or turn.now_s
+    unrouted_s = replica.hand_over.since_s or stopping_s
+    if turn.is_released(replica, unrouted_s):
         return "no request runs on it"
-    if now_s - stopping_s >= config.drain_grace_s:
-        in_flight = view.replica_in_flight(replica)
-        return f"{in_flight} requests did not end within {config.drain_grace_s:g} s"
+    if turn.now_s - stopping_s >= turn.config.drain_grace_s:
+        in_flight = turn.view.replica_in_flight(replica)
+        return f"{in_flight} requests did not end within {turn.config.drain_grace_s:g} s"
     return None
 
 
-def _remove_orphans(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[Action]:
-    for name, node in view.nodes.items():
-        if not is_alive(view, node, now_s, config):
+def _remove_orphans(turn: Turn) -> None:
+    for name, node in turn.view.nodes.items():
+        if not is_alive(turn, node):
             continue
-        for replica in sorted({part.replica for part in view.orphans(node)}):
-            if (name, replica) not in view.removing_parts:
-                yield RemovePart(node=name, replica=replica, reason="no replica has this part")
+        for replica in sorted({part.replica for part in turn.view.orphans(node)}):
+            if (name, replica) not in turn.view.removing_parts:
+                turn.do(RemovePart(node=name, replica=replica, reason="no replica has this part"))
 
 
-def _drop_deployments(view: ClusterView, now_s: float, config: PolicyConfig) -> Iterator[Action]:
-    del now_s, config
-    for state in view.deployments.values():
-        if state.deleting and not view.live_replicas(state.name):
-            yield DropDeployment(deployment=state.name, reason="deleted, and no replica is left")
+def _drop_deployments(turn: Turn) -> None:
+    for state in turn.view.deployments.values():
+        if state.deleting and not turn.view.live_replicas(state.name):
+            turn.do(DropDeployment(deployment=state.name, reason="deleted, and no replica is left"))
 
 
-_Rule = Callable[[ClusterView, float, PolicyConfig], Iterator[Action]]
-
-_RULES: tuple[_Rule, ...] = (
+_RULES: tuple[Callable[[Turn], None], ...] = (
     _stop_replicas,
     consolidation.give_up_successors,
     consolidation.stop_succeeded,

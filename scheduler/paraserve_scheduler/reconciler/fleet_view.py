@@ -25,9 +25,10 @@ from paraserve_scheduler.planner.fleet import (
     ReplicaPhase,
 )
 from paraserve_scheduler.reconciler.capacity import device_of, is_usable
-from paraserve_scheduler.reconciler.config import PlacementConfig, PolicyConfig
+from paraserve_scheduler.reconciler.config import PlacementConfig
 from paraserve_scheduler.reconciler.model_shapes import held_layers, shape_of
 from paraserve_scheduler.reconciler.placement import LEAST_PORTS, least_kv_blocks
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.learned import Calibration
 from paraserve_scheduler.state.records import DeploymentState, NodeState, Phase, Replica
 from paraserve_scheduler.state.view import ClusterView
@@ -40,19 +41,18 @@ _PREFILL_GAIN = {"cpu": 50.0, "cuda": 300.0}
 _PROMPT_TOKENS = 256
 
 
-def fleet_of(
-    view: ClusterView, now_s: float, config: PolicyConfig, held_back: Collection[str] = ()
-) -> Fleet:
-    """Return what policies may know of `view`; of deployments `held_back` nothing waits."""
+def fleet_of(turn: Turn, held_back: Collection[str] = ()) -> Fleet:
+    """Return what policies may know of the view; of deployments `held_back` nothing waits."""
+    view, config = turn.view, turn.config.placement
     replicas = _by_node(view)
     active = [state for state in view.deployments.values() if _is_active(view, state, held_back)]
     nodes = [
         node
         for _, node in sorted(view.nodes.items())
-        if is_usable(view, node, now_s, config) and _has_ports(node, replicas[node.info.name])
+        if is_usable(turn, node) and _has_ports(node, replicas[node.info.name])
     ]
     of_kind = {_kind_key(node): node for node in nodes}
-    kinds = {key: _kind(view, node, active, config.placement) for key, node in of_kind.items()}
+    kinds = {key: _kind(view, node, active, config) for key, node in of_kind.items()}
     seen = tuple(
         _node(view, node, kinds[_kind_key(node)], replicas[node.info.name], active)
         for node in nodes
@@ -60,9 +60,7 @@ def fleet_of(
     most_bytes = max((gpu.free_bytes for node in seen for gpu in node.gpus), default=0)
     return Fleet(
         nodes=seen,
-        needs=tuple(
-            _need(view, state, most_bytes, config.placement, held_back) for state in active
-        ),
+        needs=tuple(_need(view, state, most_bytes, config, held_back) for state in active),
         leaving_bytes=_leaving_bytes(view),
     )
 

@@ -16,7 +16,6 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_scheduler.reconciler.capacity import is_alive, node_trouble, successor_spaces
-from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.consolidation import (
     evacuation,
     listed,
@@ -25,15 +24,13 @@ from paraserve_scheduler.reconciler.consolidation import (
     successor_plan,
 )
 from paraserve_scheduler.reconciler.placement import NodeSpace
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.actions import StartReplica, StopReplica
-from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.records import Phase, Replica
 from paraserve_scheduler.state.view import ClusterView
 
 
-def migrate(
-    view: ClusterView, deployment: str, node: str, now_s: float, config: PolicyConfig
-) -> tuple[tuple[StopReplica, ...], StartReplica]:
+def migrate(turn: Turn, deployment: str, node: str) -> tuple[tuple[StopReplica, ...], StartReplica]:
     """What moves the only replica of `deployment` to `node`: first the stops, then the start.
 
     Raises:
@@ -42,51 +39,49 @@ def migrate(
         Unavailable: the replica or the node is not ready for it.
         InsufficientCapacity: says how much is missing on the node.
     """
-    replica = _movable_replica(view, deployment, node)
+    replica = _movable_replica(turn.view, deployment, node)
     reason = f"a user moves {replica.id} to {node}"
     stops = tuple(
-        StopReplica(replica=other.id, reason=reason) for other in view.successors(replica)
+        StopReplica(replica=other.id, reason=reason) for other in turn.view.successors(replica)
     )
     for stop in stops:
-        view = begin(view, stop, now_s)
-    space = _space_on(view, replica, node, now_s, config)
-    plan = successor_plan(view, replica, space, config)
-    return stops, StartReplica(plan=plan, requested_s=now_s, reason=reason)
+        turn.do(stop)
+    space = _space_on(turn, replica, node)
+    plan = successor_plan(turn, replica, space)
+    return stops, StartReplica(plan=plan, requested_s=turn.now_s, reason=reason)
 
 
-def check_drain(view: ClusterView, node: str, now_s: float, config: PolicyConfig) -> None:
+def check_drain(turn: Turn, node: str) -> None:
     """Check that everything on `node` could go elsewhere, or is idle and may just end.
 
     Raises:
         InsufficientCapacity: names a replica and says how much is missing.
     """
-    view = replace(view, cordoned=view.cordoned | {node})
-    for replica in view.replicas_on(node):
-        if may_move(view, replica) and not view.successors(replica):
+    turn = turn.supposing(replace(turn.view, cordoned=turn.view.cordoned | {node}))
+    for replica in turn.view.replicas_on(node):
+        if may_move(turn.view, replica) and not turn.view.successors(replica):
             try:
-                plan = evacuation(view, replica, now_s, config)
+                plan = evacuation(turn, replica)
             except InsufficientCapacity as shortage:
-                if not view.is_idle(replica.deployment):
+                if not turn.view.is_idle(replica.deployment):
                     raise InsufficientCapacity(
                         f"Node {node} cannot be drained: {shortage}"
                     ) from None
             else:
-                start = StartReplica(plan=plan, requested_s=now_s, reason="drained")
-                view = begin(view, start, now_s)
+                start = StartReplica(plan=plan, requested_s=turn.now_s, reason="drained")
+                turn.do(start)
 
 
-def drain_progress(
-    view: ClusterView, node: str, now_s: float, config: PolicyConfig
-) -> tuple[tuple[str, str], ...]:
+def drain_progress(turn: Turn, node: str) -> tuple[tuple[str, str], ...]:
     """What is still on a drained node: names of replicas, and what is done about each."""
-    there = view.replicas_on(node)
+    there = turn.view.replicas_on(node)
     known = {replica.id for replica in there}
-    state = view.nodes.get(node)
+    state = turn.view.nodes.get(node)
     leftovers = {part.replica for part in state.parts} - known if state else set()
-    if state is not None and not is_alive(view, state, now_s, config):
+    if state is not None and not is_alive(turn, state):
         leftovers = set()
     return (
-        *((replica.id, _progress(view, replica, now_s, config)) for replica in there),
+        *((replica.id, _progress(turn, replica)) for replica in there),
         *((name, "is being removed") for name in sorted(leftovers)),
     )
 
@@ -126,50 +121,46 @@ def _movable_replica(view: ClusterView, deployment: str, node: str) -> Replica:
     return replica
 
 
-def _space_on(
-    view: ClusterView, replica: Replica, node: str, now_s: float, config: PolicyConfig
-) -> NodeSpace:
-    if node in view.cordoned:
+def _space_on(turn: Turn, replica: Replica, node: str) -> NodeSpace:
+    if node in turn.view.cordoned:
         raise InvalidRequest(
             f"Node {node} is drained: end that with paraserve drain {node} --undo."
         )
-    space = successor_spaces(view, replica, now_s, config).get(node)
+    space = successor_spaces(turn, replica).get(node)
     if space is not None:
         return space
-    trouble = node_trouble(view, node, now_s, config)
+    trouble = node_trouble(turn, node)
     if trouble is not None:
         raise Unavailable(trouble)
-    if view.orphans(view.nodes[node]):
+    if turn.view.orphans(turn.view.nodes[node]):
         raise Unavailable(f"Node {node} is still removing what it had: retry shortly.")
-    device = view.deployments[replica.deployment].deployment.spec.device
+    device = turn.view.deployments[replica.deployment].deployment.spec.device
     raise InvalidRequest(f"Node {node} has no device {device}, which '{replica.deployment}' needs.")
 
 
-def _progress(view: ClusterView, replica: Replica, now_s: float, config: PolicyConfig) -> str:
+def _progress(turn: Turn, replica: Replica) -> str:
     """What is being done to get a replica off a drained node, or what that waits for."""
-    running = view.replica_in_flight(replica)
+    running = turn.view.replica_in_flight(replica)
     if replica.phase is Phase.STOPPING:
         return "is being removed" if replica.removing else f"ends its requests, {running} left"
     if replica.phase is Phase.STARTING:
         return "is starting, and moves when it is ready"
-    if ready := view.ready_successors(replica):
+    if ready := turn.view.ready_successors(replica):
         return f"hands its requests over to {listed(_places(ready))}, {running} left"
-    if successors := view.successors(replica):
+    if successors := turn.view.successors(replica):
         return f"waits for {listed(_places(successors))} to be ready"
-    predecessor = view.wanted_predecessor(replica)
+    predecessor = turn.view.wanted_predecessor(replica)
     if predecessor is not None:
         return f"still takes over from {predecessor.id}"
-    left_s = pause_s(replica, now_s, config)
+    left_s = pause_s(turn, replica)
     if left_s > 0:
         return f"waits {left_s:.0f} s, for its last successor failed"
-    return _shortage(view, replica, now_s, config) or "moves at once"
+    return _shortage(turn, replica) or "moves at once"
 
 
-def _shortage(
-    view: ClusterView, replica: Replica, now_s: float, config: PolicyConfig
-) -> str | None:
+def _shortage(turn: Turn, replica: Replica) -> str | None:
     try:
-        evacuation(view, replica, now_s, config)
+        evacuation(turn, replica)
     except InsufficientCapacity as shortage:
         return f"has no room elsewhere and stays until it is idle: {shortage}"
     return None

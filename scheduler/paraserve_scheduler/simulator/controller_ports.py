@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from paraserve_backend.architectures.spec import LayerRange
+from paraserve_backend.protocol.names import deployment_of
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
@@ -256,7 +257,7 @@ class SimulatedGateway:
         running = {
             replica: batch.running
             for replica, batch in self._batches.items()
-            if replica.rpartition(".")[0] == name and batch.running
+            if deployment_of(replica) == name and batch.running
         }
         return Demand(
             deployment=name,

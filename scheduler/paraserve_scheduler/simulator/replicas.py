@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from paraserve_backend.protocol.names import ReplicaModels
+from paraserve_backend.telemetry.spans import Span, SpanName
 from paraserve_scheduler.planner.cost import ModelShape, runtime_s
 from paraserve_scheduler.planner.decisions import StageChoice, StageSource, Start
 from paraserve_scheduler.planner.fleet import ReplicaPhase
@@ -116,7 +118,10 @@ def _begin_stage(
 
     def arrived() -> None:
         if not replica.is_gone:
-            _trace(replica, stage, around, "fetch", fetching_s, size)
+            fetched = Span(
+                name=SpanName.FETCH, start_s=fetching_s, end_s=heap.now_s, size_bytes=size
+            )
+            _trace(replica, stage, around, fetched)
             after_s = max(heap.now_s, began_s + process_s)
             heap.at(after_s + method.tail_s + size * method.load_s_per_byte + setup_s, loaded)
 
@@ -138,40 +143,30 @@ def _trace_stage(
     has_slot: bool,
 ) -> None:
     """Write down a stage that is ready now, whose process was there at `running_s`."""
-    is_pipeline = len(replica.start.stages) > 1
-    model = f"stage{replica.start.stages.index(stage)}" if is_pipeline else "generate"
-    if not has_slot:
-        where = (stage.node, stage.gpu)
-        around.trace.span(*where, "import torch", began_s, running_s, replica=replica.name)
-    _trace(replica, stage, around, "adopt weights", running_s)
-    _trace(replica, stage, around, f"{'bind' if has_slot else 'load'} {model}", began_s)
+    name, now_s = SpanName.BIND if has_slot else SpanName.LOAD, around.heap.now_s
+    torch = Span(name=SpanName.IMPORT_TORCH, start_s=began_s, end_s=running_s)
+    adopt = Span(name=SpanName.ADOPT_WEIGHTS, start_s=running_s, end_s=now_s)
+    model = Span(name=name, detail=_model(replica, stage), start_s=began_s, end_s=now_s)
+    for span in (adopt, model) if has_slot else (torch, adopt, model):
+        _trace(replica, stage, around, span)
     around.trace.instant(
-        f"ready [{stage.start}, {stage.end})",
-        around.heap.now_s,
+        SpanName.READY,
+        now_s,
+        detail=f"[{stage.start}, {stage.end})",
         replica=replica.name,
         node=stage.node,
         gpu=stage.gpu,
     )
 
 
-def _trace(
-    replica: SimReplica,
-    stage: StageChoice,
-    around: Surroundings,
-    what: str,
-    start_s: float,
-    size_bytes: int = 0,
-) -> None:
-    """Write down what ends now."""
-    around.trace.span(
-        stage.node,
-        stage.gpu,
-        what,
-        start_s,
-        around.heap.now_s,
-        replica=replica.name,
-        size_bytes=size_bytes,
-    )
+def _model(replica: SimReplica, stage: StageChoice) -> str:
+    models, stages = ReplicaModels(replica.name), replica.start.stages
+    is_whole = len(stages) == 1
+    return models.short(models.generate if is_whole else models.stage(stages.index(stage)))
+
+
+def _trace(replica: SimReplica, stage: StageChoice, around: Surroundings, span: Span) -> None:
+    around.trace.interval(span, replica=replica.name, node=stage.node, gpu=stage.gpu)
 
 
 class _Fetch:
@@ -285,7 +280,8 @@ def _grow_stage(
     began_s = heap.now_s
 
     def arrived() -> None:
-        _trace(replica, stage, around, "grow", began_s, size)
+        grown = Span(name=SpanName.GROW, start_s=began_s, end_s=heap.now_s, size_bytes=size)
+        _trace(replica, stage, around, grown)
         heap.after(0.0 if method.is_instant else size * method.load_s_per_byte, done)
 
     deadline_s = None

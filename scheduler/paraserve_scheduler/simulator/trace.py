@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from paraserve_backend.telemetry.spans import Span, SpanName
+
 SCHEDULER = "scheduler"
 
 
@@ -19,41 +21,37 @@ class Trace:
     is_kept: bool = False
     _events: list[dict[str, Any]] = field(default_factory=list)
     _places: dict[str, int] = field(default_factory=dict)
-    _lanes: dict[tuple[int, str], int] = field(default_factory=dict)
+    _lanes: dict[tuple[int, SpanName | None], int] = field(default_factory=dict)
 
-    def span(
-        self,
-        node: str,
-        gpu: int,
-        what: str,
-        start_s: float,
-        end_s: float,
-        *,
-        replica: str,
-        size_bytes: int = 0,
-    ) -> None:
+    def interval(self, span: Span, *, replica: str, node: str, gpu: int) -> None:
         if self.is_kept:
-            event = self._event(node, gpu, what, start_s, replica)
-            if size_bytes:
-                event["args"]["bytes"] = size_bytes
-            self._events.append(event | {"ph": "X", "dur": round((end_s - start_s) * 1e6)})
+            event = self._event(span, replica, node, gpu)
+            if span.size_bytes:
+                event["args"]["bytes"] = span.size_bytes
+            duration_s = span.end_s - span.start_s
+            self._events.append(event | {"ph": "X", "dur": round(duration_s * 1e6)})
 
     def instant(
-        self, what: str, at_s: float, *, replica: str, node: str = SCHEDULER, gpu: int = 0
+        self,
+        name: SpanName,
+        at_s: float,
+        *,
+        replica: str,
+        detail: str = "",
+        node: str = SCHEDULER,
+        gpu: int = 0,
     ) -> None:
         if self.is_kept:
             scope = "g" if node == SCHEDULER else "p"
-            event = self._event(node, gpu, what, at_s, replica)
-            self._events.append(event | {"ph": "i", "s": scope})
+            span = Span(name=name, detail=detail, start_s=at_s, end_s=at_s)
+            self._events.append(self._event(span, replica, node, gpu) | {"ph": "i", "s": scope})
 
-    def _event(
-        self, node: str, gpu: int, what: str, start_s: float, replica: str
-    ) -> dict[str, Any]:
+    def _event(self, span: Span, replica: str, node: str, gpu: int) -> dict[str, Any]:
         return {
-            "name": what,
+            "name": span.label,
             "pid": self._places.setdefault(node, len(self._places)),
-            "tid": self._lanes.setdefault((gpu, what.split()[0]), len(self._lanes)),
-            "ts": round(start_s * 1e6),
+            "tid": self._lanes.setdefault((gpu, span.name), len(self._lanes)),
+            "ts": round(span.start_s * 1e6),
             "args": {"replica": replica},
         }
 

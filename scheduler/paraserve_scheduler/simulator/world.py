@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from paraserve_backend.protocol.names import deployment_of, replica_id
+from paraserve_backend.telemetry.spans import SpanName
 from paraserve_scheduler.planner.decisions import (
     Decision,
     DropSlot,
@@ -205,13 +207,13 @@ class Simulation:
         served = self._served[start.deployment]
         served.last_number += 1
         replica = SimReplica(
-            name=f"{start.deployment}.{served.last_number}",
+            name=replica_id(start.deployment, served.last_number),
             deployment=served.description,
             start=start,
             stages=list(start.stages),
             started_s=self.heap.now_s,
         )
-        self.trace.instant("plan", self.heap.now_s, replica=replica.name)
+        self.trace.instant(SpanName.PLAN, self.heap.now_s, replica=replica.name)
         replicas.begin(replica, self, self._replica_ready)
         for stage in replica.stages:
             self._reserve(stage)
@@ -241,7 +243,7 @@ class Simulation:
         now_s = self.heap.now_s
         replica.phase, replica.ready_s, replica.idle_since_s = ReplicaPhase.READY, now_s, now_s
         replica.batch = self._batch(replica)
-        self.trace.instant("all ready", now_s, replica=replica.name)
+        self.trace.instant(SpanName.ALL_READY, now_s, replica=replica.name)
         prediction = replica.start.prediction
         self._outcome.cold_starts.append(
             ColdStart(
@@ -294,7 +296,7 @@ class Simulation:
         served.last_number += 1
         now_s = self.heap.now_s
         child = SimReplica(
-            name=f"{served.description.name}.{served.last_number}",
+            name=replica_id(served.description.name, served.last_number),
             deployment=served.description,
             start=origin.start,
             stages=[_whole(stage, origin)],
@@ -307,8 +309,7 @@ class Simulation:
         served.replicas.append(child)
 
     def _stop(self, stop: Stop) -> None:
-        deployment = stop.replica.rpartition(".")[0]
-        served = self._served[deployment]
+        served = self._served[deployment_of(stop.replica)]
         replica = next(
             (replica for replica in served.replicas if replica.name == stop.replica), None
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from paraserve_scheduler.state.actions import (
@@ -18,6 +18,7 @@ from paraserve_scheduler.state.actions import (
 )
 from paraserve_scheduler.state.changes import (
     change_deployment,
+    change_hand_over,
     change_node,
     change_replica,
     with_item,
@@ -28,8 +29,8 @@ from paraserve_scheduler.state.fold_reports import (
 )
 from paraserve_scheduler.state.records import (
     FailedStart,
-    Failure,
     GatewayState,
+    HandOverState,
     PartState,
     Phase,
     Replica,
@@ -37,43 +38,40 @@ from paraserve_scheduler.state.records import (
 from paraserve_scheduler.state.view import ClusterView
 
 
-def begin(view: ClusterView, action: Action, at_s: float) -> ClusterView:
-    """The view when `action` has been started, before anything has come of it."""
-    match action:
-        case StartReplica():
-            return _replica_started(view, action, at_s)
-        case StopReplica():
-            return _replica_stopping(view, action, at_s)
-        case RemoveReplica():
-            return change_replica(
-                view, action.replica, lambda replica: replace(replica, removing=True)
-            )
-        case RemovePart():
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """An action at the moment it begins."""
+
+    action: Action
+    at_s: float
+
+
+def begin(view: ClusterView, begun: Begun) -> ClusterView:
+    """The view when an action has been started, before anything has come of it."""
+    match begun.action:
+        case StartReplica() as action:
+            return _with_replica(view, _starting(action, begun.at_s))
+        case StopReplica() as action:
+            return _replica_stopping(view, action, begun)
+        case RemoveReplica() as action:
+            return change_replica(view, action.replica, partial(replace, removing=True))
+        case RemovePart() as action:
             pair = (action.node, action.replica)
             return replace(view, removing_parts=view.removing_parts | {pair})
-        case FailDeployment():
+        case FailDeployment() as action:
             return _deployment_failed(view, action)
-        case HandOver():
-            return _hand_over_begun(view, action, at_s)
-        case KeepSlots():
-            return change_node(
-                view, action.node, lambda node: replace(node, wanted_slots=action.idle_slots)
-            )
-        case DropDeployment():
-            return replace(
-                view,
-                deployments=without_item(view.deployments, action.deployment),
-                replicas={
-                    key: replica
-                    for key, replica in view.replicas.items()
-                    if replica.deployment != action.deployment
-                },
-            )
+        case HandOver() as action:
+            handing_over = partial(_handing_over, action=action, at_s=begun.at_s)
+            return change_hand_over(view, action.replica, handing_over)
+        case KeepSlots() as action:
+            return change_node(view, action.node, partial(replace, wanted_slots=action.idle_slots))
+        case DropDeployment() as action:
+            return _deployment_dropped(view, action.deployment)
 
 
-def _replica_started(view: ClusterView, action: StartReplica, at_s: float) -> ClusterView:
+def _starting(action: StartReplica, at_s: float) -> Replica:
     plan = action.plan
-    replica = Replica(
+    return Replica(
         plan=plan,
         phase=Phase.STARTING,
         parts=tuple(
@@ -85,44 +83,39 @@ def _replica_started(view: ClusterView, action: StartReplica, at_s: float) -> Cl
         reason=action.reason,
         prediction=action.prediction,
     )
-    view = change_deployment(
-        view, plan.deployment, lambda state: replace(state, last_number=plan.number)
-    )
+
+
+def _with_replica(view: ClusterView, replica: Replica) -> ClusterView:
+    numbered = partial(replace, last_number=replica.plan.number)
+    view = change_deployment(view, replica.deployment, numbered)
     return replace(view, replicas=with_item(view.replicas, replica.id, replica))
 
 
-def _replica_stopping(view: ClusterView, action: StopReplica, at_s: float) -> ClusterView:
+def _replica_stopping(view: ClusterView, action: StopReplica, begun: Begun) -> ClusterView:
     replica = view.replicas[action.replica]
     view = measured_decode(view, replica)
     if action.failure is not None:
-        view = _note_failure(view, replica, action.failure, at_s)
-    view = change_replica(
-        view,
-        action.replica,
-        lambda replica: replace(
-            replica,
-            phase=Phase.STOPPING,
-            stopping_s=at_s,
-            stop_reason=action.reason,
-            failure=action.failure,
-        ),
+        view = _note_failure(view, replica, FailedStart(at_s=begun.at_s, failure=action.failure))
+    stopping = partial(
+        replace,
+        phase=Phase.STOPPING,
+        stopping_s=begun.at_s,
+        stop_reason=action.reason,
+        failure=action.failure,
     )
+    view = change_replica(view, replica.id, stopping)
     predecessor = view.predecessor(replica)
     if predecessor is not None and not view.ready_successors(predecessor):
         # It serves again, so that the time without a request counts from the next hand-over on.
-        view = change_replica(
-            view, predecessor.id, lambda replica: replace(replica, hand_over_s=None)
-        )
+        view = change_hand_over(view, predecessor.id, partial(replace, since_s=None))
     return view
 
 
-def _note_failure(
-    view: ClusterView, replica: Replica, failure: Failure, at_s: float
-) -> ClusterView:
+def _note_failure(view: ClusterView, replica: Replica, failed: FailedStart) -> ClusterView:
     predecessor = view.predecessor(replica)
     if predecessor is not None:
-        return change_replica(view, predecessor.id, partial(_with_failed_successor, at_s=at_s))
-    failed = FailedStart(at_s=at_s, failure=failure)
+        failing = partial(_with_failed_successor, at_s=failed.at_s)
+        return change_hand_over(view, predecessor.id, failing)
     return change_deployment(
         view,
         replica.deployment,
@@ -130,21 +123,22 @@ def _note_failure(
     )
 
 
-def _with_failed_successor(replica: Replica, *, at_s: float) -> Replica:
+def _with_failed_successor(state: HandOverState, *, at_s: float) -> HandOverState:
+    return replace(state, failed_successors=state.failed_successors + 1, successor_failed_s=at_s)
+
+
+def _handing_over(state: HandOverState, *, action: HandOver, at_s: float) -> HandOverState:
+    since_s = (state.since_s or at_s) if action.successors else state.since_s
+    return replace(state, is_notifying=True, since_s=since_s)
+
+
+def _deployment_dropped(view: ClusterView, name: str) -> ClusterView:
     return replace(
-        replica, failed_successors=replica.failed_successors + 1, successor_failed_s=at_s
-    )
-
-
-def _hand_over_begun(view: ClusterView, action: HandOver, at_s: float) -> ClusterView:
-    return change_replica(
         view,
-        action.replica,
-        lambda replica: replace(
-            replica,
-            telling=True,
-            hand_over_s=(replica.hand_over_s or at_s) if action.successors else replica.hand_over_s,
-        ),
+        deployments=without_item(view.deployments, name),
+        replicas={
+            key: replica for key, replica in view.replicas.items() if replica.deployment != name
+        },
     )
 
 

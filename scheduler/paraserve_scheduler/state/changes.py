@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from paraserve_scheduler.state.records import (
     DeploymentState,
+    HandOverState,
     NodeState,
     Replica,
 )
@@ -49,3 +50,11 @@ def change_replica(
     if replica is None:
         return view
     return replace(view, replicas=with_item(view.replicas, name, change(replica)))
+
+
+def change_hand_over(
+    view: ClusterView, name: str, change: Callable[[HandOverState], HandOverState]
+) -> ClusterView:
+    return change_replica(
+        view, name, lambda replica: replace(replica, hand_over=change(replica.hand_over))
+    )

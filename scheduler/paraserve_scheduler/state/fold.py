@@ -11,6 +11,7 @@ from functools import partial
 
 from paraserve_scheduler.state.changes import (
     change_deployment,
+    change_hand_over,
     change_node,
     change_replica,
     with_item,
@@ -104,7 +105,8 @@ def _node_reported(view: ClusterView, event: NodeReported) -> ClusterView:
         if stage is not None and replica.is_wanted:
             part = reported.get((replica.id, stage)) or _missing(replica, stage)
             if part is not None:
-                view = _take_part(view, replica, replace(part, confirmed=True), event.at_s)
+                reported_part = PartReported(part=replace(part, confirmed=True), at_s=event.at_s)
+                view = _part_reported(view, reported_part)
     return view
 
 
@@ -122,10 +124,7 @@ def _part_reported(view: ClusterView, event: PartReported) -> ClusterView:
     replica = view.replicas.get(event.part.replica)
     if replica is None or not replica.is_wanted:
         return view
-    return _take_part(view, replica, event.part, event.at_s)
-
-
-def _take_part(view: ClusterView, replica: Replica, part: PartState, at_s: float) -> ClusterView:
+    part = event.part
     parts = list(replica.parts)
     parts[part.stage] = _newer(parts[part.stage], part)
     was_ready = replica.parts[part.stage].phase is Phase.READY
@@ -137,13 +136,13 @@ def _take_part(view: ClusterView, replica: Replica, part: PartState, at_s: float
         part.phase is Phase.READY for part in parts
     )
     if became_ready:
-        if not replica.recovered:
-            view = measured_ready(view, replica, at_s)
-        replica = replace(
-            replica, phase=Phase.READY, ready_s=replica.ready_s or at_s, recovered=False
-        )
+        was_recovered = replica.recovered
+        ready_s = replica.ready_s or event.at_s
+        replica = replace(replica, phase=Phase.READY, ready_s=ready_s, recovered=False)
+        if not was_recovered:
+            view = measured_ready(view, replica)
         view = change_deployment(
-            view, replica.deployment, partial(_with_ready, replica=replica, at_s=at_s)
+            view, replica.deployment, partial(_with_ready, replica=replica, at_s=event.at_s)
         )
     return replace(view, replicas=with_item(view.replicas, replica.id, replica))
 
@@ -188,10 +187,12 @@ def _deployment_added(view: ClusterView, event: DeploymentAdded) -> ClusterView:
 
 def _hand_over_answered(view: ClusterView, event: HandOverNotified | HandOverFailed) -> ClusterView:
     if isinstance(event, HandOverNotified):
-        answered = partial(replace, targets=event.successors, telling_failed_s=None)
+        answered = partial(
+            replace, is_notifying=False, notified=event.successors, notify_failed_s=None
+        )
     else:
-        answered = partial(replace, telling_failed_s=event.at_s)
-    return change_replica(view, event.replica, lambda replica: answered(replica, telling=False))
+        answered = partial(replace, is_notifying=False, notify_failed_s=event.at_s)
+    return change_hand_over(view, event.replica, answered)
 
 
 def _replica_removed(view: ClusterView, event: ReplicaRemoved) -> ClusterView:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from paraserve_scheduler.state.events import DemandReported
@@ -26,8 +27,8 @@ def demand_reported(view: ClusterView, event: DemandReported) -> ClusterView:
     elapsed_s = event.at_s - before.last_report_s if before else 0.0
     changed = {
         name: _note_demand(
-            view,
             view.deployments[name],
+            view.waiting(name),
             earlier.get(name),
             demands.get(name),
             elapsed_s,
@@ -46,17 +47,26 @@ def demand_reported(view: ClusterView, event: DemandReported) -> ClusterView:
     }
     if busy:
         view = replace(view, replicas={**view.replicas, **busy})
-    for demand in event.demands:
-        for name, time_s in demand.first_token_s.items():
-            view = measured_first_token(view, name, time_s)
+    return _with_measurements(view, event.demands)
+
+
+def _with_measurements(view: ClusterView, demands: Iterable[Demand]) -> ClusterView:
+    """The view once a gateway has said when first tokens came, and how fast tokens come."""
+    for demand in demands:
+        for name, first_token_s in demand.first_token_s.items():
+            replica = view.replicas.get(name)
+            if replica is not None and replica.first_token_s is None:
+                view = measured_first_token(view, replace(replica, first_token_s=first_token_s))
         for name, tpot_s in demand.tpot_s.items():
-            view = measured_tpot(view, name, tpot_s)
+            replica = view.replicas.get(name)
+            if replica is not None and replica.phase is Phase.READY:
+                view = _with_replica(view, replace(replica, tpot_s=tpot_s))
     return view
 
 
 def _note_demand(
-    view: ClusterView,
     state: DeploymentState,
+    waiting: int,
     earlier: Demand | None,
     demand: Demand | None,
     elapsed_s: float,
@@ -70,7 +80,7 @@ def _note_demand(
         state,
         last_active_s=at_s if is_active else state.last_active_s,
         history=_history(state.history, earlier, demand, elapsed_s, at_s),
-        waiting_since_s=(state.waiting_since_s or at_s) if view.waiting(state.name) else None,
+        waiting_since_s=(state.waiting_since_s or at_s) if waiting else None,
     )
 
 
@@ -119,41 +129,35 @@ def measured_part(view: ClusterView, replica: Replica, stage: int) -> ClusterVie
     return replace(view, nodes={**view.nodes, name: measured})
 
 
-def measured_ready(view: ClusterView, replica: Replica, at_s: float) -> ClusterView:
+def measured_ready(view: ClusterView, replica: Replica) -> ClusterView:
     """The view once all stages are ready: what came after the last bytes and processes."""
     stages = [times_of(replica, stage) for stage in range(len(replica.parts))]
-    needed_s = max(max(stage.runtime_s or 0.0, stage.fetch_s or 0.0) for stage in stages)
-    if needed_s == 0:
+    needed_s = max(max(it.runtime_s or 0.0, it.fetch_s or 0.0) for it in stages)
+    if needed_s == 0 or replica.ready_s is None:
         return view
-    tail_s = max(0.0, at_s - replica.planned_s - needed_s)
+    tail_s = max(0.0, replica.ready_s - replica.planned_s - needed_s)
     for kind in _kinds(view, replica):
         known = view.calibrations.get(kind, Calibration())
         view = _with(view, kind, known.with_tail(tail_s))
     return view
 
 
-def measured_first_token(view: ClusterView, name: str, time_s: float) -> ClusterView:
-    """The view after a gateway has told when a replica's first token came."""
-    replica = view.replicas.get(name)
-    if replica is None or replica.first_token_s is not None:
+def measured_first_token(view: ClusterView, replica: Replica) -> ClusterView:
+    """The view once `first_token_s` of a replica is known: how long its first pass took."""
+    view = _with_replica(view, replica)
+    if replica.plan.succeeds is not None:
         return view
-    changed = replace(replica, first_token_s=time_s)
-    view = replace(view, replicas={**view.replicas, name: changed})
-    if replica.ready_s is None or replica.plan.succeeds is not None:
+    if replica.first_token_s is None or replica.ready_s is None:
         return view
     # Clocks of two machines may differ a little.
-    took_s = max(0.0, time_s - replica.ready_s)
+    took_s = max(0.0, replica.first_token_s - replica.ready_s)
     state = view.deployments[replica.deployment]
     state = replace(state, first_pass_s=blend(state.first_pass_s, took_s))
     return replace(view, deployments={**view.deployments, state.name: state})
 
 
-def measured_tpot(view: ClusterView, name: str, tpot_s: float) -> ClusterView:
-    """The view after a gateway has told how fast a replica's tokens come."""
-    replica = view.replicas.get(name)
-    if replica is None or replica.phase is not Phase.READY:
-        return view
-    return replace(view, replicas={**view.replicas, name: replace(replica, tpot_s=tpot_s)})
+def _with_replica(view: ClusterView, replica: Replica) -> ClusterView:
+    return replace(view, replicas={**view.replicas, replica.id: replica})
 
 
 def measured_decode(view: ClusterView, replica: Replica) -> ClusterView:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from paraserve_backend.telemetry.spans import Span
+from paraserve_backend.telemetry.spans import Span, SpanName
 
 #: Arrivals that are remembered.
 _KEPT = 32
@@ -53,11 +53,6 @@ class DemandHistory:
 _WEIGHT = 1 / 3
 #: Fetches below this say more about latency than about bandwidth.
 _LEAST_BYTES = 50_000_000
-#: Spans of a stage's role (roles/engine.py) and of the agent (agent/part.py).
-_TAKES_IN = "adopt weights"
-_FETCH = "fetch"
-_FROM_SLOT = "bind "
-_FROM_ELSEWHERE = "fetch from "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +78,17 @@ class StageTimes:
 def stage_times(spans: Iterable[Span], fetched_bytes: int) -> StageTimes:
     """Read a part's spans; only differences on one node's clock count."""
     ended = [span for span in spans if span.end_s > 0]
+    names = {span.name for span in ended}
     begin_s = min((span.start_s for span in ended), default=0.0)
-    takes_in = [span.start_s - begin_s for span in ended if span.name == _TAKES_IN]
-    fetches = [span.end_s - begin_s for span in ended if span.name == _FETCH]
+    takes_in = [it.start_s - begin_s for it in ended if it.name is SpanName.ADOPT_WEIGHTS]
+    fetches = [it.end_s - begin_s for it in ended if it.name is SpanName.FETCH]
     return StageTimes(
         runtime_s=max(takes_in, default=None),
         fetch_s=max(fetches, default=None),
         ready_s=max((span.end_s - begin_s for span in ended), default=None),
-        used_slot=any(span.name.startswith(_FROM_SLOT) for span in ended),
+        used_slot=SpanName.BIND in names,
         fetched_bytes=fetched_bytes,
-        is_from_store=not any(span.name.startswith(_FROM_ELSEWHERE) for span in ended),
+        is_from_store=SpanName.FETCH_FROM not in names,
     )
 
 

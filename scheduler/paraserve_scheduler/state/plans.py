@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paraserve_backend.architectures.spec import LayerRange
-from paraserve_backend.protocol.names import EngineName
+from paraserve_backend.protocol.names import EngineName, ReplicaModels, replica_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +39,6 @@ class StagePlan:
     @property
     def reserved_bytes(self) -> int:
         return self.weight_bytes + self.kv_bytes
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it holds the whole model."""
-        return self.layers.is_first and self.layers.is_last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +73,11 @@ class ReplicaPlan:
 
     @property
     def replica(self) -> str:
-        return f"{self.deployment}.{self.number}"
+        return replica_id(self.deployment, self.number)
+
+    @property
+    def models(self) -> ReplicaModels:
+        return ReplicaModels(self.replica)
 
     @property
     def head(self) -> StagePlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from types import MappingProxyType
 
 from paraserve_backend.telemetry.spans import Span
 from paraserve_scheduler.planner.decisions import Prediction
@@ -112,42 +113,55 @@ class NodeState:
         )
 
 
+#: How a change of a field of `Replica` gets into the store: it is written at once, ...
+WRITTEN: Mapping[str, bool] = MappingProxyType({"written": True})
+#: ... or together with the next one that is. What a crash loses of it is reported again.
+FOLLOWS: Mapping[str, bool] = MappingProxyType({"written": False})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Replica:
-    plan: ReplicaPlan
-    phase: Phase
-    #: By stage.
-    parts: tuple[PartState, ...]
-    #: When the demand that started it was seen.
-    requested_s: float
-    planned_s: float
-    #: Why it was started, and what was expected of that plan.
-    reason: str = ""
-    prediction: Prediction | None = None
-    #: Time between two tokens as gateways see it; None: not known yet.
-    tpot_s: float | None = None
-    #: When a gateway last reported a request on it.
-    last_busy_s: float | None = None
-    ready_s: float | None = None
-    first_token_s: float | None = None
-    stopping_s: float | None = None
-    removed_s: float | None = None
-    stop_reason: str | None = None
-    failure: Failure | None = None
-    #: Replicas that its head has been told to hand its requests over to.
-    targets: tuple[str, ...] = ()
-    #: A command to hand over is on its way; when the last one failed.
-    telling: bool = False
-    telling_failed_s: float | None = None
+class HandOverState:
+    """How far a replica is with handing its requests over to its successors."""
+
+    #: Successors that its head has been notified of.
+    notified: tuple[str, ...] = ()
+    #: A command to its head is on its way; when the last one failed.
+    is_notifying: bool = False
+    notify_failed_s: float | None = None
     #: Since when its successors take its requests.
-    hand_over_s: float | None = None
+    since_s: float | None = None
     #: Successors that failed while it was there, and when the last one did.
     failed_successors: int = 0
     successor_failed_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    plan: ReplicaPlan = field(metadata=FOLLOWS)
+    phase: Phase = field(metadata=WRITTEN)
+    #: By stage. Their progress comes many times a second.
+    parts: tuple[PartState, ...] = field(metadata=FOLLOWS)
+    #: When the demand that started it was seen.
+    requested_s: float = field(metadata=FOLLOWS)
+    planned_s: float = field(metadata=FOLLOWS)
+    #: Why it was started, and what was expected of that plan.
+    reason: str = field(default="", metadata=FOLLOWS)
+    prediction: Prediction | None = field(default=None, metadata=FOLLOWS)
+    #: Time between two tokens as gateways see it; None: not known yet.
+    tpot_s: float | None = field(default=None, metadata=FOLLOWS)
+    #: When a gateway last reported a request on it.
+    last_busy_s: float | None = field(default=None, metadata=FOLLOWS)
+    ready_s: float | None = field(default=None, metadata=WRITTEN)
+    first_token_s: float | None = field(default=None, metadata=WRITTEN)
+    stopping_s: float | None = field(default=None, metadata=WRITTEN)
+    removed_s: float | None = field(default=None, metadata=WRITTEN)
+    stop_reason: str | None = field(default=None, metadata=FOLLOWS)
+    failure: Failure | None = field(default=None, metadata=FOLLOWS)
+    hand_over: HandOverState = field(default=HandOverState(), metadata=WRITTEN)
     #: The nodes have been told to remove it.
-    removing: bool = False
+    removing: bool = field(default=False, metadata=FOLLOWS)
     #: Loaded from the store; its nodes must confirm every part.
-    recovered: bool = False
+    recovered: bool = field(default=False, metadata=FOLLOWS)
 
     @property
     def id(self) -> str:

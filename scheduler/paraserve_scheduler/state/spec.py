@@ -12,7 +12,10 @@ from paraserve_scheduler.state.waiting import MAX_WAITING
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentSpec:
-    """What the user asked for, validated and with defaults filled in."""
+    """What the user asked for, validated and with defaults filled in.
+
+    `pb.DeploymentSpec` has the same fields by the same names, and each is copied by its name.
+    """
 
     name: str
     source: str

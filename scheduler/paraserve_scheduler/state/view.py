@@ -158,13 +158,13 @@ class ClusterView:
             for demand in self.demands(replica.deployment)
         )
 
-    def is_released(self, replica: Replica, since_s: float, now_s: float) -> bool:
+    def is_released(self, replica: Replica, since_s: float) -> bool:
         """Whether no request runs on it, by reports since `since_s`.
 
         An older report may not know of a request sent before its gateway saw the route go.
         """
         reported = all(gateway.last_report_s >= since_s for gateway in self.gateways.values())
-        return now_s >= since_s and reported and self.replica_in_flight(replica) == 0
+        return reported and self.replica_in_flight(replica) == 0
 
     def without_silent_gateways(self, time_s: float) -> ClusterView:
         """The view without gateways that have been silent since `time_s`."""

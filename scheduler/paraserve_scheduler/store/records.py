@@ -6,18 +6,18 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
+
+from paraserve_backend.telemetry.spans import Span
 
 _Record = TypeVar("_Record")
 
 
 def dump(record: object) -> str:
     """The JSON text of a dataclass instance made of records, tuples and plain values."""
-    if not is_dataclass(record) or isinstance(record, type):
-        raise TypeError(f"{record!r} is not a record")
-    return json.dumps(asdict(record), separators=(",", ":"))
+    return json.dumps(_fields(record), default=_fields, separators=(",", ":"))
 
 
 def load(record: type[_Record], text: str) -> _Record:
@@ -31,10 +31,20 @@ def load(record: type[_Record], text: str) -> _Record:
         raise ValueError(f"not a {record.__name__} of this version: {error}") from error
 
 
+def _fields(record: object) -> dict[str, Any]:
+    if isinstance(record, Span):
+        return record.fields()
+    if not is_dataclass(record) or isinstance(record, type):
+        raise TypeError(f"{record!r} is not a record")
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
 def _build(hint: object, value: object) -> object:
     if value is None:
         return None
     plain = _without_none(hint)
+    if plain is Span and isinstance(value, Mapping):
+        return Span.parse(**value)
     if is_dataclass(plain) and isinstance(value, Mapping):
         return _build_record(cast(type[object], plain), value)
     if typing.get_origin(plain) is tuple and isinstance(value, list):

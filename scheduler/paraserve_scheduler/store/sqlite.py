@@ -6,6 +6,7 @@ holds keys, so only its owner may read it.
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import zlib
@@ -24,7 +25,16 @@ from paraserve_scheduler.state.records import Replica
 from paraserve_scheduler.state.spec import ChannelKeys, Deployment, DeploymentSpec
 from paraserve_scheduler.store.records import dump, load
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
+#: The state of a hand-over lay flat in a replica's record until schema 2. By its names there.
+_FLAT_HAND_OVER = {
+    "targets": "notified",
+    "telling": "is_notifying",
+    "telling_failed_s": "notify_failed_s",
+    "hand_over_s": "since_s",
+    "failed_successors": "failed_successors",
+    "successor_failed_s": "successor_failed_s",
+}
 #: A scheduler that is shutting down still holds the file for a moment.
 _LOCK_TIMEOUT_S = 1.0
 _SCHEMA = """
@@ -113,11 +123,27 @@ class SqliteStore:
             self._connection.executescript(
                 f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
             )
+        elif version == 2:
+            self._nest_hand_overs()
         elif version != _SCHEMA_VERSION:
             raise InvalidRequest(
                 f"{path} was written by another version (schema {version}, this one reads "
                 f"{_SCHEMA_VERSION}): name another state file."
             )
+
+    def _nest_hand_overs(self) -> None:
+        """Bring a file of schema 2 to schema 3."""
+        with self._transaction():
+            rows = self._connection.execute("SELECT replica, record FROM replicas").fetchall()
+            for name, text in rows:
+                record = json.loads(text)
+                record["hand_over"] = {
+                    nested: record.pop(flat) for flat, nested in _FLAT_HAND_OVER.items()
+                }
+                self._connection.execute(
+                    "UPDATE replicas SET record = ? WHERE replica = ?", (json.dumps(record), name)
+                )
+            self._connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
     def close(self) -> None:
         self._connection.close()

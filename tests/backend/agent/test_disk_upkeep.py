@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,57 +27,42 @@ class Node:
         )
 
 
-Play = Callable[[Callable[[Node], Coroutine[Any, Any, None]]], None]
-
-
 @pytest.fixture
-def play(tmp_path: Path) -> Play:
-    def run(test: Callable[[Node], Coroutine[Any, Any, None]]) -> None:
-        node = Node(tmp_path)
-        asyncio.run(test(node))
-        node.tier.close()
-        node.disk.close()
-
-    return run
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path)
+    yield node
+    node.tier.close()
+    node.disk.close()
 
 
-def test_nothing_is_written_while_a_fetch_runs_or_a_start_comes_up(play: Play) -> None:
-    async def test(node: Node) -> None:
-        node.now_s, node.is_fetching = 100.0, True
+async def test_nothing_is_written_while_a_fetch_runs_or_a_start_comes_up(node: Node) -> None:
+    node.now_s, node.is_fetching = 100.0, True
+    await node.upkeep.step()
+    node.is_fetching = False
+    node.now_s += 4.9
+    await node.upkeep.step()
+    assert node.disk.extents() == ()
+    node.now_s += 0.2
+    await node.upkeep.step()
+    assert len(node.disk.extents()) == 1
+
+
+async def test_it_writes_no_faster_than_it_may_and_rests_when_all_is_there(node: Node) -> None:
+    node.now_s = 100.0
+    pauses = [await node.upkeep.step() for _ in range(5)]
+    assert len(node.disk.extents()) == 4  # two shards and two small files
+    assert pauses == [EXTENT_BYTES / 200e6] * 3 + [2.0] * 2
+
+
+async def test_when_all_is_there_it_looks_for_damage(node: Node) -> None:
+    node.now_s = 100.0
+    for _ in range(4):
         await node.upkeep.step()
-        node.is_fetching = False
-        node.now_s += 4.9
+    damaged = node.disk.extents()[-1]
+    damaged.path(node.disk.directory).write_bytes(b"x" * damaged.extent.size_bytes)
+    await node.upkeep.step()
+    for _ in node.disk.extents():
         await node.upkeep.step()
-        assert node.disk.extents() == ()
-        node.now_s += 0.2
-        await node.upkeep.step()
-        assert len(node.disk.extents()) == 1
-
-    play(test)
-
-
-def test_it_writes_no_faster_than_it_may_and_rests_when_all_is_there(play: Play) -> None:
-    async def test(node: Node) -> None:
-        node.now_s = 100.0
-        pauses = [await node.upkeep.step() for _ in range(5)]
-        assert len(node.disk.extents()) == 4  # two shards and two small files
-        assert pauses == [EXTENT_BYTES / 200e6] * 3 + [2.0] * 2
-
-    play(test)
-
-
-def test_when_all_is_there_it_looks_for_damage(play: Play) -> None:
-    async def test(node: Node) -> None:
-        node.now_s = 100.0
-        for _ in range(4):
-            await node.upkeep.step()
-        damaged = node.disk.extents()[-1]
-        damaged.path(node.disk.directory).write_bytes(b"x" * damaged.extent.size_bytes)
-        await node.upkeep.step()
-        for _ in node.disk.extents():
-            await node.upkeep.step()
-        # It was dropped, and written once more.
-        assert damaged.extent in [held.extent for held in node.disk.extents()]
-        assert damaged.path(node.disk.directory).read_bytes()[:1] != b"x"
-
-    play(test)
+    # It was dropped, and written once more.
+    assert damaged.extent in [held.extent for held in node.disk.extents()]
+    assert damaged.path(node.disk.directory).read_bytes()[:1] != b"x"

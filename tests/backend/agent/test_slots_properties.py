@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -11,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from tests.support.agents import FakeNode, fake_node, follow
-from tests.support.slotted_agents import head_part
+from tests.support.agents import AgentHarness, agent_harness, follow, head_part
 
 REPLICAS = ("tiny.1", "small.1", "small.2")
 Step = tuple[str, str | int]
@@ -25,7 +23,7 @@ STEPS = st.one_of(
 )
 
 
-async def take(node: FakeNode, step: Step) -> None:
+async def take(node: AgentHarness, step: Step) -> None:
     match step:
         case ("start", str(replica)):
             await follow(node, head_part(replica))
@@ -43,7 +41,7 @@ async def take(node: FakeNode, step: Step) -> None:
     await node.slots.tend()
 
 
-def check(node: FakeNode, wanted: int) -> None:
+def check(node: AgentHarness, wanted: int) -> None:
     serving = [status for status in node.parts.statuses() if status.phase == pb.READY]
     bound = sorted(slot for status in serving for slot in status.slots.values())
     assert all(a != b for a, b in pairwise(bound)), "a slot is two models"
@@ -54,9 +52,9 @@ def check(node: FakeNode, wanted: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(STEPS, max_size=8))
-def test_slots_are_never_shared_never_short_and_never_left(steps: list[Step]) -> None:
-    async def run(folder: Path) -> None:
-        async with asyncio.timeout(30), fake_node(folder) as node:
+async def test_slots_are_never_shared_never_short_and_never_left(steps: list[Step]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        async with agent_harness(Path(folder)) as node:
             wanted = 0
             for step in steps:
                 wanted = int(step[1]) if step[0] == "keep" else wanted
@@ -66,6 +64,3 @@ def test_slots_are_never_shared_never_short_and_never_left(steps: list[Step]) ->
             await node.parts.remove_all()
             await take(node, ("keep", 0))
             await node.assert_nothing_left()
-
-    with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(run(Path(folder)))

@@ -1,19 +1,13 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 from paraserve_backend.agent.watchdog import Watchdog
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from tests.support.agents import (
-    FakeNode,
-    fake_node,
-    follow,
-    make_part,
-)
+from tests.support.agents import AgentHarness, follow, make_part
 
 
-def make_watchdog(node: FakeNode) -> Watchdog:
+def make_watchdog(node: AgentHarness) -> Watchdog:
     return Watchdog(
         triton=node.triton,
         stubs=node.processes,
@@ -24,39 +18,33 @@ def make_watchdog(node: FakeNode) -> Watchdog:
     )
 
 
-def test_tritons_coming_and_going_is_a_change_and_its_staying_is_none(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with fake_node(tmp_path) as node:
-            watchdog = make_watchdog(node)
-            seen = []
-            for is_up in (False, True, True, False, False):
-                node.triton.is_up = is_up
-                node.changed.clear()
-                await watchdog.check()
-                seen.append((watchdog.triton_live, node.changed.is_set()))
-            assert seen == [
-                (False, True),
-                (True, True),
-                (True, False),
-                (False, True),
-                (False, False),
-            ]
-
-    asyncio.run(run())
+async def test_tritons_coming_and_going_is_a_change_and_its_staying_is_none(
+    node: AgentHarness,
+) -> None:
+    watchdog = make_watchdog(node)
+    seen = []
+    for is_up in (False, True, True, False, False):
+        node.triton.is_up = is_up
+        node.changed.clear()
+        await watchdog.check()
+        seen.append((watchdog.triton_live, node.changed.is_set()))
+    assert seen == [
+        (False, True),
+        (True, True),
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
 
 
-def test_it_keeps_looking_until_it_sees_a_dead_process(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with asyncio.timeout(10), fake_node(tmp_path) as node:
-            await follow(node, make_part())
-            node.changed.clear()
-            watching = asyncio.create_task(make_watchdog(node).run())
-            await node.changed.wait()  # Triton came
-            node.changed.clear()
-            node.processes.end("tiny.1")
-            await node.changed.wait()
-            assert node.parts.statuses()[0].phase == pb.FAILED
-            watching.cancel()
-            await asyncio.wait([watching])
-
-    asyncio.run(run())
+async def test_it_keeps_looking_until_it_sees_a_dead_process(node: AgentHarness) -> None:
+    await follow(node, make_part())
+    node.changed.clear()
+    watching = asyncio.create_task(make_watchdog(node).run())
+    await node.changed.wait()  # Triton came
+    node.changed.clear()
+    node.processes.end("tiny.1")
+    await node.changed.wait()
+    assert node.parts.statuses()[0].phase == pb.FAILED
+    watching.cancel()
+    await asyncio.wait([watching])

@@ -27,9 +27,11 @@ from paraserve_backend.architectures.tensors import (
     kv_bytes_per_token,
 )
 from paraserve_backend.errors import InvalidCheckpoint, UnsupportedModel
+from tests.support.config_json import make_config
 from tests.support.models import CONFIGS, write_model
-from tests.support.parameters import make_config
-from tests.support.shapes import odd_shape
+from tests.support.odd_shapes import odd_shape
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROTARY = [name for name in FAMILIES if name != "OPTForCausalLM"]
 

@@ -18,7 +18,7 @@ from paraserve_backend.architectures.spec import (
 )
 from paraserve_backend.engines.native.model.rope import frequencies
 from paraserve_backend.errors import InvalidCheckpoint, UnsupportedModel
-from tests.support.parameters import make_config
+from tests.support.config_json import make_config
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}
 

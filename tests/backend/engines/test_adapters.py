@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,43 +79,34 @@ def request(**changes: object) -> EngineRequest:
     return EngineRequest(**fields)
 
 
-def run(kind: Kind, seen: Seen, use: Callable[[Engine], Awaitable[None]]) -> None:
-    """Start the adapter on an event loop, use it and stop it."""
-
-    async def main() -> None:
-        engine = kind.adapter(kind.package(seen).load)
-        await engine.start(settings())
-        await use(engine)
-        await engine.stop()
-
-    asyncio.run(main())
+@asynccontextmanager
+async def running(kind: Kind, seen: Seen) -> AsyncIterator[Engine]:
+    """Start the adapter and stop it after the body."""
+    engine = kind.adapter(kind.package(seen).load)
+    await engine.start(settings())
+    yield engine
+    await engine.stop()
     assert seen.is_stopped
 
 
-def tokens_of(kind: Kind, seen: Seen, wanted: EngineRequest) -> list[ChosenToken]:
-    got: list[ChosenToken] = []
-
-    async def use(engine: Engine) -> None:
-        async for tokens in engine.submit(wanted):
-            got.extend(tokens)
-
-    run(kind, seen, use)
-    return got
+async def tokens_of(kind: Kind, seen: Seen, wanted: EngineRequest) -> list[ChosenToken]:
+    async with running(kind, seen) as engine:
+        return [token async for tokens in engine.submit(wanted) for token in tokens]
 
 
 @each_engine
-def test_an_answer_is_each_token_once_and_in_order(kind: Kind) -> None:
+async def test_an_answer_is_each_token_once_and_in_order(kind: Kind) -> None:
     seen = Seen()
-    got = tokens_of(kind, seen, request(max_tokens=9))
+    got = await tokens_of(kind, seen, request(max_tokens=9))
     assert [token.token_id for token in got] == answer(PROMPT, 9)
     assert all(math.isnan(token.logprob) and token.ranking is None for token in got)
     assert seen.aborted == 0
 
 
 @each_engine
-def test_only_our_end_tokens_count_and_nothing_is_turned_into_text(kind: Kind) -> None:
+async def test_only_our_end_tokens_count_and_nothing_is_turned_into_text(kind: Kind) -> None:
     seen = Seen()
-    tokens_of(kind, seen, request())
+    await tokens_of(kind, seen, request())
     (sampling,) = seen.sampling
     assert sampling["stop_token_ids"] == [1, 2]
     assert sampling["ignore_eos"] is True
@@ -124,8 +116,8 @@ def test_only_our_end_tokens_count_and_nothing_is_turned_into_text(kind: Kind) -
 
 
 @each_engine
-def test_log_probabilities_come_with_their_tokens(kind: Kind) -> None:
-    got = tokens_of(kind, Seen(), request(num_logprobs=1, is_ranked=True))
+async def test_log_probabilities_come_with_their_tokens(kind: Kind) -> None:
+    got = await tokens_of(kind, Seen(), request(num_logprobs=1, is_ranked=True))
     ids = answer(PROMPT, 5)
     assert [token.token_id for token in got] == ids
     for token, token_id in zip(got, ids, strict=True):
@@ -134,31 +126,29 @@ def test_log_probabilities_come_with_their_tokens(kind: Kind) -> None:
 
 
 @each_engine
-def test_a_log_probability_alone_has_no_rivals(kind: Kind) -> None:
-    got = tokens_of(kind, Seen(), request(num_logprobs=0))
+async def test_a_log_probability_alone_has_no_rivals(kind: Kind) -> None:
+    got = await tokens_of(kind, Seen(), request(num_logprobs=0))
     assert {(token.logprob, token.ranking) for token in got} == {(-1.0, None)}
-    ranked = tokens_of(kind, Seen(), request(num_logprobs=0, is_ranked=True))
+    ranked = await tokens_of(kind, Seen(), request(num_logprobs=0, is_ranked=True))
     assert {token.ranking for token in ranked} == {Ranking(rank=2, token_ids=(), logprobs=())}
 
 
 @each_engine
-def test_closing_the_answer_aborts_it_in_the_engine(kind: Kind) -> None:
+async def test_closing_the_answer_aborts_it_in_the_engine(kind: Kind) -> None:
     seen = Seen()
 
-    async def use(engine: Engine) -> None:
+    async with running(kind, seen) as engine:
         steps = engine.submit(request(max_tokens=50))
         await anext(steps)
         await steps.aclose()
-
-    run(kind, seen, use)
     assert seen.aborted == 1
 
 
 @each_engine
-def test_cancelling_whoever_waits_for_a_token_aborts_it_too(kind: Kind) -> None:
+async def test_cancelling_whoever_waits_for_a_token_aborts_it_too(kind: Kind) -> None:
     seen = Seen(until=3)
 
-    async def use(engine: Engine) -> None:
+    async with running(kind, seen) as engine:
         reached = asyncio.Event()
 
         async def read() -> None:
@@ -173,57 +163,43 @@ def test_cancelling_whoever_waits_for_a_token_aborts_it_too(kind: Kind) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-
-    run(kind, seen, use)
     assert seen.aborted == 1
 
 
 @each_engine
-def test_the_engines_own_state_is_told(kind: Kind) -> None:
-    found: list[EngineStats] = []
-
-    async def use(engine: Engine) -> None:
-        found.append(await engine.stats())
-
-    run(kind, Seen(), use)
-    assert found == [EngineStats(running=2, waiting=1, kv_used=0.25)]
+async def test_the_engines_own_state_is_told(kind: Kind) -> None:
+    async with running(kind, Seen()) as engine:
+        assert await engine.stats() == EngineStats(running=2, waiting=1, kv_used=0.25)
 
 
 @each_engine
-def test_a_request_the_engine_refuses_is_the_clients_mistake(kind: Kind) -> None:
-    async def use(engine: Engine) -> None:
+async def test_a_request_the_engine_refuses_is_the_clients_mistake(kind: Kind) -> None:
+    async with running(kind, Seen(refuses=True)) as engine:
         with pytest.raises(InvalidRequest, match="too long"):
             await anext(engine.submit(request()))
 
-    run(kind, Seen(refuses=True), use)
-
 
 @each_engine
-def test_an_engine_that_is_not_installed_is_said_before_anything_else(kind: Kind) -> None:
+async def test_an_engine_that_is_not_installed_is_said_before_anything_else(kind: Kind) -> None:
     def load(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")
 
-    async def main() -> None:
-        engine = kind.adapter(load)
-        with pytest.raises(InvalidRequest, match=f"engine {kind.table.engine} cannot be imported"):
-            await engine.start(settings())
-        await engine.stop()
-
-    asyncio.run(main())
+    engine = kind.adapter(load)
+    with pytest.raises(InvalidRequest, match=f"engine {kind.table.engine} cannot be imported"):
+        await engine.start(settings())
+    await engine.stop()
 
 
-def test_a_dead_vllm_is_not_the_clients_mistake() -> None:
-    async def use(engine: Engine) -> None:
+async def test_a_dead_vllm_is_not_the_clients_mistake() -> None:
+    async with running(KINDS[1], Seen(dies=True)) as engine:
         with pytest.raises(EngineDead):
             await anext(engine.submit(request()))
 
-    run(KINDS[1], Seen(dies=True), use)
-
 
 @each_engine
-def test_greedy_is_greedy_and_needs_no_seed(kind: Kind) -> None:
+async def test_greedy_is_greedy_and_needs_no_seed(kind: Kind) -> None:
     seen = Seen()
-    tokens_of(kind, seen, request(sampling=Sampling(seed=9)))
+    await tokens_of(kind, seen, request(sampling=Sampling(seed=9)))
     (sampling,) = seen.sampling
     assert sampling.get("seed") is None
     if kind.table is VLLM:
@@ -233,28 +209,28 @@ def test_greedy_is_greedy_and_needs_no_seed(kind: Kind) -> None:
 
 
 @each_engine
-def test_how_to_draw_reaches_the_engine(kind: Kind) -> None:
+async def test_how_to_draw_reaches_the_engine(kind: Kind) -> None:
     seen = Seen()
     drawn = Sampling(temperature=0.5, top_k=7, top_p=0.9, seed=11)
-    tokens_of(kind, seen, request(sampling=drawn))
+    await tokens_of(kind, seen, request(sampling=drawn))
     (sampling,) = seen.sampling
     wanted = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": 11}
     assert {name: sampling[name] for name in wanted} == wanted
 
 
-def test_filters_that_are_off_are_left_out_for_tensorrt_llm() -> None:
+async def test_filters_that_are_off_are_left_out_for_tensorrt_llm() -> None:
     # It takes 0 for top_k as "all" in some releases and refuses it in others.
     seen = Seen()
-    tokens_of(KINDS[0], seen, request(sampling=Sampling(temperature=1.0)))
+    await tokens_of(KINDS[0], seen, request(sampling=Sampling(temperature=1.0)))
     assert (seen.sampling[0]["top_k"], seen.sampling[0]["top_p"]) == (None, None)
 
 
-def test_what_vllm_has_besides_reaches_it() -> None:
+async def test_what_vllm_has_besides_reaches_it() -> None:
     seen = Seen()
     steering = Steering(
         min_p=0.1, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.4
     )
-    tokens_of(KINDS[1], seen, request(sampling=Sampling(steering=steering), min_tokens=2))
+    await tokens_of(KINDS[1], seen, request(sampling=Sampling(steering=steering), min_tokens=2))
     wanted = {
         "min_p": 0.1,
         "repetition_penalty": 1.2,
@@ -265,16 +241,16 @@ def test_what_vllm_has_besides_reaches_it() -> None:
     assert {name: seen.sampling[0][name] for name in wanted} == wanted
 
 
-def test_vllms_kv_cache_holds_what_was_planned_whatever_its_blocks_are() -> None:
+async def test_vllms_kv_cache_holds_what_was_planned_whatever_its_blocks_are() -> None:
     seen = Seen()
-    tokens_of(KINDS[1], seen, request())
+    await tokens_of(KINDS[1], seen, request())
     tokens = seen.model["kv_cache_memory_bytes"] // 10
     for block_tokens in (16, 32, 64, 128):
         # One block is vLLM's own.
         assert tokens // block_tokens * block_tokens - block_tokens >= 300
 
 
-def test_tensorrt_llms_kv_cache_holds_what_was_planned() -> None:
+async def test_tensorrt_llms_kv_cache_holds_what_was_planned() -> None:
     seen = Seen()
-    tokens_of(KINDS[0], seen, request())
+    await tokens_of(KINDS[0], seen, request())
     assert seen.model["kv_cache_config"].arguments["max_tokens"] == 300

@@ -30,6 +30,7 @@ from tests.support.checkpoints import (
     make_plan,
     write_checkpoint,
 )
+from tests.support.limits import HANG_S
 
 
 def fetched(tier: Tier, fetch_id: str) -> TierReader:
@@ -51,7 +52,7 @@ def test_the_folder_reads_as_the_checkpoint_does(tmp_path: Path, tier: Tier, sha
     index = read_index(open_source(str(model)))
     plan = plan_fetch(index, whole_objects(index), fetch_id="whole")
     land(tier.begin(plan), model)
-    folder = link_model(fetched(tier, "whole"), timeout_s=1)
+    folder = link_model(fetched(tier, "whole"), timeout_s=HANG_S)
     assert tensors_in(folder) == tensors_in(model)
     for key in ("config.json", "tokenizer.json"):
         assert (folder / key).read_bytes() == (model / key).read_bytes()
@@ -65,11 +66,11 @@ def test_nothing_is_copied_and_all_goes_with_the_fetch(tier: Tier, model: Path) 
     land(fetch, model)
     fetch.finish()
     used_bytes = tier.used_bytes
-    folder = link_model(fetched(tier, "whole"), timeout_s=1)
+    folder = link_model(fetched(tier, "whole"), timeout_s=HANG_S)
     assert tier.used_bytes == used_bytes
     assert all(path.is_symlink() for path in folder.glob("*.safetensors"))
     # A process that starts again finds the old links.
-    assert link_model(fetched(tier, "whole"), timeout_s=1) == folder
+    assert link_model(fetched(tier, "whole"), timeout_s=HANG_S) == folder
     tier.release("whole")
     assert os.listdir(tier.directory / "fetches") == os.listdir(tier.directory / "objects") == []
 
@@ -82,13 +83,13 @@ def test_bytes_of_a_stage_that_is_here_already_count_as_landed(tier: Tier, model
     whole = tier.begin(plan, part_bytes=1024)
     assert 0 < len(whole.missing_parts()) < len(whole.parts)
     land(whole, model)
-    assert tensors_in(link_model(fetched(tier, "whole"), timeout_s=1)) == tensors_in(model)
+    assert tensors_in(link_model(fetched(tier, "whole"), timeout_s=HANG_S)) == tensors_in(model)
 
 
 def test_a_fetch_with_holes_is_refused(tier: Tier, model: Path) -> None:
     land(tier.begin(make_plan(model)), model)
     with pytest.raises(InvalidRequest, match="tensors alone"):
-        link_model(fetched(tier, "fetch-1"), timeout_s=1)
+        link_model(fetched(tier, "fetch-1"), timeout_s=HANG_S)
 
 
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=12), objects=st.integers(1, 4))

@@ -75,7 +75,6 @@ def is_alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("how", ["killed", "left"])
 def test_the_children_of_a_process_that_is_gone_go_too(parent: Parent, how: str) -> None:
     if how == "killed":
@@ -85,7 +84,6 @@ def test_the_children_of_a_process_that_is_gone_go_too(parent: Parent, how: str)
     parent.wait_for_the_end_of_all()
 
 
-@pytest.mark.timeout(60)
 def test_a_closed_guard_kills_nobody(parent: Parent) -> None:
     parent.tell("close")
     assert parent.line() == "closed"

@@ -8,7 +8,7 @@ from google.protobuf import text_format
 from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from paraserve_backend.protocol.abilities import ABILITIES
+from paraserve_backend.protocol.engine_abilities import ABILITIES
 from paraserve_backend.protocol.parameters import GenerateConfig, read_config
 
 TEMPLATES = Path(__file__).resolve().parents[3] / "model_repository_templates"

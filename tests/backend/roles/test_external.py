@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from integration.support.tiny_cluster import write_words
 from paraserve_backend.engines.base import (
     EngineDead,
     EngineRequest,
@@ -27,17 +28,18 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 from paraserve_backend.generation.answer import Delta
-from paraserve_backend.protocol.abilities import Abilities, Setting
+from paraserve_backend.protocol.engine_abilities import Abilities, Setting
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import GenerateConfig, KvConfig
 from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken, Sampling, Steering
-from paraserve_backend.roles.external import ENGINES, ExternalRole, visible_devices
-from tests.support.generate_settings import make_generate_config, weights_from
-from tests.support.models import write_model
+from paraserve_backend.roles.external import ExternalRole, visible_devices
+from tests.support.engine_packages import write_engine_package
+from tests.support.generate_config import make_generate_config, weights_from
+from tests.support.limits import HANG_S
+from tests.support.models import write_model, write_words
 
-TIMEOUT_S = 20
 OTHER = Target(replica="d.2", address="")
 
 
@@ -107,17 +109,17 @@ class Reply:
         return self.cancelled.is_set()
 
     def delta(self) -> Delta:
-        said = self.got.get(timeout=TIMEOUT_S)
+        said = self.got.get(timeout=HANG_S)
         assert isinstance(said, Delta), said
         return said
 
     def error(self) -> ParaServeError:
-        said = self.got.get(timeout=TIMEOUT_S)
+        said = self.got.get(timeout=HANG_S)
         assert isinstance(said, ParaServeError), said
         return said
 
     def move_to(self) -> tuple[str, Resume]:
-        said = self.got.get(timeout=TIMEOUT_S)
+        said = self.got.get(timeout=HANG_S)
         assert isinstance(said, tuple), said
         return said
 
@@ -130,7 +132,7 @@ class Gauges:
         self.states.put(state)
 
     def wait_for(self, wanted: Callable[[LoopState], bool]) -> None:
-        while not wanted(self.states.get(timeout=TIMEOUT_S)):
+        while not wanted(self.states.get(timeout=HANG_S)):
             pass
 
 
@@ -146,7 +148,7 @@ class Bench:
         return reply
 
     def submitted(self) -> EngineRequest:
-        return self.engine.submitted.get(timeout=TIMEOUT_S)
+        return self.engine.submitted.get(timeout=HANG_S)
 
 
 def request(**changes: object) -> GenerateRequest:
@@ -182,9 +184,12 @@ def config(checkpoint: Path) -> GenerateConfig:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
     engine = ScriptedEngine()
-    monkeypatch.setitem(ENGINES, "scripted", lambda: engine)
+    module = SimpleNamespace(make=lambda: engine)
+    monkeypatch.setitem(sys.modules, "scripted_engine", module)
+    write_engine_package(tmp_path, "scripted", {"scripted": "scripted_engine:make"})
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("SCRIPTED_ENGINE", "0")
     return engine
 
@@ -221,7 +226,7 @@ def test_tokens_become_text_as_they_come(bench: Bench) -> None:
         ("w8", None),
         ("w9", "length"),
     ]
-    assert bench.engine.closed.get(timeout=TIMEOUT_S) == wanted.request_id
+    assert bench.engine.closed.get(timeout=HANG_S) == wanted.request_id
 
 
 def test_an_end_token_ends_the_answer_even_if_the_engine_goes_on(bench: Bench) -> None:
@@ -229,7 +234,7 @@ def test_an_end_token_ends_the_answer_even_if_the_engine_goes_on(bench: Bench) -
     bench.engine.give([7, 3, 9])
     delta = reply.delta()
     assert (delta.token_ids, delta.finish_reason) == ((7, 3), "stop")
-    bench.engine.closed.get(timeout=TIMEOUT_S)
+    bench.engine.closed.get(timeout=HANG_S)
 
 
 def test_a_stop_word_ends_it_too(bench: Bench) -> None:
@@ -238,7 +243,7 @@ def test_a_stop_word_ends_it_too(bench: Bench) -> None:
     bench.engine.give([8])
     delta = reply.delta()
     assert (delta.text.strip(), delta.finish_reason) == ("w7", "stop")
-    bench.engine.closed.get(timeout=TIMEOUT_S)
+    bench.engine.closed.get(timeout=HANG_S)
 
 
 def test_a_cancelled_request_is_dropped_while_the_engine_is_silent(bench: Bench) -> None:
@@ -246,7 +251,7 @@ def test_a_cancelled_request_is_dropped_while_the_engine_is_silent(bench: Bench)
     bench.submitted()
     reply.cancelled.set()
     assert isinstance(reply.error(), Cancelled)
-    bench.engine.closed.get(timeout=TIMEOUT_S)
+    bench.engine.closed.get(timeout=HANG_S)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +409,7 @@ def test_a_dead_engine_ends_the_thread_and_so_the_process(
     engine.give(EngineDead("gone"))
     errors = {str(first.error()), str(second.error())}
     assert all("again" in error for error in errors)
-    assert died.get(timeout=TIMEOUT_S) is EngineDead
+    assert died.get(timeout=HANG_S) is EngineDead
     assert engine.is_stopped
     role.close()
 
@@ -418,11 +423,6 @@ def test_an_engine_that_does_not_start_fails_the_load_and_leaves_nothing(
     assert engine.is_stopped
     assert engine.settings is not None
     assert not engine.settings.model_dir.exists()
-
-
-def test_an_unknown_engine_is_refused_with_those_there_are(config: GenerateConfig) -> None:
-    with pytest.raises(InvalidRequest, match="paraserve, tensorrt-llm, vllm"):
-        ExternalRole("os:system", config, Gauges())
 
 
 @pytest.mark.parametrize(

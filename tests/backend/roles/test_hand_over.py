@@ -14,17 +14,19 @@ from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import KvConfig
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import ChosenToken, Ranking, Sampling, Steering
+from tests.support.limits import HANG_S
 from tests.support.models import VOCAB_SIZE, TinyModel
+from tests.support.ports import free_ports
 from tests.support.replicas import (
     KV,
-    TIMEOUT_S,
     Replica,
     Reply,
-    free_ports,
     make_model,
     prompts,
     start_replica,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 @pytest.fixture
 def is_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no request stay at home because this machine was busy for a second."""
-    monkeypatch.setattr(handover_source, "_HELD_TIMEOUT_S", float(TIMEOUT_S))
+    monkeypatch.setattr(handover_source, "_HELD_TIMEOUT_S", HANG_S)
 
 
 @contextlib.contextmanager
@@ -64,7 +66,7 @@ def rest_of(reply: Reply) -> list[int]:
 
 def assert_empty(*replicas: Replica) -> None:
     for replica in replicas:
-        assert replica.gauges.idle.wait(TIMEOUT_S)
+        assert replica.gauges.idle.wait(HANG_S)
         assert replica.gauges.state.kv_blocks_used == 0
 
 
@@ -114,6 +116,7 @@ def test_a_pipeline_takes_requests_over_by_prefilling_again(
         assert waiting.token_ids() == model.greedy([7, 8], 40)
 
 
+@pytest.mark.usefixtures("is_patient")
 def test_draws_penalties_and_log_probabilities_go_on_as_if_nothing_had_moved(
     model: TinyModel, tmp_path: Path
 ) -> None:
@@ -140,6 +143,7 @@ def test_draws_penalties_and_log_probabilities_go_on_as_if_nothing_had_moved(
     assert moved.cumulative_logprob == pytest.approx(alone.cumulative_logprob, abs=1e-2)
 
 
+@pytest.mark.usefixtures("is_patient")
 def test_text_goes_on_where_it_was_and_a_stop_word_may_lie_on_the_border(
     model: TinyModel, tmp_path: Path
 ) -> None:
@@ -182,6 +186,7 @@ def test_requests_stay_where_they_are_when_the_target_has_no_room(
         assert_empty(source, target)
 
 
+@pytest.mark.usefixtures("is_patient")
 def test_a_request_nobody_can_follow_stays(model: TinyModel, tmp_path: Path) -> None:
     with two_replicas(model, tmp_path, (2, 1)) as (source, target):
         reply = begun(source.ask([3, 4, 5], 40))
@@ -192,6 +197,7 @@ def test_a_request_nobody_can_follow_stays(model: TinyModel, tmp_path: Path) -> 
         assert not reply.moves
 
 
+@pytest.mark.usefixtures("is_patient")
 def test_a_cancelled_request_on_its_way_frees_everything_on_both_sides(
     model: TinyModel, tmp_path: Path
 ) -> None:

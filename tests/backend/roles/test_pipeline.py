@@ -12,10 +12,10 @@ import torch
 from paraserve_backend.errors import Cancelled, InvalidRequest
 from paraserve_backend.protocol.sampling import Sampling, Steering
 from paraserve_backend.roles.generate import GenerateRole
-from tests.support.generate_settings import make_generate_config, weights_from
+from tests.support.generate_config import make_generate_config, weights_from
+from tests.support.limits import HANG_S
 from tests.support.models import VOCAB_SIZE, TinyModel
 from tests.support.replicas import (
-    TIMEOUT_S,
     Gauges,
     Replica,
     Reply,
@@ -24,6 +24,8 @@ from tests.support.replicas import (
     prompts,
     start_replica,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_sixteen_requests_that_join_and_leave_each_get_the_reference_tokens(
     replies = [replica.ask(prompt, count) for prompt, count in asked]
     for reply, (prompt, count) in zip(replies, asked, strict=True):
         assert reply.token_ids() == model.greedy(prompt, count)
-    assert replica.gauges.idle.wait(TIMEOUT_S)
+    assert replica.gauges.idle.wait(HANG_S)
     assert replica.gauges.state.kv_blocks_used == 0
 
 
@@ -58,7 +60,7 @@ def test_a_cancelled_stream_frees_its_blocks_and_leaves_the_others_alone(
     with pytest.raises(Cancelled):
         endless.all()
     assert other.token_ids() == model.greedy(second, 20)
-    assert replica.gauges.idle.wait(TIMEOUT_S)
+    assert replica.gauges.idle.wait(HANG_S)
     assert replica.gauges.state.kv_blocks_used == 0
 
 

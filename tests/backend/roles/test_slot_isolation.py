@@ -33,11 +33,11 @@ from paraserve_backend.roles.slot import SlotRole
 from paraserve_backend.roles.stage import StageRole
 from paraserve_backend.roles.weights import open_weights
 from tests.support.models import TinyModel
+from tests.support.ports import free_ports
 from tests.support.replicas import (
     Gauges,
     Reply,
     fetch_stages,
-    free_ports,
     make_model,
     make_request,
     prompts,

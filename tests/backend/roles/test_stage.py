@@ -7,6 +7,8 @@ from paraserve_backend.protocol.forward import ForwardBatch, ForwardResult, Row
 from paraserve_backend.protocol.sampling import Sampling
 from tests.support.models import Chain, TinyModel, write_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = [7, 11, 13, 17, 19, 23]
 
 

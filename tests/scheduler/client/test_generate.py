@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_scheduler.client.generate import Piece, stream
-from tests.support.gateway import Cluster, serving
+from tests.support.gateway import GatewayHarness, serving
 from tests.support.gateway_fakes import Context, answer
+from tests.support.limits import HANG_S
 
 
 async def test_a_stream_that_has_had_its_final_response_is_left_to_end() -> None:
@@ -33,8 +34,8 @@ async def test_a_stream_that_has_had_its_final_response_is_left_to_end() -> None
         assert not cluster.triton.cancelled.is_set()
 
 
-def _ask(cluster: Cluster) -> list[Piece]:
-    return list(stream(cluster.addresses[0], "tiny.1", "Once", {}, timeout_s=10.0))
+def _ask(cluster: GatewayHarness) -> list[Piece]:
+    return list(stream(cluster.addresses[0], "tiny.1", "Once", {}, timeout_s=HANG_S))
 
 
 #: Argument: an address. Ctrl-C comes when gRPC knows of the call and nobody looks after it yet.
@@ -50,7 +51,7 @@ def interrupt(state, look_after=grpc._channel._run_channel_spin_thread):
 grpc._channel._run_channel_spin_thread = interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
-    list(stream(sys.argv[1], "tiny.1", "Once", {}, timeout_s=60.0))
+    list(stream(sys.argv[1], "tiny.1", "Once", {}, timeout_s=300.0))
 except KeyboardInterrupt:
     print("interrupted")
 """
@@ -62,7 +63,7 @@ def test_ctrl_c_while_the_stream_starts_ends_it() -> None:
         ended = subprocess.run(
             [sys.executable, "-c", _INTERRUPTED, f"{host}:{port}"],
             stdout=subprocess.PIPE,
-            timeout=30,
+            timeout=HANG_S,
             check=True,
         )
     assert ended.stdout == b"interrupted\n"

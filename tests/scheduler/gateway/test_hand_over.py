@@ -13,7 +13,7 @@ from tritonclient.grpc import service_pb2 as kserve
 from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
 from paraserve_backend.protocol.sampling import ChosenToken
 from tests.support.gateway import (
-    Cluster,
+    GatewayHarness,
     make_request,
     read_stream,
     serving,
@@ -82,14 +82,14 @@ def counting(stop_after: int, hand_over: asyncio.Event | None = None) -> Script:
 
 
 @contextlib.asynccontextmanager
-async def serving_with(script: Script) -> AsyncIterator[Cluster]:
+async def serving_with(script: Script) -> AsyncIterator[GatewayHarness]:
     async with serving() as cluster:
         for triton in cluster.tritons:
             triton.script = script
         yield cluster
 
 
-async def texts(cluster: Cluster) -> list[str]:
+async def texts(cluster: GatewayHarness) -> list[str]:
     entries = await read_stream(cluster, make_request())
     assert not [entry.error_message for entry in entries if entry.error_message]
     return [
@@ -119,7 +119,9 @@ async def test_a_request_that_is_handed_over_goes_on_at_the_named_replica(stop_a
 async def test_a_stream_of_a_lost_replica_goes_on_at_the_next_with_what_the_client_has() -> None:
     async with serving_with(counting(3)) as cluster:
         asked = asyncio.create_task(texts(cluster))
-        await cluster.scheduler.demand(lambda demand: bool(demand.replicas[0].first_token_s))
+        await cluster.scheduler.demand(
+            lambda demand: any(each.first_token_s for each in demand.replicas)
+        )
         await cluster.publish(cluster.endpoint(2), lost_replicas=["tiny.1"])
         assert await asked == [str(number) for number in range(1, LAST + 1)]
         resume = resume_of(cluster.tritons[1].requests[-1])

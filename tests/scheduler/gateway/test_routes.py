@@ -13,14 +13,15 @@ from paraserve_backend.errors import NotFound, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.routes import Routes
+from tests.support.limits import HANG_S
 
 
 def make_routes(
-    demand: DemandMeter | None = None, *, first_table_timeout_s: float = 20.0
+    demand: DemandMeter | None = None, *, first_table_timeout_s: float = HANG_S
 ) -> Routes:
     return Routes(
         demand or DemandMeter("g"),
-        cold_start_timeout_s=20.0,
+        cold_start_timeout_s=HANG_S,
         first_table_timeout_s=first_table_timeout_s,
     )
 
@@ -99,58 +100,52 @@ async def test_the_names_in_an_error_are_bounded() -> None:
 
 
 @given(st.integers(1, 5), st.integers(0, 30))
-def test_leases_are_spread_evenly(num_replicas: int, num_requests: int) -> None:
-    async def scenario() -> None:
-        demand = DemandMeter("g")
-        routes = make_routes(demand)
-        routes.apply(table(d=[f"d.{n}" for n in range(num_replicas)]))
-        taken: Counter[str] = Counter()
-        leases = [routes.lease("d") for _ in range(num_requests)]
-        for lease in leases:
-            taken[(await lease.__aenter__()).replica] += 1
-        assert max(taken.values(), default=0) - min(
-            (taken[f"d.{n}"] for n in range(num_replicas)), default=0
-        ) in (0, 1)
-        for lease in leases:
-            await lease.__aexit__(None, None, None)
-        assert all(demand.num_in_flight("d", replica) == 0 for replica in taken)
-
-    asyncio.run(scenario())
+async def test_leases_are_spread_evenly(num_replicas: int, num_requests: int) -> None:
+    demand = DemandMeter("g")
+    routes = make_routes(demand)
+    routes.apply(table(d=[f"d.{n}" for n in range(num_replicas)]))
+    taken: Counter[str] = Counter()
+    leases = [routes.lease("d") for _ in range(num_requests)]
+    for lease in leases:
+        taken[(await lease.__aenter__()).replica] += 1
+    assert max(taken.values(), default=0) - min(
+        (taken[f"d.{n}"] for n in range(num_replicas)), default=0
+    ) in (0, 1)
+    for lease in leases:
+        await lease.__aexit__(None, None, None)
+    assert all(demand.num_in_flight("d", replica) == 0 for replica in taken)
 
 
 @given(st.lists(st.sampled_from(["arrive", "cancel", "serve", "finish"]), max_size=40))
-def test_every_request_is_waiting_or_in_flight_or_over(steps: list[str]) -> None:
-    async def scenario() -> None:
-        demand = DemandMeter("g")
-        routes = make_routes(demand)
-        routes.apply(table(d=[]))
-        done = asyncio.Event()
+async def test_every_request_is_waiting_or_in_flight_or_over(steps: list[str]) -> None:
+    demand = DemandMeter("g")
+    routes = make_routes(demand)
+    routes.apply(table(d=[]))
+    done = asyncio.Event()
 
-        async def request() -> None:
-            demand.arrived("d")
-            async with routes.lease("d"):
-                await done.wait()
+    async def request() -> None:
+        demand.arrived("d")
+        async with routes.lease("d"):
+            await done.wait()
 
-        tasks: list[asyncio.Task[None]] = []
-        for step in steps:
-            if step == "arrive":
-                tasks.append(asyncio.create_task(request()))
-            elif step == "cancel" and tasks:
-                tasks.pop().cancel()
-            elif step == "serve":
-                routes.apply(table(d=["d.1"]))
-            elif step == "finish":
-                done.set()
-            for _ in range(4):
-                await asyncio.sleep(0)
-            open_now = sum(not task.done() for task in tasks)
-            assert demand.num_waiting("d") + demand.num_in_flight("d", "d.1") == open_now
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        assert demand.num_waiting("d") + demand.num_in_flight("d", "d.1") == 0
-
-    asyncio.run(scenario())
+    tasks: list[asyncio.Task[None]] = []
+    for step in steps:
+        if step == "arrive":
+            tasks.append(asyncio.create_task(request()))
+        elif step == "cancel" and tasks:
+            tasks.pop().cancel()
+        elif step == "serve":
+            routes.apply(table(d=["d.1"]))
+        elif step == "finish":
+            done.set()
+        for _ in range(4):
+            await asyncio.sleep(0)
+        open_now = sum(not task.done() for task in tasks)
+        assert demand.num_waiting("d") + demand.num_in_flight("d", "d.1") == open_now
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert demand.num_waiting("d") + demand.num_in_flight("d", "d.1") == 0
 
 
 def test_a_report_forgets_what_is_gone_but_not_what_still_runs() -> None:
@@ -184,6 +179,23 @@ def test_only_the_end_of_a_cold_start_is_urgent() -> None:
     demand.urgent.clear()
     demand.first_token("d", "d.1", 6.0)
     assert not demand.urgent.is_set()
+
+
+@pytest.mark.parametrize(
+    ("times_s", "is_whole", "tpot_s"),
+    [([5.0, 5.5, 7.0], True, 1.0), ([5.0, 5.5, 7.0], False, 0.0), ([5.0], True, 0.0)],
+)
+def test_a_streams_pace_counts_when_its_answer_is_whole(
+    times_s: list[float], is_whole: bool, tpot_s: float
+) -> None:
+    demand = DemandMeter("g")
+    pace = demand.pace("d", "d.1")
+    for at_s in times_s:
+        pace.receive(at_s)
+    if is_whole:
+        pace.end()
+    (replica,) = demand.report().demands[0].replicas
+    assert (replica.first_token_s, replica.tpot_s) == (5.0, tpot_s)
 
 
 async def test_a_deployment_is_known_to_whoever_asks_right_after_deploying() -> None:

@@ -10,14 +10,16 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2 as health
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
-from paraserve_scheduler.gateway.frontends.grpc_service import NOT_SERVING, SERVING
-from paraserve_scheduler.gateway.server import Gateway, split_address
+from paraserve_scheduler.gateway.server import Gateway
 from tests.support.gateway import (
     DEPLOYMENT,
     make_config,
@@ -25,6 +27,7 @@ from tests.support.gateway import (
     serving,
 )
 from tests.support.gateway_fakes import FakeScheduler, one_answer
+from tests.support.limits import HANG_S
 
 
 async def test_the_cluster_token_goes_with_every_call() -> None:
@@ -56,20 +59,28 @@ async def test_a_gateway_finds_its_scheduler_again_and_keeps_its_last_table() ->
 async def test_grpcs_own_health_check_answers_as_the_ready_call_does() -> None:
     gateway = Gateway(make_config(), name="g", token=None)
     await gateway.start()
-    assert await _health(gateway.grpc_address) == NOT_SERVING
+    assert await _health(gateway.grpc_address) == health.HealthCheckResponse.NOT_SERVING
     await gateway.stop()
     async with serving(replicas=0) as cluster, cluster.client() as client:
         assert await client.is_model_ready(DEPLOYMENT)
-        assert await _health(cluster.gateway.grpc_address) == SERVING
+        for service in ("", "inference.GRPCInferenceService", "whatever"):
+            status = await _health(cluster.gateway.grpc_address, service)
+            assert status == health.HealthCheckResponse.SERVING
 
 
-async def _health(address: str) -> bytes:
+async def test_grpcs_own_health_cannot_be_watched() -> None:
+    async with serving(replicas=0) as cluster:
+        watch = HealthStub(cluster.channel).Watch(health.HealthCheckRequest())
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await anext(aiter(watch))
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def _health(address: str, service: str = "") -> int:
     async with grpc.aio.insecure_channel(address) as channel:
-        check = channel.unary_unary(
-            "/grpc.health.v1.Health/Check", request_serializer=bytes, response_deserializer=bytes
-        )
-        status: bytes = await check(b"")
-        return status
+        request = health.HealthCheckRequest(service=service)
+        answer: health.HealthCheckResponse = await HealthStub(channel).Check(request)
+        return int(answer.status)
 
 
 @pytest.mark.parametrize("setting", ["grpc_address", "http_address"])
@@ -82,16 +93,6 @@ async def test_an_address_in_use_is_named(setting: str) -> None:
         with pytest.raises(InvalidRequest, match=f"Cannot listen on {setting} {address}"):
             await gateway.start()
         await gateway.stop()
-
-
-@pytest.mark.parametrize("address", ["", "8000", "host:", ":8000", "host:http"])
-def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(InvalidRequest, match="write it as host:port"):
-        split_address(address)
-
-
-def test_an_address_is_split_at_its_last_colon() -> None:
-    assert split_address("[::1]:80") == ("::1", 80)
 
 
 def test_a_gateway_process_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
@@ -111,8 +112,10 @@ def test_a_gateway_process_serves_until_it_is_told_to_stop(tmp_path: Path) -> No
     assert process.stderr is not None
     while "HTTP" not in (line := process.stderr.readline()):
         assert line, "the gateway ended"
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/live", timeout=5) as answer:
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{port}/v2/health/live", timeout=HANG_S
+    ) as answer:
         assert answer.status == 200
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    process.communicate(timeout=HANG_S)
     assert process.returncode == 0

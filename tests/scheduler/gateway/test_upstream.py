@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_scheduler.gateway.kserve.errors import clean_message
 from tests.support.gateway import (
-    Cluster,
+    GatewayHarness,
     make_config,
     make_request,
     serving,
@@ -27,7 +27,7 @@ from tests.support.gateway_fakes import (
 )
 
 
-async def failure(cluster: Cluster) -> tuple[grpc.StatusCode, str]:
+async def failure(cluster: GatewayHarness) -> tuple[grpc.StatusCode, str]:
     """Return how a request that is streamed at the replica fails for its client."""
     stream = cluster.stub.ModelStreamInfer(_requests(), metadata=(("triton_grpc_error", "true"),))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -41,18 +41,17 @@ async def _requests() -> AsyncIterator[kserve.ModelInferRequest]:
 
 
 async def test_a_replica_without_a_first_token_runs_into_its_own_limit() -> None:
-    config = make_config(first_token_timeout_s=0.05, inter_token_timeout_s=30.0)
-    async with serving(config) as cluster:
+    # Long enough for the request to reach the replica.
+    async with serving(make_config(first_token_timeout_s=1.0)) as cluster:
         cluster.triton.script = hanging(0)
         code, sentence = await failure(cluster)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert "did not send a first response within 0.05 s" in sentence
+        assert "did not send a first response within 1 s" in sentence
         await cluster.triton.cancelled.wait()
 
 
 async def test_a_replica_that_falls_silent_runs_into_the_limit_between_tokens() -> None:
-    config = make_config(first_token_timeout_s=30.0, inter_token_timeout_s=0.05)
-    async with serving(config) as cluster:
+    async with serving(make_config(inter_token_timeout_s=0.05)) as cluster:
         cluster.triton.script = hanging(2)
         code, sentence = await failure(cluster)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -60,20 +59,19 @@ async def test_a_replica_that_falls_silent_runs_into_the_limit_between_tokens() 
 
 
 async def test_waiting_for_a_replica_does_not_count_as_waiting_for_its_first_token() -> None:
-    async with serving(make_config(unstreamed_timeout_s=0.2), replicas=0) as cluster:
+    async with serving(make_config(unstreamed_timeout_s=2.0), replicas=0) as cluster:
         cluster.triton.script = one_answer
         call = cluster.stub.ModelInfer(make_request(stream=False))
-        # The report after the first one comes a whole second later.
+        # After the first one, a report comes every second: it waits longer than its limit.
         await cluster.held()
         seen = len(cluster.scheduler.reports)
-        await cluster.scheduler.demand(lambda _: len(cluster.scheduler.reports) > seen)
+        await cluster.scheduler.demand(lambda _: len(cluster.scheduler.reports) > seen + 2)
         await cluster.publish(cluster.endpoint())
         assert text_of(await call) == "whole text"
 
 
 async def test_a_request_that_is_not_streamed_has_a_limit_of_its_own() -> None:
-    config = make_config(first_token_timeout_s=30.0, unstreamed_timeout_s=0.05)
-    async with serving(config) as cluster:
+    async with serving(make_config(unstreamed_timeout_s=0.05)) as cluster:
         cluster.triton.script = hanging(0)
         with pytest.raises(grpc.aio.AioRpcError, match=r"within 0\.05 s"):
             await cluster.stub.ModelInfer(make_request(stream=False))

@@ -37,6 +37,7 @@ from paraserve_scheduler.local.layout import (
     SHM,
     ClusterFiles,
     ClusterLayout,
+    NodeLayout,
     Process,
     RunningCluster,
     check_name,
@@ -49,8 +50,7 @@ from paraserve_scheduler.local.layout import (
 from paraserve_scheduler.local.lock import locked, owner
 from paraserve_scheduler.local.ports import PortPicker, is_free
 from paraserve_scheduler.local.processes import Machine, process_waves, write_files
-
-WAIT_S = 20
+from tests.support.limits import HANG_S
 
 
 def make_files(tmp_path: Path, name: str = "test") -> ClusterFiles:
@@ -77,6 +77,21 @@ def specs_of(layout: ClusterLayout, **environ: str) -> dict[str, ProcessSpec]:
 
 
 # ---- layout ----
+
+
+@pytest.mark.parametrize(
+    ("of_user", "told"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": "store.local"}, "127.0.0.1,localhost,store.local"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+)
+def test_no_proxy_stands_before_the_clusters_own_store(
+    tmp_path: Path, of_user: dict[str, str], told: str
+) -> None:
+    environment = specs_of(layout_in(tmp_path, nodes=1), **of_user)["node1-agent"].environment
+    assert environment["no_proxy"] == environment["NO_PROXY"] == told
 
 
 def test_no_port_is_given_twice_and_channel_ranges_are_disjoint(tmp_path: Path) -> None:
@@ -147,6 +162,79 @@ def test_names_that_could_leave_their_folder_are_refused(name: str) -> None:
 def test_clusters_of_one_name_in_two_places_do_not_share_memory_files(tmp_path: Path) -> None:
     first, second = make_files(tmp_path / "a"), make_files(tmp_path / "b")
     assert first.shm_prefix != second.shm_prefix
+
+
+_RUNNING_BEFORE = rb"""{
+  "layout": {
+    "name": "c\u00e9", "host": "127.0.0.1", "scheduler_port": 1, "gateway_grpc_port": 2,
+    "gateway_http_port": 3, "s3_port": null,
+    "nodes": [
+      {
+        "name": "node1", "host": "127.0.0.2", "triton_grpc_port": 4, "triton_http_port": 5,
+        "triton_metrics_port": 6, "agent_port": 7, "channel_port_start": 8,
+        "channel_port_end": 9, "memory_bytes": 10, "nic_bytes_per_s": 11.5,
+        "agent_settings": {"disk_dir": "/d", "slots": 1}, "network_namespace": null
+      }
+    ],
+    "state_dir": "/s", "compute_threads": 2, "scheduler_settings": {}
+  },
+  "supervisor_pid": 12,
+  "processes": [{"name": "s3", "pid": 13}]
+}"""
+
+
+def test_what_an_earlier_version_wrote_about_a_running_cluster_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.json"
+    path.write_bytes(_RUNNING_BEFORE)
+    node = NodeLayout(
+        name="node1",
+        host="127.0.0.2",
+        triton_grpc_port=4,
+        triton_http_port=5,
+        triton_metrics_port=6,
+        agent_port=7,
+        channel_port_start=8,
+        channel_port_end=9,
+        memory_bytes=10,
+        nic_bytes_per_s=11.5,
+        agent_settings={"disk_dir": "/d", "slots": 1},
+    )
+    layout = ClusterLayout(
+        name="cé",
+        host="127.0.0.1",
+        scheduler_port=1,
+        gateway_grpc_port=2,
+        gateway_http_port=3,
+        s3_port=None,
+        nodes=(node,),
+        state_dir=Path("/s"),
+        compute_threads=2,
+    )
+    assert read_running(path) == RunningCluster(
+        layout=layout, supervisor_pid=12, processes=(Process(name="s3", pid=13),)
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, r"Cannot read .*cluster\.json: No such file or directory\."),
+        (b"{}", r"cluster\.json was written by another version: .*`layout`"),
+        (
+            _RUNNING_BEFORE.replace(b": 12,", b': "12",'),
+            "written by another version: .*supervisor_pid",
+        ),
+        (_RUNNING_BEFORE[:-1], "written by another version"),
+    ],
+)
+def test_a_record_of_another_kind_is_named(
+    content: bytes | None, sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "cluster.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InvalidRequest, match=sentence):
+        read_running(path)
 
 
 def test_what_is_written_about_a_running_cluster_is_read_back(tmp_path: Path) -> None:
@@ -265,13 +353,13 @@ def test_a_child_that_ends_on_sigterm_is_not_killed(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     child = start(fake(tmp_path, "kind", KIND.format(pipe=str(pipe))))
     wait_for(pipe, child)
-    stop([child], grace_s=WAIT_S)
+    stop([child], grace_s=HANG_S)
     assert child.process.returncode == 0
 
 
 def test_the_tail_of_a_log_is_its_last_lines(tmp_path: Path) -> None:
     child = start(fake(tmp_path, "talker", "for i in range(100): print('line', i)"))
-    assert child.process.wait(WAIT_S) == 0
+    assert child.process.wait(HANG_S) == 0
     lines = child.log_tail().splitlines()
     assert lines[-1].strip() == "line 99"
     assert len(lines) < 20
@@ -304,9 +392,9 @@ def test_a_child_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
         assert up.readline()
     watch = os.pidfd_open(child_pid)
     process.kill()
-    process.wait(WAIT_S)
+    process.wait(HANG_S)
     process.stdout.close()
-    assert readable_within(watch, WAIT_S)  # a pidfd is readable when its process has ended
+    assert readable_within(watch, HANG_S)  # a pidfd is readable when its process has ended
     os.close(watch)
 
 

@@ -15,7 +15,8 @@ from paraserve_scheduler.planner.cost import Speed, decode_s, prefill_s, slowest
 from paraserve_scheduler.planner.decisions import PolicyFunction, Prediction, Start
 from paraserve_scheduler.planner.fleet import Fleet, Need, Node, Objectives
 from paraserve_scheduler.planner.fleet_changes import with_start
-from paraserve_scheduler.planner.planner import PlanningConfig, plan
+from paraserve_scheduler.planner.planner import plan
+from paraserve_scheduler.planner.prediction import TPOT_BATCH, TTFT_SHARE
 from paraserve_scheduler.policies import hydraserve
 from paraserve_scheduler.policies.paraserve import decide
 from tests.support.fleets import (
@@ -30,7 +31,6 @@ from tests.support.fleets import (
     make_node,
 )
 
-CONFIG = PlanningConfig()
 _LAYERS = 6
 _TINY = make_model(
     "tiny", size_bytes=6 * GB, num_layers=_LAYERS, ends_bytes=GB // 2, kv_bytes=GB // 2
@@ -136,7 +136,7 @@ def _cuts(
     stages = len(candidates)
     speed, hop_s = slowest([candidate.node.kind for candidate in candidates], _TINY.name)
     first = prefill_s(speed, need.prompt_tokens, stages=stages, full=full, hop_s=hop_s)
-    tpot = decode_s(speed, CONFIG.tpot_batch, stages=stages, full=full, hop_s=hop_s)
+    tpot = decode_s(speed, TPOT_BATCH, stages=stages, full=full, hop_s=hop_s)
     for inner in combinations(range(1, _LAYERS), stages - 1):
         bounds = (0, *inner, _LAYERS)
         ready = max(
@@ -149,7 +149,7 @@ def _cuts(
 
 def _meets(ttft_s: float, tpot_s: float, need: Need) -> bool:
     ttft_slo, tpot_slo = need.objectives.ttft_s, need.objectives.tpot_s
-    return (ttft_slo is None or ttft_s / CONFIG.ttft_share <= ttft_slo) and (
+    return (ttft_slo is None or ttft_s / TTFT_SHARE <= ttft_slo) and (
         tpot_slo is None or tpot_s <= tpot_slo
     )
 
@@ -181,7 +181,7 @@ def _check_against_every_plan(
     fleet: Fleet, objectives: Objectives, replicas: int, *, met_slack: float, late_slack: float
 ) -> None:
     need = _need(objectives)
-    start = plan(need, fleet, NOW_S, replicas=replicas, config=CONFIG)
+    start = plan(need, fleet, NOW_S, replicas=replicas)
     options = list(_every_plan(need, fleet, replicas))
     if start is None:
         assert not options
@@ -200,7 +200,7 @@ def _check_against_every_plan(
 def test_a_plan_takes_no_more_memory_than_there_is_and_has_a_source_for_every_byte(
     fleet: Fleet, objectives: Objectives, replicas: int
 ) -> None:
-    start = plan(_need(objectives), fleet, NOW_S, replicas=replicas, config=CONFIG)
+    start = plan(_need(objectives), fleet, NOW_S, replicas=replicas)
     if start is None:
         return
     layers = [layer for stage in start.stages for layer in range(stage.start, stage.end)]
@@ -245,7 +245,7 @@ def test_no_running_fetch_is_made_late_while_a_plan_exists_that_does_not(
     nodes: list[Node], replicas: int
 ) -> None:
     fleet, need = make_fleet(*nodes), _need(Objectives(ttft_s=5.0))
-    start = plan(need, fleet, NOW_S, replicas=replicas, config=CONFIG)
+    start = plan(need, fleet, NOW_S, replicas=replicas)
     if start is not None and _harms(start, fleet):
         harmless = [node for node in nodes if not _is_harmed(node) or _has_all(node)]
         assert not list(_every_plan(need, fleet, replicas, harmless))
@@ -289,7 +289,7 @@ def _zoned(zones: Sequence[str], **fields: float) -> Fleet:
 
 
 def _zones_used(fleet: Fleet, ttft_s: float | None) -> set[str]:
-    start = plan(make_need(objectives=Objectives(ttft_s=ttft_s)), fleet, NOW_S, config=CONFIG)
+    start = plan(make_need(objectives=Objectives(ttft_s=ttft_s)), fleet, NOW_S)
     assert start is not None
     assert len(start.stages) > 1
     zones = {node.name: node.zone for node in fleet.nodes}

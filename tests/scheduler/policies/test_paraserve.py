@@ -17,7 +17,8 @@ from paraserve_scheduler.policies.autoscaling import (
     replicas_to_start,
 )
 from paraserve_scheduler.policies.keep_alive import (
-    KeepAliveConfig,
+    LEAST_LIFE_S,
+    MOST_LIFE_S,
     evictions,
     idle_by_gpu,
     rate_of,
@@ -38,7 +39,6 @@ from tests.support.fleets import (
 )
 
 SCALING = AutoscalingConfig()
-KEEPING = KeepAliveConfig()
 
 
 def _starts(decisions: tuple[Decision, ...]) -> list[Start]:
@@ -276,18 +276,17 @@ def test_steady_arrivals_are_forecast_at_their_rate() -> None:
 def test_a_layer_lives_within_its_bounds_and_no_longer_for_being_larger(
     rate: float, saved_s: float, held: float
 ) -> None:
-    live_s = time_to_live_s(rate=rate, saved_s=saved_s, held_bytes=held, config=KEEPING)
-    larger = time_to_live_s(rate=rate, saved_s=saved_s, held_bytes=2 * held, config=KEEPING)
-    assert KEEPING.least_s <= larger <= live_s <= KEEPING.most_s
+    live_s = time_to_live_s(rate=rate, saved_s=saved_s, held_bytes=held)
+    larger = time_to_live_s(rate=rate, saved_s=saved_s, held_bytes=2 * held)
+    assert LEAST_LIFE_S <= larger <= live_s <= MOST_LIFE_S
 
 
 def test_the_smaller_the_rate_the_longer_until_the_next_use_is_likely() -> None:
     """Break-even is the limit."""
-    config = replace(KEEPING, most_s=1e9, least_s=0.0)
-    rare = time_to_live_s(rate=0.01, saved_s=1e9, held_bytes=1, config=config)
-    often = time_to_live_s(rate=0.1, saved_s=1e9, held_bytes=1, config=config)
+    rare = time_to_live_s(rate=0.04, saved_s=1e9, held_bytes=1)
+    often = time_to_live_s(rate=0.4, saved_s=1e9, held_bytes=1)
     assert rare == pytest.approx(10 * often)
-    assert rare == pytest.approx(161, rel=0.01)
+    assert rare == pytest.approx(40, rel=0.01)
 
 
 def test_the_rate_of_few_arrivals_is_not_known() -> None:

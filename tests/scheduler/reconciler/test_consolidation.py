@@ -22,7 +22,7 @@ from tests.support.histories import (
     TRIED_AGAIN_S,
     History,
 )
-from tests.support.views import (
+from tests.support.scheduler_records import (
     CONFIG,
     make_deployment,
     make_node_info,
@@ -82,7 +82,7 @@ def test_a_pipeline_that_serves_becomes_one_full_instance_on_its_head() -> None:
     (stage,) = start.plan.stages
     assert (start.plan.replica, start.plan.succeeds) == ("tiny.2", "tiny.1")
     assert stage.node == history.view.replicas["tiny.1"].plan.head.node
-    assert stage.is_whole
+    assert (stage.layers.is_first, stage.layers.is_last) == (True, True)
     assert start.plan.background, "nobody waits for it"
     assert history.decides() == (), "one is enough"
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraserve_scheduler.policies.keep_alive import KeepAliveConfig
+from paraserve_scheduler.policies.keep_alive import UNKNOWN_LIFE_S
 from paraserve_scheduler.policies.registry import POLICIES
 from paraserve_scheduler.reconciler.placement import equal_split
 from paraserve_scheduler.state.actions import (
@@ -35,7 +35,7 @@ from tests.support.histories import (
     TRIED_AGAIN_S,
     History,
 )
-from tests.support.views import (
+from tests.support.scheduler_records import (
     CONFIG,
     NOW_S,
     make_deployment,
@@ -478,7 +478,7 @@ def test_least_replicas_are_kept_without_a_request() -> None:
 def test_a_user_who_says_nothing_gets_a_replica_kept_while_it_is_worth_it() -> None:
     history = _several(keep_alive_s=None)
     history.serves()
-    history.passes(KeepAliveConfig().unknown_s - 1)
+    history.passes(UNKNOWN_LIFE_S - 1)
     assert history.decides() == ()
     history.passes(2)
     assert _kinds(history.decides()) == [StopReplica]
@@ -622,11 +622,11 @@ def _take_step(history: History, step: str, which: int, names: list[str]) -> Non
         in_flight = 1 if step == "busy" else 9
         running = {replica.id: in_flight}
         history.demand(replica.deployment, in_flight=in_flight, replica_in_flight=running)
-    elif step == "notified" and replica is not None and replica.telling:
+    elif step == "notified" and replica is not None and replica.hand_over.is_notifying:
         history.notified(
             replica.id, *(successor.id for successor in history.view.ready_successors(replica))
         )
-    elif step == "not notified" and replica is not None and replica.telling:
+    elif step == "not notified" and replica is not None and replica.hand_over.is_notifying:
         history.happens(HandOverFailed(replica=replica.id, at_s=history.now_s))
     elif step in ("drain", "undo"):
         history.happens(NodeCordoned(node=f"n{which}", cordoned=step == "drain"))

@@ -10,13 +10,13 @@ from paraserve_scheduler.policies.paraserve import decide
 from paraserve_scheduler.reconciler.capacity import node_spaces
 from paraserve_scheduler.reconciler.fleet_view import fleet_of
 from paraserve_scheduler.reconciler.model_shapes import shape_of
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.actions import StartReplica
-from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.events import DemandReported
 from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.records import HeldObject
 from paraserve_scheduler.state.view import ClusterView
-from tests.support.views import (
+from tests.support.scheduler_records import (
     CONFIG,
     NOW_S,
     lay_out_equally,
@@ -29,8 +29,12 @@ from tests.support.views import (
 )
 
 
+def _turn(view: ClusterView) -> Turn:
+    return Turn(view=view, now_s=NOW_S, config=CONFIG)
+
+
 def _fleet(view: ClusterView) -> Fleet:
-    return fleet_of(view, NOW_S, CONFIG)
+    return fleet_of(_turn(view))
 
 
 def _node(fleet: Fleet, name: str) -> Node:
@@ -69,10 +73,12 @@ def test_the_policy_of_the_simulator_starts_it_on_the_real_view() -> None:
 def test_a_start_takes_room_and_bandwidth_in_the_next_fleet() -> None:
     view = _waiting_view()
     state = view.deployments["tiny"]
-    spaces = node_spaces(view, state.deployment.spec, NOW_S, CONFIG)
+    spaces = node_spaces(_turn(view), state.deployment.spec)
     plan = lay_out_equally(state.deployment, 1, spaces, CONFIG.placement)
     before = _fleet(view)
-    view = begin(view, StartReplica(plan=plan, requested_s=NOW_S - 1, reason="test"), NOW_S)
+    turn = _turn(view)
+    turn.do(StartReplica(plan=plan, requested_s=NOW_S - 1, reason="test"))
+    view = turn.view
     after = _fleet(view)
     for stage in plan.stages:
         was, now = _node(before, stage.node), _node(after, stage.node)

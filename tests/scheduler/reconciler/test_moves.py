@@ -25,11 +25,10 @@ from paraserve_scheduler.state.actions import (
     StartReplica,
     StopReplica,
 )
-from paraserve_scheduler.state.begin import begin
 from paraserve_scheduler.state.events import NodeCordoned, NodeRegistered, PartRemoved
 from paraserve_scheduler.state.records import PartState, Phase
 from tests.support.histories import LOST_PROCESS, History
-from tests.support.views import (
+from tests.support.scheduler_records import (
     CONFIG,
     make_deployment,
     make_heartbeat,
@@ -55,20 +54,18 @@ def _busy(history: History, replica: str = "tiny.1") -> None:
 
 def _migrate(history: History, node: str) -> str:
     """Order a move; returns the successor's name."""
-    stops, start = migrate(history.view, "tiny", node, history.now_s, CONFIG)
-    for stop in stops:
-        history.view = begin(history.view, stop, history.now_s)
-    history.view = begin(history.view, start, history.now_s)
+    stops, start = migrate(history.turn(), "tiny", node)
+    history.do(*stops, start)
     return start.plan.replica
 
 
 def _drain(history: History, node: str) -> None:
-    check_drain(history.view, node, history.now_s, CONFIG)
+    check_drain(history.turn(), node)
     history.happens(NodeCordoned(node=node))
 
 
 def _progress(history: History, node: str) -> dict[str, str]:
-    return dict(drain_progress(history.view, node, history.now_s, CONFIG))
+    return dict(drain_progress(history.turn(), node))
 
 
 def _node_of(history: History, replica: str) -> str:

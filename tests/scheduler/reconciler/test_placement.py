@@ -16,7 +16,7 @@ from paraserve_scheduler.reconciler.placement import (
 )
 from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.spec import Deployment
-from tests.support.views import lay_out_equally, make_deployment, make_space
+from tests.support.scheduler_records import lay_out_equally, make_deployment, make_space
 
 CONFIG = PlacementConfig()
 BLOCK = CONFIG.kv_block_size
@@ -129,7 +129,7 @@ def test_a_successor_is_whole_on_its_node_and_can_take_any_request() -> None:
     plan = place_successor(deployment, 2, pipeline, make_space("n7"), CONFIG)
     (stage,) = plan.stages
     assert (plan.replica, plan.succeeds, stage.node) == ("tiny.2", "tiny.1", "n7")
-    assert stage.is_whole
+    assert (stage.layers.is_first, stage.layers.is_last) == (True, True)
     assert plan.max_context >= pipeline.max_context
 
 

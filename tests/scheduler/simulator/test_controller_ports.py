@@ -34,7 +34,7 @@ from paraserve_scheduler.simulator.workload import Lengths, SimRequest, Tokens
 from paraserve_scheduler.simulator.world import Simulation
 from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.store.sqlite import SqliteStore
-from tests.support.views import make_deployment
+from tests.support.scheduler_records import make_deployment
 
 _PLACEMENT = PolicyConfig().placement
 _SEQUENCES, _STAGES = 8, 4

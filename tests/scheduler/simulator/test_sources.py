@@ -17,7 +17,7 @@ from tests.support.fleets import (
     make_method,
     make_model,
 )
-from tests.support.worlds import (
+from tests.support.simulated_clusters import (
     make_cluster,
     make_deployment,
     make_node,

@@ -18,7 +18,7 @@ from paraserve_scheduler.simulator.results import Outcome, RunProgress, percenti
 from paraserve_scheduler.simulator.workload import SimRequest
 from paraserve_scheduler.simulator.world import Simulation
 from tests.support.fleets import GB, make_kind, make_method
-from tests.support.worlds import (
+from tests.support.simulated_clusters import (
     make_cluster,
     make_deployment,
     make_node,

@@ -15,7 +15,13 @@ from paraserve_scheduler.simulator.description import DeploymentFile
 from paraserve_scheduler.state.spec import DeploymentSpec
 from paraserve_scheduler.state.waiting import MAX_WAITING, may_wait
 from tests.support.fleets import GB
-from tests.support.worlds import make_cluster, make_deployment, make_node, make_request, simulate
+from tests.support.simulated_clusters import (
+    make_cluster,
+    make_deployment,
+    make_node,
+    make_request,
+    simulate,
+)
 
 
 def _refused_by_gateway(num_requests: int, max_waiting: int, replicas: list[str]) -> list[bool]:

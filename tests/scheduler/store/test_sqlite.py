@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.telemetry.spans import Span
-from paraserve_scheduler.state.records import Failure, Phase, Replica
+from paraserve_backend.telemetry.spans import Span, SpanName
+from paraserve_scheduler.state.records import Failure, HandOverState, Phase, Replica
 from paraserve_scheduler.store.records import dump, load
 from paraserve_scheduler.store.sqlite import Counters, SqliteStore
 from tests.support.histories import History
-from tests.support.views import make_deployment
+from tests.support.scheduler_records import make_deployment
 
 
 @pytest.fixture
@@ -34,14 +35,23 @@ def _replica() -> Replica:
     name = history.serves()
     replica = history.view.replicas[name]
     failure = Failure(grpc_code="UNAVAILABLE", message="Node n1 was lost.")
-    span = Span(name="fetch", start_s=1.25, end_s=2.5, size_bytes=100)
-    parts = (replica.parts[0], replace(replica.parts[1], spans=(span,), failure=failure))
+    spans = (
+        Span(name=SpanName.LOAD, detail="tiny.1", start_s=1.25, end_s=2.5, size_bytes=100),
+        Span.parse("what a newer node does", start_s=1.25, end_s=2.5),
+    )
+    parts = (replica.parts[0], replace(replica.parts[1], spans=spans, failure=failure))
     return replace(replica, parts=parts, failure=failure, stop_reason="it failed")
 
 
 def test_records_come_back_equal() -> None:
     replica = _replica()
     assert load(Replica, dump(replica)) == replica
+
+
+def test_a_span_is_kept_under_one_name() -> None:
+    part = json.loads(dump(_replica()))["parts"][1]
+    expected = {"name": "load tiny.1", "start_s": 1.25, "end_s": 2.5, "size_bytes": 100}
+    assert part["spans"][0] == expected
 
 
 @pytest.mark.parametrize("text", ["{}", '{"plan": 1}', '{"unknown": 1}', "[]"])
@@ -139,3 +149,35 @@ def test_a_state_file_of_another_version_is_refused(path: Path) -> None:
     connection.close()
     with pytest.raises(InvalidRequest, match="written by another version"):
         SqliteStore(path)
+
+
+def test_a_state_file_of_schema_2_is_read_on(path: Path) -> None:
+    """There the state of a hand-over lay flat in the replica's record."""
+    replica = replace(
+        _replica(),
+        hand_over=HandOverState(
+            notified=("tiny.2",), since_s=7.0, failed_successors=1, successor_failed_s=5.0
+        ),
+    )
+    store = SqliteStore(path)
+    store.save_replica(replica)
+    store.close()
+    record = json.loads(dump(replica))
+    del record["hand_over"]
+    record |= {
+        "targets": ["tiny.2"],
+        "telling": False,
+        "telling_failed_s": None,
+        "hand_over_s": 7.0,
+        "failed_successors": 1,
+        "successor_failed_s": 5.0,
+    }
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE replicas SET record = ?", (json.dumps(record),))
+    connection.execute("PRAGMA user_version = 2")
+    connection.commit()
+    connection.close()
+    for _ in range(2):  # the second time it is of this version
+        store = SqliteStore(path)
+        assert store.replicas() == (replica,)
+        store.close()

@@ -16,6 +16,7 @@ from paraserve_backend.agent.parts.progress import PartProgress, failure_of, fir
 from paraserve_backend.daemon.tasks import in_thread
 from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.telemetry.spans import SpanName
 from paraserve_backend.tritonserver.host.stubs import Stub
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class PartLife:
 
     async def _follow(self, fetching: Fetching) -> None:
         fetching.listen(self.progress.fetched)
-        with self.progress.span("fetch") as span:
+        with self.progress.span(SpanName.FETCH) as span:
             span.bytes = await fetching.wait()
 
     async def _stubs(self) -> frozenset[Stub]:

@@ -18,6 +18,7 @@ from paraserve_backend.channel.keys import KeyStore
 from paraserve_backend.daemon.tasks import finish_all, in_thread
 from paraserve_backend.errors import DeadlineExceeded, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.telemetry.spans import SpanName
 from paraserve_backend.tritonserver.host.client import ModelState
 from paraserve_backend.tritonserver.host.model_config import slotted_model, with_steps
 from paraserve_backend.tritonserver.host.repository import ModelRepository
@@ -91,7 +92,7 @@ class PartModels:
             ExceptionGroup: of such errors.
         """
         self._take_slots()
-        with self._progress.span("write models"):
+        with self._progress.span(SpanName.WRITE_MODELS):
             await in_thread(self._write)
         for wave in self._waves(self._names):
             async with asyncio.TaskGroup() as group:
@@ -137,10 +138,10 @@ class PartModels:
     async def _load(self, model: str) -> None:
         binding = self._bindings.get(model)
         if binding is not None:
-            with self._progress.span(f"bind {binding.slot.name}"):
+            with self._progress.span(SpanName.BIND, binding.slot.name):
                 await self._node.slots.bind(binding.slot, self._part.replica, binding.parameters)
             return
-        with self._progress.span(f"load {model}"):
+        with self._progress.span(SpanName.LOAD, model):
             try:
                 await self._node.unloader.triton.load(model)
             except DeadlineExceeded:

@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from paraserve_backend.errors import ParaServeError
+from paraserve_backend.protocol.span_messages import span_message
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.telemetry import spans
+from paraserve_backend.telemetry.spans import Span, SpanName
 
 #: Byte counts change all the time; followers get them at most this often.
 _CHANGE_INTERVAL_S = 0.1
@@ -64,9 +65,11 @@ class PartProgress:
         self._notify()
 
     @contextmanager
-    def span(self, name: str) -> Iterator[pb.Span]:
+    def span(self, name: SpanName, detail: str = "") -> Iterator[pb.Span]:
         """Record an interval of the cold start; the body may set its `bytes`."""
-        span = self._status.spans.add(name=name, start_s=self._now())
+        running = Span(name=name, detail=detail, start_s=self._now(), end_s=0.0)
+        self._status.spans.append(span_message(running))
+        span = self._status.spans[-1]
         self._notify()
         try:
             yield span
@@ -74,12 +77,9 @@ class PartProgress:
             span.end_s = self._now()
             self._notify()
 
-    def add_spans(self, spans: Iterable[spans.Span]) -> None:
+    def add_spans(self, spans: Iterable[Span]) -> None:
         """Add the intervals that another process has measured."""
-        for span in spans:
-            self._status.spans.add(
-                name=span.name, start_s=span.start_s, end_s=span.end_s, bytes=span.size_bytes
-            )
+        self._status.spans.extend(map(span_message, spans))
         self._notify()
 
     async def follow(self) -> AsyncIterator[pb.PartStatus]:

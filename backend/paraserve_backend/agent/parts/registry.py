@@ -16,6 +16,7 @@ from paraserve_backend.agent.parts.life import PartLife
 from paraserve_backend.agent.parts.models import NodeContext
 from paraserve_backend.agent.parts.progress import PartProgress
 from paraserve_backend.errors import InvalidRequest, NotFound, Unavailable
+from paraserve_backend.protocol.names import ReplicaModels
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.tritonserver.host.repository import check_name
 from paraserve_backend.tritonserver.host.stubs import Stub
@@ -81,8 +82,9 @@ class Parts:
             {"replica": target.replica, "address": target.address} for target in request.targets
         ]
         logger.info("hand over replica=%s targets=%d", request.replica, len(targets))
+        model = ReplicaModels(request.replica).generate
         await self._node.unloader.triton.command(
-            life.slots.get(request.replica, request.replica),
+            life.slots.get(model, model),
             json.dumps({"hand_over": targets}),
             replica=request.replica,
         )
@@ -118,10 +120,10 @@ class Parts:
             await asyncio.gather(*(life.stop(limit_s) for life in lives.values()))
             for key in lives:
                 del self._lives[key]
-            prefetched = await self._node.fetches.release_replica(replica)
+            had_fetches = await self._node.fetches.release_replica(replica)
             logger.info("removed replica=%s parts=%d", replica, len(lives))
             self._changed.set()
-            return bool(lives) or prefetched
+            return bool(lives) or had_fetches
 
     def _lock(self, replica: str) -> asyncio.Lock:
         return self._locks.setdefault(replica, asyncio.Lock())
@@ -134,5 +136,5 @@ def _check(part: pb.Part) -> None:
     for model in part.models:
         check_name(model.name)
         # Else two replicas could overwrite each other's models.
-        if model.name != part.replica and not model.name.startswith(f"{part.replica}."):
+        if model.name not in ReplicaModels(part.replica):
             raise InvalidRequest(f"Model {model.name} does not belong to {part.replica}.")

@@ -76,7 +76,7 @@ class Moved:
 
 
 @dataclass(slots=True, kw_only=True)
-class HandoverCounts:
+class HandOverCounts:
     """What has been done so far."""
 
     handed_over: int = 0
@@ -86,7 +86,7 @@ class HandoverCounts:
     blocks_held: int = 0
 
 
-class HandoverSource:
+class HandOverSource:
     def __init__(
         self,
         send: SendMessage,
@@ -119,7 +119,7 @@ class HandoverSource:
         self._by_ticket: dict[int, _OutgoingSequence] = {}
         #: Until when a sequence that could not leave is left alone.
         self._rests: dict[TokenSequence, float] = {}
-        self.counts = HandoverCounts()
+        self.counts = HandOverCounts()
 
     @property
     def is_active(self) -> bool:

@@ -47,7 +47,7 @@ class _IncomingSequence:
         return self.layer_blocks == self.expected
 
 
-class HandoverTarget:
+class HandOverTarget:
     def __init__(
         self,
         pool: BlockPool,

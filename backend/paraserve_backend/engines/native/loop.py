@@ -17,8 +17,8 @@ from typing import Literal, Protocol
 
 from paraserve_backend.engines.base import Gauges, LoopState, Reply
 from paraserve_backend.engines.native.batcher import Advance, Batcher, ScheduledBatch
-from paraserve_backend.engines.native.handover_source import HandoverSource
-from paraserve_backend.engines.native.handover_target import HandoverTarget
+from paraserve_backend.engines.native.handover_source import HandOverSource
+from paraserve_backend.engines.native.handover_target import HandOverTarget
 from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
 from paraserve_backend.generation.answer import Answer
 from paraserve_backend.generation.sequence import TokenSequence
@@ -85,8 +85,8 @@ class GenerateLoop:
         gauges: Gauges,
         batches_in_flight: int,
         *,
-        handover_source: HandoverSource,
-        handover_target: HandoverTarget,
+        handover_source: HandOverSource,
+        handover_target: HandOverTarget,
     ) -> None:
         self._batcher = batcher
         self._forward = forward

@@ -18,7 +18,7 @@ from paraserve_backend.engines.base import (
     chosen_token,
 )
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.abilities import TENSORRT_LLM
+from paraserve_backend.protocol.engine_abilities import TENSORRT_LLM
 from paraserve_backend.protocol.sampling import ChosenToken
 
 #: How long it may wait for statistics of an iteration that is under way.

@@ -19,7 +19,7 @@ from paraserve_backend.engines.base import (
     chosen_token,
 )
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.abilities import VLLM
+from paraserve_backend.protocol.engine_abilities import VLLM
 from paraserve_backend.protocol.sampling import ChosenToken, Steering
 
 #: It rounds its KV cache down to blocks of at most so many tokens, and keeps one for itself.

@@ -7,7 +7,6 @@ here. Each call is one request; waiting and clean-up are in `unloader`.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,21 +26,13 @@ from paraserve_backend.errors import (
     read_coded,
 )
 from paraserve_backend.protocol.names import REPLICA_PARAMETER
+from paraserve_backend.rpc.channels import triton_channel
 from paraserve_backend.rpc.errors import is_connection_lost
 
 #: For calls that Triton answers at once; loads and unloads may take as long as the model does.
 _ANSWER_TIMEOUT_S = 5.0
 #: One answer that is late may be so because the whole machine, this process too, stood still.
 _LIVE_ATTEMPTS = 2
-_OPTIONS = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # Triton's return must be noticed within a second, not within gRPC's default of two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # Several agents in one process must not share a connection's back-off.
-    ("grpc.use_local_subchannel_pool", 1),
-]
 
 
 class ModelState(StrEnum):
@@ -101,7 +92,7 @@ class TritonClient:
     def __init__(self, address: str, *, key: str | None = None) -> None:
         self._address = address
         self._metadata = _key_metadata(key)
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = triton_channel(address)
         self._stub: Any = service.GRPCInferenceServiceStub(self._channel)
 
     async def close(self) -> None:
@@ -160,7 +151,7 @@ class TritonClient:
         request.parameters[REPLICA_PARAMETER].string_param = replica
         request.parameters["triton_enable_empty_final_response"].bool_param = True
         call = self._stub.ModelStreamInfer(
-            _only(request),
+            iter((request,)),
             metadata=self._metadata,
             timeout=timeout_s,
         )
@@ -209,10 +200,6 @@ def read_key(path: Path | None) -> str | None:
     if "=" not in key:
         raise InvalidRequest(f"triton_key_file {path} must hold name=secret.")
     return key
-
-
-async def _only(request: Any) -> AsyncIterator[Any]:
-    yield request
 
 
 def _key_metadata(key: str | None) -> tuple[tuple[str, str], ...]:

@@ -1,25 +1,24 @@
-"""Makes config.pbtxt: rendered from model_repository_templates/ for models, built for slots.
+"""Makes config.pbtxt of models and slots, from the templates in model_repository_templates/.
 
-Every rendered text is parsed with Triton's own schema and compared with what was meant, so that a
-value cannot change the rest of the file. Which models may be bound to a slot is decided here too.
+A template is parsed with Triton's own schema, fields of the message are set, and the message is
+printed. So a value cannot change the rest of the file. Which models may be bound to a slot is
+decided here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
-from string import Template
 
 from google.protobuf import text_format
-from google.protobuf.text_encoding import CEscape
 from tritonclient.grpc.model_config_pb2 import (
     DataType,
     ModelConfig,
     ModelInput,
     ModelInstanceGroup,
     ModelOutput,
-    ModelTransactionPolicy,
 )
 
 from paraserve_backend.protocol.names import (
@@ -39,114 +38,6 @@ from paraserve_backend.protocol.tensors import (
     TensorSpec,
 )
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tensor:
-    name: str
-    #: As config.pbtxt spells it, e.g. TYPE_INT32.
-    datatype: str
-    dims: tuple[int, ...]
-    optional: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Meaning:
-    """What one rendered config must say."""
-
-    template: str
-    name: str
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    #: "cpu" or "cuda:<index>".
-    device: str = "cpu"
-    parameters: Mapping[str, str] = field(default_factory=dict)
-    #: Models an ensemble calls, in order; `${step0}`, `${step1}` in its template.
-    steps: tuple[str, ...] = ()
-
-
-def render(meaning: Meaning) -> bytes:
-    """The text of a config.pbtxt that says `meaning`."""
-    values = {
-        "name": _escape(meaning.name),
-        "inputs": _tensor_block(meaning.inputs),
-        "outputs": _tensor_block(meaning.outputs),
-        "instance": _instance(meaning.device),
-        "parameters": _parameter_block(meaning.parameters),
-    }
-    values |= {f"step{index}": _escape(name) for index, name in enumerate(meaning.steps)}
-    text = _template(meaning.template).substitute(values)
-    _check(meaning, text_format.Parse(text, ModelConfig()))
-    return text.encode()
-
-
-def _template(name: str) -> Template:
-    folder = resources.files("paraserve_backend.tritonserver.host") / "templates"
-    return Template((folder / f"{name}.pbtxt").read_text(encoding="utf-8"))
-
-
-def _escape(value: str) -> str:
-    return CEscape(value.encode(), as_utf8=False)
-
-
-def _tensor_block(tensors: Iterable[Tensor]) -> str:
-    return ",\n".join(
-        f'  {{ name: "{_escape(tensor.name)}" data_type: {tensor.datatype} '
-        f"dims: {list(tensor.dims)}{' optional: true' if tensor.optional else ''} }}"
-        for tensor in tensors
-    )
-
-
-def _parameter_block(parameters: Mapping[str, str]) -> str:
-    return "\n".join(
-        f'parameters {{ key: "{_escape(key)}" value {{ string_value: "{_escape(value)}" }} }}'
-        for key, value in parameters.items()
-    )
-
-
-def _instance(device: str) -> str:
-    kind, _, index = device.partition(":")
-    if kind == "cpu":
-        return "{ count: 1 kind: KIND_CPU }"
-    return f"{{ count: 1 kind: KIND_GPU gpus: [ {int(index)} ] }}"
-
-
-def _check(meaning: Meaning, config: ModelConfig) -> None:
-    """Compare the parsed text with what was meant; a difference is an error in a template."""
-    parsed = Meaning(
-        template=meaning.template,
-        name=config.name,
-        inputs=tuple(
-            Tensor(
-                name=tensor.name,
-                datatype=DataType.Name(tensor.data_type),
-                dims=tuple(tensor.dims),
-                optional=tensor.optional,
-            )
-            for tensor in config.input
-        ),
-        outputs=tuple(
-            Tensor(
-                name=tensor.name,
-                datatype=DataType.Name(tensor.data_type),
-                dims=tuple(tensor.dims),
-            )
-            for tensor in config.output
-        ),
-        device=_device(config),
-        parameters={key: value.string_value for key, value in config.parameters.items()},
-        steps=tuple(step.model_name for step in config.ensemble_scheduling.step),
-    )
-    if parsed != meaning:
-        raise ValueError(f"template {meaning.template}.pbtxt says {parsed}, meant was {meaning}")
-
-
-def _device(config: ModelConfig) -> str:
-    for group in config.instance_group:
-        if group.kind == ModelInstanceGroup.KIND_GPU:
-            return f"cuda:{group.gpus[0]}"
-    return "cpu"
-
-
 CONFIG_FILE = "config.pbtxt"
 #: A model's folder must have a version.
 VERSION_FILE = "1/.keep"
@@ -155,6 +46,7 @@ _BATCH = TensorSpec(name=FORWARD_BATCH, datatype="UINT8", shape=(-1,))
 _TOKEN_IDS = TensorSpec(name=FORWARD_TOKEN_IDS, datatype="INT32", shape=(-1,))
 _HIDDEN = TensorSpec(name=FORWARD_HIDDEN, datatype="UINT8", shape=(-1, -1))
 _RESULT = TensorSpec(name=FORWARD_RESULT, datatype="UINT8", shape=(-1,))
+_TEMPLATE = {SlotKind.FRONT: "generate", SlotKind.STAGE: "stage", SlotKind.LINK: "link"}
 #: What a slot takes and gives is what any model that it may become does.
 _TENSORS: Mapping[SlotKind, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
     SlotKind.FRONT: (INPUTS, (*OUTPUTS, *HAND_OVER_OUTPUTS)),
@@ -180,6 +72,38 @@ class SlottedModel:
     parameters: Mapping[str, str]
 
 
+def render(
+    template: str,
+    *,
+    name: str,
+    inputs: Iterable[TensorSpec],
+    outputs: Iterable[TensorSpec],
+    parameters: Mapping[str, str],
+    device: str,
+) -> bytes:
+    """Return the config.pbtxt of a model that runs on `device` ("cpu", "cuda:<index>")."""
+    config = _from_template(template, name, inputs, outputs)
+    config.instance_group.append(_instance_group(device))
+    for key, value in parameters.items():
+        config.parameters[key].string_value = value
+    return _text(config)
+
+
+def render_ensemble(
+    template: str,
+    *,
+    name: str,
+    inputs: Iterable[TensorSpec],
+    outputs: Iterable[TensorSpec],
+    steps: Sequence[str],
+) -> bytes:
+    """Return the config.pbtxt of an ensemble that calls the models `steps`, in this order."""
+    config = _from_template(template, name, inputs, outputs)
+    for step, model in zip(config.ensemble_scheduling.step, steps, strict=True):
+        step.model_name = model
+    return _text(config)
+
+
 def slotted_model(files: Mapping[str, bytes]) -> SlottedModel | None:
     """Read a model's files; `None` where it needs a process of its own, or none at all."""
     config = _parse(files)
@@ -201,35 +125,27 @@ def with_steps(files: Mapping[str, bytes], slots: Mapping[str, str]) -> Mapping[
         return files
     for step in config.ensemble_scheduling.step:
         step.model_name = slots.get(step.model_name, step.model_name)
-    return {**files, CONFIG_FILE: text_format.MessageToString(config).encode()}
+    return {**files, CONFIG_FILE: _text(config)}
 
 
 def slot_files(name: str, place: SlotPlace, run_dir: str) -> Mapping[str, bytes]:
     """Return the files of an idle slot's model."""
     inputs, outputs = _TENSORS[place.kind]
-    config = ModelConfig(
+    config = render(
+        _TEMPLATE[place.kind],
         name=name,
-        backend="paraserve",
         # None is required: commands have no tensors.
-        input=[
-            ModelInput(name=it.name, data_type=_datatype(it), dims=it.shape, optional=True)
-            for it in inputs
-        ],
-        output=[
-            ModelOutput(name=it.name, data_type=_datatype(it), dims=it.shape) for it in outputs
-        ],
-        instance_group=[_instance_group(place.device)],
-        model_transaction_policy=ModelTransactionPolicy(decoupled=place.kind is SlotKind.FRONT),
+        inputs=[replace(tensor, optional=True) for tensor in inputs],
+        outputs=outputs,
+        parameters={
+            "role": Role.SLOT.value,
+            "kind": place.kind.value,
+            "device": place.device,
+            "run_dir": run_dir,
+        },
+        device=place.device,
     )
-    settings = {
-        "role": Role.SLOT.value,
-        "kind": place.kind.value,
-        "device": place.device,
-        "run_dir": run_dir,
-    }
-    for key, value in settings.items():
-        config.parameters[key].string_value = value
-    return {CONFIG_FILE: text_format.MessageToString(config).encode(), VERSION_FILE: b""}
+    return {CONFIG_FILE: config, VERSION_FILE: b""}
 
 
 def places(devices: Iterable[str]) -> tuple[SlotPlace, ...]:
@@ -247,6 +163,39 @@ def _parse(files: Mapping[str, bytes]) -> ModelConfig | None:
         return text_format.Parse(files.get(CONFIG_FILE, b"").decode(), ModelConfig())
     except (text_format.ParseError, UnicodeDecodeError):
         return None  # Triton says what is wrong with it
+
+
+@cache
+def _template(name: str) -> ModelConfig:
+    folder = resources.files("paraserve_backend.tritonserver.host") / "templates"
+    text = (folder / f"{name}.pbtxt").read_text(encoding="utf-8")
+    return text_format.Parse(text, ModelConfig())
+
+
+def _from_template(
+    template: str, name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]
+) -> ModelConfig:
+    config = ModelConfig(name=name)
+    config.MergeFrom(_template(template))
+    for tensor in inputs:
+        config.input.append(
+            ModelInput(
+                name=tensor.name,
+                data_type=_datatype(tensor),
+                dims=tensor.shape,
+                optional=tensor.optional,
+            )
+        )
+    # Triton has no optional outputs: one that is not sent is simply not there.
+    for tensor in outputs:
+        config.output.append(
+            ModelOutput(name=tensor.name, data_type=_datatype(tensor), dims=tensor.shape)
+        )
+    return config
+
+
+def _text(config: ModelConfig) -> bytes:
+    return text_format.MessageToString(config, as_utf8=False).encode()
 
 
 def _datatype(tensor: TensorSpec) -> DataType.ValueType:

@@ -13,6 +13,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from paraserve_backend.daemon.logs import start_logging
 from paraserve_backend.errors import (
     ParaServeError,
     coded,
@@ -35,7 +36,7 @@ class TritonPythonModel:
     """What the stub looks for; one object per model instance."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        logging.basicConfig(level=logging.INFO, format="paraserve %(levelname)s %(message)s")
+        start_logging()
         threading.excepthook = _die_loudly
         try:
             self._adapter = _model_adapter(args["model_config"])

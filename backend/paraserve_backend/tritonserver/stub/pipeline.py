@@ -25,6 +25,7 @@ from paraserve_backend.protocol.parameters import (
     StageConfig,
 )
 from paraserve_backend.roles.weights import open_weights
+from paraserve_backend.telemetry.spans import SpanName
 from paraserve_backend.tritonserver.stub.responses import (
     FINAL,
     error_response,
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 class StageAdapter:
     def __init__(self, config: StageConfig) -> None:
         fetched = open_weights(config.weights)
-        with fetched.spans.span("import torch"):
+        with fetched.spans.span(SpanName.IMPORT_TORCH):
             from paraserve_backend.roles.stage import StageRole
 
         self._role = StageRole(config, fetched)

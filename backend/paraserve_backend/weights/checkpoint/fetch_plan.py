@@ -6,18 +6,15 @@ whole files, headers included. Which tensors a stage needs is decided in `checkp
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+import msgspec
 
 from paraserve_backend.byte_ranges import cut
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.weights.checkpoint.index import (
-    CheckpointIndex,
-    tensor_from_row,
-    tensor_to_row,
-)
+from paraserve_backend.weights.checkpoint.index import CheckpointIndex
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
 from paraserve_backend.weights.checkpoint.stages import total_bytes_of
 from paraserve_backend.weights.sources.base import ObjectRange, StoredObject, check_key
@@ -96,28 +93,14 @@ class FetchPlan:
         return total_bytes_of(self.tensors)
 
     def to_json(self) -> bytes:
-        fields = {
-            "fetch_id": self.fetch_id,
-            "source_uri": self.source_uri,
-            "objects": [asdict(stored) for stored in self.objects],
-            "tensors": [tensor_to_row(tensor) for tensor in self.tensors],
-            "files": [asdict(stored) for stored in self.files],
-        }
-        return json.dumps(fields, separators=(",", ":")).encode()
+        return msgspec.json.encode(self)
 
     @classmethod
     def from_json(cls, text: bytes) -> FetchPlan:
         """Read what `to_json` wrote; raises `InvalidRequest` for anything else."""
         try:
-            fields = json.loads(text)
-            return cls(
-                fetch_id=fields["fetch_id"],
-                source_uri=fields["source_uri"],
-                objects=tuple(StoredObject(**stored) for stored in fields["objects"]),
-                tensors=tuple(tensor_from_row(row) for row in fields["tensors"]),
-                files=tuple(StoredObject(**stored) for stored in fields["files"]),
-            )
-        except (ValueError, TypeError, KeyError) as error:
+            return msgspec.json.decode(text, type=cls)
+        except ValueError as error:
             raise InvalidRequest(f"not a fetch plan of this version: {error!r}") from None
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from paraserve_backend.errors import InvalidCheckpoint, UnsupportedModel
 from paraserve_backend.weights.checkpoint.safetensors import (
     LENGTH_BYTES,
     TensorEntry,
     header_end,
+    is_text,
     parse_header,
 )
 from paraserve_backend.weights.sources.base import Source, StoredObject
@@ -60,55 +63,42 @@ class CheckpointIndex:
         return sum(tensor.size_bytes for tensor in self.tensors.values())
 
     def to_json(self) -> bytes:
-        fields = {
-            "source_uri": self.source_uri,
-            "config": self.config,
-            "files": [asdict(stored) for stored in self.files],
-            "objects": [asdict(stored) for stored in self.objects],
-            "tensors": [tensor_to_row(tensor) for tensor in self.tensors.values()],
-        }
-        return json.dumps(fields, separators=(",", ":")).encode()
+        record = _StoredIndex(
+            source_uri=self.source_uri,
+            config=self.config,
+            files=self.files,
+            objects=self.objects,
+            tensors=tuple(self.tensors.values()),
+        )
+        # A config.json may have NaN and Infinity, which msgspec cannot write.
+        return json.dumps(msgspec.to_builtins(record), separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> CheckpointIndex:
         """Read what `to_json` wrote; raises `InvalidCheckpoint` for anything else."""
         try:
-            fields = json.loads(text)
-            tensors = [tensor_from_row(row) for row in fields["tensors"]]
-            return cls(
-                source_uri=fields["source_uri"],
-                config=fields["config"],
-                files=tuple(StoredObject(**stored) for stored in fields["files"]),
-                objects=tuple(StoredObject(**stored) for stored in fields["objects"]),
-                tensors={tensor.name: tensor for tensor in tensors},
-            )
-        except (ValueError, TypeError, KeyError) as error:
+            record = msgspec.convert(json.loads(text), _StoredIndex)
+        except ValueError as error:
             raise InvalidCheckpoint(
                 f"not a checkpoint index of this version ({error!r}): deploy the model again"
             ) from None
+        return cls(
+            source_uri=record.source_uri,
+            config=record.config,
+            files=record.files,
+            objects=record.objects,
+            tensors={tensor.name: tensor for tensor in record.tensors},
+        )
 
 
-#: A tensor in JSON: name, dtype, shape, object key, start, end. A model may have 100 000 of them.
-TensorRow = list[Any]
+class _StoredIndex(msgspec.Struct, frozen=True, kw_only=True):
+    """A `CheckpointIndex` as JSON has it: its tensors are a list."""
 
-
-def tensor_to_row(tensor: TensorEntry) -> TensorRow:
-    return [
-        tensor.name,
-        tensor.dtype,
-        list(tensor.shape),
-        tensor.object_key,
-        tensor.start,
-        tensor.end,
-    ]
-
-
-def tensor_from_row(row: TensorRow) -> TensorEntry:
-    """Inverse of `tensor_to_row`; raises `TypeError` or `ValueError` for anything else."""
-    name, dtype, shape, object_key, start, end = row
-    return TensorEntry(
-        name=name, dtype=dtype, shape=tuple(shape), object_key=object_key, start=start, end=end
-    )
+    source_uri: str
+    config: Mapping[str, Any]
+    files: tuple[StoredObject, ...]
+    objects: tuple[StoredObject, ...]
+    tensors: tuple[TensorEntry, ...]
 
 
 def read_index(source: Source) -> CheckpointIndex:
@@ -163,9 +153,13 @@ def _read_shard_map(source: Source, stored: Mapping[str, StoredObject]) -> dict[
         )
     weight_map = _read_json(source, stored[_SHARD_MAP]).get("weight_map")
     match weight_map:
-        case dict() if weight_map and all(isinstance(key, str) for key in weight_map.values()):
+        case dict() if weight_map and all(map(_is_file_name, weight_map.values())):
             return weight_map
     raise InvalidCheckpoint(f"{_SHARD_MAP} has no weight_map of file names")
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and is_text(value)
 
 
 def _read_tensors(source: Source, objects: tuple[StoredObject, ...]) -> dict[str, TensorEntry]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any
+
+import msgspec
 
 from paraserve_backend.errors import InvalidCheckpoint
 from paraserve_backend.weights.sources.base import StoredObject
@@ -40,11 +41,13 @@ ITEM_BYTES: Mapping[str, int] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorEntry:
+class TensorEntry(
+    msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True
+):
     """Bytes `[start, end)` of an object are one tensor, row-major.
 
-    `dtype` is spelt as safetensors does, e.g. `BF16`.
+    `dtype` is spelt as safetensors does, e.g. `BF16`. In JSON it is an array of these values in
+    this order, since a model may have 100 000 tensors.
     """
 
     name: str
@@ -100,7 +103,18 @@ def _parse_json(stored: StoredObject, header: bytes) -> dict[str, Any]:
         raise InvalidCheckpoint(f"the header of {stored.key} is not valid: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidCheckpoint(f"the header of {stored.key} is not a JSON object")
+    if not is_text("".join(fields)):
+        raise InvalidCheckpoint(f"the header of {stored.key} has a name that is not valid Unicode")
     return fields
+
+
+def is_text(name: str) -> bool:
+    """Tell whether a name can be written as UTF-8: JSON can spell half of a surrogate pair."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

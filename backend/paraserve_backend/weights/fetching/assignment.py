@@ -2,8 +2,8 @@
 
 Each byte comes from its cheapest source: local disk, then a peer that has it or is fetching it,
 then the store, which is thus read once per cluster. Other sources help while the node's link is not
-full, and an idle worker takes over what another brings too slowly. Bytes that another fetch of this
-node is bringing are not requested twice.
+full, and an idle worker takes over what another brings too slowly. An assignment only decides:
+its workers ask the tier, move the bytes and report what came of it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from paraserve_backend.byte_ranges import ByteRange, merge, within
 from paraserve_backend.weights.fetching.tasks import (
@@ -22,9 +22,6 @@ from paraserve_backend.weights.fetching.tasks import (
     Task,
 )
 from paraserve_backend.weights.sources.base import Holding
-from paraserve_backend.weights.tiers.contents import Claim
-from paraserve_backend.weights.tiers.memory import Tier
-from paraserve_backend.weights.tiers.writer import TierFetch
 
 #: How often waiting workers look whether other fetches of this node have brought something.
 _RECHECK_S = 0.05
@@ -46,34 +43,59 @@ _LEAST_BYTES_PER_S = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskOffer:
+    """A task for a worker to claim in the tier: another fetch may have or be bringing its bytes.
+
+    The answer is `granted`, `adopted` or `busy`. Until then, nobody else is offered the task.
+    """
+
+    task: Task
+    #: Numbers of the tasks that this worker may be offered after it. The assignment's lock guards
+    #: them.
+    rest: Iterator[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeOver:
+    """A task for a worker to bring in place of another, whose read is to be broken off.
+
+    The claim to its bytes goes over with it.
+    """
+
+    task: Task
+    late_worker: FetchWorker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Taken:
     """A task on its way."""
 
     task: Task
     worker: FetchWorker
     since_s: float
-    #: It was late at another worker, which is not to happen to it twice.
-    is_second: bool
+    #: It stays its worker's, however long that takes: it was late before, or its read is over.
+    is_settled: bool
 
 
 class Assignment:
-    """Hands out a fetch's tasks. Every method may be called from any thread."""
+    """Decides about a fetch's tasks and does no I/O. Every method may be called from any thread.
+
+    A task is pending, then offered, then taken, and in the end its bytes are in place.
+    """
 
     def __init__(
         self,
-        writer: TierFetch,
-        tier: Tier,
         tasks: Iterable[Task],
         *,
         link_bytes_per_s: float | None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._writer = writer
-        self._tier = tier
-        self._pending = {task.number: task for task in tasks}
-        self._all = frozenset(self._pending)
-        self._names = frozenset(task.name for task in self._pending.values())
-        self._window_s = _window_s(self._pending.values(), link_bytes_per_s)
+        #: Those whose bytes are not in place.
+        self._unfinished = {task.number: task for task in tasks}
+        self._pending = set(self._unfinished)
+        self._all = frozenset(self._unfinished)
+        self._names = frozenset(task.name for task in self._unfinished.values())
+        self._window_s = _window_s(self._unfinished.values(), link_bytes_per_s)
         self._taken: dict[int, _Taken] = {}
         self._sources: list[FetchSource] = []
         self._link_bytes_per_s = link_bytes_per_s
@@ -88,7 +110,7 @@ class Assignment:
 
     @property
     def is_complete(self) -> bool:
-        return not self._pending and not self._taken
+        return not self._unfinished
 
     @property
     def adopted_bytes(self) -> int:
@@ -111,10 +133,12 @@ class Assignment:
 
     def update(self, source: FetchSource, holdings: Mapping[str, Holding]) -> None:
         """Take in what a source says it has."""
-        later = {name: merge([*it.landed, *it.coming]) for name, it in holdings.items()}
+        later = {
+            name: merge([*holding.landed, *holding.coming]) for name, holding in holdings.items()
+        }
         with self._changed:
-            wanted = [*self._pending.values(), *(it.task for it in self._taken.values())]
-        landed = _covered(wanted, {name: it.landed for name, it in holdings.items()})
+            wanted = list(self._unfinished.values())
+        landed = _covered(wanted, {name: holding.landed for name, holding in holdings.items()})
         coming = _covered(wanted, later) - landed
         with self._changed:
             source.landed, source.coming = landed, coming
@@ -127,22 +151,72 @@ class Assignment:
             source.is_lost = True
             self._changed.notify_all()
 
-    def take(self, worker: FetchWorker) -> Task | None:
-        """Return something to bring; `None` where there is nothing at the moment."""
+    def next(
+        self, worker: FetchWorker, after: TaskOffer | None = None
+    ) -> TaskOffer | TakeOver | None:
+        """Return what a worker should do; `None` where there is nothing at the moment.
+
+        After an offer that was not granted, no task comes up again that was offered before it.
+        """
         with self._changed:
             if self._stopped or worker.source.is_lost:
                 return None
-            task = self._first(worker.source)
-            late = self._late_for(worker) if task is None else None
-            if late is not None:
-                task = late.task
-            if task is not None:
-                self._taken[task.number] = _Taken(
-                    task=task, worker=worker, since_s=self._now(), is_second=late is not None
-                )
-        if late is not None:
-            late.worker.break_off()
-        return task
+            # The first bytes are wanted first.
+            numbers = after.rest if after else iter(sorted(self._free_for(worker.source)))
+            for number in numbers:
+                if number in self._pending:
+                    self._pending.remove(number)
+                    return TaskOffer(task=self._unfinished[number], rest=numbers)
+            late = self._late_for(worker)
+            return None if late is None else self._take_over(late, worker)
+
+    def granted(self, task: Task, worker: FetchWorker) -> None:
+        """The claim to an offered task is the worker's, who brings it now."""
+        with self._changed:
+            self._take(task, worker, is_settled=False)
+
+    def adopted(self, task: Task) -> None:
+        """Another fetch had brought the bytes of an offered task; they count for this one, too."""
+        with self._changed:
+            if task.part is not None:
+                self._adopted_bytes += task.size_bytes
+            self._finish(task)
+
+    def busy(self, task: Task) -> None:
+        """Another fetch is bringing the bytes of an offered task: to be offered again later."""
+        with self._changed:
+            # Nobody is woken: the answer would be the same.
+            self._pending.add(task.number)
+
+    def settle(self, task: Task, worker: FetchWorker) -> bool:
+        """Return whether a task is still this worker's; if so, nobody takes it over any more.
+
+        The worker then gives up its claim in the tier, and says `done` or `give_back`.
+        """
+        with self._changed:
+            taken = self._taken.get(task.number)
+            if taken is None or taken.worker is not worker:
+                return False
+            self._taken[task.number] = replace(taken, is_settled=True)
+            return True
+
+    def done(self, task: Task, worker: FetchWorker) -> None:
+        """The bytes of a settled task are in place."""
+        with self._changed:
+            taken = self._taken.pop(task.number)
+            now_s = self._now()
+            self._brought.append((now_s, task.size_bytes))
+            if task.part is not None:
+                worker.brought(task.size_bytes, now_s - taken.since_s)
+                self._last_bytes_per_s = worker.bytes_per_s or _LEAST_BYTES_PER_S
+            self._finish(task)
+
+    def give_back(self, task: Task) -> None:
+        """A settled task was not done; another worker may."""
+        with self._changed:
+            del self._taken[task.number]
+            self._pending.add(task.number)
+            self._changed.notify_all()
 
     def wait(self, source: FetchSource) -> bool:
         """Wait a moment; returns whether the source is still of use to this fetch."""
@@ -150,32 +224,7 @@ class Assignment:
             if self._is_over or source.is_lost:
                 return False
             self._changed.wait(_RECHECK_S)
-            wanted = self._pending.keys() | self._taken.keys()
-            return not self._is_over and not wanted.isdisjoint(source.expected)
-
-    def done(self, task: Task, worker: FetchWorker) -> bool:
-        """The task's bytes are in place; returns whether it was still this worker's."""
-        with self._changed:
-            taken = self._end(task, worker)
-            if taken is None:
-                return False
-            now_s = self._now()
-            self._brought.append((now_s, task.size_bytes))
-            if task.part is not None:
-                worker.brought(task.size_bytes, now_s - taken.since_s)
-                self._last_bytes_per_s = worker.bytes_per_s or _LEAST_BYTES_PER_S
-            if self._is_over:
-                self._changed.notify_all()
-            return True
-
-    def give_back(self, task: Task, worker: FetchWorker) -> None:
-        """The task was not done; another worker may."""
-        with self._changed:
-            if self._end(task, worker) is None:
-                return
-            # Wanted bytes come first again.
-            self._pending = dict(sorted({**self._pending, task.number: task}.items()))
-            self._changed.notify_all()
+            return not self._is_over and not self._unfinished.keys().isdisjoint(source.expected)
 
     def stop(self) -> None:
         with self._changed:
@@ -186,38 +235,22 @@ class Assignment:
     def _is_over(self) -> bool:
         return self._stopped or self.is_complete
 
-    def _end(self, task: Task, worker: FetchWorker) -> _Taken | None:
-        taken = self._taken.get(task.number)
-        if taken is None or taken.worker is not worker:
-            return None
-        del self._taken[task.number]
-        self._tier.unclaim(task.name, task.byte_range)
-        return taken
+    def _take(self, task: Task, worker: FetchWorker, *, is_settled: bool) -> None:
+        self._taken[task.number] = _Taken(
+            task=task, worker=worker, since_s=self._now(), is_settled=is_settled
+        )
 
-    def _first(self, source: FetchSource) -> Task | None:
-        numbers = self._pending.keys() & source.landed
-        if numbers and not self._falls_short():
-            numbers -= self._expected_before(source.rank)
-        for number in sorted(numbers):
-            task = self._pending[number]
-            match self._tier.claim(task.name, task.byte_range):
-                case Claim.GRANTED:
-                    return self._pending.pop(number)
-                case Claim.LANDED:
-                    self._adopt(task)
-                case Claim.BUSY:
-                    pass
-        return None
-
-    def _adopt(self, task: Task) -> None:
-        if task.part is None:
-            self._tier.adopt_files(self._writer)
-        else:
-            self._writer.adopt_part(task.part)
-            self._adopted_bytes += task.size_bytes
-        del self._pending[task.number]
+    def _finish(self, task: Task) -> None:
+        del self._unfinished[task.number]
         if self._is_over:
             self._changed.notify_all()
+
+    def _free_for(self, source: FetchSource) -> set[int]:
+        """Return the pending tasks that a source has and that are not left to better ones."""
+        numbers = self._pending & source.landed
+        if numbers and not self._falls_short():
+            numbers -= self._expected_before(source.rank)
+        return numbers
 
     def _expected_before(self, rank: Rank) -> frozenset[int]:
         """Return the tasks that are left to better sources."""
@@ -246,21 +279,27 @@ class Assignment:
         return lately_bytes / window_s < _HELP_BELOW * self._link_bytes_per_s
 
     def _late_for(self, stealing_worker: FetchWorker) -> _Taken | None:
-        """Return a task that an idle worker had better bring itself, and take it off its worker."""
+        """Return a task on its way that an idle worker had better bring itself."""
         bytes_per_s = stealing_worker.bytes_per_s or self._last_bytes_per_s
         for taken in self._taken.values():
             needed_s = taken.task.size_bytes / bytes_per_s
             age_s = self._now() - taken.since_s
             if (
                 age_s > max(_LATE_AFTER_S, _LATE_FACTOR * needed_s)
-                and not taken.is_second
+                and not taken.is_settled
                 and taken.worker is not stealing_worker
                 and taken.task.number in stealing_worker.source.landed
             ):
-                if taken.worker.source is not stealing_worker.source:
-                    taken.worker.source.is_lost = taken.worker.source.rank is not Rank.STORE
                 return taken
         return None
+
+    def _take_over(self, late: _Taken, worker: FetchWorker) -> TakeOver:
+        """Give a late task to another worker; a source that is so slow is asked no more."""
+        slow = late.worker.source
+        if slow is not worker.source and slow.rank is not Rank.STORE:
+            slow.is_lost = True
+        self._take(late.task, worker, is_settled=True)
+        return TakeOver(task=late.task, late_worker=late.worker)
 
 
 def _window_s(tasks: Iterable[Task], link_bytes_per_s: float | None) -> float:

@@ -16,7 +16,6 @@ from paraserve_backend.errors import (
     ParaServeError,
     Unavailable,
 )
-from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.fetching.assignment import Assignment
 from paraserve_backend.weights.fetching.tasks import Rank, missing_tasks
 from paraserve_backend.weights.fetching.workers import FetchWorkers, Origins
@@ -52,7 +51,7 @@ class FetchReport:
 
 
 def fetch(
-    plan: FetchPlan,
+    writer: TierFetch,
     source: Source,
     tier: Tier,
     *,
@@ -65,24 +64,24 @@ def fetch(
     link_bytes_per_s: float | None = None,
     disk: DiskTier | None = None,
 ) -> FetchReport:
-    """Bring a plan's bytes into the tier and return once all are in place.
+    """Bring a fetch's bytes into the tier and return once all are in place.
 
+    `writer` is what `tier.begin` has just returned; after a failure, the next `begin` returns it
+    again, and what has landed is kept. Only one call per fetch at a time.
     What `disk` has is read from it, else what `peers` have from them, and the rest from `source`;
     where that is far below `link_bytes_per_s` all are asked for all. A disk or a peer that fails
     costs nothing but time. `threads` is the number of connections to the source, and at most so
     many read the disk at once.
-    `on_progress` gets the landed and the total bytes, in the calling thread. Safe to call again
-    after a failure: what has landed is kept. Only one call per plan at a time. Raises `Cancelled`
-    soon after `cancel` is set, `DeadlineExceeded` after `timeout_s`, and what `Tier.begin` and
-    `Connection.read_into` raise; readers of the fetch raise the same.
+    `on_progress` gets the landed and the total bytes, in the calling thread. Raises `Cancelled`
+    soon after `cancel` is set, `DeadlineExceeded` after `timeout_s`, and what
+    `Connection.read_into` and the writer raise; readers of the fetch raise the same.
     """
-    writer = tier.begin(plan)
-    assignment = Assignment(writer, tier, missing_tasks(writer), link_bytes_per_s=link_bytes_per_s)
+    assignment = Assignment(missing_tasks(writer), link_bytes_per_s=link_bytes_per_s)
     origins = Origins(
         store=source, threads=threads, retry=retry or RetryPolicy(), peers=peers, disk=disk
     )
     with _failure_recorded(writer):
-        workers = FetchWorkers(writer, assignment, origins)
+        workers = FetchWorkers(writer, tier, assignment, origins)
         watch = _Watch(workers, cancel, timeout_s, on_progress or _ignore_progress)
         workers.run(watch.check)
         watch.check()

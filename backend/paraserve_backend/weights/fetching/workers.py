@@ -1,4 +1,7 @@
-"""The threads of one fetch: each brings task after task from its source into the tier."""
+"""The threads of one fetch: each brings task after task from its source into the tier.
+
+What the assignment decides, they carry out: claims in the tier, reads, writes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from paraserve_backend.errors import Cancelled
-from paraserve_backend.weights.fetching.assignment import Assignment
+from paraserve_backend.weights.fetching.assignment import Assignment, TakeOver, TaskOffer
 from paraserve_backend.weights.fetching.readers import (
     DiskReader,
     PartBuffer,
@@ -28,7 +31,9 @@ from paraserve_backend.weights.fetching.tasks import (
 from paraserve_backend.weights.sources.base import Source
 from paraserve_backend.weights.sources.peer import Peer
 from paraserve_backend.weights.sources.retry import Retrier, RetryPolicy
+from paraserve_backend.weights.tiers.contents import Claim
 from paraserve_backend.weights.tiers.disk import DiskTier
+from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.writer import TierFetch
 
 #: Connections to each peer.
@@ -54,8 +59,11 @@ class Origins:
 class FetchWorkers:
     """Made for one run; `_lock` guards the counts."""
 
-    def __init__(self, writer: TierFetch, assignment: Assignment, origins: Origins) -> None:
+    def __init__(
+        self, writer: TierFetch, tier: Tier, assignment: Assignment, origins: Origins
+    ) -> None:
         self.writer = writer
+        self._tier = tier
         self._assignment = assignment
         sizes = [writer.parts[part].size_bytes for part in writer.missing_parts()]
         self._buffer_bytes = max(sizes, default=0)
@@ -149,7 +157,7 @@ class FetchWorkers:
         try:
             reader.refresh()
             while True:
-                task = self._assignment.take(worker)
+                task = self._next_task(worker)
                 if task is not None:
                     self._bring(task, worker, reader)
                 elif self._assignment.wait(source):
@@ -159,6 +167,37 @@ class FetchWorkers:
         finally:
             reader.close()
 
+    def _next_task(self, worker: FetchWorker) -> Task | None:
+        """Return a task whose bytes this worker holds the claim to; `None` where there is none."""
+        step = self._assignment.next(worker)
+        while isinstance(step, TaskOffer):
+            if self._claim(step.task, worker):
+                return step.task
+            step = self._assignment.next(worker, after=step)
+        if isinstance(step, TakeOver):
+            step.late_worker.break_off()
+            return step.task
+        return None
+
+    def _claim(self, task: Task, worker: FetchWorker) -> bool:
+        """Return whether the task is to be brought; adopts its bytes where they are in place."""
+        match self._tier.claim(task.name, task.byte_range):
+            case Claim.GRANTED:
+                self._assignment.granted(task, worker)
+                return True
+            case Claim.LANDED:
+                self._adopt(task)
+                self._assignment.adopted(task)
+            case Claim.BUSY:
+                self._assignment.busy(task)
+        return False
+
+    def _adopt(self, task: Task) -> None:
+        if task.part is None:
+            self._tier.adopt_files(self.writer)
+        else:
+            self.writer.adopt_part(task.part)
+
     def _bring(self, task: Task, worker: FetchWorker, reader: SourceReader) -> None:
         is_there = False
         try:
@@ -167,10 +206,17 @@ class FetchWorkers:
                 self._put(task, content)
                 is_there = True
         finally:
-            if not is_there:
-                self._assignment.give_back(task, worker)
-        if is_there and self._assignment.done(task, worker):
+            self._end(task, worker, is_there=is_there)
+
+    def _end(self, task: Task, worker: FetchWorker, *, is_there: bool) -> None:
+        if not self._assignment.settle(task, worker):
+            return
+        self._tier.unclaim(task.name, task.byte_range)
+        if is_there:
+            self._assignment.done(task, worker)
             self._count(task, worker.source.rank)
+        else:
+            self._assignment.give_back(task)
 
     def _put(self, task: Task, content: memoryview) -> None:
         if task.part is None:

@@ -1,6 +1,6 @@
 """Reads byte ranges of stored objects over one keep-alive HTTP connection, straight into a buffer.
 
-It knows HTTP and the errors of S3-like stores. Who makes the URLs is the caller's business.
+It knows HTTP, proxies and the errors of S3-like stores. Who makes the URLs is up to the caller.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import http.client
 import re
 import socket
 import ssl
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from urllib.parse import SplitResult, urlsplit
 
@@ -32,6 +32,7 @@ _WAKE_BYTES = 128 << 10
 _READ_AHEAD_BYTES = 8 << 10
 #: Bytes of an error page that are looked at.
 _ERROR_PAGE_BYTES = 16 << 10
+_HTTPS_PORT = 443
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -44,15 +45,39 @@ class UrlSigner:
     renew: Callable[[str], str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpProxy:
+    """A proxy that forwards plain requests and tunnels TLS."""
+
+    host: str
+    port: int
+    #: What each request or tunnel tells it; may hold a password.
+    headers: Mapping[str, str] = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
 def http_version(etag: str, modified_s: int, size_bytes: int) -> str:
     """Return a `StoredObject.version`; some stores have no ETag to give."""
     return etag.strip('"') or f"{modified_s}-{size_bytes}"
 
 
 class HttpConnection:
-    """Reads of one thread. `timeout_s` bounds connecting and every wait for more bytes."""
+    """Reads of one thread. `timeout_s` bounds connecting and every wait for more bytes.
 
-    def __init__(self, signer: UrlSigner, *, tls: ssl.SSLContext, timeout_s: float) -> None:
+    With a `proxy` nothing is asked of a store directly.
+    """
+
+    def __init__(
+        self,
+        signer: UrlSigner,
+        *,
+        tls: ssl.SSLContext,
+        timeout_s: float,
+        proxy: HttpProxy | None,
+    ) -> None:
+        self._proxy = proxy
         self._signer = signer
         self._tls = tls
         self._timeout_s = timeout_s
@@ -78,7 +103,7 @@ class HttpConnection:
             self._drop()
             if self._aborted:
                 raise Cancelled(f"reading {stored.key} was cancelled") from None
-            raise BrokenTransfer(_reason(error), landed_bytes=landed) from None
+            raise BrokenTransfer(self._reason(error), landed_bytes=landed) from None
         except (BrokenTransfer, ParaServeError):
             # Whatever the server still has to say would be taken for the next answer.
             self._drop()
@@ -112,7 +137,11 @@ class HttpConnection:
         parts = urlsplit(url)
         client = self._connected(parts)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
-        client.request("GET", target, headers={"Range": f"bytes={start}-{end - 1}"})
+        headers = {"Range": f"bytes={start}-{end - 1}"}
+        if self._proxy is not None and parts.scheme == "http":
+            target = f"http://{parts.netloc.rpartition('@')[2]}{target}"
+            headers |= self._proxy.headers
+        client.request("GET", target, headers=headers)
         return client.getresponse()
 
     def _connected(self, parts: SplitResult) -> http.client.HTTPConnection:
@@ -133,11 +162,16 @@ class HttpConnection:
 
     def _new_client(self, parts: SplitResult) -> http.client.HTTPConnection:
         host, port = parts.hostname or "", parts.port
-        if parts.scheme == "https":
-            return http.client.HTTPSConnection(
-                host, port, timeout=self._timeout_s, context=self._tls
+        if self._proxy is not None:
+            host, port = self._proxy.host, self._proxy.port
+        if parts.scheme == "http":
+            return http.client.HTTPConnection(host, port, timeout=self._timeout_s)
+        client = http.client.HTTPSConnection(host, port, timeout=self._timeout_s, context=self._tls)
+        if self._proxy is not None:
+            client.set_tunnel(
+                parts.hostname or "", parts.port or _HTTPS_PORT, headers=dict(self._proxy.headers)
             )
-        return http.client.HTTPConnection(host, port, timeout=self._timeout_s)
+        return client
 
     def _wake_late(self, left_bytes: int) -> None:
         """Set how many bytes end a wait; `left_bytes` of the answer are still to come."""
@@ -154,6 +188,13 @@ class HttpConnection:
         # A chunked body ends with a last chunk, which has to be read before the next request.
         if not response.isclosed() and response.read(1):
             self._drop()
+
+    def _reason(self, error: Exception) -> str:
+        via = "" if self._proxy is None else f" (through proxy {self._proxy})"
+        if isinstance(error, TimeoutError):
+            return f"the store sent nothing for too long{via}"
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return said + via
 
     def _drop(self) -> None:
         if self._client is not None:
@@ -216,9 +257,3 @@ def _refusal(
     if response.status == 416:
         return changed(stored.key)  # shorter than it was
     return refused(stored.key, refusal)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return "the store sent nothing for too long"
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

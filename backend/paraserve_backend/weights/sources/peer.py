@@ -1,7 +1,8 @@
 """Reads bytes from other nodes' tiers: the client of `agent.peer_server`.
 
-Requests are plain HTTP/1.1, signed with the cluster token, which itself is never sent: the URL
-carries a keyed hash of its path and of the time until which it is valid.
+A peer is inside the cluster, so it is never asked through a proxy. Requests are plain HTTP/1.1,
+signed with the cluster token, which itself is never sent: the URL carries a keyed hash of its path
+and of the time until which it is valid.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class HttpPeer:
             return f"http://{self.address}{target}"
 
         signer = UrlSigner(url_for=url_for, renew=url_for)
-        return HttpConnection(signer, tls=_no_tls(), timeout_s=_TIMEOUT_S)
+        return HttpConnection(signer, tls=_no_tls(), timeout_s=_TIMEOUT_S, proxy=None)
 
 
 @cache

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from paraserve_backend.daemon.retry import Backoff
 from paraserve_backend.errors import SourceUnavailable
 from paraserve_backend.weights.sources.base import (
     BrokenTransfer,
@@ -18,16 +19,10 @@ from paraserve_backend.weights.sources.base import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """Exponential back-off: `base_s`, doubled each time up to `limit_s`, cut by up to a half."""
+    """How often a read is tried, and how long to wait in between."""
 
     attempts: int = 6
-    base_s: float = 0.1
-    limit_s: float = 5.0
-
-    def delay_s(self, failures: int, rng: random.Random) -> float:
-        """Return the pause after the `failures`-th failure in a row, counted from 1."""
-        # Jitter keeps the fetches of many nodes from returning to a struggling store together.
-        return min(self.limit_s, self.base_s * 2.0 ** (failures - 1)) * rng.uniform(0.5, 1.0)
+    backoff: Backoff = field(default_factory=Backoff)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +42,7 @@ class Retrier:
         used up.
         """
         landed, reason = 0, ""
+        pauses = self.policy.backoff.pauses(self.rng)
         for failures in range(1, self.policy.attempts + 1):
             try:
                 connection.read_into(stored, start + landed, view[landed:])
@@ -56,7 +52,7 @@ class Retrier:
             else:
                 return failures - 1
             if failures < self.policy.attempts:
-                self.pause(self.policy.delay_s(failures, self.rng))
+                self.pause(next(pauses))
         raise SourceUnavailable(
             f"could not read {stored.key} after {self.policy.attempts} attempts: {reason}"
         )

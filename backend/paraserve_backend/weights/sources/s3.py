@@ -28,7 +28,13 @@ from paraserve_backend.errors import (
     SourceUnavailable,
 )
 from paraserve_backend.weights.sources.base import StoredObject
-from paraserve_backend.weights.sources.http import HttpConnection, UrlSigner, http_version
+from paraserve_backend.weights.sources.http import (
+    HttpConnection,
+    HttpProxy,
+    UrlSigner,
+    http_version,
+)
+from paraserve_backend.weights.sources.proxies import environment_proxy
 from paraserve_backend.weights.sources.store_errors import REGION_HEADER, Refusal, refused
 
 #: Longest wait for a connection, and for more bytes of a body.
@@ -45,6 +51,8 @@ _PROXY_FAILURES = frozenset({502, 503, 504})
 class _Store:
     client: _S3Client
     tls: ssl.SSLContext
+    #: None: directly, as boto3 does then.
+    proxy: HttpProxy | None
 
 
 class S3Clients:
@@ -101,7 +109,8 @@ def _make_store(uri: str, endpoint_url: str | None, region: str | None) -> _Stor
         client.meta.events.register("before-parameter-build.s3", _stay_in_region)
         client.meta.events.register("before-parse.s3", _refuse_web_page)
         tls = ssl.create_default_context(cafile=core.get_config_variable("ca_bundle"))
-    return _Store(client=client, tls=tls)
+    proxy = environment_proxy(client.meta.endpoint_url)
+    return _Store(client=client, tls=tls, proxy=proxy)
 
 
 def _is_url(text: str) -> bool:
@@ -197,7 +206,8 @@ class S3Source:
 
     def connect(self) -> HttpConnection:
         signer = UrlSigner(url_for=self._url_for, renew=self._renew)
-        return HttpConnection(signer, tls=self._store.tls, timeout_s=_TIMEOUT_S)
+        store = self._store
+        return HttpConnection(signer, tls=store.tls, timeout_s=_TIMEOUT_S, proxy=store.proxy)
 
     def _stored(self, entry: dict[str, Any]) -> StoredObject:
         modified_s = int(entry["LastModified"].timestamp())

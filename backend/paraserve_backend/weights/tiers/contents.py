@@ -18,7 +18,7 @@ from paraserve_backend.byte_ranges import (
 )
 from paraserve_backend.errors import NotFound
 from paraserve_backend.weights.sources.base import Holding, StoredObject
-from paraserve_backend.weights.tiers.cache_index import CacheIndex
+from paraserve_backend.weights.tiers.eviction import CacheIndex
 from paraserve_backend.weights.tiers.layout import FILES, OBJECTS, FetchStatus, object_name
 from paraserve_backend.weights.tiers.writer import TierFetch
 
@@ -41,7 +41,9 @@ class TierContents:
 
     def objects(self) -> dict[str, TierObject]:
         """Return what has an object file: a small file has one once its fetch is released."""
-        known = {name: (it.source_uri, it.stored) for name, it in self._cache.objects.items()}
+        known = {
+            name: (cached.source_uri, cached.stored) for name, cached in self._cache.objects.items()
+        }
         for fetch in self._fetches.values():
             for name, stored in fetch.object_names.items():
                 known[name] = (fetch.plan.source_uri, stored)

@@ -101,8 +101,12 @@ class DiskTier:
         with self._lock:
             identities = [self._identities[name] for name, found in self._extents.items() if found]
         return tuple(
-            TierObject(source_uri=it.source_uri, stored=it.stored, landed=self.byte_ranges(it.name))
-            for it in identities
+            TierObject(
+                source_uri=identity.source_uri,
+                stored=identity.stored,
+                landed=self.byte_ranges(identity.name),
+            )
+            for identity in identities
         )
 
     def extents(self) -> tuple[Held, ...]:
@@ -179,7 +183,7 @@ class DiskTier:
             for path in strange_files(folder, [held for _, held in extents]):
                 path.unlink()
             found += [(used, identity, held.extent) for used, held in extents]
-        for _, identity, extent in sorted(found, key=lambda it: it[0]):
+        for _, identity, extent in sorted(found, key=lambda entry: entry[0]):
             self._add(identity, extent)
 
     def _add(self, identity: Identity, extent: DiskExtent) -> None:
@@ -187,7 +191,7 @@ class DiskTier:
         self._identities[name] = identity
         extents = self._extents.setdefault(name, [])
         extents.append(extent)
-        extents.sort(key=lambda it: it.start)
+        extents.sort(key=lambda extent: extent.start)
         self._order[Held(name=name, extent=extent)] = None
         self._used_bytes += extent.disk_bytes
 

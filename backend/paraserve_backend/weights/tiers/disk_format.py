@@ -7,16 +7,16 @@ checksum, so that no index can disagree with the data. What to keep is decided i
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from paraserve_backend.byte_ranges import ByteRange
@@ -203,18 +203,16 @@ class Identity:
         folder = directory / OBJECTS / self.name
         if not (folder / _OBJECT).exists():
             folder.mkdir(exist_ok=True)
-            write_atomically(folder / _OBJECT, json.dumps(asdict(self)).encode())
+            write_atomically(folder / _OBJECT, msgspec.json.encode(self))
         return folder
 
     @classmethod
     def read(cls, folder: Path) -> Identity | None:
         """Return what `make_folder` wrote; `None` where the folder is not one of these."""
         try:
-            fields = json.loads((folder / _OBJECT).read_bytes())
-            stored = StoredObject(**fields["stored"])
-            check_key(stored.key)
-            found = cls(source_uri=fields["source_uri"], stored=stored)
-        except (OSError, ValueError, TypeError, KeyError):
+            found = msgspec.json.decode((folder / _OBJECT).read_bytes(), type=cls)
+            check_key(found.stored.key)
+        except (OSError, ValueError):
             return None
         return found if found.name == folder.name else None
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from paraserve_backend.byte_ranges import ByteRange, merge
 from paraserve_backend.errors import NotFound
+from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.weights.sources.base import StoredObject
-from paraserve_backend.weights.tiers.cache_index import CACHE, CachedObject, whole_pages
 from paraserve_backend.weights.tiers.contents import TierObject
 from paraserve_backend.weights.tiers.disk_format import (
     DamagedExtent,
@@ -25,9 +25,9 @@ from paraserve_backend.weights.tiers.disk_format import (
     strange_files,
     whole_extents,
 )
+from paraserve_backend.weights.tiers.eviction import CACHE, CachedObject, whole_pages
 from paraserve_backend.weights.tiers.filesystem import first_hole, used_bytes
 from paraserve_backend.weights.tiers.layout import (
-    FETCHES,
     OBJECTS,
     PROGRESS,
     FetchStatus,
@@ -104,13 +104,15 @@ def _landed(directory: Path) -> Iterator[tuple[str, StoredObject, tuple[ByteRang
         with suppress(FileNotFoundError):
             cached = CachedObject.from_json(path.read_bytes())
             yield cached.source_uri, cached.stored, cached.byte_ranges, False
-    for fetch_dir in (directory / FETCHES).iterdir():
+    for fetch_dir in TierDir(directory).fetches.iterdir():
         with suppress(FileNotFoundError):
             manifest = Manifest.read(fetch_dir)
             progress = ProgressFile(fetch_dir / PROGRESS, parts=len(manifest.parts), writable=False)
             parts = [manifest.parts[number] for number in progress.landed()]
             for stored in manifest.plan.objects:
-                landed = merge((it.start, it.end) for it in parts if it.object_key == stored.key)
+                landed = merge(
+                    (part.start, part.end) for part in parts if part.object_key == stored.key
+                )
                 is_done = progress.status is FetchStatus.DONE
                 yield manifest.plan.source_uri, stored, landed, not is_done
             progress.close()

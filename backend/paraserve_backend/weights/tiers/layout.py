@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+import msgspec
+
 from paraserve_backend import errors
 from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.errors import ParaServeError
@@ -27,7 +29,6 @@ from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, split_par
 from paraserve_backend.weights.sources.base import ObjectRange, StoredObject
 
 OBJECTS = "objects"
-FETCHES = "fetches"
 MANIFEST = "manifest.json"
 PROGRESS = "progress"
 FILES = "files"
@@ -59,16 +60,12 @@ class Manifest:
         return split_parts(self.plan.ranges, self.part_bytes)
 
     def to_json(self) -> bytes:
-        return json.dumps(
-            {"part_bytes": self.part_bytes, "plan": json.loads(self.plan.to_json())}
-        ).encode()
+        return msgspec.json.encode(self)
 
     @classmethod
     def read(cls, fetch_dir: Path) -> Manifest:
-        """Raises `FileNotFoundError` where there is no such fetch."""
-        fields = json.loads((fetch_dir / MANIFEST).read_bytes())
-        plan = FetchPlan.from_json(json.dumps(fields["plan"]).encode())
-        return cls(plan=plan, part_bytes=fields["part_bytes"])
+        """Raises `FileNotFoundError` where there is no such fetch, `ValueError` for other bytes."""
+        return msgspec.json.decode((fetch_dir / MANIFEST).read_bytes(), type=cls)
 
 
 class PartTable:

@@ -1,7 +1,7 @@
 """The host-memory tier of a node: fetched bytes in files that other processes map.
 
 The agent is the only writer; `tiers.reader` is the other side. Released bytes stay, up to a limit,
-for the next fetch of the same object version; `tiers.cache_index` says which.
+for the next fetch of the same object version; `tiers.eviction` says which.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from paraserve_backend.errors import (
     NotFound,
     Unavailable,
 )
+from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES, FetchPlan
 from paraserve_backend.weights.sources.base import Holding, StoredObject
-from paraserve_backend.weights.tiers.cache_index import (
+from paraserve_backend.weights.tiers.contents import Claim, TierContents, TierObject
+from paraserve_backend.weights.tiers.eviction import (
     CACHE,
     CacheIndex,
     page_range,
     whole_pages,
 )
-from paraserve_backend.weights.tiers.contents import Claim, TierContents, TierObject
 from paraserve_backend.weights.tiers.filesystem import (
     first_hole,
     free_bytes,
@@ -43,7 +44,6 @@ from paraserve_backend.weights.tiers.filesystem import (
 )
 from paraserve_backend.weights.tiers.inspection import object_problems
 from paraserve_backend.weights.tiers.layout import (
-    FETCHES,
     FILES,
     MANIFEST,
     OBJECTS,
@@ -86,9 +86,9 @@ class Tier:
         `AlreadyExists` where another process has the tier open.
         """
         (directory / OBJECTS).mkdir(parents=True, exist_ok=True)
-        (directory / FETCHES).mkdir(exist_ok=True)
+        TierDir(directory).fetches.mkdir(exist_ok=True)
         tier = cls(directory, lock_folder(directory), cache_bytes)
-        for fetch_dir in sorted((directory / FETCHES).iterdir()):
+        for fetch_dir in sorted(TierDir(directory).fetches.iterdir()):
             tier._load(fetch_dir)
         tier._drop_lost_bytes()
         for path in tier._contents.strays():
@@ -134,8 +134,9 @@ class Tier:
             del self._fetches[fetch_id]
             fetch.close()
             # The manifest goes first: without it the fetch is gone, whatever else remains.
-            (self.directory / FETCHES / fetch_id / MANIFEST).unlink()
-            shutil.rmtree(self.directory / FETCHES / fetch_id)
+            fetch_dir = TierDir(self.directory).fetch(fetch_id)
+            (fetch_dir / MANIFEST).unlink()
+            shutil.rmtree(fetch_dir)
             for name, stored in fetch.object_names.items():
                 self._free(name, fetch.needed_ranges(stored.key))
             self._trim()
@@ -207,12 +208,6 @@ class Tier:
         """Memory that the objects take, in whole pages."""
         return sum(used_bytes(path) for path in (self.directory / OBJECTS).iterdir())
 
-    @property
-    def cached_bytes(self) -> int:
-        """The part of it that goes when there is need for the room."""
-        with self._lock:
-            return self._cache.unpinned_bytes(self._contents.pinned)
-
     def check_integrity(self) -> tuple[str, ...]:
         """Return one sentence for everything that is not as it must be."""
         with self._lock:
@@ -241,7 +236,7 @@ class Tier:
     def _load(self, fetch_dir: Path) -> None:
         try:
             fetch = TierFetch(self.directory, Manifest.read(fetch_dir))
-        except (OSError, ValueError, KeyError, InvalidRequest):
+        except (OSError, ValueError, InvalidRequest):
             # Half made, half released, or by another release of this software: fetch it anew.
             shutil.rmtree(fetch_dir)
             return
@@ -254,7 +249,7 @@ class Tier:
         for stored in plan.objects:
             with self._path(plan.source_uri, stored).open("ab") as file:
                 file.truncate(stored.size_bytes)
-        fetch_dir = self.directory / FETCHES / plan.fetch_id
+        fetch_dir = TierDir(self.directory).fetch(plan.fetch_id)
         (fetch_dir / FILES).mkdir(parents=True, exist_ok=True)
         ProgressFile.create(fetch_dir / PROGRESS, parts=len(manifest.parts))
         write_atomically(fetch_dir / MANIFEST, manifest.to_json())
@@ -340,7 +335,7 @@ def _missing_bytes(fetch: TierFetch) -> int:
     """Return the memory that a fetch will take, with some for what is written about it."""
     parts = (fetch.parts[part] for part in fetch.missing_parts())
     part_bytes = sum(whole_pages((part.start, part.end)) for part in parts)
-    return part_bytes + sum(it.size_bytes for it in fetch.missing_files()) + _RECORDS_BYTES
+    return part_bytes + sum(stored.size_bytes for stored in fetch.missing_files()) + _RECORDS_BYTES
 
 
 def _overlap(one: ByteRange, other: ByteRange) -> bool:

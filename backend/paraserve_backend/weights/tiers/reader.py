@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from paraserve_backend.errors import DeadlineExceeded, NotFound
+from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
 from paraserve_backend.weights.sources.base import ObjectRange, StoredObject
 from paraserve_backend.weights.tiers.layout import (
-    FETCHES,
     FILES,
     OBJECTS,
     PROGRESS,
@@ -41,7 +41,7 @@ class TierReader:
     def __init__(self, tier_dir: Path, manifest: Manifest) -> None:
         self.plan = manifest.plan
         self._tier_dir = tier_dir
-        self._fetch_dir = tier_dir / FETCHES / manifest.plan.fetch_id
+        self._fetch_dir = TierDir(tier_dir).fetch(manifest.plan.fetch_id)
         self._tensors = {tensor.name: tensor for tensor in manifest.plan.tensors}
         self._table = PartTable(manifest.parts)
         self._progress = ProgressFile(
@@ -53,7 +53,7 @@ class TierReader:
     def open(cls, tier_dir: Path, fetch_id: str) -> TierReader:
         """Open a fetch that `Tier.begin` has made; raises `NotFound` where there is none."""
         try:
-            return cls(tier_dir, Manifest.read(tier_dir / FETCHES / fetch_id))
+            return cls(tier_dir, Manifest.read(TierDir(tier_dir).fetch(fetch_id)))
         except FileNotFoundError:
             raise NotFound(f"there is no fetch {fetch_id} in the tier {tier_dir}") from None
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from paraserve_backend.byte_ranges import ByteRange, merge
 from paraserve_backend.errors import InsufficientCapacity, ParaServeError
+from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.sources.base import ObjectRange, StoredObject
 from paraserve_backend.weights.tiers.filesystem import free_bytes
 from paraserve_backend.weights.tiers.layout import (
-    FETCHES,
     FILES,
     OBJECTS,
     PROGRESS,
@@ -36,7 +36,7 @@ class TierFetch:
     def __init__(self, tier_dir: Path, manifest: Manifest) -> None:
         self.plan = manifest.plan
         self._tier_dir = tier_dir
-        self._fetch_dir = tier_dir / FETCHES / manifest.plan.fetch_id
+        self._fetch_dir = TierDir(tier_dir).fetch(manifest.plan.fetch_id)
         self._objects = {stored.key: stored for stored in manifest.plan.objects}
         self._table = PartTable(manifest.parts)
         self._progress = ProgressFile(

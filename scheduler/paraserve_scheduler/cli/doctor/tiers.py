@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from paraserve_backend.errors import NotFound
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.weights.tiers.inspection import Inspection, inspect_disk, inspect_tier
 from paraserve_scheduler.cli.doctor.machine import Finding, State
 
@@ -18,8 +19,9 @@ def examine_tiers(run_dir: Path | None, disk_dir: Path | None) -> tuple[Finding,
     """Look at the tiers in an agent's folders, as its settings name them; it may be running."""
     findings: list[Finding] = []
     if run_dir is not None:
+        tier = RunDir(run_dir).tier
         remedy = "restart the agent: it drops what it cannot trust, and fetches it again"
-        findings += _findings("memory tier", lambda: inspect_tier(run_dir / "tier"), remedy)
+        findings += _findings("memory tier", lambda: inspect_tier(tier.path), remedy)
     if disk_dir is not None:
         remedy = "nothing to do: the agent drops it when it comes to it, and fetches it again"
         findings += _findings("disk tier", lambda: inspect_disk(disk_dir), remedy)

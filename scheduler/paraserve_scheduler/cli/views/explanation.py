@@ -8,8 +8,8 @@ from itertools import zip_longest
 
 from rich.table import Table
 
+from paraserve_backend.protocol.span_messages import read_span
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.telemetry.spans import Span
 from paraserve_scheduler.state.learned import StageTimes, stage_times
 
 _MB = 1e6
@@ -55,11 +55,7 @@ def comparisons(replica: pb.ReplicaStatus) -> tuple[Comparison, ...]:
 
 def times_of(part: pb.ReplicaPart) -> StageTimes:
     """How one stage's start went."""
-    spans = (
-        Span(name=span.name, start_s=span.start_s, end_s=span.end_s, size_bytes=span.bytes)
-        for span in part.status.spans
-    )
-    return stage_times(spans, part.status.fetched_bytes)
+    return stage_times(map(read_span, part.status.spans), part.status.fetched_bytes)
 
 
 def render(replica: pb.ReplicaStatus) -> Iterator[str | Table]:

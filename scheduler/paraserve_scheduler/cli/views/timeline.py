@@ -6,21 +6,31 @@ here is relative to the moment the demand was seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from paraserve_backend.protocol.names import ReplicaModels, deployment_of
+from paraserve_backend.protocol.span_messages import read_span
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.telemetry.spans import Span, SpanName
 
 SCHEDULER = "scheduler"
 _MB = 1e6
 #: What a row takes besides its bar; the steps with long names are shortened to fit.
 _TEXT_WIDTH = 54
 _LEAST_BAR_WIDTH = 12
-_STYLES = {"plan": "yellow", "fetch": "cyan", "load": "magenta", "hand": "green"}
+_STYLES: Mapping[SpanName | None, str] = {
+    SpanName.PLAN: "yellow",
+    SpanName.FETCH: "cyan",
+    SpanName.FETCH_FROM: "cyan",
+    SpanName.LOAD: "magenta",
+    SpanName.HAND_OVER: "green",
+}
+_OTHER_STYLE = "blue"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +40,8 @@ class TimelineRow:
     #: The node, or "scheduler".
     where: str
     what: str
+    #: Of its bar.
+    style: str
     start_s: float
     end_s: float
     size_bytes: int = 0
@@ -59,8 +71,8 @@ def rows(
     return (
         *_plan(replica),
         *(row for part in _by_stage(replica) for row in _part_rows(part, origin_s, replica)),
-        *_instant("all ready", replica.ready_s, origin_s),
-        *_instant("first token", replica.first_token_s, origin_s),
+        *_instant(SpanName.ALL_READY, replica.ready_s, origin_s),
+        *_instant(SpanName.FIRST_TOKEN, replica.first_token_s, origin_s),
         *(row for successor in successors for row in _successor_rows(successor, origin_s)),
         *_hand_over(replica, origin_s),
     )
@@ -137,8 +149,9 @@ def chrome_trace(
 
 def _plan(replica: pb.ReplicaStatus) -> Iterator[TimelineRow]:
     if replica.planned_s:
-        end_s = replica.planned_s - replica.requested_s
-        yield TimelineRow(where=SCHEDULER, what="plan", start_s=0.0, end_s=end_s)
+        origin_s = replica.requested_s
+        planned = Span(name=SpanName.PLAN, start_s=origin_s, end_s=replica.planned_s)
+        yield _row(SCHEDULER, planned, origin_s)
 
 
 def _by_stage(replica: pb.ReplicaStatus) -> list[pb.ReplicaPart]:
@@ -148,27 +161,27 @@ def _by_stage(replica: pb.ReplicaStatus) -> list[pb.ReplicaPart]:
 def _part_rows(
     part: pb.ReplicaPart, origin_s: float, replica: pb.ReplicaStatus
 ) -> Iterator[TimelineRow]:
-    spans = sorted(part.status.spans, key=lambda span: span.start_s)
+    spans = sorted(map(read_span, part.status.spans), key=lambda span: span.start_s)
     known_s = max((max(span.start_s, span.end_s) for span in spans), default=origin_s)
+    models = ReplicaModels(replica.replica)
     for span in spans:
-        yield TimelineRow(
-            where=part.node,
-            what=_short(span.name, replica.replica),
-            start_s=span.start_s - origin_s,
-            end_s=(span.end_s or known_s) - origin_s,
-            size_bytes=span.bytes or (part.status.fetched_bytes if span.name == "fetch" else 0),
-            is_running=not span.end_s,
+        fetched_bytes = part.status.fetched_bytes if span.name is SpanName.FETCH else 0
+        shown = replace(
+            span,
+            detail=models.short(span.detail),
+            end_s=span.end_s or known_s,
+            size_bytes=span.size_bytes or fetched_bytes,
         )
+        yield _row(part.node, shown, origin_s, is_running=not span.end_s)
     if part.status.phase == pb.READY:
-        layers = f"ready [{part.layer_start}, {part.layer_end})"
-        yield TimelineRow(
-            where=part.node, what=layers, start_s=known_s - origin_s, end_s=known_s - origin_s
-        )
+        layers = f"[{part.layer_start}, {part.layer_end})"
+        ready = Span(name=SpanName.READY, detail=layers, start_s=known_s, end_s=known_s)
+        yield _row(part.node, ready, origin_s)
 
 
 def _successor_rows(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[TimelineRow]:
     """Its rows, marked with its number: "load generate .2"."""
-    mark = replica.replica[replica.replica.rfind(".") :]
+    mark = replica.replica.removeprefix(deployment_of(replica.replica))
     for part in _by_stage(replica):
         for row in _part_rows(part, origin_s, replica):
             yield replace(row, what=f"{row.what} {mark}")
@@ -176,26 +189,29 @@ def _successor_rows(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[Time
 
 def _hand_over(replica: pb.ReplicaStatus, origin_s: float) -> Iterator[TimelineRow]:
     if replica.hand_over_begin_s:
-        end_s = replica.hand_over_end_s or replica.hand_over_begin_s
-        yield TimelineRow(
-            where=SCHEDULER,
-            what="hand over",
-            start_s=replica.hand_over_begin_s - origin_s,
-            end_s=end_s - origin_s,
-            is_running=not replica.hand_over_end_s,
+        span = Span(
+            name=SpanName.HAND_OVER,
+            start_s=replica.hand_over_begin_s,
+            end_s=replica.hand_over_end_s or replica.hand_over_begin_s,
         )
+        yield _row(SCHEDULER, span, origin_s, is_running=not replica.hand_over_end_s)
 
 
-def _short(name: str, replica: str) -> str:
-    """Drop the replica's name: "load tiny.1.stage0" is "load stage0"."""
-    return name.replace(f"{replica}.", "").replace(replica, "generate")
-
-
-def _instant(what: str, at_s: float, origin_s: float) -> Iterator[TimelineRow]:
+def _instant(name: SpanName, at_s: float, origin_s: float) -> Iterator[TimelineRow]:
     if at_s:
-        yield TimelineRow(
-            where=SCHEDULER, what=what, start_s=at_s - origin_s, end_s=at_s - origin_s
-        )
+        yield _row(SCHEDULER, Span(name=name, start_s=at_s, end_s=at_s), origin_s)
+
+
+def _row(where: str, span: Span, origin_s: float, *, is_running: bool = False) -> TimelineRow:
+    return TimelineRow(
+        where=where,
+        what=span.label,
+        style=_STYLES.get(span.name, _OTHER_STYLE),
+        start_s=span.start_s - origin_s,
+        end_s=span.end_s - origin_s,
+        size_bytes=span.size_bytes,
+        is_running=is_running,
+    )
 
 
 def _title(replica: pb.ReplicaStatus) -> str:
@@ -220,8 +236,7 @@ def _bar(row: TimelineRow, total_s: float, width: int) -> Text:
     if row.start_s == row.end_s:
         return Text(" " * start + "◆", style="bold green")
     mark = "░" if row.is_running else "█"
-    style = _STYLES.get(row.what.split()[0], "blue")
-    return Text(" " * start + mark * max(1, end - start), style=style)
+    return Text(" " * start + mark * max(1, end - start), style=row.style)
 
 
 def _figures(row: TimelineRow) -> tuple[str, str, str]:

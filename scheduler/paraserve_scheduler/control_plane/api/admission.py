@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import asdict
 
 from paraserve_backend.architectures.registry import model_spec
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
@@ -39,25 +40,16 @@ def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> 
         )
     if message.device and message.device not in _DEVICES:
         raise InvalidRequest(f"device {message.device!r} is not one of {', '.join(_DEVICES)}.")
-    return DeploymentSpec(
-        name=message.name,
-        source=message.source,
-        endpoint_url=message.endpoint_url or None,
-        region=message.region or None,
-        ttft_slo_s=_seconds(message, "ttft_slo_s"),
-        tpot_slo_s=_seconds(message, "tpot_slo_s"),
-        keep_alive_s=_seconds(message, "keep_alive_s"),
-        min_replicas=message.min_replicas,
-        max_replicas=_max_replicas(message, defaults),
-        priority=message.priority,
-        max_waiting=message.max_waiting or defaults.max_waiting,
-        max_stages=message.max_stages or None,
-        max_context=message.max_context or None,
-        max_sequences=message.max_sequences or defaults.max_sequences,
-        device=message.device or None,
-        consolidate=message.consolidate if message.HasField("consolidate") else True,
-        engine=_engine(message.engine),
-    )
+    stated = {field.name: value for field, value in message.ListFields()}
+    for name, value in stated.items():
+        if isinstance(value, float):
+            _check_seconds(name, value)
+    checked = {
+        "source": message.source,
+        "max_replicas": _max_replicas(message, defaults),
+        "engine": _engine(message.engine),
+    }
+    return DeploymentSpec(**asdict(defaults) | stated | checked)
 
 
 def read_deployment(spec: DeploymentSpec) -> Deployment:
@@ -95,14 +87,9 @@ def _engine(name: str) -> EngineName:
         raise InvalidRequest(f"engine {name!r} is not one of {', '.join(EngineName)}.") from None
 
 
-def _seconds(message: pb.DeploymentSpec, field: str) -> float | None:
-    """A duration the user may leave out."""
-    if not message.HasField(field):  # type: ignore[arg-type]  # its names are literals in the stubs
-        return None
-    value: float = getattr(message, field)
+def _check_seconds(field: str, value: float) -> None:
     if not math.isfinite(value) or value <= 0:
         raise InvalidRequest(f"{field} is {value:g}; it must be a finite number of seconds > 0.")
-    return value
 
 
 def _check_weights(model: ModelSpec, index: CheckpointIndex) -> None:

@@ -20,7 +20,6 @@ from paraserve_scheduler.control_plane.messages.agents import node_info, node_re
 from paraserve_scheduler.control_plane.messages.gateways import demand, route_table
 from paraserve_scheduler.control_plane.messages.status import cluster_status, deployment_status
 from paraserve_scheduler.reconciler.capacity import is_alive, node_spaces
-from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.moves import (
     check_drain,
     drain_progress,
@@ -28,10 +27,10 @@ from paraserve_scheduler.reconciler.moves import (
     require_node,
 )
 from paraserve_scheduler.reconciler.placement import check_room
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.events import DemandReported, NodeCordoned, NodeRegistered
 from paraserve_scheduler.state.records import DeploymentState, NodeInfo
 from paraserve_scheduler.state.spec import Deployment, DeploymentSpec
-from paraserve_scheduler.state.view import ClusterView
 
 
 class SchedulerService(SchedulerServicer):
@@ -90,19 +89,17 @@ class SchedulerService(SchedulerServicer):
         return pb.DeleteReply()
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.ClusterStatus:
-        view = self._controller.view
+        turn = self._controller.turn()
         async with errors_to(context):
             if request.deployment:
                 state = self._named(request.deployment)
-                view = replace(view, deployments={state.name: state})
-        return cluster_status(view, self._controller.now_s(), self._config.policy)
+                turn = turn.supposing(replace(turn.view, deployments={state.name: state}))
+        return cluster_status(turn)
 
     async def Migrate(self, request: pb.MigrateRequest, context: Context) -> pb.MigrateReply:
         async with errors_to(context):
             self._named(request.deployment)
-            stops, start = migrate(
-                self._heard_view(), request.deployment, request.node, *self._now_and_policy()
-            )
+            stops, start = migrate(self._turn(), request.deployment, request.node)
             for stop in stops:
                 self._controller.carry_out(stop)
             self._controller.carry_out(start)
@@ -118,20 +115,16 @@ class SchedulerService(SchedulerServicer):
             self._controller.notify(NodeCordoned(node=node, cordoned=False))
             return pb.DrainReply()
         if node not in self._controller.view.cordoned:
-            check_drain(self._heard_view(), node, *self._now_and_policy())
+            check_drain(self._turn(), node)
             self._controller.notify(NodeCordoned(node=node))
-        left = drain_progress(self._heard_view(), node, *self._now_and_policy())
+        left = drain_progress(self._turn(), node)
         return pb.DrainReply(
             replicas=[pb.DrainingReplica(replica=name, progress=text) for name, text in left]
         )
 
-    def _heard_view(self) -> ClusterView:
-        """The view as the policy sees it."""
-        now_s, policy = self._now_and_policy()
-        return self._controller.view.without_silent_gateways(now_s - policy.gateway_timeout_s)
-
-    def _now_and_policy(self) -> tuple[float, PolicyConfig]:
-        return self._controller.now_s(), self._config.policy
+    def _turn(self) -> Turn:
+        """The cluster as the policy sees it now."""
+        return self._controller.turn().without_silent_gateways()
 
     async def _deploy(self, spec: DeploymentSpec) -> DeploymentState:
         state = self._existing(spec)
@@ -147,7 +140,7 @@ class SchedulerService(SchedulerServicer):
         other = self._controller.view.nodes.get(info.name)
         if other is None or other.info.agent_address == info.agent_address:
             return
-        if is_alive(self._controller.view, other, *self._now_and_policy()):
+        if is_alive(self._controller.turn(), other):
             raise AlreadyExists(
                 f"A node '{info.name}' at {other.info.agent_address} is alive: give every node a "
                 "name of its own."
@@ -177,15 +170,12 @@ class SchedulerService(SchedulerServicer):
 
     def _check_fits(self, deployment: Deployment) -> None:
         """Raise `InsufficientCapacity` if the nodes, emptied, could not hold it."""
-        view = self._controller.view
-        now_s, policy = self._controller.now_s(), self._config.policy
-        empty = view.without(view.live_replicas())
-        nodes = node_spaces(empty, deployment.spec, now_s, policy)
+        turn = self._controller.turn()
+        empty = turn.supposing(turn.view.without(turn.view.live_replicas()))
+        nodes = turn.view.nodes.values()
         # While no node is up, nobody can tell.
-        if any(
-            is_alive(view, node, now_s, policy) and node.triton_live for node in view.nodes.values()
-        ):
-            check_room(deployment, nodes, policy.placement)
+        if any(is_alive(turn, node) and node.triton_live for node in nodes):
+            check_room(deployment, node_spaces(empty, deployment.spec), turn.config.placement)
 
     def _named(self, name: str) -> DeploymentState:
         deployments = self._controller.view.deployments

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
 import grpc.aio
 
+from paraserve_backend.daemon.retry import Backoff
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
+from paraserve_backend.rpc.channels import cluster_channel
 from paraserve_backend.rpc.errors import is_connection_lost
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
 from paraserve_scheduler.control_plane.messages.agents import part_state
@@ -22,18 +25,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TRIES = 3
-_RETRY_PAUSE_S = 0.5
+_TRIES = 5
 #: What a reply may take beyond the agent's own time limit.
 _SLACK_S = 5.0
 #: Who gets the command only takes note of it.
 _COMMAND_TIMEOUT_S = 10.0
-_CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", -1),
-    # A restarted agent gets its address back: look again soon.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-]
 
 
 class AgentCallFailed(Exception):
@@ -68,6 +64,7 @@ class GrpcAgents:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def apply(self, address: str, part: pb.Part) -> AsyncIterator[PartState]:
+        pauses = Backoff().pauses(random.Random())
         # An agent attaches to a part it already has, so that a lost stream can be taken up again.
         for tries_left in reversed(range(_TRIES)):
             try:
@@ -80,7 +77,7 @@ class GrpcAgents:
             except grpc.aio.AioRpcError as error:
                 if not (is_connection_lost(error) and tries_left):
                     raise AgentCallFailed(_failure(address, error)) from error
-            await asyncio.sleep(_RETRY_PAUSE_S)
+            await asyncio.sleep(next(pauses))
         message = f"The agent at {address} does not say how {part.replica} goes on."
         raise AgentCallFailed(Failure(grpc_code="UNAVAILABLE", message=message))
 
@@ -126,7 +123,7 @@ class GrpcAgents:
     def _stub(self, address: str) -> AgentAsyncStub:
         channel = self._channels.get(address)
         if channel is None:
-            channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            channel = cluster_channel(address)
             self._channels[address] = channel
         return AgentStub(channel)
 

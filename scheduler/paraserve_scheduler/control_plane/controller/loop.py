@@ -12,14 +12,15 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NoReturn, TypeVar
 
 from paraserve_backend.errors import Unavailable
+from paraserve_backend.protocol.names import fetch_id
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.config import SchedulerConfig
-from paraserve_scheduler.control_plane.controller import recovery
 from paraserve_scheduler.control_plane.controller.agents import AgentCallFailed, Agents
 from paraserve_scheduler.control_plane.controller.clock import Clock
 from paraserve_scheduler.control_plane.messages.agents import part_message, peer_addresses
 from paraserve_scheduler.reconciler.capacity import is_alive
 from paraserve_scheduler.reconciler.decide import decide
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.actions import (
     Action,
     HandOver,
@@ -28,7 +29,7 @@ from paraserve_scheduler.state.actions import (
     RemoveReplica,
     StartReplica,
 )
-from paraserve_scheduler.state.begin import begin
+from paraserve_scheduler.state.begin import Begun, begin
 from paraserve_scheduler.state.events import (
     DeletionRequested,
     DeploymentAdded,
@@ -46,6 +47,7 @@ from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.records import PartState, Phase
 from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.state.view import ClusterView
+from paraserve_scheduler.store import recovery
 from paraserve_scheduler.store.sqlite import Store
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,10 @@ class Controller:
 
     def now_s(self) -> float:
         return self._clock.now_s()
+
+    def turn(self) -> Turn:
+        """The cluster as it is now, to decide on."""
+        return Turn(view=self._view, now_s=self.now_s(), config=self._config.policy)
 
     def notify(self, event: Event) -> None:
         """Take in what happened; the loop acts on it in its next turn."""
@@ -134,9 +140,9 @@ class Controller:
             self._tasks = tasks
             while True:
                 self._wake.clear()
-                now_s = self.now_s()
-                for action in decide(self._view, now_s, self._config.policy):
-                    self._begin(action, now_s, tasks)
+                turn = self.turn()
+                for action in decide(turn):
+                    self._begin(action, turn.now_s, tasks)
                 late_s = await self._clock.wait(self._wake, TICK_S)
                 if late_s > _STALLED_S:
                     logger.warning("this process stood still for %.1f s", late_s)
@@ -158,7 +164,7 @@ class Controller:
             action.reason,
             extra={"action": name, "subject": action.subject, "reason": action.reason},
         )
-        self._set_view(begin(self._view, action, now_s))
+        self._set_view(begin(self._view, Begun(action=action, at_s=now_s)))
         match action:
             case StartReplica():
                 self._start(action.plan, tasks)
@@ -180,9 +186,8 @@ class Controller:
             peers = peer_addresses(self._view, deployment, where.node)
             part = part_message(deployment, plan, stage, keys, peers)
             address = self._view.nodes[where.node].info.agent_address
-            task = tasks.create_task(
-                self._apply(address, part), name=f"apply {plan.replica}.{stage}"
-            )
+            name = f"apply {fetch_id(plan.replica, stage)}"
+            task = tasks.create_task(self._apply(address, part), name=name)
             self._applies[plan.replica].add(task)
 
     async def _apply(self, address: str, part: pb.Part) -> None:
@@ -240,7 +245,7 @@ class Controller:
         node = self._view.nodes.get(name)
         if node is None:
             return
-        alive = is_alive(self._view, node, self.now_s(), self._config.policy)
+        alive = is_alive(self.turn(), node)
         limit_s = timeout_s if alive else _LOST_NODE_TIMEOUT_S
         try:
             await self._agents.remove(node.info.agent_address, replica, limit_s)

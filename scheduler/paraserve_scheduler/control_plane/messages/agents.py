@@ -5,15 +5,12 @@ Which peers a node may fetch from is decided here. Pure.
 
 from __future__ import annotations
 
-from paraserve_backend.protocol.names import EngineName
+from paraserve_backend.protocol.names import EngineName, fetch_id
+from paraserve_backend.protocol.span_messages import read_span
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.telemetry.spans import Span
 from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch, whole_objects
 from paraserve_backend.weights.checkpoint.stages import stage_tensors
-from paraserve_scheduler.control_plane.messages.triton_models import (
-    fetch_id,
-    stage_models,
-)
+from paraserve_scheduler.control_plane.messages.triton_models import stage_models
 from paraserve_scheduler.state.events import NodeReported
 from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.records import (
@@ -84,10 +81,7 @@ def part_state(message: pb.PartStatus) -> PartState:
         replica=message.replica,
         stage=message.stage,
         phase=_PHASE_OF.get(message.phase, Phase.UNKNOWN),
-        spans=tuple(
-            Span(name=span.name, start_s=span.start_s, end_s=span.end_s, size_bytes=span.bytes)
-            for span in message.spans
-        ),
+        spans=tuple(map(read_span, message.spans)),
         fetched_bytes=message.fetched_bytes,
         total_bytes=message.total_bytes,
         failure=_failure(message.failure) if message.HasField("failure") else None,
@@ -151,7 +145,7 @@ def _fetch(
     else:
         tensors = whole_objects(index)
     return pb.Fetch(
-        plan_json=plan_fetch(index, tensors, fetch_id=fetch_id(plan, stage)).to_json(),
+        plan_json=plan_fetch(index, tensors, fetch_id=fetch_id(plan.replica, stage)).to_json(),
         endpoint_url=deployment.spec.endpoint_url or "",
         region=deployment.spec.region or "",
         background=plan.background,

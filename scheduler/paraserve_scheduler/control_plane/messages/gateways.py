@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_scheduler.control_plane.messages.triton_models import (
-    generate_model,
-)
 from paraserve_scheduler.state.records import (
     Demand,
     DeploymentState,
@@ -57,7 +54,7 @@ def _route(view: ClusterView, state: DeploymentState) -> pb.Route:
 
 
 def _endpoint(replica: Replica, head: NodeState) -> pb.Endpoint:
-    model = generate_model(replica.plan)
+    model = replica.plan.models.generate
     return pb.Endpoint(
         replica=replica.id,
         model=replica.parts[0].slots.get(model, model),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+from paraserve_backend.protocol.span_messages import span_message
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.messages.agents import PHASES
 from paraserve_scheduler.control_plane.messages.gateways import failure_message
 from paraserve_scheduler.planner.decisions import Prediction
 from paraserve_scheduler.reconciler.capacity import is_alive
-from paraserve_scheduler.reconciler.config import PolicyConfig
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.records import (
     DeploymentState,
     NodeInfo,
@@ -18,12 +21,13 @@ from paraserve_scheduler.state.spec import DeploymentSpec
 from paraserve_scheduler.state.view import ClusterView
 
 
-def cluster_status(view: ClusterView, now_s: float, config: PolicyConfig) -> pb.ClusterStatus:
+def cluster_status(turn: Turn) -> pb.ClusterStatus:
+    view = turn.view
     return pb.ClusterStatus(
         nodes=[
             pb.NodeView(
                 info=_node_message(node.info),
-                alive=is_alive(view, node, now_s, config),
+                alive=is_alive(turn, node),
                 last_seen_s=node.last_seen_s,
                 reserved_bytes=view.reserved_bytes(name),
                 tier_used_bytes=node.tier_used_bytes,
@@ -50,25 +54,8 @@ def deployment_status(view: ClusterView, state: DeploymentState) -> pb.Deploymen
 
 
 def spec_message(spec: DeploymentSpec) -> pb.DeploymentSpec:
-    return pb.DeploymentSpec(
-        name=spec.name,
-        source=spec.source,
-        ttft_slo_s=spec.ttft_slo_s,
-        tpot_slo_s=spec.tpot_slo_s,
-        endpoint_url=spec.endpoint_url or "",
-        region=spec.region or "",
-        keep_alive_s=spec.keep_alive_s,
-        max_stages=spec.max_stages or 0,
-        max_context=spec.max_context or 0,
-        max_sequences=spec.max_sequences,
-        device=spec.device or "",
-        consolidate=spec.consolidate,
-        engine=spec.engine,
-        min_replicas=spec.min_replicas,
-        max_replicas=spec.max_replicas,
-        priority=spec.priority,
-        max_waiting=spec.max_waiting,
-    )
+    # None, like a field that is left out, is what the user did not state.
+    return pb.DeploymentSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)})
 
 
 def _node_message(info: NodeInfo) -> pb.NodeInfo:
@@ -111,8 +98,8 @@ def _replica_message(view: ClusterView, replica: Replica) -> pb.ReplicaStatus:
         removed_s=replica.removed_s or 0,
         succeeds=replica.plan.succeeds or "",
         successors=[successor.id for successor in view.successors(replica)],
-        hand_over_begin_s=replica.hand_over_s or 0,
-        hand_over_end_s=(replica.hand_over_s and replica.stopping_s) or 0,
+        hand_over_begin_s=replica.hand_over.since_s or 0,
+        hand_over_end_s=(replica.hand_over.since_s and replica.stopping_s) or 0,
         failure=failure_message(replica.failure),
         in_flight=view.replica_in_flight(replica),
         tpot_s=replica.tpot_s or 0,
@@ -151,10 +138,7 @@ def _part_message(part: PartState) -> pb.PartStatus:
         replica=part.replica,
         stage=part.stage,
         phase=PHASES[part.phase],
-        spans=[
-            pb.Span(name=span.name, start_s=span.start_s, end_s=span.end_s, bytes=span.size_bytes)
-            for span in part.spans
-        ],
+        spans=map(span_message, part.spans),
         fetched_bytes=part.fetched_bytes,
         total_bytes=part.total_bytes,
         failure=failure_message(part.failure),

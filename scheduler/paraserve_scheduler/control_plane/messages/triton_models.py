@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from paraserve_backend.architectures.spec import DTYPE_BYTES, ModelSpec
 from paraserve_backend.protocol.names import (
@@ -15,19 +16,24 @@ from paraserve_backend.protocol.names import (
     FORWARD_RESULT,
     FORWARD_TOKEN_IDS,
     Role,
+    fetch_id,
 )
 from paraserve_backend.protocol.parameters import format_layers
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.protocol.tensors import (
     HAND_OVER_OUTPUTS,
     INPUTS,
     OUTPUTS,
     TensorSpec,
 )
-from paraserve_backend.tritonserver.host.model_config import Meaning, Tensor, render
+from paraserve_backend.tritonserver.host.model_config import (
+    CONFIG_FILE,
+    VERSION_FILE,
+    render,
+    render_ensemble,
+)
 from paraserve_scheduler.state.plans import ReplicaPlan, StagePlan
 
-#: A version folder must exist and the agent makes folders for files only.
-_VERSION_FILE = "1/.keep"
 #: The generate loop names this model, but does not need it to load.
 _FORWARD_WAVE = 1
 
@@ -41,47 +47,37 @@ class TritonModel:
     load_wave: int = 0
 
 
-_BATCH = Tensor(name=FORWARD_BATCH, datatype="TYPE_UINT8", dims=(-1,))
-_TOKEN_IDS = Tensor(name=FORWARD_TOKEN_IDS, datatype="TYPE_INT32", dims=(-1,))
-_RESULT = Tensor(name=FORWARD_RESULT, datatype="TYPE_UINT8", dims=(-1,))
+_BATCH = TensorSpec(name=FORWARD_BATCH, datatype="UINT8", shape=(-1,), optional=False)
+_TOKEN_IDS = TensorSpec(name=FORWARD_TOKEN_IDS, datatype="INT32", shape=(-1,), optional=False)
+_RESULT = TensorSpec(name=FORWARD_RESULT, datatype="UINT8", shape=(-1,))
 
 
 def stage_models(plan: ReplicaPlan, model: ModelSpec, stage: int) -> tuple[TritonModel, ...]:
     """All models that the node of `stage` serves for this replica."""
     if len(plan.stages) == 1:
-        return (_model(_whole_model(plan)),)
-    own = _model(_stage(plan, model, stage))
+        return (_whole_model(plan),)
+    own = _stage(plan, model, stage)
     if stage > 0:
         return (own,)
-    forward = _model(_forward(plan), load_wave=_FORWARD_WAVE)
-    return (own, _model(_link(plan, model)), forward, _model(_front(plan)))
+    return (own, _link(plan, model), _forward(plan), _front(plan))
 
 
-def generate_model(plan: ReplicaPlan) -> str:
-    """The name of the model on the head that takes requests."""
-    return plan.replica
+# ---- what each role's config says ----
 
 
-def fetch_id(plan: ReplicaPlan, stage: int) -> str:
-    return f"{plan.replica}.{stage}"
-
-
-# ---- what each role's config means ----
-
-
-def _whole_model(plan: ReplicaPlan) -> Meaning:
+def _whole_model(plan: ReplicaPlan) -> TritonModel:
     return _generate(plan, {"engine": plan.engine.value})
 
 
-def _front(plan: ReplicaPlan) -> Meaning:
+def _front(plan: ReplicaPlan) -> TritonModel:
     pipeline = {
-        "forward_model": _forward_name(plan),
+        "forward_model": plan.models.forward,
         "batches_in_flight": str(len(plan.stages)),
     }
     return _generate(plan, pipeline)
 
 
-def _generate(plan: ReplicaPlan, own: dict[str, str]) -> Meaning:
+def _generate(plan: ReplicaPlan, own: dict[str, str]) -> TritonModel:
     parameters = {
         "role": Role.GENERATE.value,
         "deployment": plan.deployment,
@@ -90,58 +86,61 @@ def _generate(plan: ReplicaPlan, own: dict[str, str]) -> Meaning:
         "max_sequences": str(plan.max_sequences),
         "max_batch_tokens": str(plan.max_batch_tokens),
     }
-    return Meaning(
-        template="generate",
-        name=generate_model(plan),
-        inputs=tuple(map(_interface_tensor, INPUTS)),
-        # Triton has no optional outputs: one that is not sent is simply not there.
-        outputs=tuple(
-            _interface_tensor(spec, is_output=True) for spec in (*OUTPUTS, *HAND_OVER_OUTPUTS)
-        ),
+    config = render(
+        "generate",
+        name=plan.models.generate,
+        inputs=INPUTS,
+        outputs=(*OUTPUTS, *HAND_OVER_OUTPUTS),
         device=plan.head.device,
         parameters=parameters | _weights(plan, 0) | own,
     )
+    return _model(plan.models.generate, config)
 
 
-def _stage(plan: ReplicaPlan, model: ModelSpec, stage: int) -> Meaning:
+def _stage(plan: ReplicaPlan, model: ModelSpec, stage: int) -> TritonModel:
     layers = plan.stages[stage].layers
     hidden = _hidden(model)
     parameters = {"role": Role.STAGE.value, "layers": format_layers(layers)}
     if stage > 0:
         parameters |= _channel(plan, stage)
-    return Meaning(
-        template="stage",
-        name=_stage_name(plan, stage),
+    name = plan.models.stage(stage)
+    config = render(
+        "stage",
+        name=name,
         inputs=(_BATCH, _TOKEN_IDS if layers.is_first else hidden),
         outputs=(_RESULT if layers.is_last else hidden,),
         device=plan.stages[stage].device,
         parameters=parameters | _weights(plan, stage),
     )
+    return _model(name, config)
 
 
-def _link(plan: ReplicaPlan, model: ModelSpec) -> Meaning:
+def _link(plan: ReplicaPlan, model: ModelSpec) -> TritonModel:
     parameters = {
         "role": Role.LINK.value,
         "replica": plan.replica,
         "forward_timeout_s": str(plan.forward_timeout_s),
     }
-    return Meaning(
-        template="link",
-        name=_link_name(plan),
+    config = render(
+        "link",
+        name=plan.models.link,
         inputs=(_BATCH, _hidden(model)),
         outputs=(_RESULT,),
         parameters=parameters | {"key_file": _key_file(plan, 0)} | _channel(plan, 0),
+        device="cpu",
     )
+    return _model(plan.models.link, config)
 
 
-def _forward(plan: ReplicaPlan) -> Meaning:
-    return Meaning(
-        template="forward",
-        name=_forward_name(plan),
+def _forward(plan: ReplicaPlan) -> TritonModel:
+    config = render_ensemble(
+        "forward",
+        name=plan.models.forward,
         inputs=(_BATCH, _TOKEN_IDS),
         outputs=(_RESULT,),
-        steps=(_stage_name(plan, 0), _link_name(plan)),
+        steps=(plan.models.stage(0), plan.models.link),
     )
+    return _model(plan.models.forward, config, load_wave=_FORWARD_WAVE)
 
 
 def _weights(plan: ReplicaPlan, stage: int) -> dict[str, str]:
@@ -149,7 +148,7 @@ def _weights(plan: ReplicaPlan, stage: int) -> dict[str, str]:
     return {
         "replica": plan.replica,
         "run_dir": own.run_dir,
-        "fetch_id": fetch_id(plan, stage),
+        "fetch_id": fetch_id(plan.replica, stage),
         "device": own.device,
         "kv_blocks": str(plan.kv_blocks),
         "block_size": str(plan.block_size),
@@ -168,36 +167,17 @@ def _channel(plan: ReplicaPlan, stage: int) -> dict[str, str]:
 
 
 def _key_file(plan: ReplicaPlan, stage: int) -> str:
-    return f"{plan.stages[stage].run_dir}/keys/{plan.replica}/curve.key"
+    run_dir = RunDir(Path(plan.stages[stage].run_dir))
+    return str(run_dir.key_file(plan.replica))
 
 
-def _hidden(model: ModelSpec) -> Tensor:
+def _hidden(model: ModelSpec) -> TensorSpec:
     # Raw bytes: BF16 has no numpy type, so a Python model could not take it as a tensor.
     row_bytes = model.hidden_size * DTYPE_BYTES[model.dtype]
-    return Tensor(name=FORWARD_HIDDEN, datatype="TYPE_UINT8", dims=(-1, row_bytes))
+    return TensorSpec(name=FORWARD_HIDDEN, datatype="UINT8", shape=(-1, row_bytes), optional=False)
 
 
-def _interface_tensor(spec: TensorSpec, *, is_output: bool = False) -> Tensor:
-    return Tensor(
-        name=spec.name,
-        datatype=spec.config_datatype,
-        dims=spec.shape,
-        optional=spec.optional and not is_output,
+def _model(name: str, config: bytes, *, load_wave: int = 0) -> TritonModel:
+    return TritonModel(
+        name=name, files={CONFIG_FILE: config, VERSION_FILE: b""}, load_wave=load_wave
     )
-
-
-def _stage_name(plan: ReplicaPlan, stage: int) -> str:
-    return f"{plan.replica}.stage{stage}"
-
-
-def _link_name(plan: ReplicaPlan) -> str:
-    return f"{plan.replica}.link"
-
-
-def _forward_name(plan: ReplicaPlan) -> str:
-    return f"{plan.replica}.forward"
-
-
-def _model(meaning: Meaning, *, load_wave: int = 0) -> TritonModel:
-    files = {"config.pbtxt": render(meaning), _VERSION_FILE: b""}
-    return TritonModel(name=meaning.name, files=files, load_wave=load_wave)

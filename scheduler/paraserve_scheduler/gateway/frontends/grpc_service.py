@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2 as health
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import NotFound, ParaServeError
@@ -23,32 +24,31 @@ from paraserve_scheduler.gateway.kserve.statistics import Statistics
 from paraserve_scheduler.gateway.proxy import Proxy
 from paraserve_scheduler.gateway.routes import Routes
 
-_METHOD = "/grpc.health.v1.Health/Check"
-#: A HealthCheckResponse: `status` is its only field.
-SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"
-
-
-class HealthCheck(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not at run time
-    def __init__(self, routes: Routes) -> None:
-        self._routes = routes
-
-    def service(
-        self, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        if handler_call_details.method != _METHOD:
-            return None
-        return grpc.unary_unary_rpc_method_handler(self._check, request_deserializer=bytes)
-
-    async def _check(self, _request: bytes, _context: Context) -> bytes:
-        return SERVING if self._routes.is_known else NOT_SERVING
-
-
 logger = logging.getLogger(__name__)
 
 #: Clients that send it want a stream's error as its gRPC status, which ends the stream.
 _WANT_ERROR_CODES = "triton_grpc_error"
 
+_HEALTH = health.DESCRIPTOR.services_by_name["Health"].full_name
+
 Reply = TypeVar("Reply")
+
+
+def health_handler(routes: Routes) -> grpc.GenericRpcHandler[Any, Any]:
+    """Answer `Check` of gRPC's own health protocol, for any service; there is no `Watch`."""
+
+    async def check(
+        _request: health.HealthCheckRequest, _context: Context
+    ) -> health.HealthCheckResponse:
+        answer = health.HealthCheckResponse
+        return answer(status=answer.SERVING if routes.is_known else answer.NOT_SERVING)
+
+    handler = grpc.unary_unary_rpc_method_handler(
+        check,
+        request_deserializer=health.HealthCheckRequest.FromString,
+        response_serializer=health.HealthCheckResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(_HEALTH, {"Check": handler})
 
 
 class GrpcService(RefusedCalls):

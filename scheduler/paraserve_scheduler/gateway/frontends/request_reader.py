@@ -21,14 +21,6 @@ from paraserve_scheduler.gateway.kserve.compression import unpack
 _COMPRESSIONS = {b"\x1f": grpc.Compression.Gzip, b"\x78": grpc.Compression.Deflate}
 
 
-def server_options(max_request_bytes: int) -> tuple[tuple[str, int], ...]:
-    """Return what a server needs besides the `RequestReader` itself."""
-    return (
-        ("grpc.per_message_decompression", 0),
-        ("grpc.max_receive_message_length", max_request_bytes),
-    )
-
-
 class RequestReader(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not at run time
     def __init__(self, max_request_bytes: int) -> None:
         self._max_request_bytes = max_request_bytes

@@ -14,8 +14,8 @@ from typing import Any
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest
+from paraserve_scheduler.gateway.kserve.message_tensors import INPUT_SPECS
 from paraserve_scheduler.gateway.kserve.raw_tensors import DATATYPES, decode, encode
-from paraserve_scheduler.gateway.kserve.validation import INPUT_SPECS
 
 Json = dict[str, Any]
 

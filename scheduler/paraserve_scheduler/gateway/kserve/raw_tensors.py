@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,10 +34,6 @@ DATATYPES = {
     "FP32": Datatype(letter="f", size_bytes=4, contents="fp32_contents", types=(int, float)),
     "BYTES": Datatype(letter="", size_bytes=0, contents="bytes_contents", types=(str,)),
 }
-
-
-def count_elements(shape: Sequence[int]) -> int:
-    return math.prod(shape)
 
 
 def encode(name: str, datatype: str, values: Sequence[object]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from paraserve_backend.engines.native.handover_source import HandoverSource
+from paraserve_backend.engines.native.handover_source import HandOverSource
 from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import Export
 from paraserve_backend.protocol.hand_over import (
@@ -32,8 +32,8 @@ class Bench:
     #: Blocks a pass may send ahead.
     blocks_per_pass: int = 2
 
-    def source(self) -> HandoverSource:
-        source = HandoverSource(
+    def source(self) -> HandOverSource:
+        source = HandOverSource(
             lambda address, message: self.sent.append((address, message)),
             inbox="tcp://here:1",
             block_size=BLOCK_SIZE,
@@ -63,7 +63,7 @@ def make_sequence(num_tokens: int) -> TokenSequence:
     )
 
 
-def step(source: HandoverSource, sequence: TokenSequence) -> tuple[Export, ...]:
+def step(source: HandOverSource, sequence: TokenSequence) -> tuple[Export, ...]:
     """One decoding pass, up to its return."""
     exports = source.exports([(sequence, sequence.num_tokens)])
     sequence.num_computed += 1
@@ -111,7 +111,7 @@ def test_a_sequence_moves_block_by_block_and_waits_only_for_its_last_ones() -> N
     assert (source.counts.blocks_ahead, source.counts.blocks_held) == (4, 2)
 
 
-def held(bench: Bench, source: HandoverSource, sequence: TokenSequence) -> int:
+def held(bench: Bench, source: HandOverSource, sequence: TokenSequence) -> int:
     """Bring a short sequence to its last step; returns its ticket."""
     source.offer([sequence])
     ticket = ticket_of(bench)

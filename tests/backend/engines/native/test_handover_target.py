@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from paraserve_backend.engines.native.batcher import BlockPool
-from paraserve_backend.engines.native.handover_target import HandoverTarget
+from paraserve_backend.engines.native.handover_target import HandOverTarget
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.hand_over import (
     Accepted,
@@ -29,8 +29,8 @@ class Bench:
     sent: list[Message] = field(default_factory=list)
     written: list[tuple[int, ...]] = field(default_factory=list)
 
-    def target(self, *, holds_layers: bool = True) -> HandoverTarget:
-        return HandoverTarget(
+    def target(self, *, holds_layers: bool = True) -> HandOverTarget:
+        return HandOverTarget(
             self.pool,
             (lambda _message, blocks: self.written.append(tuple(blocks))) if holds_layers else None,
             lambda _address, message: self.sent.append(message),

@@ -14,7 +14,7 @@ from tests.support.models import (
     TinyModel,
     write_model,
 )
-from tests.support.shapes import Fields
+from tests.support.odd_shapes import Fields
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,8 +20,8 @@ from paraserve_backend.engines.native.batcher import (
     BlockPool,
     ScheduledBatch,
 )
-from paraserve_backend.engines.native.handover_source import HandoverSource
-from paraserve_backend.engines.native.handover_target import HandoverTarget
+from paraserve_backend.engines.native.handover_source import HandOverSource
+from paraserve_backend.engines.native.handover_target import HandOverTarget
 from paraserve_backend.engines.native.loop import GenerateLoop, Request
 from paraserve_backend.errors import (
     Cancelled,
@@ -36,8 +36,8 @@ from paraserve_backend.protocol.forward import ForwardResult
 from paraserve_backend.protocol.hand_over import Message
 from paraserve_backend.protocol.resume import Resume
 from paraserve_backend.protocol.sampling import Sampling
+from tests.support.limits import HANG_S
 
-TIMEOUT_S = 20
 WORDS = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
 
 
@@ -58,12 +58,12 @@ class HeldForward:
         self.is_closed = True
 
     def answer_next(self) -> None:
-        batch, future = self.passes.get(timeout=TIMEOUT_S)
+        batch, future = self.passes.get(timeout=HANG_S)
         count = sum(row.sampling is not None for row in batch.forward.rows)
         future.set_result(ForwardResult(token_ids=(1,) * count, logprobs=(0.0,) * count))
 
     def fail_next(self, error: Exception) -> None:
-        _, future = self.passes.get(timeout=TIMEOUT_S)
+        _, future = self.passes.get(timeout=HANG_S)
         future.set_exception(error)
 
 
@@ -118,10 +118,10 @@ class Bench:
 def bench() -> Iterator[Bench]:
     limits = BatchingLimits(max_sequences=4, max_batch_tokens=8, batches_in_flight=1, block_size=4)
     batcher, forward = Batcher(limits, BlockPool(8)), HeldForward()
-    handover_source = HandoverSource(
+    handover_source = HandOverSource(
         nobody, inbox="", block_size=4, block_bytes=1, num_layers=1, now_s=time.monotonic
     )
-    handover_target = HandoverTarget(batcher.pool, None, nobody, time.monotonic)
+    handover_target = HandOverTarget(batcher.pool, None, nobody, time.monotonic)
     loop = GenerateLoop(
         batcher,
         forward,
@@ -138,11 +138,11 @@ def bench() -> Iterator[Bench]:
 def test_a_failed_pass_fails_its_requests_and_the_loop_goes_on(bench: Bench) -> None:
     lost = bench.ask()
     bench.forward.fail_next(DeadlineExceeded("The pipeline gave no answer within 1 s."))
-    error = lost.got.get(timeout=TIMEOUT_S)
+    error = lost.got.get(timeout=HANG_S)
     assert isinstance(error, DeadlineExceeded)
     after = bench.ask(max_tokens=1)
     bench.forward.answer_next()
-    delta = after.got.get(timeout=TIMEOUT_S)
+    delta = after.got.get(timeout=HANG_S)
     assert isinstance(delta, Delta)
     assert delta.finish_reason == "length"
 
@@ -150,30 +150,30 @@ def test_a_failed_pass_fails_its_requests_and_the_loop_goes_on(bench: Bench) -> 
 def test_a_broken_engine_is_not_quoted_to_the_client(bench: Bench) -> None:
     reply = bench.ask()
     bench.forward.fail_next(ZeroDivisionError("/secret/path.py"))
-    error = reply.got.get(timeout=TIMEOUT_S)
+    error = reply.got.get(timeout=HANG_S)
     assert isinstance(error, Unavailable)
     assert str(error) == "A forward pass failed inside the engine; see the server's log."
 
 
 def test_cancelling_is_noticed_while_a_pass_hangs(bench: Bench) -> None:
     reply = bench.ask()
-    batch, future = bench.forward.passes.get(timeout=TIMEOUT_S)
+    batch, future = bench.forward.passes.get(timeout=HANG_S)
     reply.cancelled.set()
-    assert isinstance(reply.got.get(timeout=TIMEOUT_S), Cancelled)
+    assert isinstance(reply.got.get(timeout=HANG_S), Cancelled)
     # Its blocks are still written to; they are free once the pass is back.
     assert bench.batcher.pool.num_used == 1
     future.set_result(ForwardResult(token_ids=(1,), logprobs=(0.0,)))
     after = bench.ask(max_tokens=1)
     bench.forward.answer_next()
-    assert isinstance(after.got.get(timeout=TIMEOUT_S), Delta)
+    assert isinstance(after.got.get(timeout=HANG_S), Delta)
     assert bench.batcher.pool.num_used == 0
     assert batch.sequences[0].output_ids == []
 
 
 def test_unloading_tells_whoever_is_still_running(bench: Bench) -> None:
     reply = bench.ask()
-    bench.forward.passes.get(timeout=TIMEOUT_S)
+    bench.forward.passes.get(timeout=HANG_S)
     bench.loop.close()
-    error = reply.got.get(timeout=TIMEOUT_S)
+    error = reply.got.get(timeout=HANG_S)
     assert isinstance(error, Unavailable)
     assert bench.forward.is_closed

@@ -16,7 +16,7 @@ from tests.support.models import (
     TinyModel,
     write_model,
 )
-from tests.support.shapes import (
+from tests.support.odd_shapes import (
     CONTEXT,
     Fields,
     odd_shape,

@@ -1,8 +1,10 @@
-"""Commands to models, over real gRPC on loopback with a server that answers as Triton does."""
+"""Commands to models, over real gRPC on loopback with a server that answers as Triton does.
+
+And what Triton says of a load that failed.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,12 +20,14 @@ from tritonclient.grpc.service_pb2_grpc import (
 
 from paraserve_backend.errors import (
     DeadlineExceeded,
+    InvalidCheckpoint,
     InvalidRequest,
     NotFound,
     ParaServeError,
+    SourceUnavailable,
     Unavailable,
 )
-from paraserve_backend.tritonserver.host.client import TritonClient
+from paraserve_backend.tritonserver.host.client import TritonClient, load_error
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -62,8 +66,7 @@ async def _client(triton: Triton) -> AsyncIterator[TritonClient]:
     await server.start()
     client = TritonClient(f"127.0.0.1:{port}")
     try:
-        async with asyncio.timeout(10):
-            yield client
+        yield client
     finally:
         await client.close()
         await server.stop(grace=None)
@@ -83,9 +86,9 @@ def _triton() -> Triton:
     return Triton()  # type: ignore[abstract] # the other calls are not made
 
 
-def test_a_command_is_a_request_without_inputs() -> None:
+async def test_a_command_is_a_request_without_inputs() -> None:
     triton = _triton()
-    asyncio.run(_command(triton))
+    await _command(triton)
     (request,) = triton.requests
     assert (request.model_name, list(request.inputs)) == ("tiny.1", [])
     assert request.parameters["command"].string_param == "do it"
@@ -102,21 +105,21 @@ def test_a_command_is_a_request_without_inputs() -> None:
         (grpc.StatusCode.INTERNAL, ParaServeError),
     ],
 )
-def test_a_command_that_fails_raises_what_the_model_answered(
+async def test_a_command_that_fails_raises_what_the_model_answered(
     code: grpc.StatusCode, kind: type[ParaServeError]
 ) -> None:
     triton = _triton()
     triton.sentence = f"{code.name}: There is no tiny.2."
     with pytest.raises(ParaServeError, match=r"^There is no tiny\.2\.$") as caught:
-        asyncio.run(_command(triton))
+        await _command(triton)
     assert type(caught.value) is kind
 
 
-def test_what_triton_itself_refuses_is_an_error_too() -> None:
+async def test_what_triton_itself_refuses_is_an_error_too() -> None:
     triton = _triton()
     triton.sentence = "Request for unknown model: 'tiny.1' is not found"
     with pytest.raises(Unavailable, match="unknown model"):
-        asyncio.run(_command(triton))
+        await _command(triton)
 
 
 _LATE, _GONE = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE
@@ -126,9 +129,64 @@ _LATE, _GONE = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE
     ("silences", "is_live"),
     [([], True), ([_LATE], True), ([_LATE, _LATE], False), ([_GONE], False)],
 )
-def test_one_late_answer_does_not_make_triton_dead(
+async def test_one_late_answer_does_not_make_triton_dead(
     silences: list[grpc.StatusCode], is_live: bool
 ) -> None:
     triton = _triton()
     triton.silences = silences
-    assert asyncio.run(_is_live(triton)) is is_live
+    assert await _is_live(triton) is is_live
+
+
+# ---- loads that failed ----
+
+_PREAMBLE = "load failed for model 'm': version 1 is at UNAVAILABLE state: "
+
+
+@pytest.mark.parametrize(
+    ("details", "kind", "message"),
+    [
+        (
+            _PREAMBLE + "Internal: InvalidCheckpoint: Tensor x is missing. Replace it.\n\nAt:\n"
+            "  /tmp/be/paraserve/model.py(7): initialize\n;\n",
+            InvalidCheckpoint,
+            "Tensor x is missing. Replace it.",
+        ),
+        (
+            _PREAMBLE + "Internal: paraserve_backend.errors.SourceUnavailable: No answer: try: "
+            "later\n\nAt:\n  /x.py(1): y\n;\n",
+            SourceUnavailable,
+            "No answer: try: later",
+        ),
+        (
+            _PREAMBLE + "Internal: TritonModelException: It is broken.\n\nAt:\n  /x.py(1): y\n;\n",
+            ParaServeError,
+            "Model m failed to load: It is broken.",
+        ),
+        (
+            _PREAMBLE + "Internal: TritonModelException: INVALID_ARGUMENT: tokenizer.json cannot "
+            "be read: no.\n\nAt:\n  /x.py(1): y\n;\n",
+            InvalidRequest,
+            "tokenizer.json cannot be read: no.",
+        ),
+        (
+            _PREAMBLE + "Internal: ValueError: 3 is\n  not 4\n\nAt:\n  /x.py(1): y\n;\n",
+            ParaServeError,
+            "Model m failed to load: ValueError: 3 is not 4",
+        ),
+        (
+            _PREAMBLE + "Internal: Stub process 'm_0_0' is not healthy.;",
+            Unavailable,
+            "The process of model m died while it loaded.",
+        ),
+        (
+            "failed to load 'm', failed to poll from model repository",
+            ParaServeError,
+            "Model m failed to load: failed to load 'm', failed to poll from model repository",
+        ),
+    ],
+)
+def test_the_cause_is_taken_out_of_tritons_text(
+    details: str, kind: type[ParaServeError], message: str
+) -> None:
+    error = load_error("m", details)
+    assert (type(error), str(error)) == (kind, message)

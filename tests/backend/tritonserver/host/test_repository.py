@@ -6,6 +6,7 @@ import pytest
 
 from paraserve_backend.channel.keys import KeyStore
 from paraserve_backend.errors import AlreadyExists, InvalidRequest
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.tritonserver.host.repository import ModelRepository, check_name
 
@@ -73,7 +74,7 @@ def test_a_name_that_is_not_plain_is_refused(name: str) -> None:
 
 
 def test_keys_lie_in_a_file_only_their_user_can_read(tmp_path: Path) -> None:
-    keys = KeyStore(tmp_path / "keys")
+    keys = KeyStore(RunDir(tmp_path))
     for secret in ("first", "second"):
         keys.write("tiny.1", pb.ChannelKeys(public_key="public", secret_key=secret))
     path = tmp_path / "keys" / "tiny.1" / "curve.key"

@@ -131,6 +131,12 @@ def test_a_damaged_file_is_refused_with_what_is_wrong(
         index_of(folder_with(tmp_path, content))
 
 
+def test_a_name_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    header = header_of({"\ud800": (1,)})
+    with pytest.raises(InvalidCheckpoint, match="a name that is not valid Unicode"):
+        index_of(folder_with(tmp_path, safetensors_file(header, bytes(4))))
+
+
 def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "model.safetensors", SHAPES)
     with pytest.raises(InvalidCheckpoint, match=r"no config\.json"):

@@ -73,7 +73,7 @@ def test_attempts_are_bounded_and_pauses_double_up_to_their_limit() -> None:
         read(BreakingConnection(*[0] * 9), pauses, attempts=9)
     assert len(pauses.seconds) == 8
     for number, seconds in enumerate(pauses.seconds):
-        full_s = min(5.0, 0.1 * 2**number)
+        full_s = min(2.0, 0.1 * 2**number)
         assert full_s / 2 <= seconds <= full_s
 
 

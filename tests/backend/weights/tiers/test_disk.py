@@ -24,13 +24,15 @@ from paraserve_backend.weights.tiers.disk import DiskTier
 from paraserve_backend.weights.tiers.disk_format import EXTENT_BYTES, DiskExtent, checksum
 from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.reader import TierReader
-from tests.backend.weights.tiers.test_memory import in_small_memory, needs_namespace
 from tests.support.checkpoints import (
     land,
     make_plan,
     tensor_bytes,
     write_checkpoint,
 )
+from tests.support.limits import HANG_S
+from tests.support.mounts import needs_mounts, run_with_mounts
+from tests.support.patience import patient_fetches
 
 AMPLE_BYTES = 1 << 30
 
@@ -100,15 +102,16 @@ def run(
 ) -> FetchReport:
     """Fetch, with a link so slow that the disk is never too slow for it, and check every byte."""
     plan = make_plan(model, fetch_id=fetch_id, layers=layers)
-    report = fetch(
-        plan,
-        open_source(str(model)) if store else NoSource(),
-        tier,
-        timeout_s=30,
-        cancel=threading.Event(),
-        disk=disk,
-        link_bytes_per_s=1.0,
-    )
+    with patient_fetches():
+        report = fetch(
+            tier.begin(plan),
+            open_source(str(model)) if store else NoSource(),
+            tier,
+            timeout_s=HANG_S,
+            cancel=threading.Event(),
+            disk=disk,
+            link_bytes_per_s=1.0,
+        )
     reader = TierReader.open(tier.directory, fetch_id)
     for tensor in plan.tensors:
         assert bytes(reader.view(tensor.name)) == tensor_bytes(model, tensor)
@@ -376,11 +379,11 @@ print(disk.is_resting)
 """
 
 
-@needs_namespace
+@needs_mounts
 def test_a_full_disk_is_warned_of_once_and_then_left_alone_for_a_while(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "wide", width=4096)
     (small := tmp_path / "small").mkdir()
-    warning, state, later = in_small_memory(WRITE_TO_A_SMALL_DISK, small, model).splitlines()
+    warning, state, later = run_with_mounts(WRITE_TO_A_SMALL_DISK, small, model).splitlines()
     assert warning.startswith("disk tier takes nothing for 600 s")
     assert "No space left on device" in warning
     assert state == "True () []"

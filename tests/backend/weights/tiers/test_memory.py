@@ -27,6 +27,8 @@ from tests.support.checkpoints import (
     tensor_bytes,
     write_checkpoint,
 )
+from tests.support.limits import HANG_S
+from tests.support.mounts import needs_mounts, run_with_mounts
 
 PART_BYTES = 700  # no multiple of anything: parts end inside tensors and inside pages
 
@@ -74,7 +76,7 @@ def test_names_are_yielded_as_they_land(tier: Tier, model: Path) -> None:
     names = [tensor.name for tensor in fetch.plan.tensors]
     numbers = list(reversed(range(len(fetch.parts))))
     order: list[str] = []
-    landing = reader.iter_landed(names, timeout_s=5)
+    landing = reader.iter_landed(names, timeout_s=HANG_S)
     while numbers:
         land(fetch, model, [numbers.pop(0)])
         while len(order) < sum(map(reader.has_landed, names)):
@@ -90,7 +92,7 @@ from paraserve_backend.weights.tiers.reader import TierReader
 reader = TierReader.open(pathlib.Path(sys.argv[1]), "fetch-1")
 print("open", flush=True)
 for tensor in reader.plan.tensors:
-    reader.wait_for(tensor.name, timeout_s=30)
+    reader.wait_for(tensor.name, timeout_s=float(sys.argv[2]))
     print(hashlib.sha256(reader.view(tensor.name)).hexdigest(), flush=True)
 """
 
@@ -98,7 +100,7 @@ for tensor in reader.plan.tensors:
 def test_another_process_reads_tensors_while_the_fetch_still_runs(tier: Tier, model: Path) -> None:
     plan = make_plan(model)
     fetch = tier.begin(plan, part_bytes=PART_BYTES)
-    command = [sys.executable, "-c", READ_IN_ANOTHER_PROCESS, str(tier.directory)]
+    command = [sys.executable, "-c", READ_IN_ANOTHER_PROCESS, str(tier.directory), str(HANG_S)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdout is not None
         assert reader.stdout.readline() == "open\n"
@@ -127,15 +129,15 @@ def test_a_reader_raises_what_made_the_fetch_fail(tier: Tier, model: Path) -> No
     reader.wait_for(fetch.plan.tensors[0].name, timeout_s=0)
     for name in (fetch.plan.tensors[-1].name, fetch.plan.tensors[-2].name):
         with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors has changed"):
-            reader.wait_for(name, timeout_s=60)
+            reader.wait_for(name, timeout_s=HANG_S)
         with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors has changed"):
-            list(reader.iter_landed([name], timeout_s=60))
+            list(reader.iter_landed([name], timeout_s=HANG_S))
 
 
 def test_a_long_error_reaches_readers_cut(tier: Tier, model: Path) -> None:
     tier.begin(make_plan(model)).fail(InvalidCheckpoint("ä" * 9999))
     with pytest.raises(InvalidCheckpoint, match=r"^ä{1000,}$"):
-        TierReader.open(tier.directory, "fetch-1").wait_for("lm_head.weight", timeout_s=60)
+        TierReader.open(tier.directory, "fetch-1").wait_for("lm_head.weight", timeout_s=HANG_S)
 
 
 def test_a_reader_gives_up_after_its_time_limit(tier: Tier, model: Path) -> None:
@@ -287,7 +289,7 @@ class TestRestart:
         before.close()
         tier = Tier.open(tmp_path / "tier")
         with pytest.raises(Unavailable, match="interrupted"):
-            reader.wait_for("lm_head.weight", timeout_s=60)
+            reader.wait_for("lm_head.weight", timeout_s=HANG_S)
         tier.close()
 
     def test_leftovers_of_an_interrupted_change_are_removed(
@@ -325,7 +327,7 @@ try:
 except InsufficientCapacity as error:
     fetch.fail(error)
 try:
-    TierReader.open(small, "fetch-1").wait_for("lm_head.weight", timeout_s=9)
+    TierReader.open(small, "fetch-1").wait_for("lm_head.weight", timeout_s=300)
 except InsufficientCapacity as error:
     print(error)
 """
@@ -343,39 +345,22 @@ for number, model in enumerate(models):
     tier.release(f"fetch-{number}")
 print(tier.check_integrity(), tier.used_bytes > 0)
 """
-IN_OWN_NAMESPACE = ("unshare", "--map-root-user", "--mount")
-needs_namespace = pytest.mark.skipif(
-    subprocess.run([*IN_OWN_NAMESPACE, "true"], check=False).returncode != 0,
-    reason="this machine does not allow mount namespaces",
-)
 
 
-def in_small_memory(script: str, *arguments: Path) -> str:
-    """Run a script that may mount what it likes; returns what it prints."""
-    run = subprocess.run(
-        [*IN_OWN_NAMESPACE, sys.executable, "-c", script, *arguments],
-        cwd=Path(__file__).parents[4],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return run.stdout
-
-
-@needs_namespace
+@needs_mounts
 def test_a_full_tier_is_an_error_that_readers_get_too(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "wide", width=4096)
     (small := tmp_path / "small").mkdir()
-    said = in_small_memory(FILL_A_SMALL_TIER, small, model)
+    said = run_with_mounts(FILL_A_SMALL_TIER, small, model)
     assert said.startswith("no room in the host-memory tier for fetch fetch-1, which needs ")
     assert f"free in {small}; make that file system larger" in said
 
 
-@needs_namespace
+@needs_mounts
 def test_what_is_cached_gives_way_where_memory_is_short(tmp_path: Path) -> None:
     models = [write_checkpoint(tmp_path / f"m{number}", width=512) for number in range(4)]
     (small := tmp_path / "small").mkdir()
-    assert in_small_memory(CACHE_IN_A_SMALL_TIER, small, *models) == "() True\n"
+    assert run_with_mounts(CACHE_IN_A_SMALL_TIER, small, *models) == "() True\n"
 
 
 def test_damage_to_the_tier_is_reported(tmp_path: Path, model: Path) -> None:
@@ -399,7 +384,7 @@ def test_damage_to_the_tier_is_reported(tmp_path: Path, model: Path) -> None:
 def test_waiting_takes_little_processor_time(tier: Tier, model: Path) -> None:
     tier.begin(make_plan(model))
     reader = TierReader.open(tier.directory, "fetch-1")
-    before_s = time.process_time()
+    began_s, used_s = time.monotonic(), time.process_time()
     with pytest.raises(DeadlineExceeded):
         list(reader.iter_landed([it.name for it in reader.plan.tensors], timeout_s=0.3))
-    assert time.process_time() - before_s < 0.15
+    assert time.process_time() - used_s < 0.5 * (time.monotonic() - began_s)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from paraserve_backend.errors import (
     NotFound,
     UnsupportedModel,
 )
+from paraserve_backend.protocol.names import EngineName
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.api.admission import read_deployment, validated_spec
 from paraserve_scheduler.control_plane.config import DeploymentDefaults
-from tests.support.views import make_spec, write_model
+from paraserve_scheduler.control_plane.messages.status import spec_message
+from paraserve_scheduler.state.spec import DeploymentSpec
+from tests.support.scheduler_records import make_spec, write_model
 
 DEFAULTS = DeploymentDefaults(max_sequences=8, max_replicas=3, max_waiting=50)
 
@@ -29,6 +33,38 @@ def test_what_the_user_leaves_out_is_filled_in() -> None:
         max_waiting=50,
         consolidate=True,
     )
+
+
+def test_whatever_the_user_states_is_kept_and_shown_again() -> None:
+    message = pb.DeploymentSpec(
+        name="tiny",
+        source="s3://models/tiny",
+        ttft_slo_s=5.0,
+        tpot_slo_s=0.1,
+        endpoint_url="http://store",
+        region="eu",
+        keep_alive_s=300.0,
+        max_stages=2,
+        max_context=64,
+        max_sequences=9,
+        device="cuda",
+        consolidate=False,
+        engine="vllm",
+        min_replicas=1,
+        max_replicas=5,
+        priority=-3,
+        max_waiting=7,
+    )
+    # A field that is new in the message must be stated here too.
+    assert len(message.ListFields()) == len(pb.DeploymentSpec.DESCRIPTOR.fields)
+    spec = validated_spec(message, DEFAULTS)
+    assert spec.engine is EngineName.VLLM
+    assert spec_message(spec) == message
+
+
+def test_the_message_has_the_fields_of_the_specification() -> None:
+    names = {field.name for field in pb.DeploymentSpec.DESCRIPTOR.fields}
+    assert names == {field.name for field in fields(DeploymentSpec)}
 
 
 def test_more_replicas_may_be_kept_than_there_are_by_default() -> None:

@@ -17,7 +17,7 @@ from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.state.view import ClusterView
 from tests.support.histories import History
-from tests.support.views import NOW_S, make_deployment
+from tests.support.scheduler_records import NOW_S, make_deployment
 
 
 def reported(

@@ -6,6 +6,8 @@ from pathlib import PurePosixPath
 import pytest
 from google.protobuf import text_format
 from google.protobuf.json_format import MessageToDict
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
 from paraserve_backend.protocol.names import EngineName
@@ -17,15 +19,15 @@ from paraserve_backend.protocol.parameters import (
     StageConfig,
     read_config,
 )
-from paraserve_backend.protocol.tensors import HAND_OVER_OUTPUTS, INPUTS, OUTPUTS
-from paraserve_backend.tritonserver.host.model_config import Meaning, Tensor, render
+from paraserve_backend.protocol.tensors import HAND_OVER_OUTPUTS, INPUTS, OUTPUTS, TensorSpec
+from paraserve_backend.tritonserver.host.model_config import render
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, has_whole_objects
 from paraserve_scheduler.control_plane.messages.agents import part_message
 from paraserve_scheduler.control_plane.messages.triton_models import TritonModel, stage_models
 from paraserve_scheduler.reconciler.config import PlacementConfig
 from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.spec import ChannelKeys, Deployment
-from tests.support.views import lay_out_equally, make_deployment, make_space
+from tests.support.scheduler_records import lay_out_equally, make_deployment, make_space
 
 
 def _plan(deployment: Deployment, stages: int, **space: object) -> ReplicaPlan:
@@ -223,20 +225,35 @@ def test_every_model_has_a_version_folder() -> None:
         assert any(PurePosixPath(path).parts[0] == "1" for path in model.files)
 
 
-@pytest.mark.parametrize("value", ['"} }', "back\\slash", "line\nbreak", "$name ${inputs}", "é"])
+@given(st.text())
+@example('"} }')
+@example("back\\slash")
+@example("line\nbreak")
+@example("é")
 def test_a_value_cannot_break_out_of_its_place(value: str) -> None:
-    text = render(
-        Meaning(
-            template="link",
-            name="d.1.link",
-            inputs=(Tensor(name="batch", datatype="TYPE_UINT8", dims=(-1,)),),
+    def config(value: str) -> ModelConfig:
+        text = render(
+            "link",
+            name=f"d{value}",
+            inputs=(TensorSpec(name=f"batch{value}", datatype="UINT8", shape=(-1,)),),
             outputs=(),
-            parameters={"run_dir": value, "role": "link"},
+            parameters={"run_dir": value, f"role{value}": "link"},
+            device="cpu",
         )
-    )
-    config = text_format.Parse(text.decode(), ModelConfig())
-    assert config.parameters["run_dir"].string_value == value
-    assert set(config.parameters) == {"run_dir", "role"}
+        return text_format.Parse(text.decode("ascii"), ModelConfig())
+
+    found = config(value)
+    assert (found.name, found.input[0].name) == (f"d{value}", f"batch{value}")
+    assert {key: it.string_value for key, it in found.parameters.items()} == {
+        "run_dir": value,
+        f"role{value}": "link",
+    }
+    # Nothing else depends on it.
+    plain = config("")
+    for field in ("name", "input", "parameters"):
+        found.ClearField(field)
+        plain.ClearField(field)
+    assert found == plain
 
 
 def test_the_standalone_template_has_the_public_interface() -> None:

@@ -29,13 +29,14 @@ from paraserve_scheduler.gateway.kserve.compression import (
 from paraserve_scheduler.gateway.kserve.errors import TooLarge
 from tests.support.gateway import (
     DEPLOYMENT,
-    Cluster,
+    GatewayHarness,
     make_config,
     make_request,
     serving,
     text_of,
 )
 from tests.support.gateway_fakes import Context, answer, one_answer
+from tests.support.limits import HANG_S
 
 _LIMIT_BYTES = 10_000
 _BOMB_BYTES = 50_000_000
@@ -52,14 +53,14 @@ async def long_answer(
     yield answer(request, _LONG, is_final=True)
 
 
-def raw_channel(cluster: Cluster) -> grpc.aio.Channel:
+def raw_channel(cluster: GatewayHarness) -> grpc.aio.Channel:
     """A channel that hands compressed messages on as they are."""
     options = (("grpc.per_message_decompression", 0),)
     return grpc.aio.insecure_channel(cluster.gateway.grpc_address, options=options)
 
 
 async def raw_infer(
-    cluster: Cluster, data: bytes, compression: grpc.Compression | None = None
+    cluster: GatewayHarness, data: bytes, compression: grpc.Compression | None = None
 ) -> bytes:
     """Call ModelInfer with these bytes; return the response's as they came, still compressed."""
     async with raw_channel(cluster) as channel:
@@ -311,7 +312,7 @@ async def test_tritons_http_client_packs_and_unpacks_with_binary_tensors() -> No
             [sys.executable, "-c", _TRITON_CLIENT, cluster.gateway.http_address],
             capture_output=True,
             text=True,
-            timeout=25,
+            timeout=HANG_S,
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.split() == ["413"] * 3

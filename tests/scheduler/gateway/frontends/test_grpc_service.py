@@ -18,7 +18,7 @@ from paraserve_backend.protocol.tensors import INPUTS, OUTPUTS
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from tests.support.gateway import (
     DEPLOYMENT,
-    Cluster,
+    GatewayHarness,
     make_config,
     make_inputs,
     make_request,
@@ -33,13 +33,14 @@ from tests.support.gateway_fakes import (
     one_answer,
     tokens_then_empty,
 )
+from tests.support.limits import HANG_S
 
 
-async def texts(cluster: Cluster, request: kserve.ModelInferRequest) -> list[str]:
+async def texts(cluster: GatewayHarness, request: kserve.ModelInferRequest) -> list[str]:
     return [text_of(entry.infer_response) for entry in await read_stream(cluster, request)]
 
 
-async def error_of(cluster: Cluster, request: kserve.ModelInferRequest) -> str:
+async def error_of(cluster: GatewayHarness, request: kserve.ModelInferRequest) -> str:
     """Return the one error message that a streamed request gets."""
     *_, last = await read_stream(cluster, request)
     return last.error_message
@@ -290,10 +291,10 @@ async def test_tritons_blocking_client_streams_and_cancels() -> None:
             client.start_stream(lambda result, error: received.put(result or error))
             client.async_stream_infer(DEPLOYMENT, _blocking_inputs(), request_id="b")
             for _ in range(3):
-                assert isinstance(received.get(timeout=10), triton.InferResult)
+                assert isinstance(received.get(timeout=HANG_S), triton.InferResult)
             cluster.triton.script = hanging(1)
             client.async_stream_infer(DEPLOYMENT, _blocking_inputs(), request_id="c")
-            assert isinstance(received.get(timeout=10), triton.InferResult)
+            assert isinstance(received.get(timeout=HANG_S), triton.InferResult)
             client.stop_stream(cancel_requests=True)
             client.close()
 
@@ -393,7 +394,7 @@ def _blocking_inputs() -> list[triton.InferInput]:
     return [prompt.set_data_from_numpy(np.array([b"hi"], dtype=np.object_))]
 
 
-def _open_stream(cluster: Cluster) -> Any:
+def _open_stream(cluster: GatewayHarness) -> Any:
     # The type stubs do not know that requests may also be written one by one.
     call: Any = cluster.stub.ModelStreamInfer
     return call()

@@ -18,10 +18,10 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.kserve.json_codec import generate_request
-from paraserve_scheduler.gateway.kserve.validation import validate
 from tests.support.gateway import (
     DEPLOYMENT,
-    Cluster,
+    GatewayHarness,
+    admitted,
     make_config,
     read_events,
     serving,
@@ -33,17 +33,18 @@ from tests.support.gateway_fakes import (
     one_answer,
     tokens_then_empty,
 )
+from tests.support.limits import HANG_S
 
 _MODEL = f"models/{DEPLOYMENT}"
 
 
-async def post(cluster: Cluster, path: str, body: object) -> tuple[int, Any]:
+async def post(cluster: GatewayHarness, path: str, body: object) -> tuple[int, Any]:
     """Post JSON and return the status and the JSON that comes back."""
     async with cluster.http.post(cluster.url(path), data=json.dumps(body)) as response:
         return response.status, await response.json()
 
 
-async def get(cluster: Cluster, path: str) -> tuple[int, Any]:
+async def get(cluster: GatewayHarness, path: str) -> tuple[int, Any]:
     async with cluster.http.get(cluster.url(path)) as response:
         body = await response.read()
         return response.status, json.loads(body) if body else None
@@ -110,8 +111,8 @@ def test_generate_passes_a_number_in_a_string_on_as_a_parameter() -> None:
     request = generate_request("d", "", json.dumps(body).encode())
     assert set(sent_tensors(request)) == {"text_input"}
     assert request.parameters["max_tokens"].string_param == "3"
-    checked = validate(request)
-    assert (checked.max_tokens, checked.sampling.temperature) == (3, 0.5)
+    asked = admitted(request).asked
+    assert (asked.max_tokens, asked.sampling.temperature) == (3, 0.5)
 
 
 async def test_generate_stream_sends_one_event_per_response() -> None:
@@ -337,7 +338,7 @@ async def test_tritons_http_client_infers_in_json_and_in_binary() -> None:
             [sys.executable, "-c", _TRITON_CLIENT, cluster.gateway.http_address],
             capture_output=True,
             text=True,
-            timeout=25,
+            timeout=HANG_S,
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.startswith("404 Request for unknown model: 'nosuch' is not found")

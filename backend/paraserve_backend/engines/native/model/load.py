@@ -13,7 +13,7 @@ from paraserve_backend.engines.native.model.stage import StageEngine, StageModel
 from paraserve_backend.engines.native.model.weights import WeightLoader
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.parameters import KvConfig
-from paraserve_backend.telemetry.spans import SpanFile
+from paraserve_backend.telemetry.spans import SpanFile, SpanName
 from paraserve_backend.weights.tiers.reader import TierReader
 
 
@@ -42,10 +42,10 @@ def load_engine(
     if kv.num_blocks is None:
         raise InvalidRequest("Parameter 'kv_blocks' is missing from config.pbtxt.")
     target = torch.device(device)
-    with spans.span("allocate KV cache"):
+    with spans.span(SpanName.ALLOCATE_KV_CACHE):
         cache = KvCache(
             spec, layers, num_blocks=kv.num_blocks, block_size=kv.block_size, device=target
         )
-    with spans.span("adopt weights"):
-        weights = WeightLoader(reader, target, None)
+    with spans.span(SpanName.ADOPT_WEIGHTS):
+        weights = WeightLoader(reader, target)
         return StageEngine(StageModel(spec, layers, weights, cache))

@@ -6,7 +6,7 @@ their own, so that copying one piece overlaps with reading the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -30,27 +30,19 @@ _TORCH_DTYPE: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
 }
 _STAGING_BYTES = 32 << 20
+#: The longest wait for any one tensor.
+_TIMEOUT_S = 600.0
 
 
 class WeightLoader:
     """Gives one thread a fetch's tensors on `device`, as soon as each has landed.
 
-    `dtype` is what floating-point tensors become; `None` keeps the stored type. `timeout_s` bounds
-    the wait for any one tensor. CPU tensors share memory with the tier: they are valid until the
-    fetch is released, and must not be written to.
+    CPU tensors share memory with the tier: they are valid until the fetch is released, and must not
+    be written to.
     """
 
-    def __init__(
-        self,
-        reader: TierReader,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        *,
-        timeout_s: float = 600.0,
-    ) -> None:
+    def __init__(self, reader: TierReader, device: torch.device) -> None:
         self._reader = reader
-        self._dtype = dtype
-        self._timeout_s = timeout_s
         self._upload = _Upload(device) if device.type == "cuda" else None
 
     def get(self, name: str) -> torch.Tensor:
@@ -60,17 +52,9 @@ class WeightLoader:
         `DeadlineExceeded`, or `UnsupportedModel` for a data type without a torch equivalent.
         """
         entry = self._reader.entry(name)
-        self._reader.wait_for(name, timeout_s=self._timeout_s)
+        self._reader.wait_for(name, timeout_s=_TIMEOUT_S)
         tensor = _adopt(entry, self._reader.view(name))
-        if self._upload is not None:
-            tensor = self._upload.copy(tensor)
-        if self._dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(self._dtype)
-        return tensor
-
-    def iter_landed(self, names: Iterable[str]) -> Iterator[str]:
-        """Yield each name once `get` need not wait for it, in the order in which they land."""
-        return self._reader.iter_landed(names, timeout_s=self._timeout_s)
+        return tensor if self._upload is None else self._upload.copy(tensor)
 
 
 def _adopt(entry: TensorEntry, view: memoryview) -> torch.Tensor:

@@ -72,7 +72,7 @@ def test_a_tensor_is_what_the_safetensors_library_reads(
 ) -> None:
     values = torch.arange(24).reshape(2, 3, 4).to(dtype)
     folder = write_tensors(tmp_path / "one", {"x": values, "scalar": values[1, 1, 1].clone()})
-    loader = WeightLoader(landed(tier, folder), CPU, None)
+    loader = WeightLoader(landed(tier, folder), CPU)
     for name, expected in load_file(folder / "model.safetensors").items():
         tensor = loader.get(name)
         assert tensor.dtype == expected.dtype
@@ -82,16 +82,9 @@ def test_a_tensor_is_what_the_safetensors_library_reads(
 
 def test_a_cpu_tensor_is_the_tiers_memory_and_not_a_copy(tier: Tier, model: Path) -> None:
     reader = landed(tier, model)
-    loader = WeightLoader(reader, CPU, torch.float32)
+    loader = WeightLoader(reader, CPU)
     for tensor in reader.plan.tensors:
         assert loader.get(tensor.name).data_ptr() == address_of(reader.view(tensor.name))
-
-
-def test_only_floating_point_tensors_change_their_type(tier: Tier, tmp_path: Path) -> None:
-    tensors = {"x": torch.tensor([1.5, -2.0]), "i": torch.tensor([3, 4])}
-    loader = WeightLoader(landed(tier, write_tensors(tmp_path / "m", tensors)), CPU, torch.bfloat16)
-    assert torch.equal(loader.get("x"), tensors["x"].to(torch.bfloat16))
-    assert torch.equal(loader.get("i"), tensors["i"])
 
 
 def test_a_tensor_at_an_odd_offset_is_copied_to_an_aligned_one(tier: Tier, tmp_path: Path) -> None:
@@ -101,18 +94,18 @@ def test_a_tensor_at_an_odd_offset_is_copied_to_an_aligned_one(tier: Tier, tmp_p
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text("{}")
     (tmp_path / "odd" / "model.safetensors").write_bytes(content)
-    tensor = WeightLoader(landed(tier, tmp_path / "odd"), CPU, None).get("a")
+    tensor = WeightLoader(landed(tier, tmp_path / "odd"), CPU).get("a")
     assert tensor.tolist() == [1.0, 1.0, 1.0]
     assert tensor.data_ptr() % 4 == 0
 
 
 def test_a_tensor_without_elements_keeps_its_shape(tier: Tier, tmp_path: Path) -> None:
     folder = write_tensors(tmp_path / "m", {"x": torch.empty(0, 3), "y": torch.ones(1)})
-    assert WeightLoader(landed(tier, folder), CPU, None).get("x").shape == (0, 3)
+    assert WeightLoader(landed(tier, folder), CPU).get("x").shape == (0, 3)
 
 
 def test_tensors_outlive_their_loader_and_their_fetch(tier: Tier, model: Path) -> None:
-    loader = WeightLoader(landed(tier, model), CPU, None)
+    loader = WeightLoader(landed(tier, model), CPU)
     shards = [load_file(path) for path in model.glob("*.safetensors")]
     expected = {name: tensor for shard in shards for name, tensor in shard.items()}
     tensors = {name: loader.get(name) for name in expected}
@@ -122,27 +115,9 @@ def test_tensors_outlive_their_loader_and_their_fetch(tier: Tier, model: Path) -
     assert all(same_bytes(tensors[name], expected[name]) for name in expected)
 
 
-def test_tensors_come_in_the_order_in_which_they_land(tier: Tier, model: Path) -> None:
-    fetch = tier.begin(make_plan(model), part_bytes=4096)
-    loader = WeightLoader(TierReader.open(tier.directory, "fetch-1"), CPU, None, timeout_s=30)
-    last = fetch.plan.tensors[-1].name
-    names = [tensor.name for tensor in fetch.plan.tensors]
-    head = [
-        number
-        for number, part in enumerate(fetch.parts)
-        if part.end > fetch.plan.tensors[-1].start
-        and part.object_key == fetch.plan.tensors[-1].object_key
-    ]
-    land(fetch, model, head)
-    landing = loader.iter_landed(names)
-    assert next(landing) == last
-    land(fetch, model)
-    assert sorted([last, *landing]) == sorted(names)
-
-
 def test_a_tensor_that_will_not_come_raises_why(tier: Tier, model: Path) -> None:
     fetch = tier.begin(make_plan(model))
-    loader = WeightLoader(TierReader.open(tier.directory, "fetch-1"), CPU, None)
+    loader = WeightLoader(TierReader.open(tier.directory, "fetch-1"), CPU)
     fetch.fail(SourceUnavailable("the store is down"))
     with pytest.raises(SourceUnavailable, match="the store is down"):
         loader.get("lm_head.weight")
@@ -156,7 +131,7 @@ def test_a_type_that_torch_cannot_compute_with_is_unsupported(tier: Tier, tmp_pa
     content = safetensors_file(header_of({"a": (2,)}, "U16"), b"1234")
     (tmp_path / "m" / "model.safetensors").write_bytes(content)
     with pytest.raises(UnsupportedModel, match="tensor a has data type U16"):
-        WeightLoader(landed(tier, tmp_path / "m"), CPU, None).get("a")
+        WeightLoader(landed(tier, tmp_path / "m"), CPU).get("a")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -167,6 +142,6 @@ def test_tensors_larger_than_the_staging_buffers_arrive_whole_on_a_gpu(
     large = torch.randint(-9, 9, (40_000_003,), generator=generator).to(torch.float16)
     tensors = {"large": large, "small": torch.arange(7.0), "none": torch.empty(0, 2)}
     reader = landed(tier, write_tensors(tmp_path / "m", tensors))
-    loader = WeightLoader(reader, torch.device("cuda"), None)
+    loader = WeightLoader(reader, torch.device("cuda"))
     for name, expected in tensors.items():
         assert torch.equal(loader.get(name).cpu(), expected)

@@ -1,0 +1,117 @@
+"""What earlier versions wrote, byte by byte, is still read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
+from paraserve_backend.weights.checkpoint.index import CheckpointIndex
+from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
+from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.tiers.disk_format import Identity
+from paraserve_backend.weights.tiers.eviction import CachedObject, Extent
+from paraserve_backend.weights.tiers.layout import MANIFEST, Manifest
+
+SOURCE = "s3://b/m"
+OBJECT = StoredObject(key="model.safetensors", size_bytes=96, version='"é1"')
+FILE = StoredObject(key="config.json", size_bytes=2, version="2-7")
+TENSORS = (
+    TensorEntry(name="a", dtype="F32", shape=(2, 3), object_key=OBJECT.key, start=64, end=88),
+    TensorEntry(name="né", dtype="BF16", shape=(), object_key=OBJECT.key, start=88, end=90),
+)
+INDEX = CheckpointIndex(
+    source_uri=SOURCE,
+    config={"x": 1.5, "y": [float("inf")], "z": None},
+    files=(FILE,),
+    objects=(OBJECT,),
+    tensors={tensor.name: tensor for tensor in TENSORS},
+)
+PLAN = FetchPlan(
+    fetch_id="m.1.0", source_uri=SOURCE, objects=(OBJECT,), tensors=TENSORS, files=(FILE,)
+)
+CACHED = CachedObject(source_uri=SOURCE, stored=OBJECT, extents=(Extent(start=0, end=9, used=3),))
+
+INDEX_BYTES = (
+    rb'{"source_uri":"s3://b/m","config":{"x":1.5,"y":[Infinity],"z":null},'
+    rb'"files":[{"key":"config.json","size_bytes":2,"version":"2-7"}],'
+    rb'"objects":[{"key":"model.safetensors","size_bytes":96,"version":"\"\u00e91\""}],'
+    rb'"tensors":[["a","F32",[2,3],"model.safetensors",64,88],'
+    rb'["n\u00e9","BF16",[],"model.safetensors",88,90]]}'
+)
+PLAN_BYTES = (
+    rb'{"fetch_id":"m.1.0","source_uri":"s3://b/m",'
+    rb'"objects":[{"key":"model.safetensors","size_bytes":96,"version":"\"\u00e91\""}],'
+    rb'"tensors":[["a","F32",[2,3],"model.safetensors",64,88],'
+    rb'["n\u00e9","BF16",[],"model.safetensors",88,90]],'
+    rb'"files":[{"key":"config.json","size_bytes":2,"version":"2-7"}]}'
+)
+MANIFEST_BYTES = (
+    rb'{"part_bytes": 8, "plan": {"fetch_id": "m.1.0", "source_uri": "s3://b/m", '
+    rb'"objects": [{"key": "model.safetensors", "size_bytes": 96, "version": "\"\u00e91\""}], '
+    rb'"tensors": [["a", "F32", [2, 3], "model.safetensors", 64, 88], '
+    rb'["n\u00e9", "BF16", [], "model.safetensors", 88, 90]], '
+    rb'"files": [{"key": "config.json", "size_bytes": 2, "version": "2-7"}]}}'
+)
+CACHED_BYTES = (
+    rb'{"source_uri": "s3://b/m", '
+    rb'"stored": {"key": "model.safetensors", "size_bytes": 96, "version": "\"\u00e91\""}, '
+    rb'"extents": [{"start": 0, "end": 9, "used": 3}]}'
+)
+IDENTITY_BYTES = (
+    rb'{"source_uri": "s3://b/m", '
+    rb'"stored": {"key": "model.safetensors", "size_bytes": 96, "version": "\"\u00e91\""}}'
+)
+
+
+def read_manifest(content: bytes, folder: Path) -> Manifest:
+    (folder / MANIFEST).write_bytes(content)
+    return Manifest.read(folder)
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    assert CheckpointIndex.from_json(INDEX_BYTES) == INDEX
+    assert FetchPlan.from_json(PLAN_BYTES) == PLAN
+    assert read_manifest(MANIFEST_BYTES, tmp_path) == Manifest(plan=PLAN, part_bytes=8)
+    assert CachedObject.from_json(CACHED_BYTES) == CACHED
+    identity = Identity(source_uri=SOURCE, stored=OBJECT)
+    folder = tmp_path / identity.name
+    folder.mkdir()
+    (folder / "object.json").write_bytes(IDENTITY_BYTES)
+    assert Identity.read(folder) == identity
+
+
+@pytest.mark.parametrize(
+    ("written", "before"),
+    [
+        (INDEX.to_json, INDEX_BYTES),
+        (PLAN.to_json, PLAN_BYTES),
+        (Manifest(plan=PLAN, part_bytes=8).to_json, MANIFEST_BYTES),
+        (CACHED.to_json, CACHED_BYTES),
+    ],
+)
+def test_what_is_written_says_the_same_to_an_earlier_version(
+    written: Callable[[], bytes], before: bytes
+) -> None:
+    assert json.loads(written()) == json.loads(before)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (rb"64,88", rb'"64",88'),
+        (rb"64,88", rb"64.5,88"),
+        (rb"64,88", rb"true,88"),
+        (rb"64,88", rb"64"),
+        (rb"64,88", rb"64,88,90"),
+        (rb'"size_bytes":96', rb'"size_bytes":null'),
+        (rb'"key":"model.safetensors",', rb""),
+    ],
+)
+def test_a_value_of_another_type_is_no_plan(right: bytes, wrong: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="not a fetch plan of this version"):
+        FetchPlan.from_json(PLAN_BYTES.replace(right, wrong))
