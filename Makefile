@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test unit unit-312 check format proto bench-coldstart bench-coldstart-smoke bench-hop \
-	bench-fetch bench-tier bench-engine bench-gpu bench-gateway bench-handover bench-policy bench-alignment \
-	simulate-paper simulate-mixed clients test-vllm clean
+	bench-fetch bench-tier bench-engine bench-gpu bench-gateway bench-handover bench-policy bench-simulate \
+	bench-alignment simulate-paper simulate-mixed clients test-vllm clean
 
 .venv/ready: pyproject.toml
 	PYTHON=$(PYTHON) ./.ci/bootstrap
@@ -74,6 +74,10 @@ bench-handover: .venv/ready
 
 bench-policy: .venv/ready
 	$(BIN)/python -m integration.benchmarks.policy
+
+# The trace itself: `python -m integration.benchmarks.simulate --trace FILE`.
+bench-simulate: .venv/ready
+	$(BIN)/python -m integration.benchmarks.simulate
 
 bench-alignment: .venv/ready
 	$(BIN)/python -m integration.benchmarks.alignment

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from integration.benchmarks import simulate as bench_simulate
 from integration.benchmarks.coldstart import run as bench_coldstart
 from integration.benchmarks.coldstart.chart import chart
 from integration.benchmarks.coldstart.report import markdown
@@ -26,6 +27,7 @@ from integration.clients import environments
 from integration.support.rest import busy_share
 from paraserve_backend.errors import InvalidRequest, ParaServeError
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.simulator.workload import SimRequest
 
 _HOP_FIGURES = {
     "ratio_8kb": 2.5,
@@ -58,6 +60,27 @@ def test_a_missed_hop_target_is_named(name: str, value: float) -> None:
     result = bench_hop.summary({**_HOP_FIGURES, name: value})
     assert result["met"] is False
     assert result["missed"] == [name]
+
+
+@pytest.mark.parametrize(
+    ("once_s", "twice_s", "is_met"),
+    [(120.0, 264.0, True), (120.1, 240.0, False), (10.0, 23, False)],
+)
+def test_a_simulation_must_be_quick_and_take_twice_as_long_for_twice_as_much(
+    once_s: float, twice_s: float, is_met: bool
+) -> None:
+    assert bench_simulate.summary(once_s, twice_s)["met"] is is_met
+
+
+def test_requests_are_repeated_at_the_rate_they_have() -> None:
+    times = [1.0, 2.0, 4.0]
+    once = [
+        SimRequest(deployment="d", arrival_s=at_s, prompt_tokens=1, output_tokens=1)
+        for at_s in times
+    ]
+    twice = bench_simulate.repeated(once, 2)
+    assert [request.arrival_s for request in twice] == [*times, 5.5, 6.5, 8.5]
+    assert len({id(request) for request in twice}) == 6
 
 
 def test_a_fetch_at_line_rate_with_the_least_cpu_meets_its_targets() -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_scheduler.cli.parsing import at_least, whole
+from paraserve_scheduler.cli.views.run_progress import shown
 from paraserve_scheduler.policies.registry import POLICIES, find_policy
 from paraserve_scheduler.simulator.description import ClusterDescription, read_cluster
 from paraserve_scheduler.simulator.results import (
@@ -92,12 +93,15 @@ def _simulate(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int
     requests = _requests(cluster, arguments)
     if not requests:
         raise InvalidRequest("There is no request to simulate: the trace is empty.")
-    outcome = Simulation(
-        cluster,
-        requests,
-        policy.decide,
-        keeps_trace=arguments.chrome is not None,
-    ).run()
+    # Who reads JSON from a pipe wants no lines beside it.
+    with shown(Console(stderr=True), with_lines=not arguments.json) as watch:
+        outcome = Simulation(
+            cluster,
+            requests,
+            policy.decide,
+            keeps_trace=arguments.chrome is not None,
+            watch=watch,
+        ).run()
     summary = summarize(outcome, cluster.deployments)
     if arguments.chrome is not None:
         _write(arguments.chrome, json.dumps(outcome.trace.chrome()))

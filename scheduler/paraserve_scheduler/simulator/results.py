@@ -21,6 +21,14 @@ class ColdStart:
     actual_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunProgress:
+    """How far a run is. Requests are done that have ended or were refused."""
+
+    num_done: int
+    num_requests: int
+
+
 @dataclass(slots=True, kw_only=True)
 class Outcome:
     requests: Sequence[SimRequest]

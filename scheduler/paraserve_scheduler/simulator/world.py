@@ -6,7 +6,7 @@ asks the policy, which is told what a scheduler would know. The real controller 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from paraserve_backend.protocol.names import deployment_of, replica_id
@@ -28,7 +28,7 @@ from paraserve_scheduler.simulator.memory import Meter, NodeMemory
 from paraserve_scheduler.simulator.network import STORE, Network, capacities
 from paraserve_scheduler.simulator.observation import NodeRecords, Served
 from paraserve_scheduler.simulator.replicas import SimReplica
-from paraserve_scheduler.simulator.results import ColdStart, Outcome
+from paraserve_scheduler.simulator.results import ColdStart, Outcome, RunProgress
 from paraserve_scheduler.simulator.serving import Batch, pipeline_batch
 from paraserve_scheduler.simulator.trace import Trace
 from paraserve_scheduler.simulator.workload import SimRequest
@@ -48,7 +48,9 @@ class Simulation:
         policy: PolicyFunction,
         *,
         keeps_trace: bool = False,
+        watch: Callable[[RunProgress], None] | None = None,
     ) -> None:
+        """Prepare a run; `watch` is called at every decision and every tick of virtual time."""
         self.heap = Heap()
         self.trace = Trace(keeps_trace)
         self._meter = Meter(self.heap)
@@ -65,6 +67,7 @@ class Simulation:
         self._outcome = Outcome(requests=requests, trace=self.trace)
         self._unfinished = len(requests)
         self._turn_is_due = False
+        self._watch = watch
         self._node_records = NodeRecords()
 
     def run(self) -> Outcome:
@@ -153,12 +156,19 @@ class Simulation:
 
     def _turn(self) -> None:
         self._turn_is_due = False
+        self._report()
         self._decide()
 
     def _tick(self) -> None:
         self.heap.after(TICK_S, self._tick)
+        self._report()
         if self._active and not self._turn_is_due:
             self._decide()
+
+    def _report(self) -> None:
+        if self._watch is not None:
+            count = len(self._requests)
+            self._watch(RunProgress(num_done=count - self._unfinished, num_requests=count))
 
     def _decide(self) -> None:
         self._outcome.decisions += 1

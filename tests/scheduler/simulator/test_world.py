@@ -14,7 +14,7 @@ from paraserve_scheduler.planner.decisions import Decision
 from paraserve_scheduler.planner.fleet import Fleet, Objectives
 from paraserve_scheduler.policies.registry import POLICIES
 from paraserve_scheduler.simulator.description import FailureFile
-from paraserve_scheduler.simulator.results import Outcome, percentile, summarize
+from paraserve_scheduler.simulator.results import Outcome, RunProgress, percentile, summarize
 from paraserve_scheduler.simulator.workload import SimRequest
 from paraserve_scheduler.simulator.world import Simulation
 from tests.support.fleets import GB, make_kind, make_method
@@ -77,6 +77,18 @@ def test_what_a_policy_is_told_adds_up_at_every_decision(policy: str, seed: int)
 
     small = [make_node(f"n{i}", gpu_bytes=(20 * GB, 32 * GB)) for i in range(3)]
     Simulation(replace(_MANY, nodes=tuple(small)), _crowd(seed, 60), watched).run()
+
+
+def test_a_run_tells_how_far_it_is_until_every_request_is_done() -> None:
+    cluster = make_cluster([make_node()], [make_deployment(max_waiting=4)])
+    requests = [make_request(100.0 + i / 100) for i in range(10)]
+    told: list[RunProgress] = []
+    Simulation(cluster, requests, POLICIES["paraserve"].decide, watch=told.append).run()
+    assert {progress.num_requests for progress in told} == {10}
+    done = [progress.num_done for progress in told]
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, 10)
+    assert 6 in done, "those that were refused are done"
 
 
 def test_a_cold_start_takes_what_the_model_says() -> None:
