@@ -86,8 +86,10 @@ class PartProgress:
         """Yield the status now and after changes, until it is READY, FAILED or STOPPED."""
         while True:
             changed, phase_changed = self._changed, self._phase_changed
-            yield self.snapshot()
-            if self.phase in _FINAL:
+            status = self.snapshot()
+            yield status
+            # Not the phase of now: the last status may have come while the other was taken.
+            if status.phase in _FINAL:
                 return
             await changed.wait()
             await _wait_at_most(phase_changed, _CHANGE_INTERVAL_S)

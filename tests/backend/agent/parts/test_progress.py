@@ -1,17 +1,22 @@
 from __future__ import annotations
 
-from paraserve_backend.agent.parts.progress import failure_of, first_cause
-from paraserve_backend.errors import SourceUnavailable
+import pytest
+
+from paraserve_backend.agent.parts.progress import PartProgress
+from paraserve_backend.rpc import paraserve_pb2 as pb
 
 
-def test_an_error_that_is_not_ours_is_not_quoted() -> None:
-    failure = failure_of(OSError("/secret/path"))
-    assert failure.grpc_code == "INTERNAL"
-    assert "OSError" in failure.message
-    assert "/secret" not in failure.message
+def make_progress() -> PartProgress:
+    return PartProgress("tiny.1", 0, now=lambda: 1.0, on_phase=lambda: None)
 
 
-def test_the_first_cause_of_nested_groups_is_found() -> None:
-    cause = SourceUnavailable("no")
-    group = ExceptionGroup("outer", [ExceptionGroup("inner", [cause]), ValueError("later")])
-    assert first_cause(group) is cause
+@pytest.mark.parametrize("phase", [pb.READY, pb.FAILED, pb.STOPPED])
+async def test_a_slow_follower_gets_the_last_status_too(phase: pb.Phase.ValueType) -> None:
+    """The part ends while its follower is still busy with the status before."""
+    progress = make_progress()
+    seen = []
+    async for status in progress.follow():
+        seen.append(status.phase)
+        if status.phase == pb.STARTING:
+            progress.move(phase)
+    assert seen == [pb.STARTING, phase]
