@@ -21,6 +21,7 @@ from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient
 
 from integration.support.agent import AgentNode, running_node, scheduler_server
+from integration.support.limits import HANG_S
 from integration.support.triton_server import TritonServer
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc import paraserve_pb2 as pb
@@ -268,7 +269,7 @@ async def test_a_removal_during_the_load_waits_for_it_and_then_leaves_nothing(
     part = make_part(waiting_model(started, gate), plan=make_plan(tmp_path / "model"))
     applying = asyncio.create_task(node.apply(part))
     await until_exists(started)
-    removing = asyncio.create_task(node.remove())
+    removing = asyncio.create_task(node.remove(deadline_s=HANG_S))
     await node.scheduler.until(has_phase(pb.STOPPING))
     assert not removing.done()
     gate.touch()
