@@ -26,6 +26,7 @@ from paraserve_scheduler.client.scheduler import SchedulerClient
 from paraserve_scheduler.control_plane.controller.agents import GrpcAgents
 from tests.support.gateway import DEPLOYMENT, GatewayHarness, serving
 from tests.support.gateway_fakes import Context
+from tests.support.limits import HANG_S
 
 TOKEN = "t0ken"
 
@@ -74,7 +75,7 @@ async def test_grpc_alone_would_ask_the_proxy() -> None:
     """Else these tests would prove nothing."""
     async with serving() as cluster:
         with pytest.raises(grpc.aio.AioRpcError) as lost:
-            await cluster.stub.ServerLive(kserve.ServerLiveRequest(), timeout=10)
+            await cluster.stub.ServerLive(kserve.ServerLiveRequest(), timeout=HANG_S)
         assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -114,7 +115,9 @@ async def test_an_agent_commands_its_triton() -> None:
 async def test_generate_asks_a_gateway_and_that_its_scheduler_and_a_replica() -> None:
     def generate(cluster: GatewayHarness) -> str:
         address = cluster.gateway.grpc_address
-        return "".join(piece.text for piece in stream(address, DEPLOYMENT, "", {}, timeout_s=10))
+        return "".join(
+            piece.text for piece in stream(address, DEPLOYMENT, "", {}, timeout_s=HANG_S)
+        )
 
     async with serving() as cluster:
         assert await asyncio.to_thread(generate, cluster) == "1-01-11-2"

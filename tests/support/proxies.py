@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from tests.support.limits import HANG_S
+
 #: Nobody listens there.
 DEAD = "http://127.0.0.1:1"
 _COPIED = ("Content-Length", "Content-Range", "Content-Type", "ETag", "Last-Modified")
@@ -55,7 +57,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
-    timeout = 30
+    timeout = HANG_S
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -65,7 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         parts = urlsplit(self.path)
         proxy = self.server.proxy
-        client = http.client.HTTPConnection(proxy.hosts.get(parts.netloc, parts.netloc), timeout=10)
+        client = http.client.HTTPConnection(
+            proxy.hosts.get(parts.netloc, parts.netloc), timeout=HANG_S
+        )
         headers = {name: self.headers[name] for name in ("Host", "Range") if name in self.headers}
         headers |= {
             name: value

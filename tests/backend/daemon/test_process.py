@@ -13,6 +13,7 @@ import pytest
 
 from paraserve_backend.daemon.process import run_daemon
 from paraserve_backend.errors import InvalidRequest
+from tests.support.limits import HANG_S
 
 #: Serves until told to stop; its clean-up takes a moment. Its settings have a name.
 _DAEMON = """
@@ -56,7 +57,7 @@ def test_a_signal_ends_it_and_a_second_one_does_not_break_off_its_clean_up(numbe
     process.send_signal(number)
     assert process.stdout.readline() == "cleaning\n"
     process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=HANG_S)
     assert (process.returncode, output) == (0, "clean\n")
 
 

@@ -43,71 +43,52 @@ async def started(server: grpc.aio.Server) -> AsyncIterator[str]:
     port = listen(server, "127.0.0.1:0")
     await server.start()
     try:
-        async with asyncio.timeout(20):
-            yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
 
 
-def test_messages_of_any_size_pass_between_daemons() -> None:
-    async def play() -> None:
-        async with started(cluster_server(TOKEN)) as address:
-            async with cluster_channel(address) as channel:
-                answer = await channel.unary_unary(*_ECHO)(LARGE, metadata=metadata(TOKEN))
-                assert answer == LARGE
-            with blocking_cluster_channel(address) as blocking:
-                call = blocking.unary_unary(*_ECHO)
-                assert await asyncio.to_thread(call, LARGE, metadata=metadata(TOKEN)) == LARGE
-
-    asyncio.run(play())
+async def test_messages_of_any_size_pass_between_daemons() -> None:
+    async with started(cluster_server(TOKEN)) as address:
+        async with cluster_channel(address) as channel:
+            answer = await channel.unary_unary(*_ECHO)(LARGE, metadata=metadata(TOKEN))
+            assert answer == LARGE
+        with blocking_cluster_channel(address) as blocking:
+            call = blocking.unary_unary(*_ECHO)
+            assert await asyncio.to_thread(call, LARGE, metadata=metadata(TOKEN)) == LARGE
 
 
-def test_a_cluster_server_asks_for_its_token() -> None:
-    async def play() -> None:
-        async with started(cluster_server(TOKEN)) as address, cluster_channel(address) as channel:
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await channel.unary_unary(*_ECHO)(b"")
-            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-
-    asyncio.run(play())
+async def test_a_cluster_server_asks_for_its_token() -> None:
+    async with started(cluster_server(TOKEN)) as address, cluster_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary(*_ECHO)(b"")
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_gateway_takes_requests_up_to_its_limit() -> None:
-    async def play() -> None:
-        server = gateway_server([], max_request_bytes=6 << 20)
-        async with started(server) as address, triton_channel(address) as channel:
-            call = channel.unary_unary(*_ECHO)
-            assert await call(LARGE) == LARGE
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await call(LARGE + LARGE)
-            assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-
-    asyncio.run(play())
+async def test_a_gateway_takes_requests_up_to_its_limit() -> None:
+    server = gateway_server([], max_request_bytes=6 << 20)
+    async with started(server) as address, triton_channel(address) as channel:
+        call = channel.unary_unary(*_ECHO)
+        assert await call(LARGE) == LARGE
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call(LARGE + LARGE)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 @pytest.mark.parametrize("setting", ["", "grpc_address"])
-def test_an_address_in_use_is_named(setting: str) -> None:
-    async def play(address: str) -> None:
-        listen(cluster_server(None), address, setting=setting)
-
+async def test_an_address_in_use_is_named(setting: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(InvalidRequest, match=f"Cannot listen on {setting} ?{address}: "):
-            asyncio.run(play(address))
+            listen(cluster_server(None), address, setting=setting)
 
 
-def test_two_servers_never_share_a_port() -> None:
-    async def play() -> None:
-        async with started(cluster_server(None)) as address:
-            with pytest.raises(InvalidRequest, match="in use"):
-                listen(cluster_server(None), address)
-
-    asyncio.run(play())
+async def test_two_servers_never_share_a_port() -> None:
+    async with started(cluster_server(None)) as address:
+        with pytest.raises(InvalidRequest, match="in use"):
+            listen(cluster_server(None), address)
 
 
-def test_what_is_no_address_is_not_listened_on() -> None:
-    async def play() -> None:
-        with pytest.raises(InvalidRequest, match="write it as host:port"):
-            listen(cluster_server(None), "8001")
-
-    asyncio.run(play())
+async def test_what_is_no_address_is_not_listened_on() -> None:
+    with pytest.raises(InvalidRequest, match="write it as host:port"):
+        listen(cluster_server(None), "8001")

@@ -15,6 +15,7 @@ from paraserve_scheduler.simulator.description import DeploymentFile
 from paraserve_scheduler.state.spec import DeploymentSpec
 from paraserve_scheduler.state.waiting import MAX_WAITING, may_wait
 from tests.support.fleets import GB
+from tests.support.limits import HANG_S
 from tests.support.simulated_clusters import (
     make_cluster,
     make_deployment,
@@ -24,7 +25,9 @@ from tests.support.simulated_clusters import (
 )
 
 
-def _refused_by_gateway(num_requests: int, max_waiting: int, replicas: list[str]) -> list[bool]:
+async def _refused_by_gateway(
+    num_requests: int, max_waiting: int, replicas: list[str]
+) -> list[bool]:
     """Which of requests that all come at once a gateway refuses."""
 
     async def ask(routes: Routes) -> bool:
@@ -34,18 +37,15 @@ def _refused_by_gateway(num_requests: int, max_waiting: int, replicas: list[str]
         except ResourceExhausted:
             return True
 
-    async def scenario() -> list[bool]:
-        routes = Routes(DemandMeter("g"), cold_start_timeout_s=20.0)
-        endpoints = [pb.Endpoint(replica=replica) for replica in replicas]
-        route = pb.Route(deployment="chat", endpoints=endpoints, max_waiting=max_waiting)
-        routes.apply(pb.RouteTable(routes=[route]))
-        asked = [asyncio.create_task(ask(routes)) for _ in range(num_requests)]
-        await asyncio.sleep(0)
-        route.endpoints.append(pb.Endpoint(replica="chat.1"))
-        routes.apply(pb.RouteTable(routes=[route]))
-        return await asyncio.gather(*asked)
-
-    return asyncio.run(scenario())
+    routes = Routes(DemandMeter("g"), cold_start_timeout_s=HANG_S)
+    endpoints = [pb.Endpoint(replica=replica) for replica in replicas]
+    route = pb.Route(deployment="chat", endpoints=endpoints, max_waiting=max_waiting)
+    routes.apply(pb.RouteTable(routes=[route]))
+    asked = [asyncio.create_task(ask(routes)) for _ in range(num_requests)]
+    await asyncio.sleep(0)
+    route.endpoints.append(pb.Endpoint(replica="chat.1"))
+    routes.apply(pb.RouteTable(routes=[route]))
+    return await asyncio.gather(*asked)
 
 
 def _refused_by_simulator(num_requests: int, max_waiting: int) -> list[bool]:
@@ -59,16 +59,16 @@ def _refused_by_simulator(num_requests: int, max_waiting: int) -> list[bool]:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 12), st.integers(0, 12))
-def test_a_gateway_and_the_simulator_refuse_the_same_requests(
+async def test_a_gateway_and_the_simulator_refuse_the_same_requests(
     num_requests: int, max_waiting: int
 ) -> None:
     by_rule = [not may_wait(num_before, max_waiting) for num_before in range(num_requests)]
-    assert _refused_by_gateway(num_requests, max_waiting, []) == by_rule
+    assert await _refused_by_gateway(num_requests, max_waiting, []) == by_rule
     assert _refused_by_simulator(num_requests, max_waiting) == by_rule
 
 
-def test_neither_refuses_what_a_ready_replica_takes_however_full_it_is() -> None:
-    assert _refused_by_gateway(20, 1, ["chat.1"]) == [False] * 20
+async def test_neither_refuses_what_a_ready_replica_takes_however_full_it_is() -> None:
+    assert await _refused_by_gateway(20, 1, ["chat.1"]) == [False] * 20
     cluster = make_cluster([make_node()], [make_deployment(max_waiting=1)])
     late = [make_request(130.0) for _ in range(20)]
     outcome = simulate([make_request(100.0, output_tokens=2_000), *late], cluster)
