@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim
 from paraserve_scheduler.planner.cost import (
@@ -26,11 +27,18 @@ from paraserve_scheduler.planner.fleet import (
 )
 from paraserve_scheduler.reconciler.capacity import device_of, is_usable
 from paraserve_scheduler.reconciler.config import PlacementConfig
-from paraserve_scheduler.reconciler.model_shapes import held_layers, shape_of
+from paraserve_scheduler.reconciler.model_shapes import held_keys, held_layers, shape_of
 from paraserve_scheduler.reconciler.placement import LEAST_PORTS, least_kv_blocks
 from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.learned import Calibration
-from paraserve_scheduler.state.records import DeploymentState, NodeState, Phase, Replica
+from paraserve_scheduler.state.records import (
+    DeploymentState,
+    HeldObject,
+    NodeState,
+    Phase,
+    Replica,
+)
+from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.state.view import ClusterView
 
 #: Until measured: what a device reads of weights per second for a token, by kind of device, and how
@@ -44,25 +52,39 @@ _PROMPT_TOKENS = 256
 def fleet_of(turn: Turn, held_back: Collection[str] = ()) -> Fleet:
     """Return what policies may know of the view; of deployments `held_back` nothing waits."""
     view, config = turn.view, turn.config.placement
-    replicas = _by_node(view)
     active = [state for state in view.deployments.values() if _is_active(view, state, held_back)]
     nodes = [
         node
         for _, node in sorted(view.nodes.items())
-        if is_usable(turn, node) and _has_ports(node, replicas[node.info.name])
+        if is_usable(turn, node) and _has_ports(view, node)
     ]
     of_kind = {_kind_key(node): node for node in nodes}
     kinds = {key: _kind(view, node, active, config) for key, node in of_kind.items()}
-    seen = tuple(
-        _node(view, node, kinds[_kind_key(node)], replicas[node.info.name], active)
-        for node in nodes
-    )
+    owners = _owners(active)
+    seen = tuple(_node(view, node, kinds[_kind_key(node)], owners) for node in nodes)
     most_bytes = max((gpu.free_bytes for node in seen for gpu in node.gpus), default=0)
     return Fleet(
         nodes=seen,
         needs=tuple(_need(view, state, most_bytes, config, held_back) for state in active),
         leaving_bytes=_leaving_bytes(view),
     )
+
+
+def with_only_waiting(fleet: Fleet, deployment: str) -> Fleet:
+    """Return the fleet as if requests waited for this deployment alone, and others kept nothing."""
+    return replace(
+        fleet,
+        needs=tuple(
+            need if need.name == deployment else _satisfied(need)
+            for need in fleet.needs
+            if need.name == deployment or need.replicas
+        ),
+    )
+
+
+def _satisfied(need: Need) -> Need:
+    is_satisfied = not need.waiting and not need.min_replicas
+    return need if is_satisfied else replace(need, waiting=0, min_replicas=0)
 
 
 def _leaving_bytes(view: ClusterView) -> Mapping[tuple[str, int], int]:
@@ -74,18 +96,10 @@ def _leaving_bytes(view: ClusterView) -> Mapping[tuple[str, int], int]:
     return leaving
 
 
-def _has_ports(node: NodeState, replicas: Sequence[Replica]) -> bool:
-    start, end = node.info.channel_ports
-    used = sum(len(replica.plan.ports_on(node.info.name)) for replica in replicas)
+def _has_ports(view: ClusterView, node: NodeState) -> bool:
+    (start, end), name = node.info.channel_ports, node.info.name
+    used = sum(len(replica.plan.ports_on(name)) for replica in view.replicas_on(name))
     return end - start - used >= LEAST_PORTS
-
-
-def _by_node(view: ClusterView) -> Mapping[str, list[Replica]]:
-    found: defaultdict[str, list[Replica]] = defaultdict(list)
-    for replica in view.live_replicas():
-        for stage in replica.plan.stages:
-            found[stage.node].append(replica)
-    return found
 
 
 def _is_active(view: ClusterView, state: DeploymentState, held_back: Collection[str]) -> bool:
@@ -136,15 +150,10 @@ def _speed(state: DeploymentState, node: NodeState, known: Calibration) -> Speed
     )
 
 
-def _node(
-    view: ClusterView,
-    node: NodeState,
-    kind: NodeKind,
-    replicas: Sequence[Replica],
-    active: Sequence[DeploymentState],
-) -> Node:
+def _node(view: ClusterView, node: NodeState, kind: NodeKind, owners: _Owners) -> Node:
     info = node.info
-    free_bytes = max(0, info.memory_bytes - view.reserved_by(replicas, info.name))
+    free_bytes = max(0, info.memory_bytes - view.reserved_bytes(info.name))
+    held = _held(node, owners)
     gpu = Gpu(
         index=0, capacity_bytes=info.memory_bytes, free_bytes=free_bytes, slots=node.idle_slots
     )
@@ -153,21 +162,19 @@ def _node(
         kind=kind,
         nic_bytes_per_s=min(info.nic_bytes_per_s, node.fetch_bytes_per_s or info.nic_bytes_per_s),
         gpus=(gpu,),
-        claims=_claims(view, info.name, replicas),
-        cached=_held(node, active, on_disk=False),
-        on_disk=_held(node, active, on_disk=True),
+        claims=_claims(view, info.name),
+        cached=_layers(held, on_disk=False),
+        on_disk=_layers(held, on_disk=True),
         zone=info.zone,
         devices=frozenset(device.partition(":")[0] for device in info.devices),
     )
 
 
-def _claims(
-    view: ClusterView, node: str, replicas: Sequence[Replica]
-) -> tuple[BandwidthClaim, ...]:
+def _claims(view: ClusterView, node: str) -> tuple[BandwidthClaim, ...]:
     """What replicas that requests wait for still have to fetch to this node."""
     return tuple(
         BandwidthClaim(remaining_bytes=remaining, deadline_s=_deadline_s(view, replica))
-        for replica in replicas
+        for replica in view.replicas_on(node)
         if replica.phase is Phase.STARTING and replica.plan.succeeds is None
         for stage, part in replica.stage_plans
         if stage.node == node
@@ -181,16 +188,35 @@ def _deadline_s(view: ClusterView, replica: Replica) -> float | None:
     return None if slo_s is None else replica.requested_s + slo_s
 
 
-def _held(
-    node: NodeState, active: Sequence[DeploymentState], *, on_disk: bool
+#: Active deployments by the objects that they need, under the objects' keys in a tier.
+_Owners = Mapping[str, Sequence[Deployment]]
+
+
+def _owners(active: Sequence[DeploymentState]) -> _Owners:
+    owners: defaultdict[str, list[Deployment]] = defaultdict(list)
+    for state in active:
+        for key in held_keys(state.deployment):
+            owners[key].append(state.deployment)
+    return owners
+
+
+def _held(node: NodeState, owners: _Owners) -> Mapping[Deployment, tuple[HeldObject, ...]]:
+    """What the node's tier has of each active deployment that it has anything of."""
+    held: defaultdict[Deployment, tuple[HeldObject, ...]] = defaultdict(tuple)
+    for each in node.tier:
+        for deployment in owners.get(each.key, ()):
+            held[deployment] += (each,)
+    return held
+
+
+def _layers(
+    held: Mapping[Deployment, tuple[HeldObject, ...]], *, on_disk: bool
 ) -> dict[str, LayerRanges]:
-    """By checkpoint, the layers that lie in the node's host memory, or on its disk."""
-    if not node.tier:
-        return {}
+    """By checkpoint, the layers that lie in a node's host memory, or on its disk."""
     return {
-        state.deployment.spec.source: layers
-        for state in active
-        if (layers := held_layers(state.deployment, node.tier, on_disk=on_disk))
+        deployment.spec.source: layers
+        for deployment, objects in held.items()
+        if (layers := held_layers(deployment, objects, on_disk=on_disk))
     }
 
 

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
 from paraserve_backend.weights.checkpoint.stages import stage_tensors
+from paraserve_backend.weights.sources.base import StoredObject
 from paraserve_scheduler.planner.cost import (
     LayerRanges,
     ModelShape,
 )
+from paraserve_scheduler.reconciler.per_deployment import kept_per_deployment
 from paraserve_scheduler.state.records import HeldObject
 from paraserve_scheduler.state.spec import Deployment
 
 
-@lru_cache(maxsize=4096)
-def held_layers(
-    deployment: Deployment, tier: tuple[HeldObject, ...], *, on_disk: bool
-) -> LayerRanges:
-    """Layers `[start, end)` all of whose tensors are in a tier, as disjoint ranges."""
+@kept_per_deployment
+def held_keys(deployment: Deployment) -> Mapping[str, StoredObject]:
+    """The objects of a checkpoint by the keys that they have in a tier."""
     index = deployment.index
-    keys = {
-        f"{index.source_uri}/{stored.key}": (stored.key, stored.version) for stored in index.objects
-    }
+    return {f"{index.source_uri}/{stored.key}": stored for stored in index.objects}
+
+
+@kept_per_deployment
+def held_layers(
+    deployment: Deployment, held: tuple[HeldObject, ...], *, on_disk: bool
+) -> LayerRanges:
+    """Layers `[start, end)` all of whose tensors are in what a tier holds of the deployment."""
+    keys = held_keys(deployment)
     landed = {
-        keys[held.key][0]: held.on_disk if on_disk else held.landed
-        for held in tier
-        if held.key in keys and keys[held.key][1] == held.version
+        keys[each.key].key: each.on_disk if on_disk else each.landed
+        for each in held
+        if keys[each.key].version == each.version
     }
     if not any(landed.values()):
         return ()
@@ -45,7 +50,7 @@ def held_layers(
     )
 
 
-@lru_cache(maxsize=1024)
+@kept_per_deployment
 def _layer_places(deployment: Deployment) -> tuple[tuple[tuple[str, int, int], ...], ...]:
     """Of every layer the object, start and end of its tensors."""
     total = deployment.model.num_layers
@@ -69,7 +74,7 @@ def _ranges(numbers: Sequence[int]) -> LayerRanges:
     return tuple(ranges)
 
 
-@lru_cache(maxsize=1024)
+@kept_per_deployment
 def shape_of(deployment: Deployment, kv_tokens: int) -> ModelShape:
     """Bytes of a checkpoint by layer: the embedding is of the first, the head of the last."""
     model, total = deployment.model, deployment.model.num_layers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
@@ -12,6 +11,7 @@ from paraserve_backend.errors import InsufficientCapacity
 from paraserve_backend.protocol.names import EngineName
 from paraserve_backend.weights.checkpoint.stages import split_layers, stage_tensors
 from paraserve_scheduler.reconciler.config import PlacementConfig
+from paraserve_scheduler.reconciler.per_deployment import kept_per_deployment
 from paraserve_scheduler.state.plans import ChannelAddress, ReplicaPlan, StagePlan
 from paraserve_scheduler.state.spec import Deployment
 
@@ -102,7 +102,7 @@ def place_successor(
     return replace(plan, succeeds=predecessor.replica)
 
 
-@lru_cache(maxsize=1024)
+@kept_per_deployment
 def equal_split(deployment: Deployment, stages: int, block_size: int) -> tuple[Share, ...]:
     """Cut the model into stages of as equal bytes as whole layers allow."""
     model = deployment.model
@@ -116,7 +116,7 @@ def equal_split(deployment: Deployment, stages: int, block_size: int) -> tuple[S
     return tuple(_share(deployment, layers, block_size) for layers in ranges)
 
 
-@lru_cache(maxsize=4096)
+@kept_per_deployment
 def _share(deployment: Deployment, layers: LayerRange, block_size: int) -> Share:
     model = deployment.model
     tensors = stage_tensors(

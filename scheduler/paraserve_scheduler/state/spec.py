@@ -47,7 +47,7 @@ class DeploymentSpec:
 
 
 # Compared and hashed by identity: one exists per deployed checkpoint, and its index is large.
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True, eq=False)
 class Deployment:
     spec: DeploymentSpec
     model: ModelSpec

@@ -6,8 +6,10 @@ seconds since the Unix epoch; `None` stands for what has not happened.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from paraserve_scheduler.state.learned import Calibration
 from paraserve_scheduler.state.records import (
@@ -21,7 +23,8 @@ from paraserve_scheduler.state.records import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Without slots: the replicas in their groups are kept, for many questions go to one view.
+@dataclass(frozen=True, kw_only=True)
 class ClusterView:
     """Everything the policy may look at."""
 
@@ -43,10 +46,26 @@ class ClusterView:
 
     def live_replicas(self, deployment: str | None = None) -> tuple[Replica, ...]:
         """Replicas that still hold something on a node, oldest first."""
+        if deployment is None:
+            return self._live
+        return self._live_by_deployment.get(deployment, ())
+
+    @cached_property
+    def _live(self) -> tuple[Replica, ...]:
         return tuple(
-            replica
-            for replica in self.replicas.values()
-            if replica.phase is not Phase.STOPPED and deployment in (None, replica.deployment)
+            replica for replica in self.replicas.values() if replica.phase is not Phase.STOPPED
+        )
+
+    @cached_property
+    def _live_by_deployment(self) -> Mapping[str, tuple[Replica, ...]]:
+        return _grouped((replica.deployment, replica) for replica in self._live)
+
+    @cached_property
+    def _live_by_node(self) -> Mapping[str, tuple[Replica, ...]]:
+        return _grouped(
+            (node, replica)
+            for replica in self._live
+            for node in {stage.node for stage in replica.plan.stages}
         )
 
     def predecessor(self, replica: Replica) -> Replica | None:
@@ -81,16 +100,11 @@ class ClusterView:
         )
 
     def replicas_on(self, node: str) -> tuple[Replica, ...]:
-        return tuple(
-            replica for replica in self.live_replicas() if replica.plan.stage_on(node) is not None
-        )
+        return self._live_by_node.get(node, ())
 
     def reserved_bytes(self, node: str) -> int:
         """What replicas may use there; weights that a successor shares count once."""
-        return self.reserved_by(self.replicas_on(node), node)
-
-    def reserved_by(self, replicas: Collection[Replica], node: str) -> int:
-        """The same, of `replicas`, which are all that have a stage there."""
+        replicas = self.replicas_on(node)
         reserved = sum(
             stage.reserved_bytes
             for replica in replicas
@@ -116,14 +130,14 @@ class ClusterView:
 
     def used_ports(self, node: str) -> frozenset[int]:
         return frozenset[int]().union(
-            *(replica.plan.ports_on(node) for replica in self.live_replicas())
+            *(replica.plan.ports_on(node) for replica in self.replicas_on(node))
         )
 
     def running_fetches(self, node: str) -> int:
         """How many parts are still fetching their weights to `node`."""
         return sum(
             stage.node == node and _is_fetching(part)
-            for replica in self.live_replicas()
+            for replica in self.replicas_on(node)
             if replica.phase is Phase.STARTING
             for stage, part in replica.stage_plans
         )
@@ -183,6 +197,13 @@ class ClusterView:
             nodes={key: node.without(names) for key, node in self.nodes.items()},
             replicas={key: value for key, value in self.replicas.items() if key not in names},
         )
+
+
+def _grouped(replicas: Iterable[tuple[str, Replica]]) -> Mapping[str, tuple[Replica, ...]]:
+    groups: defaultdict[str, list[Replica]] = defaultdict(list)
+    for name, replica in replicas:
+        groups[name].append(replica)
+    return {name: tuple(group) for name, group in groups.items()}
 
 
 def _is_fetching(part: PartState) -> bool:

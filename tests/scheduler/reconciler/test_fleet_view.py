@@ -8,7 +8,7 @@ from paraserve_scheduler.planner.decisions import Start
 from paraserve_scheduler.planner.fleet import Fleet, Node, ReplicaPhase
 from paraserve_scheduler.policies.paraserve import decide
 from paraserve_scheduler.reconciler.capacity import node_spaces
-from paraserve_scheduler.reconciler.fleet_view import fleet_of
+from paraserve_scheduler.reconciler.fleet_view import fleet_of, with_only_waiting
 from paraserve_scheduler.reconciler.model_shapes import shape_of
 from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.actions import StartReplica
@@ -68,6 +68,21 @@ def test_the_policy_of_the_simulator_starts_it_on_the_real_view() -> None:
     (start,) = (it for it in decide(_fleet(_waiting_view()), NOW_S) if isinstance(it, Start))
     assert start.deployment == "tiny"
     assert {stage.node for stage in start.stages} <= {"n0", "n1"}
+
+
+def test_a_fleet_in_which_one_waits_is_as_if_the_others_were_held_back() -> None:
+    states = [make_state(make_deployment(name, min_replicas=1)) for name in ("a", "b", "c")]
+    view = make_view(deployments=states)
+    turn = _turn(view)
+    plan = lay_out_equally(
+        states[1].deployment, 1, node_spaces(turn, states[1].deployment.spec), CONFIG.placement
+    )
+    turn.do(StartReplica(plan=plan, requested_s=NOW_S - 1, reason="test"))
+    demands = tuple(make_demand(name, waiting=2) for name in ("a", "b", "c"))
+    view = fold(turn.view, DemandReported(gateway="g", demands=demands, at_s=NOW_S))
+    for name in ("a", "b", "c"):
+        held_back = fleet_of(_turn(view), held_back={"a", "b", "c"} - {name})
+        assert with_only_waiting(_fleet(view), name).needs == held_back.needs
 
 
 def test_a_start_takes_room_and_bandwidth_in_the_next_fleet() -> None:
