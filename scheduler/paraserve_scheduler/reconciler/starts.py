@@ -6,17 +6,18 @@ whose room waiting requests need.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.errors import InsufficientCapacity
 from paraserve_scheduler.planner.decisions import Decision, DropSlot, Start, Stop, WarmSlot
+from paraserve_scheduler.planner.fleet import Fleet
 from paraserve_scheduler.policies.registry import find_policy
 from paraserve_scheduler.reconciler.capacity import (
     node_spaces,
     space_on,
 )
-from paraserve_scheduler.reconciler.fleet_view import fleet_of
+from paraserve_scheduler.reconciler.fleet_view import fleet_of, with_only_waiting
 from paraserve_scheduler.reconciler.placement import check_room, lay_out
 from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.actions import (
@@ -54,9 +55,7 @@ def follow_policy(turn: Turn) -> None:
     for decision in find_policy(turn.config.name).decide(fleet, turn.now_s):
         for action in _carry_out(turn, decision):
             turn.do(action)
-    for state in turn.view.deployments.values():
-        if _is_left_waiting(turn.view, state) and state.name not in held_back:
-            _without_room(turn, state)
+    _give_up(turn, held_back)
 
 
 def _refuse_starts(turn: Turn) -> Iterator[FailDeployment]:
@@ -164,15 +163,20 @@ def _reclaim(turn: Turn) -> None:
     """Stop successors that are still starting where requests that wait lack their room."""
     if not _starting_successors(turn.view):
         return
+    #: By how many of them are gone.
+    fleets: dict[int, Fleet] = {}
     for state in turn.view.deployments.values():
         if not _is_left_waiting(turn.view, state):
             continue
         spare, leaving = _starting_successors(turn.view), _leaving(turn.view)
         for count in range(len(spare) + 1):
-            if _fits(turn.supposing(turn.view.without((*leaving, *spare[:count]))), state):
+            if count not in fleets:
+                fleets[count] = _fleet_without(turn, (*leaving, *spare[:count]))
+            if _fits(turn, fleets[count], state):
                 for each in spare[:count]:
                     reason = f"'{state.name}' needs its room, and nobody waits for it"
                     turn.do(StopReplica(replica=each.id, reason=reason))
+                    fleets.clear()
                 break
 
 
@@ -180,28 +184,44 @@ def _leaving(view: ClusterView) -> tuple[Replica, ...]:
     return tuple(replica for replica in view.live_replicas() if replica.phase is Phase.STOPPING)
 
 
-def _without_room(turn: Turn, state: DeploymentState) -> None:
-    """Wait for replicas that are leaving, or for others to end; give up after a while."""
+def _give_up(turn: Turn, held_back: Collection[str]) -> None:
+    """Refuse what has waited for a while, unless replicas are leaving that it has room without."""
+    freed: Fleet | None = None
     leaving = _leaving(turn.view)
-    if leaving and _fits(turn.supposing(turn.view.without(leaving)), state):
-        return
-    waited_s = turn.now_s - (state.waiting_since_s or turn.now_s)
-    if waited_s < turn.config.capacity_grace_s:
-        return
+    for state in turn.view.deployments.values():
+        if state.name in held_back or not _is_left_waiting(turn.view, state):
+            continue
+        if _waited_s(turn, state) < turn.config.capacity_grace_s:
+            continue
+        if leaving:
+            freed = freed or _fleet_without(turn, leaving)
+            if _fits(turn, freed, state):
+                continue
+        _fail_without_room(turn, state)
+
+
+def _waited_s(turn: Turn, state: DeploymentState) -> float:
+    return turn.now_s - (state.waiting_since_s or turn.now_s)
+
+
+def _fail_without_room(turn: Turn, state: DeploymentState) -> None:
     failure = Failure(
         grpc_code=InsufficientCapacity.grpc_code,
         message=_shortage(turn, state)
         or f"'{state.name}' has room on no set of nodes as policy '{turn.config.name}' needs it.",
     )
-    reason = f"no room after {waited_s:.1f} s: {failure.message}"
+    reason = f"no room after {_waited_s(turn, state):.1f} s: {failure.message}"
     turn.do(FailDeployment(deployment=state.name, failure=failure, reason=reason))
 
 
-def _fits(turn: Turn, state: DeploymentState) -> bool:
-    """Whether the policy would start a replica in that cluster."""
-    others = turn.view.deployments.keys() - {state.name}
-    fleet = fleet_of(turn, held_back=others)
-    decisions = find_policy(turn.config.name).decide(fleet, turn.now_s)
+def _fleet_without(turn: Turn, gone: tuple[Replica, ...]) -> Fleet:
+    return fleet_of(turn.supposing(turn.view.without(gone)))
+
+
+def _fits(turn: Turn, fleet: Fleet, state: DeploymentState) -> bool:
+    """Whether the policy would start a replica in that fleet if nobody else waited."""
+    asked = with_only_waiting(fleet, state.name)
+    decisions = find_policy(turn.config.name).decide(asked, turn.now_s)
     return any(
         isinstance(decision, Start) and decision.deployment == state.name for decision in decisions
     )
