@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
 
 from paraserve_scheduler.planner.bandwidth import BandwidthClaim
 from paraserve_scheduler.planner.cost import LayerRanges, ModelShape, NodeKind
@@ -108,8 +107,7 @@ class Need:
         return self.device is None or self.device in node.devices
 
 
-# Without slots: what many plans ask of the same fleet is kept.
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     nodes: tuple[Node, ...]
     needs: tuple[Need, ...]
@@ -119,7 +117,6 @@ class Fleet:
     #: (node, GPU) to bytes of replicas that are being stopped: free before long.
     leaving_bytes: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
-    @cached_property
-    def most_free_bytes(self) -> int:
-        """What the GPU with most room has free."""
-        return max((gpu.free_bytes for node in self.nodes for gpu in node.gpus), default=0)
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether any GPU has so much free."""
+        return any(gpu.free_bytes >= size_bytes for node in self.nodes for gpu in node.gpus)

@@ -38,7 +38,7 @@ def plan(need: Need, fleet: Fleet, now_s: float, *, replicas: int = 1) -> Start 
     Nodes where one more fetch would make a running one late are used only if nothing else is left.
     All stages go into one zone where that misses nothing.
     """
-    if need.must_grow and need.model.full_bytes > fleet.most_free_bytes:
+    if need.must_grow and not fleet.has_room(need.model.full_bytes):
         return None
     search = _Search(need, fleet, now_s, replicas)
     able = [node for node in fleet.nodes if need.may_use(node)]

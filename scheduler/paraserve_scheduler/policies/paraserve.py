@@ -17,6 +17,7 @@ from paraserve_scheduler.planner.planner import plan
 from paraserve_scheduler.policies.autoscaling import AutoscalingConfig, replicas_to_start
 from paraserve_scheduler.policies.keep_alive import (
     Eviction,
+    IdleByGpu,
     evictions,
     idle_by_gpu,
     is_idle,
@@ -45,23 +46,40 @@ class _Room:
 
     def __init__(self, fleet: Fleet, now_s: float) -> None:
         self._now_s = now_s
+        self._idle: IdleByGpu | None = None
+        #: Sizes for which there is room, and for which there is none.
+        self._enough_bytes: float = 0
+        self._too_many_bytes = float("inf")
         self.fleet = fleet
-        self.idle = idle_by_gpu(fleet.needs, now_s)
-        self._most_bytes = most_room_bytes(fleet, self.idle)
+
+    @property
+    def idle(self) -> IdleByGpu:
+        if self._idle is None:
+            self._idle = idle_by_gpu(self.fleet.needs, self._now_s)
+        return self._idle
 
     def may_suffice(self, need: Need) -> bool:
         """Return whether a head could go somewhere, be it that idle replicas go."""
-        return not need.must_grow or need.model.full_bytes <= self._most_bytes
+        size_bytes = need.model.full_bytes
+        if not need.must_grow or size_bytes <= self._enough_bytes:
+            return True
+        if size_bytes >= self._too_many_bytes:
+            return False
+        fleet = self.fleet
+        if fleet.has_room(size_bytes) or size_bytes <= most_room_bytes(fleet, self.idle):
+            self._enough_bytes = size_bytes
+            return True
+        self._too_many_bytes = size_bytes
+        return False
 
     def take(self, start: Start) -> None:
         self.fleet = with_start(self.fleet, start)
-        self._most_bytes = most_room_bytes(self.fleet, self.idle)
+        self._enough_bytes = 0
 
     def evict(self, eviction: Eviction) -> None:
         """Their memory is not free yet."""
         self.fleet = without(self.fleet, eviction.replicas)
-        self.idle = idle_by_gpu(self.fleet.needs, self._now_s)
-        self._most_bytes = most_room_bytes(self.fleet, self.idle)
+        self._idle, self._enough_bytes = None, 0
 
 
 def _start_replicas(fleet: Fleet, now_s: float) -> Iterator[Decision]:
