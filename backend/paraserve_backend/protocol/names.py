@@ -53,6 +53,15 @@ FORWARD_RESULT = "result"  # UINT8[-1]: an encoded `protocol.forward.ForwardResu
 #: Request parameter that names the replica a request is meant for. A slot serves one replica after
 #: the other, and refuses what was meant for another one.
 REPLICA_PARAMETER = "paraserve_replica"
+#: Request parameter, true, of a request without tensors: the replica's generate loop answers with
+#: an empty final response as soon as it turns, or with UNAVAILABLE where its passes do not return.
+PROBE_PARAMETER = "paraserve_probe"
+#: Request parameter of a request without tensors: what the agent tells one of its models to do, as
+#: JSON, and the secret that it wrote for that model's process (`protocol.run_dir`).
+COMMAND_PARAMETER = "command"
+SECRET_PARAMETER = "paraserve_secret"
+#: All parameters that begin so are ours; a client that sends one is refused.
+OWN_PREFIX = "paraserve_"
 
 # ---- identifiers: nobody else puts one together or takes one apart ----
 

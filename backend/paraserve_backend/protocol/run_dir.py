@@ -3,6 +3,8 @@
 tier/                                   host memory: `weights.tiers.layout` says what is in it
 tier/fetches/<fetch_id>/spans.jsonl     what the readers of a fetch have measured
 keys/<replica>/curve.key                what a replica's models talk to other replicas with
+secrets/<model>                         what commands to a Triton model must carry; 0600
+pulses/<model>                          touched by a Triton model's generate loop while it turns
 """
 
 from __future__ import annotations
@@ -42,3 +44,9 @@ class RunDir:
 
     def key_file(self, replica: str) -> Path:
         return self.keys / replica / "curve.key"
+
+    def secret_file(self, model: str) -> Path:
+        return self.path / "secrets" / model
+
+    def pulse_file(self, model: str) -> Path:
+        return self.path / "pulses" / model

@@ -748,12 +748,18 @@ class Route(_message.Message):
     LOST_REPLICAS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     MAX_WAITING_FIELD_NUMBER: _builtins.int
+    MAX_CONTEXT_FIELD_NUMBER: _builtins.int
+    MAX_PROMPT_BYTES_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     failure_number: _builtins.int
     engine: _builtins.str
     """of its full instances"""
     max_waiting: _builtins.int
     """requests that may wait for a replica; one more is refused"""
+    max_context: _builtins.int
+    """tokens of prompt and answer together; 0: not known"""
+    max_prompt_bytes: _builtins.int
+    """No longer prompt fits: the context times the bytes of the tokenizer's longest token. 0: not known."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Endpoint]:
         """ready replicas; empty while at zero"""
@@ -778,10 +784,12 @@ class Route(_message.Message):
         lost_replicas: _abc.Iterable[_builtins.str] | None = ...,
         engine: _builtins.str = ...,
         max_waiting: _builtins.int = ...,
+        max_context: _builtins.int = ...,
+        max_prompt_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "endpoints", b"endpoints", "engine", b"engine", "failure", b"failure", "failure_number", b"failure_number", "lost_replicas", b"lost_replicas", "max_waiting", b"max_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "endpoints", b"endpoints", "engine", b"engine", "failure", b"failure", "failure_number", b"failure_number", "lost_replicas", b"lost_replicas", "max_context", b"max_context", "max_prompt_bytes", b"max_prompt_bytes", "max_waiting", b"max_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -794,19 +802,23 @@ class Endpoint(_message.Message):
     REPLICA_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     TRITON_GRPC_ADDRESS_FIELD_NUMBER: _builtins.int
+    MAX_ONGOING_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     model: _builtins.str
     triton_grpc_address: _builtins.str
+    max_ongoing: _builtins.int
+    """requests that one gateway gives it at once; 0: not known"""
     def __init__(
         self,
         *,
         replica: _builtins.str = ...,
         model: _builtins.str = ...,
         triton_grpc_address: _builtins.str = ...,
+        max_ongoing: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "replica", b"replica", "triton_grpc_address", b"triton_grpc_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_ongoing", b"max_ongoing", "model", b"model", "replica", b"replica", "triton_grpc_address", b"triton_grpc_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -880,12 +892,15 @@ class ReplicaDemand(_message.Message):
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
     TPOT_S_FIELD_NUMBER: _builtins.int
+    IS_SILENT_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     in_flight: _builtins.int
     first_token_s: _builtins.float
     """when this replica's first token reached the gateway; 0: not yet"""
     tpot_s: _builtins.float
     """mean time between two tokens of a stream here; 0: not known"""
+    is_silent: _builtins.bool
+    """it sends neither tokens nor answers to probes"""
     def __init__(
         self,
         *,
@@ -893,10 +908,11 @@ class ReplicaDemand(_message.Message):
         in_flight: _builtins.int = ...,
         first_token_s: _builtins.float = ...,
         tpot_s: _builtins.float = ...,
+        is_silent: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_s", b"first_token_s", "in_flight", b"in_flight", "replica", b"replica", "tpot_s", b"tpot_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_s", b"first_token_s", "in_flight", b"in_flight", "is_silent", b"is_silent", "replica", b"replica", "tpot_s", b"tpot_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1076,8 +1092,14 @@ class DeploymentStatus(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    STARTS_PAUSED_UNTIL_S_FIELD_NUMBER: _builtins.int
+    RECENT_DEATHS_FIELD_NUMBER: _builtins.int
     architecture: _builtins.str
     weight_bytes: _builtins.int
+    starts_paused_until_s: _builtins.float
+    """its replicas died too often; 0: not paused"""
+    recent_deaths: _builtins.int
+    """of replicas that served, in the last five minutes"""
     @_builtins.property
     def spec(self) -> Global___DeploymentSpec: ...
     @_builtins.property
@@ -1094,10 +1116,12 @@ class DeploymentStatus(_message.Message):
         weight_bytes: _builtins.int = ...,
         replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
         failure: Global___Failure | None = ...,
+        starts_paused_until_s: _builtins.float = ...,
+        recent_deaths: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "failure", b"failure", "replicas", b"replicas", "spec", b"spec", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "failure", b"failure", "recent_deaths", b"recent_deaths", "replicas", b"replicas", "spec", b"spec", "starts_paused_until_s", b"starts_paused_until_s", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
