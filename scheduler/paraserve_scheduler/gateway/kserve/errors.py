@@ -10,6 +10,7 @@ import re
 from paraserve_backend.errors import (
     InvalidRequest,
     ParaServeError,
+    ResourceExhausted,
     Unavailable,
 )
 
@@ -19,6 +20,22 @@ INTERNAL_ERROR = "internal error"
 
 class ReplicaLost(Unavailable):
     """A replica failed while it had the request."""
+
+
+class Overloaded(ResourceExhausted):
+    """Replicas serve, and as many requests wait for them as may."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoCapacity(Unavailable):
+    """No replica serves yet, and as many requests wait for one as may."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class TooLarge(ParaServeError):
