@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from paraserve_backend.errors import InvalidCheckpoint
+from paraserve_backend.generation.vocabulary import REPLACEMENT, TokenKind, vocabulary_of
 
-#: Prompt tokens the decoder sees first, so that a leading space of the answer is not lost.
-_CONTEXT_TOKENS = 6
+#: So many of a prompt's last tokens are searched for text.
+_MAX_LOOKED_BACK = 256
+#: Tokens that are decoded again for the next one, at most; runs of bytes are as long as they are.
+_MAX_WINDOW_TOKENS = 8
+#: An incomplete character has at most three bytes, and no token is without one.
+_KEPT_TOKENS = 4
 
 
 def read_tokenizer(content: bytes) -> Tokenizer:
@@ -18,38 +22,130 @@ def read_tokenizer(content: bytes) -> Tokenizer:
         InvalidCheckpoint: the file is not a tokenizer.
     """
     try:
-        return Tokenizer.from_buffer(content)
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises bare Exception
         raise InvalidCheckpoint(f"tokenizer.json cannot be read: {error}.") from error
+    # A file may store what somebody once trained with; prompts are taken as they are.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class Detokenizer:
-    """Turns one sequence's output ids into text, piece by piece; special tokens are left out."""
+    """Turns one sequence's output ids into text, piece by piece; special tokens are left out.
+
+    The pieces add up to the text of all output tokens as they stand behind the prompt, with U+FFFD
+    for bytes that are no UTF-8. Bytes of the prompt never join those of the answer.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._context = prompt_ids[-_CONTEXT_TOKENS:]
-        self._stream = DecodeStream(ids=self._context, skip_special_tokens=True)
-        self._output_ids: list[int] = []
-        self._emitted = ""
+        self._vocabulary = vocabulary_of(tokenizer)
+        #: Tokens before the window: their text is whole and has been shown.
+        self._num_before = 0
+        self._ids: list[int] = []
+        #: What has been shown of these tokens' text.
+        self._text = ""
+        #: Bytes have come, and one that follows may make all of them invalid.
+        self._is_in_run = False
+        self._context = self._find_context(prompt_ids)
+        self._restart()
 
     def add(self, token_id: int) -> str:
         """Return the text this token completes; empty while a character is still incomplete."""
-        self._output_ids.append(token_id)
-        piece = self._stream.step(self._tokenizer, token_id) or ""
-        self._emitted += piece
+        kind = self._vocabulary.kind(self._tokenizer, token_id)
+        if kind is TokenKind.SILENT or (kind is TokenKind.VOID and not self._is_in_run):
+            return ""
+        self._ids.append(token_id)
+        self._is_in_run = kind is TokenKind.BYTE
+        if self._is_in_run:
+            return ""
+        whole = self._decode(self._ids)
+        if whole is None:
+            return self._replace_last()
+        # An incomplete character is one U+FFFD at the end; a later token may complete it.
+        held = kind is TokenKind.OPEN and whole.endswith(REPLACEMENT)
+        text = whole[:-1] if held else whole
+        piece = _added(self._text, text)
+        if kind is TokenKind.SOLID:
+            self._begin([token_id], self._vocabulary.text_alone(self._tokenizer, token_id))
+        else:
+            self._text = text
+            self._shorten(held=held)
         return piece
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one token by itself, special or not."""
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+        text = self._vocabulary.decode(self._tokenizer, [token_id], skip_special_tokens=False)
+        return REPLACEMENT if text is None else text
+
+    def held(self) -> str:
+        """Return what is held back: characters that are not complete yet."""
+        whole = self._decode(self._ids)
+        return REPLACEMENT if whole is None else _added(self._text, whole)
 
     def finish(self) -> str:
-        """Return what the stream still holds back: characters that never became complete."""
-        before = self._tokenizer.decode(self._context)
-        whole = self._tokenizer.decode(self._context + self._output_ids)
-        text = whole[len(before) :]
-        return text[len(self._emitted) :] if text.startswith(self._emitted) else ""
+        """Return what is held back, for no more tokens come."""
+        piece = self.held()
+        self._restart()
+        return piece
+
+    def _find_context(self, prompt_ids: list[int]) -> list[int]:
+        """Return tokens that make a decoder see text before the answer, if the prompt has text.
+
+        They are the prompt's last token of whole characters, and whitespace behind it. Where there
+        is none, any other token serves: what counts is that the answer is not a text's beginning.
+        """
+        blanks: list[int] = []
+        has_text = len(prompt_ids) > _MAX_LOOKED_BACK
+        for token_id in reversed(prompt_ids[-_MAX_LOOKED_BACK:]):
+            kind = self._vocabulary.kind(self._tokenizer, token_id)
+            if kind is TokenKind.SOLID:
+                return [token_id, *blanks]
+            if kind is TokenKind.BLANK and len(blanks) < _KEPT_TOKENS:
+                blanks.insert(0, token_id)
+            has_text = has_text or kind is not TokenKind.SILENT
+        return [*self._vocabulary.filler, *blanks] if has_text else []
+
+    def _restart(self) -> None:
+        text = self._decode(self._context)
+        if text is None:
+            self._begin([], "")
+        else:
+            self._begin(self._context, text)
+
+    def _begin(self, context: list[int], text: str) -> None:
+        self._num_before = len(context)
+        self._ids = list(context)
+        self._text = text
+        self._is_in_run = False
+
+    def _shorten(self, *, held: bool) -> None:
+        """Forget tokens whose text is settled, so that a token costs the same whatever came."""
+        if len(self._ids) - self._num_before <= _MAX_WINDOW_TOKENS:
+            return
+        del self._ids[self._num_before : -_KEPT_TOKENS]
+        text = self._decode(self._ids)
+        if text is None:
+            self._restart()
+        else:
+            self._text = text[:-1] if held else text
+
+    def _replace_last(self) -> str:
+        self._ids.pop()
+        return self.finish() + REPLACEMENT
+
+    def _decode(self, ids: list[int]) -> str | None:
+        return self._vocabulary.decode(self._tokenizer, ids)
+
+
+def _added(shown: str, whole: str) -> str:
+    """Return what follows the shown text. Where a decoder has changed that, it stays as it is."""
+    if whole.startswith(shown):
+        return whole[len(shown) :]
+    pairs = enumerate(zip(shown, whole, strict=False))
+    same = next((at for at, (a, b) in pairs if a != b), len(whole))
+    return whole[same:]
 
 
 class StopWords:
