@@ -114,8 +114,9 @@ def byte_level() -> OddTokenizer:
     letters = byte_letters()
     bytes_of = {letter: byte for byte, letter in enumerate(letters)}
     rng = random.Random(5)
-    texts = ["Hello", " world", "nd", "v", " the", " 好", "a🌶", "\N{REPLACEMENT CHARACTER}", "<0x41>"]
-    pieces = [text.encode() for text in texts] + [b"\xf0\x9f", b"\x8c\xb6", b" \xf0\x9f\x8c", b"\xb6 x"]
+    texts = ["Hello", " world", "nd", "v", " the", " 好", "a🌶", REPLACEMENT, "<0x41>"]
+    pieces = [text.encode() for text in texts]
+    pieces += [b"\xf0\x9f", b"\x8c\xb6", b" \xf0\x9f\x8c", b"\xb6 x"]
     pieces += [b"  ", b"\n\n"] + [rng.randbytes(rng.randint(2, 5)) for _ in range(60)]
     spelled = ["".join(letters[byte] for byte in piece) for piece in pieces]
     vocabulary = _numbered([*SPECIAL, *letters, *spelled, ""])

@@ -71,6 +71,8 @@ class Answer:
         self._min_tokens = min_tokens
         self._num_output_tokens = 0
         self._cumulative_logprob = 0.0
+        #: So many characters that the detokenizer holds back are too early for a stop word.
+        self._num_held_early = 0
         self._text = prefix
         self._tokens: list[ChosenToken] = []
 
@@ -98,10 +100,25 @@ class Answer:
             self.add(token, None)
 
     def _show(self, text: str) -> bool:
-        may_stop = self._num_output_tokens > self._min_tokens
-        shown, stopped = self._stop_words.add(text, may_stop=may_stop)
-        self._text += shown
+        early, late = self._split(text)
+        stopped = False
+        if early:
+            shown, stopped = self._stop_words.add(early, may_stop=False)
+            self._text += shown
+        if late and not stopped:
+            shown, stopped = self._stop_words.add(late)
+            self._text += shown
         return stopped
+
+    def _split(self, text: str) -> tuple[str, str]:
+        """Part the text of tokens that may not end the answer from that of later ones."""
+        if self._num_output_tokens <= self._min_tokens:
+            if self._num_output_tokens == self._min_tokens:
+                self._num_held_early = len(self._detokenizer.held())
+            return text, ""
+        early, late = text[: self._num_held_early], text[self._num_held_early :]
+        self._num_held_early -= len(early)
+        return early, late
 
     def _take(self, finish_reason: str | None) -> Delta:
         delta = Delta(

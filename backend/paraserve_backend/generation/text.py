@@ -5,7 +5,12 @@ from __future__ import annotations
 from tokenizers import Tokenizer
 
 from paraserve_backend.errors import InvalidCheckpoint
-from paraserve_backend.generation.vocabulary import REPLACEMENT, TokenKind, vocabulary_of
+from paraserve_backend.generation.vocabulary import (
+    REPLACEMENT,
+    TokenKind,
+    spelling_of,
+    vocabulary_of,
+)
 
 #: So many of a prompt's last tokens are searched for text.
 _MAX_LOOKED_BACK = 256
@@ -54,7 +59,9 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """Return the text this token completes; empty while a character is still incomplete."""
         kind = self._vocabulary.kind(self._tokenizer, token_id)
-        if kind is TokenKind.SILENT or (kind is TokenKind.VOID and not self._is_in_run):
+        if kind is TokenKind.SILENT:
+            return ""
+        if kind is TokenKind.VOID and self._ids and not self._is_in_run:
             return ""
         self._ids.append(token_id)
         self._is_in_run = kind is TokenKind.BYTE
@@ -75,7 +82,9 @@ class Detokenizer:
         return piece
 
     def token_text(self, token_id: int) -> str:
-        """Return the text of one token by itself, special or not."""
+        """Return the text of one token by itself, special or not; none for an unknown one."""
+        if spelling_of(self._tokenizer, token_id) is None:
+            return ""
         text = self._vocabulary.decode(self._tokenizer, [token_id], skip_special_tokens=False)
         return REPLACEMENT if text is None else text
 
@@ -93,19 +102,19 @@ class Detokenizer:
     def _find_context(self, prompt_ids: list[int]) -> list[int]:
         """Return tokens that make a decoder see text before the answer, if the prompt has text.
 
-        They are the prompt's last token of whole characters, and whitespace behind it. Where there
-        is none, any other token serves: what counts is that the answer is not a text's beginning.
+        They are the prompt's last solid token and what has whole characters behind it. Where there
+        is none, any solid token serves: what counts is that the answer is not a text's beginning.
         """
-        blanks: list[int] = []
+        behind: list[int] = []
         has_text = len(prompt_ids) > _MAX_LOOKED_BACK
         for token_id in reversed(prompt_ids[-_MAX_LOOKED_BACK:]):
             kind = self._vocabulary.kind(self._tokenizer, token_id)
             if kind is TokenKind.SOLID:
-                return [token_id, *blanks]
-            if kind is TokenKind.BLANK and len(blanks) < _KEPT_TOKENS:
-                blanks.insert(0, token_id)
+                return [token_id, *behind]
+            if kind is TokenKind.WHOLE and len(behind) < _KEPT_TOKENS:
+                behind.insert(0, token_id)
             has_text = has_text or kind is not TokenKind.SILENT
-        return [*self._vocabulary.filler, *blanks] if has_text else []
+        return [*self._vocabulary.filler, *behind] if has_text else []
 
     def _restart(self) -> None:
         text = self._decode(self._context)
@@ -133,7 +142,11 @@ class Detokenizer:
 
     def _replace_last(self) -> str:
         self._ids.pop()
-        return self.finish() + REPLACEMENT
+        piece = self.finish() + REPLACEMENT
+        if not self._context:  # now there is text before what follows
+            self._context = [*self._vocabulary.filler]
+            self._restart()
+        return piece
 
     def _decode(self, ids: list[int]) -> str | None:
         return self._vocabulary.decode(self._tokenizer, ids)

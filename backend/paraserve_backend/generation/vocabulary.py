@@ -31,11 +31,11 @@ class TokenKind(IntEnum):
     BYTE = 2
     #: It has no text and changes none, but ends a run of bytes.
     VOID = 3
-    #: Whitespace, or a mark whose text depends on what follows.
-    BLANK = 4
+    #: Whole characters, but whitespace, or text that is another at the beginning.
+    WHOLE = 4
     #: It may begin or end within a character.
     OPEN = 5
-    #: Whole characters, one of them visible: text before it and text after it do not mix.
+    #: Whole characters, and the same ones wherever it stands: what follows needs no more before it.
     SOLID = 6
 
 
@@ -77,6 +77,8 @@ class Vocabulary:
         self, tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens: bool = True
     ) -> str | None:
         """Return the tokens' text, `None` where the tokenizer fails."""
+        if not ids:  # some decoders cannot take none
+            return ""
         try:
             return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         except (KeyboardInterrupt, SystemExit):
@@ -98,10 +100,7 @@ class Vocabulary:
         return ()
 
     def _look_at(self, tokenizer: Tokenizer, token_id: int) -> TokenKind:
-        try:
-            spelling = tokenizer.id_to_token(token_id)
-        except OverflowError:
-            return TokenKind.SILENT
+        spelling = spelling_of(tokenizer, token_id)
         if spelling is None or spelling in self._special:
             return TokenKind.SILENT
         before = self.decode(tokenizer, self.filler)
@@ -114,8 +113,10 @@ class Vocabulary:
         if REPLACEMENT in text:
             return TokenKind.OPEN
         if text and not text.isspace():
-            return TokenKind.SOLID
-        return TokenKind.VOID if self._changes_nothing(tokenizer, token_id) else TokenKind.BLANK
+            # The first of a text may lack a space that the others have.
+            alone = self.decode(tokenizer, [token_id])
+            return TokenKind.SOLID if alone and text.endswith(alone) else TokenKind.WHOLE
+        return TokenKind.VOID if self._changes_nothing(tokenizer, token_id) else TokenKind.WHOLE
 
     def _changes_nothing(self, tokenizer: Tokenizer, token_id: int) -> bool:
         without, between = (*self.filler, *self.filler), (*self.filler, token_id, *self.filler)
@@ -135,6 +136,13 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     if known is None:
         known = _vocabularies[tokenizer] = Vocabulary(tokenizer)
     return known
+
+
+def spelling_of(tokenizer: Tokenizer, token_id: int) -> str | None:
+    try:
+        return tokenizer.id_to_token(token_id)
+    except OverflowError:  # negative, or of more than 32 bits
+        return None
 
 
 def _is_spelled_as_byte(spelling: str) -> bool:

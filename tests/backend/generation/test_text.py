@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 from hypothesis import given
@@ -110,3 +111,22 @@ def test_a_token_has_a_text_by_itself_even_a_special_one(tokenizer: Tokenizer) -
 def test_a_broken_tokenizer_file_is_named() -> None:
     with pytest.raises(InvalidCheckpoint, match=r"^tokenizer\.json cannot be read"):
         read_tokenizer(b"{}")
+
+
+@pytest.mark.parametrize(
+    ("stored", "value"),
+    [
+        ("truncation", {"max_length": 8, "direction": "Right", "strategy": "LongestFirst"}),
+        ("padding", {"strategy": {"Fixed": 64}, "direction": "Left", "pad_id": 0}),
+    ],
+)
+def test_prompts_are_neither_cut_nor_filled_up_as_a_tokenizer_file_says(
+    tokenizer: Tokenizer, stored: str, value: dict[str, object]
+) -> None:
+    missing = {"direction": "Left", "stride": 0, "pad_type_id": 0, "pad_token": "<s>"}
+    settings = json.loads(tokenizer.to_str())
+    settings[stored] = {**missing, "pad_to_multiple_of": None, **value}
+    prompt = "xyz" * 9
+    read = read_tokenizer(json.dumps(settings).encode())
+    assert len(read.encode(prompt).ids) == 27
+    assert [len(encoding.ids) for encoding in read.encode_batch([prompt, "xyz"])] == [27, 3]
