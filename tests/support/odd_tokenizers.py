@@ -124,7 +124,7 @@ def byte_level() -> OddTokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.add_tokens(["<think>"])
-    vocabulary["<think>"] = tokenizer.token_to_id("<think>")
+    vocabulary["<think>"] = tokenizer.get_vocab_size() - 1
     tokens = {token_id: bytes(bytes_of[c] for c in token) for token, token_id in vocabulary.items()}
 
     def text(ids: Sequence[int], follows: bool) -> str:

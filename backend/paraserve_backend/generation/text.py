@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tokenizers import Tokenizer
 
 from paraserve_backend.errors import InvalidCheckpoint
@@ -46,6 +48,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary_of(tokenizer)
+        self._kind = partial(self._vocabulary.kind, tokenizer)
+        self._decode = partial(self._vocabulary.decode, tokenizer)
         #: Tokens before the window: their text is whole and has been shown.
         self._num_before = 0
         self._ids: list[int] = []
@@ -58,34 +62,22 @@ class Detokenizer:
 
     def add(self, token_id: int) -> str:
         """Return the text this token completes; empty while a character is still incomplete."""
-        kind = self._vocabulary.kind(self._tokenizer, token_id)
+        kind = self._kind(token_id)
+        if kind is TokenKind.SOLID:
+            return self._add_solid(token_id)
         if kind is TokenKind.SILENT:
             return ""
         if kind is TokenKind.VOID and self._ids and not self._is_in_run:
             return ""
         self._ids.append(token_id)
         self._is_in_run = kind is TokenKind.BYTE
-        if self._is_in_run:
-            return ""
-        whole = self._decode(self._ids)
-        if whole is None:
-            return self._replace_last()
-        # An incomplete character is one U+FFFD at the end; a later token may complete it.
-        held = kind is TokenKind.OPEN and whole.endswith(REPLACEMENT)
-        text = whole[:-1] if held else whole
-        piece = _added(self._text, text)
-        if kind is TokenKind.SOLID:
-            self._begin([token_id], self._vocabulary.text_alone(self._tokenizer, token_id))
-        else:
-            self._text = text
-            self._shorten(held=held)
-        return piece
+        return "" if self._is_in_run else self._show(may_hold=kind is TokenKind.OPEN)
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one token by itself, special or not; none for an unknown one."""
         if spelling_of(self._tokenizer, token_id) is None:
             return ""
-        text = self._vocabulary.decode(self._tokenizer, [token_id], skip_special_tokens=False)
+        text = self._decode([token_id], skip_special_tokens=False)
         return REPLACEMENT if text is None else text
 
     def held(self) -> str:
@@ -108,7 +100,7 @@ class Detokenizer:
         behind: list[int] = []
         has_text = len(prompt_ids) > _MAX_LOOKED_BACK
         for token_id in reversed(prompt_ids[-_MAX_LOOKED_BACK:]):
-            kind = self._vocabulary.kind(self._tokenizer, token_id)
+            kind = self._kind(token_id)
             if kind is TokenKind.SOLID:
                 return [token_id, *behind]
             if kind is TokenKind.WHOLE and len(behind) < _KEPT_TOKENS:
@@ -121,18 +113,37 @@ class Detokenizer:
         if text is None:
             self._begin([], "")
         else:
-            self._begin(self._context, text)
+            self._begin([*self._context], text)
 
     def _begin(self, context: list[int], text: str) -> None:
         self._num_before = len(context)
-        self._ids = list(context)
+        self._ids = context
         self._text = text
         self._is_in_run = False
 
+    def _add_solid(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        whole = self._decode(self._ids)
+        if whole is None:
+            return self._replace_last()
+        piece = _added(self._text, whole)
+        self._begin([token_id], self._vocabulary.text_alone(self._tokenizer, token_id))
+        return piece
+
+    def _show(self, *, may_hold: bool) -> str:
+        whole = self._decode(self._ids)
+        if whole is None:
+            return self._replace_last()
+        # An incomplete character is one U+FFFD at the end; a later token may complete it.
+        held = may_hold and whole.endswith(REPLACEMENT)
+        shown, self._text = self._text, whole[:-1] if held else whole
+        piece = _added(shown, self._text)
+        if len(self._ids) - self._num_before > _MAX_WINDOW_TOKENS:
+            self._shorten(held=held)
+        return piece
+
     def _shorten(self, *, held: bool) -> None:
         """Forget tokens whose text is settled, so that a token costs the same whatever came."""
-        if len(self._ids) - self._num_before <= _MAX_WINDOW_TOKENS:
-            return
         del self._ids[self._num_before : -_KEPT_TOKENS]
         text = self._decode(self._ids)
         if text is None:
@@ -147,9 +158,6 @@ class Detokenizer:
             self._context = [*self._vocabulary.filler]
             self._restart()
         return piece
-
-    def _decode(self, ids: list[int]) -> str | None:
-        return self._vocabulary.decode(self._tokenizer, ids)
 
 
 def _added(shown: str, whole: str) -> str:

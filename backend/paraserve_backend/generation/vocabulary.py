@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import Enum
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
@@ -17,26 +17,25 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 #: Tokens looked at to find any that is text by itself; tokenizers begin with at most some hundreds
 #: of special ones and bytes.
 _MAX_SEARCHED = 4096
-_MAX_TEXTS = 8192
+#: Tokens whose kind or text is kept; models use few of theirs often.
+_MAX_REMEMBERED = 16384
 
 _logger = logging.getLogger(__name__)
 
 
-class TokenKind(IntEnum):
-    #: Not looked at yet.
-    UNKNOWN = 0
+class TokenKind(Enum):
     #: A special token, or none at all: it is dropped before the others are decoded.
-    SILENT = 1
+    SILENT = "silent"
     #: A byte of a byte-fallback tokenizer. One invalid byte of a run makes the whole run invalid.
-    BYTE = 2
+    BYTE = "byte"
     #: It has no text and changes none, but ends a run of bytes.
-    VOID = 3
+    VOID = "void"
     #: Whole characters, but whitespace, or text that is another at the beginning.
-    WHOLE = 4
+    WHOLE = "whole"
     #: It may begin or end within a character.
-    OPEN = 5
+    OPEN = "open"
     #: Whole characters, and the same ones wherever it stands: what follows needs no more before it.
-    SOLID = 6
+    SOLID = "solid"
 
 
 class Vocabulary:
@@ -45,21 +44,19 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
-        self._kinds = bytearray(tokenizer.get_vocab_size())
+        self._kinds: dict[int, TokenKind] = {}
         self._texts: dict[int, str] = {}
         self._has_failed = False
         #: A solid token, for prompts that have none.
         self.filler: tuple[int, ...] = ()
         self.filler = self._find_filler(tokenizer)
-        # They were looked at without the filler before them.
-        self._kinds = bytearray(len(self._kinds))
 
     def kind(self, tokenizer: Tokenizer, token_id: int) -> TokenKind:
-        if not 0 <= token_id < len(self._kinds):
-            return self._look_at(tokenizer, token_id)
-        kind = TokenKind(self._kinds[token_id])
-        if kind is TokenKind.UNKNOWN:
+        kind = self._kinds.get(token_id)
+        if kind is None:
             kind = self._look_at(tokenizer, token_id)
+            if len(self._kinds) >= _MAX_REMEMBERED:
+                self._kinds.clear()
             self._kinds[token_id] = kind
         return kind
 
@@ -68,7 +65,7 @@ class Vocabulary:
         text = self._texts.get(token_id)
         if text is None:
             text = self.decode(tokenizer, [token_id]) or ""
-            if len(self._texts) >= _MAX_TEXTS:
+            if len(self._texts) >= _MAX_REMEMBERED:
                 self._texts.clear()
             self._texts[token_id] = text
         return text
@@ -94,7 +91,7 @@ class Vocabulary:
             return None
 
     def _find_filler(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        for token_id in range(min(len(self._kinds), _MAX_SEARCHED)):
+        for token_id in range(_MAX_SEARCHED):
             if self._look_at(tokenizer, token_id) is TokenKind.SOLID:
                 return (token_id,)
         return ()
