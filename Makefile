@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test unit unit-312 check format proto bench-coldstart bench-coldstart-smoke bench-hop \
 	bench-fetch bench-tier bench-engine bench-gpu bench-gateway bench-handover bench-policy bench-simulate \
-	bench-alignment simulate-paper simulate-mixed clients test-vllm clean
+	bench-alignment simulate-paper simulate-mixed fuzz clients test-vllm clean
 
 .venv/ready: pyproject.toml
 	PYTHON=$(PYTHON) ./.ci/bootstrap
@@ -81,6 +81,10 @@ bench-simulate: .venv/ready
 
 bench-alignment: .venv/ready
 	$(BIN)/python -m integration.benchmarks.alignment
+
+# Random input to whatever takes some. Another run: `python -m integration.fuzz --seed N`.
+fuzz: .venv/ready
+	$(BIN)/python -m integration.fuzz
 
 simulate-paper: .venv/ready
 	$(BIN)/python -m integration.experiments.simulate_paper --seeds 3 --out docs/figures
