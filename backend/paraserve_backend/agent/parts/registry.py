@@ -16,8 +16,10 @@ from paraserve_backend.agent.parts.life import PartLife
 from paraserve_backend.agent.parts.models import NodeContext
 from paraserve_backend.agent.parts.progress import PartProgress
 from paraserve_backend.errors import InvalidRequest, NotFound, Unavailable
-from paraserve_backend.protocol.names import ReplicaModels
+from paraserve_backend.protocol.names import ReplicaModels, replica_of
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.tritonserver.host.model_config import own_parameters
 from paraserve_backend.tritonserver.host.repository import check_name
 from paraserve_backend.tritonserver.host.stubs import Stub
 
@@ -41,7 +43,7 @@ class Parts:
         Raises:
             InvalidRequest: a name in it is not allowed.
         """
-        _check(part)
+        _check(part, self._node.run_dir)
         async with self._lock(part.replica):
             key = (part.replica, part.stage)
             life = self._lives.get(key)
@@ -82,10 +84,12 @@ class Parts:
             {"replica": target.replica, "address": target.address} for target in request.targets
         ]
         logger.info("hand over replica=%s targets=%d", request.replica, len(targets))
-        model = ReplicaModels(request.replica).generate
+        name = ReplicaModels(request.replica).generate
+        model = life.slots.get(name, name)
         await self._node.unloader.triton.command(
-            life.slots.get(model, model),
+            model,
             json.dumps({"hand_over": targets}),
+            secret=self._node.run_files.secret(model),
             replica=request.replica,
         )
 
@@ -129,7 +133,7 @@ class Parts:
         return self._locks.setdefault(replica, asyncio.Lock())
 
 
-def _check(part: pb.Part) -> None:
+def _check(part: pb.Part, run_dir: RunDir) -> None:
     check_name(part.replica)
     if not part.models:
         raise InvalidRequest(f"A part of {part.replica} has no models.")
@@ -138,3 +142,20 @@ def _check(part: pb.Part) -> None:
         # Else two replicas could overwrite each other's models.
         if model.name not in ReplicaModels(part.replica):
             raise InvalidRequest(f"Model {model.name} does not belong to {part.replica}.")
+        _check_parameters(model, part.replica, run_dir)
+
+
+def _check_parameters(model: pb.ModelFiles, replica: str, run_dir: RunDir) -> None:
+    """Refuse a model of ours that names what is another replica's: its weights or its keys."""
+    parameters = own_parameters(model.files) or {}
+    meant = {
+        "replica": replica,
+        "run_dir": str(run_dir.path),
+        "key_file": str(run_dir.key_file(replica)),
+    }
+    for name, value in meant.items():
+        if parameters.get(name, value) != value:
+            raise InvalidRequest(f"Model {model.name} names another {name} than {value}.")
+    fetch = parameters.get("fetch_id")
+    if fetch is not None and replica_of(fetch) != replica:
+        raise InvalidRequest(f"Model {model.name} names fetch {fetch}, which is not {replica}'s.")

@@ -25,7 +25,11 @@ from paraserve_backend.errors import (
     Unavailable,
     read_coded,
 )
-from paraserve_backend.protocol.names import REPLICA_PARAMETER
+from paraserve_backend.protocol.names import (
+    COMMAND_PARAMETER,
+    REPLICA_PARAMETER,
+    SECRET_PARAMETER,
+)
 from paraserve_backend.rpc.channels import triton_channel
 from paraserve_backend.rpc.errors import is_connection_lost
 
@@ -70,6 +74,7 @@ class Triton(Protocol):
         model: str,
         command: str,
         *,
+        secret: str,
         replica: str = "",
         timeout_s: float | None = _ANSWER_TIMEOUT_S,
     ) -> None:
@@ -78,6 +83,7 @@ class Triton(Protocol):
         Args:
             model: Triton's name of it.
             command: JSON; what the role that the model has understands.
+            secret: what the agent has written for the model's process.
             replica: what the model must be at that moment, if it is a slot.
             timeout_s: for the answer; `None`: however long it takes.
 
@@ -143,11 +149,13 @@ class TritonClient:
         model: str,
         command: str,
         *,
+        secret: str,
         replica: str = "",
         timeout_s: float | None = _ANSWER_TIMEOUT_S,
     ) -> None:
         request = messages.ModelInferRequest(model_name=model)
-        request.parameters["command"].string_param = command
+        request.parameters[COMMAND_PARAMETER].string_param = command
+        request.parameters[SECRET_PARAMETER].string_param = secret
         request.parameters[REPLICA_PARAMETER].string_param = replica
         request.parameters["triton_enable_empty_final_response"].bool_param = True
         call = self._stub.ModelStreamInfer(

@@ -74,7 +74,7 @@ async def _client(triton: Triton) -> AsyncIterator[TritonClient]:
 
 async def _command(triton: Triton) -> None:
     async with _client(triton) as client:
-        await client.command("tiny.1", "do it")
+        await client.command("tiny.1", "do it", secret="abc")
 
 
 async def _is_live(triton: Triton) -> bool:
@@ -92,6 +92,7 @@ async def test_a_command_is_a_request_without_inputs() -> None:
     (request,) = triton.requests
     assert (request.model_name, list(request.inputs)) == ("tiny.1", [])
     assert request.parameters["command"].string_param == "do it"
+    assert request.parameters["paraserve_secret"].string_param == "abc"
     assert request.parameters["triton_enable_empty_final_response"].bool_param
 
 
