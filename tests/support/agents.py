@@ -41,6 +41,7 @@ class AgentHarness:
     triton: FakeTritonClient
     processes: FakeProcesses
     fetches: Fetches
+    run_files: RunFiles
     slots: Slots
     parts: Parts
     changed: asyncio.Event
@@ -104,6 +105,7 @@ async def agent_harness(
         triton=triton,
         processes=processes,
         fetches=fetches,
+        run_files=run_files,
         slots=slots,
         parts=parts,
         changed=changed,
@@ -162,6 +164,9 @@ class FakeProcesses:
         self.killed: list[str] = []
         self.cleaned: list[str] = []
         self.unkillable = False
+        #: Models whose processes a signal has stopped, and whether Triton's own is.
+        self.stopped_models: set[str] = set()
+        self.is_server_stopped = False
         self._pids = count(100)
 
     def start(self, model: str) -> None:
@@ -173,6 +178,12 @@ class FakeProcesses:
 
     def find(self) -> tuple[Stub, ...]:
         return tuple(self.alive.values())
+
+    def stopped(self, found: Iterable[Stub]) -> frozenset[Stub]:
+        return frozenset(stub for stub in found if stub.model in self.stopped_models)
+
+    def server_stopped(self, _found: Iterable[Stub]) -> bool:
+        return self.is_server_stopped
 
     def kill(self, stub: Stub) -> None:
         self.killed.append(stub.model)
@@ -196,6 +207,8 @@ class FakeTritonClient:
     def __init__(self, repository: Path, processes: FakeProcesses) -> None:
         self.processes = processes
         self.is_up = True
+        #: It takes questions whether it is live and does not answer them.
+        self.is_silent = False
         #: Loads of these models, and commands to them, wait until their event is set.
         self.gates: dict[str, asyncio.Event] = {}
         self.load_errors: dict[str, ParaServeError] = {}
@@ -213,8 +226,8 @@ class FakeTritonClient:
         self._states: dict[str, ModelState] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
-    async def live(self) -> bool:
-        return self.is_up
+    async def live(self) -> bool | None:
+        return None if self.is_silent else self.is_up
 
     async def load(self, model: str) -> None:
         self._require_up()

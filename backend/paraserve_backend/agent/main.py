@@ -27,7 +27,7 @@ from paraserve_backend.agent.registration import GrpcSchedulerPort, Registration
 from paraserve_backend.agent.run_files import RunFiles
 from paraserve_backend.agent.service import AgentService
 from paraserve_backend.agent.slots import SlotLimits, Slots
-from paraserve_backend.agent.watchdog import Watchdog
+from paraserve_backend.agent.watchdog import Watchdog, WatchLimits
 from paraserve_backend.channel.keys import KeyStore
 from paraserve_backend.daemon.process import run_daemon
 from paraserve_backend.daemon.settings import read_token
@@ -141,10 +141,11 @@ class _Agent:
         watchdog = Watchdog(
             triton=triton,
             stubs=stubs,
+            run_files=run_files,
             parts=parts,
             slots=slots,
             changed=changed,
-            interval_s=config.watch_interval_s,
+            limits=WatchLimits(interval_s=config.watch_interval_s, silence_s=config.silence_s),
         )
         return cls(
             config=config,

@@ -178,6 +178,10 @@ class Slots:
 
     # ---- for the node ----
 
+    @property
+    def triton_models(self) -> frozenset[str]:
+        return frozenset(self._slots)
+
     def observe(self, found: Iterable[Stub]) -> None:
         """Compare with the processes that live now."""
         alive = {stub.model for stub in found}

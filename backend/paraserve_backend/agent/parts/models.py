@@ -76,6 +76,12 @@ class PartModels:
         """The slots' Triton models that stand for models of the part."""
         return {model: binding.slot.name for model, binding in self._bindings.items()}
 
+    @property
+    def triton_models(self) -> frozenset[str]:
+        """Triton's names of the part's models."""
+        slots = self.slots
+        return frozenset(slots.get(model, model) for model in self._names)
+
     def name_of(self, triton_model: str) -> str:
         """Return the part's name of a Triton model, which may be a slot's."""
         names = {slot: model for model, slot in self.slots.items()}
@@ -89,9 +95,7 @@ class PartModels:
 
     def stubs(self, found: Iterable[Stub]) -> frozenset[Stub]:
         """Return those processes that run the part's models."""
-        slots = self.slots
-        names = {slots.get(model, model) for model in self._names}
-        return frozenset(stub for stub in found if stub.model in names)
+        return frozenset(stub for stub in found if stub.model in self.triton_models)
 
     async def load(self) -> None:
         """Bind what slots there are and load the rest; returns when all models are ready.

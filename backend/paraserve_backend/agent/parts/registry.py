@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from weakref import WeakValueDictionary
 
 from paraserve_backend.agent.parts.life import PartLife
@@ -105,11 +105,27 @@ class Parts:
     def statuses(self) -> list[pb.PartStatus]:
         return [life.progress.snapshot() for life in self._lives.values()]
 
-    def observe(self, found: Iterable[Stub], *, triton_live: bool) -> None:
-        """Tell every part which processes live now, and forget failures nobody removed."""
+    @property
+    def triton_models(self) -> frozenset[str]:
+        """The Triton models that any part has, slots included."""
+        return frozenset[str]().union(*(life.triton_models for life in self._lives.values()))
+
+    @property
+    def serving_models(self) -> frozenset[str]:
+        """Those of parts that are ready."""
+        ready = (life for life in self._lives.values() if life.progress.phase == pb.READY)
+        return frozenset[str]().union(*(life.triton_models for life in ready))
+
+    def observe(
+        self, found: Iterable[Stub], *, triton_live: bool, hung: Set[str] = frozenset()
+    ) -> None:
+        """Tell every part which processes live now, and forget failures nobody removed.
+
+        `hung` are Triton models whose processes are there, but do nothing; `found` is without them.
+        """
         stubs = tuple(found)
         for life in self._lives.values():
-            life.observe(stubs, triton_live=triton_live)
+            life.observe(stubs, triton_live=triton_live, hung=hung)
         oldest_s = self._node.now() - self._failure_kept_s
         self._lives = {
             key: life
