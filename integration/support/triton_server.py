@@ -57,6 +57,11 @@ class TritonServer:
         return f"{_HOST}:{self._http_port}"
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 

@@ -353,6 +353,96 @@ async def test_a_lost_triton_is_reported_and_serves_again_once_it_is_back(
     assert (await node.apply(make_part()))[-1].phase == pb.READY
 
 
+async def test_a_stopped_process_fails_its_part_and_the_next_start_serves(
+    triton: TritonServer, tmp_path: Path
+) -> None:
+    # The next heartbeat is due in an hour.
+    async with running_node(triton, tmp_path, heartbeat_interval_s=3600) as node:
+        await node.apply(make_part())
+        [stub] = node.processes()
+        os.kill(stub.pid, signal.SIGSTOP)
+        status = await node.scheduler.until(has_phase(pb.FAILED))
+        assert status.parts[0].failure.message == "Model tiny.1 has stopped answering."
+        assert status.parts[0].failure.grpc_code == "UNAVAILABLE"
+        assert await node.remove() is True
+        await node.assert_nothing_left()
+        assert (await node.apply(make_part()))[-1].phase == pb.READY
+
+
+async def test_a_request_on_a_stopped_process_does_not_hold_up_its_removal(
+    node: AgentNode,
+) -> None:
+    await node.apply(make_part(hanging_model("tiny.1")))
+    [stub] = node.processes()
+    async with hanging_request(node):
+        os.kill(stub.pid, signal.SIGSTOP)
+        await node.scheduler.until(has_phase(pb.FAILED))
+        # An hour would be too long for the test.
+        assert await node.remove(deadline_s=3600) is True
+        node.assert_no_traces()
+
+
+async def test_a_loop_that_turns_no_more_fails_its_part_though_its_process_runs(
+    node: AgentNode, tmp_path: Path
+) -> None:
+    pulse, gate = node.config.run_dir / "pulses" / "tiny.1", tmp_path / "gate"
+    beat = f"""
+        import threading
+        def turn():
+            while not pathlib.Path({str(gate)!r}).exists():
+                pulse.touch()
+                time.sleep(0.1)
+        pulse = pathlib.Path({str(pulse)!r})
+        pulse.parent.mkdir(exist_ok=True)
+        threading.Thread(target=turn, daemon=True).start()
+    """
+    await node.apply(make_part(scripted_model("tiny.1", beat)))
+    await until_exists(pulse)
+    assert has_phase(pb.READY)(await node.scheduler.until(lambda _: True))
+    gate.touch()
+    status = await node.scheduler.until(has_phase(pb.FAILED))
+    assert status.parts[0].failure.message == "Model tiny.1 has stopped answering."
+    assert await node.remove() is True
+    await node.assert_nothing_left()
+    assert not pulse.exists()
+
+
+async def test_a_process_that_is_stopped_while_it_loads_fails_its_start(
+    node: AgentNode, tmp_path: Path
+) -> None:
+    started, gate = tmp_path / "started", tmp_path / "gate"
+    applying = asyncio.create_task(node.apply(make_part(waiting_model(started, gate))))
+    await until_exists(started)
+    [stub] = node.processes()
+    os.kill(stub.pid, signal.SIGSTOP)
+    last = (await applying)[-1]
+    assert last.failure.message == "The process of model tiny.1 died while it loaded."
+    await node.remove()
+    await node.assert_nothing_left()
+
+
+async def test_a_stopped_triton_is_not_live(node: AgentNode, triton: TritonServer) -> None:
+    await node.apply(make_part())
+    await node.scheduler.until(lambda status: status.triton_live)
+    os.kill(triton.pid, signal.SIGSTOP)
+    try:
+        await node.scheduler.until(lambda status: not status.triton_live)
+        assert await node.remove(deadline_s=0.5) is True
+        assert node.processes() == ()
+    finally:
+        os.kill(triton.pid, signal.SIGKILL)
+
+
+async def test_a_stopped_triton_without_models_is_not_live(
+    node: AgentNode, triton: TritonServer
+) -> None:
+    await node.scheduler.until(lambda status: status.triton_live)
+    os.kill(triton.pid, signal.SIGSTOP)
+    await node.scheduler.until(lambda status: not status.triton_live)
+    os.kill(triton.pid, signal.SIGCONT)
+    await node.scheduler.until(lambda status: status.triton_live)
+
+
 async def test_a_wrong_request_is_refused_with_a_sentence(node: AgentNode) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await node.apply(make_part(scripted_model("other")))

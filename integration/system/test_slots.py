@@ -23,6 +23,7 @@ from integration.support.tiny_cluster import (
 )
 from integration.support.triton_server import TritonServer
 from paraserve_backend.errors import InvalidRequest, NotFound
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.auth import metadata
 from paraserve_backend.rpc.paraserve_pb2_grpc import AgentStub
@@ -207,11 +208,17 @@ async def refuses_what_its_agent_did_not_mean(node: AgentNode) -> None:
         "key_file": f"{node.config.run_dir}/keys/d.1/curve.key",
     }
     with pytest.raises(InvalidRequest, match="weights in its own run_dir"):
-        await node.triton.command(slots["front"], json.dumps({"bind": elsewhere}))
+        await obey(node, slots["front"], {"bind": elsewhere})
     for slot in slots.values():
         with pytest.raises(NotFound, match=r"Replica d\.1 is not here"):
-            await node.triton.command(slot, "{}", replica="d.1")
-        await node.triton.command(slot, json.dumps({"unbind": True}))  # idle is no error
+            await node.triton.command(slot, "{}", secret="", replica="d.1")
+        await obey(node, slot, {"unbind": True})  # idle is no error
+
+
+async def obey(node: AgentNode, slot: str, command: dict[str, object]) -> None:
+    """Command a slot as its agent does."""
+    secret = RunDir(node.config.run_dir).secret_file(slot).read_text()
+    await node.triton.command(slot, json.dumps(command), secret=secret)
 
 
 def test_a_pipeline_in_slots_hands_its_request_over_to_a_full_instance(

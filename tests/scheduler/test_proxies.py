@@ -107,7 +107,7 @@ async def test_a_command_asks_the_scheduler() -> None:
 async def test_an_agent_commands_its_triton() -> None:
     async with serving() as cluster:
         triton = TritonClient(cluster.addresses[0])
-        await triton.command("tiny.1", "do it")
+        await triton.command("tiny.1", "do it", secret="")
         assert cluster.triton.requests[0].parameters["command"].string_param == "do it"
         await triton.close()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from paraserve_backend.agent.fetches import Fetches, FetchLimits, FetchRequest
 from paraserve_backend.agent.parts.models import NodeContext
 from paraserve_backend.agent.parts.registry import Parts
+from paraserve_backend.agent.run_files import RunFiles
 from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.channel.keys import KeyStore
 from paraserve_backend.errors import InvalidRequest, ParaServeError, Unavailable
@@ -40,6 +41,7 @@ class AgentHarness:
     triton: FakeTritonClient
     processes: FakeProcesses
     fetches: Fetches
+    run_files: RunFiles
     slots: Slots
     parts: Parts
     changed: asyncio.Event
@@ -56,7 +58,9 @@ class AgentHarness:
     async def assert_nothing_left(self) -> None:
         assert self.models_on_disk() == []
         assert self.processes.find() == ()
-        assert list(RunDir(self.folder).keys.glob("*")) == []
+        run_dir = RunDir(self.folder)
+        for folder in (run_dir.keys, run_dir.secrets, run_dir.pulses):
+            assert list(folder.glob("*")) == []
         assert await self.fetches.contents() == ([], 0)
 
 
@@ -74,18 +78,22 @@ async def agent_harness(
     fetches = Fetches(Tier.open(RunDir(folder).tier.path), FetchLimits(threads=1))
     repository = ModelRepository(folder / "models")
     unloader = Unloader(triton=triton, stubs=processes, kill_s=kill_s)
+    run_files = RunFiles(RunDir(folder))
     slots = Slots(
         repository,
         unloader,
+        run_files,
         SlotLimits(run_dir=str(folder), devices=("cpu",), most_idle_sets=2),
         changed=changed.set,
         now_s=lambda: now_s[0],
     )
     node = NodeContext(
+        run_dir=RunDir(folder),
         repository=repository,
         unloader=unloader,
         fetches=fetches,
         keys=KeyStore(RunDir(folder)),
+        run_files=run_files,
         slots=slots,
         part_deadline_s=part_deadline_s,
         remove_deadline_s=remove_deadline_s,
@@ -97,6 +105,7 @@ async def agent_harness(
         triton=triton,
         processes=processes,
         fetches=fetches,
+        run_files=run_files,
         slots=slots,
         parts=parts,
         changed=changed,
@@ -155,6 +164,9 @@ class FakeProcesses:
         self.killed: list[str] = []
         self.cleaned: list[str] = []
         self.unkillable = False
+        #: Models whose processes a signal has stopped, and whether Triton's own is.
+        self.stopped_models: set[str] = set()
+        self.is_server_stopped = False
         self._pids = count(100)
 
     def start(self, model: str) -> None:
@@ -166,6 +178,12 @@ class FakeProcesses:
 
     def find(self) -> tuple[Stub, ...]:
         return tuple(self.alive.values())
+
+    def stopped(self, found: Iterable[Stub]) -> frozenset[Stub]:
+        return frozenset(stub for stub in found if stub.model in self.stopped_models)
+
+    def server_stopped(self, _found: Iterable[Stub]) -> bool:
+        return self.is_server_stopped
 
     def kill(self, stub: Stub) -> None:
         self.killed.append(stub.model)
@@ -189,6 +207,8 @@ class FakeTritonClient:
     def __init__(self, repository: Path, processes: FakeProcesses) -> None:
         self.processes = processes
         self.is_up = True
+        #: It takes questions whether it is live and does not answer them.
+        self.is_silent = False
         #: Loads of these models, and commands to them, wait until their event is set.
         self.gates: dict[str, asyncio.Event] = {}
         self.load_errors: dict[str, ParaServeError] = {}
@@ -197,16 +217,17 @@ class FakeTritonClient:
         self.hung: set[str] = set()
         self.loads: list[str] = []
         self.unloads: list[str] = []
-        #: (model, command) as they came.
+        #: (model, command) as they came, and the secrets that came with them.
         self.commands: list[tuple[str, str]] = []
+        self.secrets: list[tuple[str, str]] = []
         #: What the next command is answered with instead.
         self.command_error: ParaServeError | None = None
         self._repository = repository
         self._states: dict[str, ModelState] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
-    async def live(self) -> bool:
-        return self.is_up
+    async def live(self) -> bool | None:
+        return None if self.is_silent else self.is_up
 
     async def load(self, model: str) -> None:
         self._require_up()
@@ -231,10 +252,17 @@ class FakeTritonClient:
         return dict(self._states)
 
     async def command(
-        self, model: str, command: str, *, replica: str = "", timeout_s: float | None = HANG_S
+        self,
+        model: str,
+        command: str,
+        *,
+        secret: str,
+        replica: str = "",
+        timeout_s: float | None = HANG_S,
     ) -> None:
         self._require_up()
         self.commands.append((model, command))
+        self.secrets.append((model, secret))
         async with asyncio.timeout(timeout_s):
             if model in self.gates:
                 await self.gates[model].wait()

@@ -111,6 +111,11 @@ class AgentConfig:
         "How long a failed part stays in the reports if nobody removes it.",
     ] = 300.0
     watch_interval_s: Annotated[float, "How often processes and Triton are looked at."] = 0.5
+    silence_s: Annotated[
+        float,
+        "A generate loop that does not turn for so long has hung: its process is killed, and its "
+        "replica fails.",
+    ] = 2.5
 
     def __post_init__(self) -> None:
         for key in _ADDRESSES:
@@ -123,6 +128,8 @@ class AgentConfig:
             raise InvalidRequest("disk_bytes needs disk_dir, an absolute path.")
         if not 0 < self.channel_port_start < self.channel_port_end <= 65536:
             raise InvalidRequest("channel_port_start must be below channel_port_end.")
+        if not 0 < self.watch_interval_s <= self.silence_s:
+            raise InvalidRequest("silence_s must not be below watch_interval_s, which is above 0.")
         if self.peer_connections < 1:
             raise InvalidRequest("peer_connections must be at least 1; peer_bytes_per_s: 0 is off.")
 

@@ -24,9 +24,10 @@ from paraserve_backend.agent.parts.models import NodeContext
 from paraserve_backend.agent.parts.registry import Parts
 from paraserve_backend.agent.peer_server import PeerServer, RateLimit
 from paraserve_backend.agent.registration import GrpcSchedulerPort, Registration
+from paraserve_backend.agent.run_files import RunFiles
 from paraserve_backend.agent.service import AgentService
 from paraserve_backend.agent.slots import SlotLimits, Slots
-from paraserve_backend.agent.watchdog import Watchdog
+from paraserve_backend.agent.watchdog import Watchdog, WatchLimits
 from paraserve_backend.channel.keys import KeyStore
 from paraserve_backend.daemon.process import run_daemon
 from paraserve_backend.daemon.settings import read_token
@@ -115,18 +116,22 @@ class _Agent:
         changed = asyncio.Event()
         repository = ModelRepository(config.model_repository)
         unloader = Unloader(triton=triton, stubs=stubs)
+        run_files = RunFiles(RunDir(config.run_dir))
         slots = Slots(
             repository,
             unloader,
+            run_files,
             _slot_limits(config),
             changed=changed.set,
             now_s=time.monotonic,
         )
         node = NodeContext(
+            run_dir=RunDir(config.run_dir),
             repository=repository,
             unloader=unloader,
             fetches=Fetches(tier, _fetch_limits(config), token=token, disk=disk),
             keys=KeyStore(RunDir(config.run_dir)),
+            run_files=run_files,
             slots=slots,
             part_deadline_s=config.part_deadline_s,
             remove_deadline_s=config.remove_deadline_s,
@@ -136,10 +141,11 @@ class _Agent:
         watchdog = Watchdog(
             triton=triton,
             stubs=stubs,
+            run_files=run_files,
             parts=parts,
             slots=slots,
             changed=changed,
-            interval_s=config.watch_interval_s,
+            limits=WatchLimits(interval_s=config.watch_interval_s, silence_s=config.silence_s),
         )
         return cls(
             config=config,
@@ -187,8 +193,12 @@ class _Agent:
         for model in models:
             self.node.repository.remove(model)
         self.node.repository.remove_unfinished()
-        self.node.keys.clear()
+        self._forget_secrets()
         await self.node.fetches.release_all()
+
+    def _forget_secrets(self) -> None:
+        self.node.keys.clear()
+        self.node.run_files.clear()
 
     async def stop(self) -> None:
         await self.parts.remove_all()
@@ -198,7 +208,7 @@ class _Agent:
         if not any((tier_dir / OBJECTS).iterdir()):  # else the next agent may use what is there
             # Only what is ours: somebody may have set run_dir to a folder that holds more.
             shutil.rmtree(tier_dir)
-        self.node.keys.clear()
+        self._forget_secrets()
         with suppress(OSError):
             self.config.run_dir.rmdir()
         logger.info("agent stopped name=%s", self.config.name)

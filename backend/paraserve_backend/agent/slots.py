@@ -17,6 +17,7 @@ from enum import Enum, auto
 from itertools import count
 from typing import NoReturn
 
+from paraserve_backend.agent.run_files import RunFiles
 from paraserve_backend.daemon.tasks import finish_all, in_thread
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.protocol.names import slot_model
@@ -78,6 +79,7 @@ class Slots:
         self,
         repository: ModelRepository,
         unloader: Unloader,
+        run_files: RunFiles,
         limits: SlotLimits,
         *,
         changed: Callable[[], None],
@@ -85,6 +87,7 @@ class Slots:
     ) -> None:
         self._repository = repository
         self._unloader = unloader
+        self._run_files = run_files
         self._limits = limits
         self._places = places(limits.devices)
         self._changed = changed
@@ -141,9 +144,11 @@ class Slots:
         Raises:
             ParaServeError: why it failed.
         """
+        await in_thread(lambda: self._run_files.forget_pulse(slot.name))
         command = self._unloader.triton.command(
             slot.name,
             json.dumps({"bind": dict(parameters)}),
+            secret=self._run_files.secret(slot.name),
             replica=replica,
             timeout_s=None,
         )
@@ -172,6 +177,10 @@ class Slots:
         self._wake.set()
 
     # ---- for the node ----
+
+    @property
+    def triton_models(self) -> frozenset[str]:
+        return frozenset(self._slots)
 
     def observe(self, found: Iterable[Stub]) -> None:
         """Compare with the processes that live now."""
@@ -241,6 +250,7 @@ class Slots:
         slot = self._slots[name] = Slot(name=name, place=place)
         files = slot_files(name, place, self._limits.run_dir)
         try:
+            await in_thread(lambda: self._run_files.prepare(name))
             await in_thread(lambda: self._repository.write(name, files))
             await self._unloader.triton.load(name)
             slot.stub = await self._stub(name)
@@ -258,17 +268,26 @@ class Slots:
     async def _unbind(self, slot: Slot, deadline_s: float) -> bool:
         command = json.dumps({"unbind": True})
         try:
-            await self._unloader.triton.command(slot.name, command, timeout_s=deadline_s)
+            await self._unloader.triton.command(
+                slot.name,
+                command,
+                secret=self._run_files.secret(slot.name),
+                timeout_s=deadline_s,
+            )
         except (ParaServeError, TimeoutError) as error:
             logger.warning("unbind failed slot=%s reason=%r", slot.name, error)
             return False
         return True
 
+    def _remove_files(self, name: str) -> None:
+        self._repository.remove(name)
+        self._run_files.remove(name)
+
     async def _end(self, slot: Slot, deadline_s: float) -> None:
         seen = [slot.stub] if slot.stub else []
         await self._unloader.unload([[slot.name]], deadline_s, seen)
         self._unloader.stubs.remove_leftovers(seen)
-        await in_thread(lambda: self._repository.remove(slot.name))
+        await in_thread(lambda: self._remove_files(slot.name))
         self._slots.pop(slot.name, None)
         self._changed()
 

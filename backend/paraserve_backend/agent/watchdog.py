@@ -1,59 +1,154 @@
 """Looks at Triton and at the models' processes, and tells parts and slots what it found.
 
-It restarts nothing: a failed part is replaced by the scheduler, a failed slot by `agent.slots`.
+It restarts nothing: a failed part is replaced by the scheduler, a failed slot by `agent.slots`. A
+process that is alive but does nothing is killed: it would hold its memory and its requests for
+ever. Who that is, `agent.liveness` judges.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Set
+from dataclasses import dataclass
 from typing import NoReturn
 
+from paraserve_backend.agent.liveness import Answers, Punctuality, Silences, Stops
 from paraserve_backend.agent.parts.registry import Parts
+from paraserve_backend.agent.run_files import RunFiles
 from paraserve_backend.agent.slots import Slots
 from paraserve_backend.tritonserver.host.client import Triton
-from paraserve_backend.tritonserver.host.stubs import Stubs
+from paraserve_backend.tritonserver.host.stubs import Stub, Stubs
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchLimits:
+    interval_s: float
+    #: Of a generate loop.
+    silence_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """What one look has found. Processes are those of our models only."""
+
+    at_s: float
+    found: frozenset[Stub]
+    stopped: frozenset[Stub]
+    #: Of models that serve.
+    pulses: dict[Stub, int]
+    server_stopped: bool
+
+
 class Watchdog:
-    """Checks every `interval_s`. `changed` is set when Triton comes or goes."""
+    """`changed` is set when Triton comes or goes. `now_s` is monotonic."""
 
     def __init__(
         self,
         *,
         triton: Triton,
         stubs: Stubs,
+        run_files: RunFiles,
         parts: Parts,
         slots: Slots,
         changed: asyncio.Event,
-        interval_s: float,
+        limits: WatchLimits,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._triton = triton
         self._stubs = stubs
+        self._run_files = run_files
         self._parts = parts
         self._slots = slots
         self._changed = changed
-        self._interval_s = interval_s
-        #: None before the first look.
+        self._limits = limits
+        self._now_s = now_s
+        self._punctuality = Punctuality(limits.interval_s)
+        self._stops = Stops[Stub]()
+        self._server_stops = Stops[str]()
+        self._silences = Silences(interval_s=limits.interval_s, silence_s=limits.silence_s)
+        self._answers = Answers()
+        self._asking = asyncio.Lock()
+        self._is_server_stopped = False
         self._triton_live: bool | None = None
+        #: What was alive at the last look.
+        self._alive: frozenset[Stub] = frozenset()
 
     @property
     def triton_live(self) -> bool:
         return self._triton_live is True
 
-    async def run(self) -> NoReturn:
-        while True:
-            await self.check()
-            await asyncio.sleep(self._interval_s)
+    async def run(self) -> None:
+        """Look and ask until cancelled. A Triton that does not answer delays no look."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._repeat(self.look))
+            group.create_task(self._repeat(self.ask))
 
-    async def check(self) -> None:
-        """Look once. Triton is asked at the same time, so that its silence delays nothing."""
-        live, found = await asyncio.gather(self._triton.live(), asyncio.to_thread(self._stubs.find))
+    async def look(self) -> None:
+        """Look at all processes once, and tell what is gone or may as well be."""
+        models = self._parts.triton_models | self._slots.triton_models
+        serving = self._parts.serving_models
+        seen = await asyncio.to_thread(self._look, models, serving)
+        on_time = self._punctuality.look(seen.at_s)
+        stopped = self._stops.after(seen.stopped)
+        silent = self._silences.after(seen.pulses, on_time=on_time)
+        self._is_server_stopped = bool(
+            self._server_stops.after(frozenset({"server"} if seen.server_stopped else ()))
+        )
+        self._judge_triton()
+        hung = stopped | silent
+        alive = seen.found - hung
+        if self._alive - seen.found:
+            # A process that died with its Triton is told from one that died alone.
+            await self.ask()
+        self._alive = alive
+        models = frozenset(stub.model for stub in hung)
+        self._parts.observe(alive, hung=models, triton_live=self.triton_live)
+        self._slots.observe(alive)
+        self._kill(hung)
+
+    async def ask(self) -> None:
+        """Ask Triton once whether it is live."""
+        async with self._asking:
+            num_late = self._punctuality.num_late
+            answer = await self._triton.live()
+            was_late = self._punctuality.num_late > num_late or self._punctuality.is_overdue(
+                self._now_s()
+            )
+            self._answers.after(answer, on_time=not was_late)
+            self._judge_triton()
+
+    def _judge_triton(self) -> None:
+        live = False if self._is_server_stopped else self._answers.live
         if live != self._triton_live:
             logger.info("triton live=%s", live)
             self._triton_live = live
             self._changed.set()
-        self._parts.observe(found, triton_live=live)
-        self._slots.observe(found)
+
+    def _look(self, models: Set[str], serving: Set[str]) -> _Look:
+        found = frozenset(stub for stub in self._stubs.find() if stub.model in models)
+        pulses = ((stub, self._run_files.pulse(stub.model)) for stub in found)
+        return _Look(
+            at_s=self._now_s(),
+            found=found,
+            stopped=self._stubs.stopped(found),
+            pulses={
+                stub: pulse for stub, pulse in pulses if pulse is not None and stub.model in serving
+            },
+            server_stopped=self._stubs.server_stopped(found),
+        )
+
+    def _kill(self, hung: Iterable[Stub]) -> None:
+        for stub in hung:
+            logger.warning("kill pid=%d model=%s: it does nothing", stub.pid, stub.model)
+            self._stubs.kill(stub)
+
+    async def _repeat(self, step: Callable[[], Awaitable[None]]) -> NoReturn:
+        """Begin `step` every interval, or as soon as the one before has ended."""
+        while True:
+            due_s = self._now_s() + self._limits.interval_s
+            await step()
+            await asyncio.sleep(max(0.0, due_s - self._now_s()))

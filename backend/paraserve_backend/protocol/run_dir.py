@@ -45,8 +45,16 @@ class RunDir:
     def key_file(self, replica: str) -> Path:
         return self.keys / replica / "curve.key"
 
+    @property
+    def secrets(self) -> Path:
+        return self.path / "secrets"
+
     def secret_file(self, model: str) -> Path:
-        return self.path / "secrets" / model
+        return self.secrets / model
+
+    @property
+    def pulses(self) -> Path:
+        return self.path / "pulses"
 
     def pulse_file(self, model: str) -> Path:
-        return self.path / "pulses" / model
+        return self.pulses / model

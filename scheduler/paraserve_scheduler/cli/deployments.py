@@ -17,7 +17,7 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.cli.connection import add_connection_flags, open_client
 from paraserve_scheduler.cli.parsing import any_whole, seconds, whole
 from paraserve_scheduler.cli.views import timeline
-from paraserve_scheduler.cli.views.tables import deployments_table, nodes_table
+from paraserve_scheduler.cli.views.tables import deployments_table, nodes_table, pause_lines
 
 _DEPLOY_EPILOG = """\
 examples:
@@ -151,6 +151,8 @@ def _status(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     console.print(nodes_table(status, now_s=time.time()))
     console.print()
     console.print(deployments_table(status))
+    for line in pause_lines(status):
+        console.print(line, markup=False, soft_wrap=True)
     newest = timeline.newest(status)
     if newest is not None:
         console.print()

@@ -13,7 +13,7 @@ from paraserve_backend.errors import NotFound
 from paraserve_backend.protocol.names import named_deployment
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.cli.connection import add_connection_flags, open_client
-from paraserve_scheduler.cli.views import explanation, timeline
+from paraserve_scheduler.cli.views import explanation, tables, timeline
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,6 +40,8 @@ def _explain(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if arguments.json:
         console.out(json.dumps(MessageToDict(replica, preserving_proto_field_name=True), indent=2))
         return 0
+    for line in tables.pause_lines(status):
+        console.print(line, soft_wrap=True, markup=False)
     for part in explanation.render(replica):
         console.print(part, soft_wrap=isinstance(part, str), markup=not isinstance(part, str))
     return 0

@@ -59,6 +59,13 @@ class PolicyConfig:
     #: Starts that may fail within `failure_window_s` before waiting requests are failed.
     max_failed_starts: int = 3
     failure_window_s: float = 60.0
+    #: Replicas that may die within `death_window_s`, not by a node's fault, before the next start
+    #: waits `death_pause_s`; the pause doubles with each further one until none has died for so
+    #: long. So does the pause after starts that fail, which begins with `node_timeout_s`.
+    max_deaths: int = 5
+    death_window_s: float = 300.0
+    death_pause_s: float = 10.0
+    most_pause_s: float = 300.0
     #: How long requests are failed at once after a start that could only fail again.
     repair_pause_s: float = 5.0
     #: How long requests wait for nodes with room before they are failed.

@@ -15,6 +15,7 @@ from paraserve_backend.errors import InsufficientCapacity
 from paraserve_scheduler.policies.keep_alive import UNKNOWN_LIFE_S
 from paraserve_scheduler.reconciler.capacity import successor_spaces
 from paraserve_scheduler.reconciler.placement import NodeSpace, place_successor
+from paraserve_scheduler.reconciler.setbacks import pause_of
 from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.actions import (
     Action,
@@ -99,12 +100,15 @@ def _is_backing_off(turn: Turn, replica: Replica) -> bool:
 
 def pause_s(turn: Turn, replica: Replica) -> float:
     """Seconds until the next successor may be tried."""
+    state = turn.view.deployments[replica.deployment]
+    pause = pause_of(turn, state)
+    paused_s = 0.0 if pause is None else pause.until_s - turn.now_s
     failed_s = replica.hand_over.successor_failed_s
     if failed_s is None:
-        return 0.0
+        return paused_s
     doublings = min(replica.hand_over.failed_successors - 1, _MOST_DOUBLINGS)
     whole_s = turn.config.consolidation.retry_s * 2.0**doublings
-    return max(0.0, failed_s + whole_s - turn.now_s)
+    return max(paused_s, failed_s + whole_s - turn.now_s)
 
 
 def _moves(turn: Turn, replica: Replica) -> tuple[Action, ...]:

@@ -8,6 +8,7 @@ successors are decided in `reconciler.consolidation`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from paraserve_scheduler.reconciler import consolidation
 from paraserve_scheduler.reconciler.capacity import (
@@ -64,7 +65,7 @@ def _failure(turn: Turn, replica: Replica) -> Failure | None:
     for stage in replica.plan.stages:
         trouble = node_trouble(turn, stage.node)
         if trouble is not None:
-            return _unavailable(trouble)
+            return replace(_unavailable(trouble), is_nodes_fault=True)
     started_s = turn.now_s - replica.planned_s
     if replica.phase is Phase.STARTING and started_s > _start_limit_s(turn, replica):
         return Failure(

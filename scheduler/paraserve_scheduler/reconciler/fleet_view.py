@@ -49,8 +49,11 @@ _PREFILL_GAIN = {"cpu": 50.0, "cuda": 300.0}
 _PROMPT_TOKENS = 256
 
 
-def fleet_of(turn: Turn, held_back: Collection[str] = ()) -> Fleet:
-    """Return what policies may know of the view; of deployments `held_back` nothing waits."""
+def fleet_of(turn: Turn, held_back: Collection[str] = (), full: Collection[str] = ()) -> Fleet:
+    """Return what policies may know of the view.
+
+    Of deployments `held_back` nothing waits; those that are `full` may have no more replicas.
+    """
     view, config = turn.view, turn.config.placement
     active = [state for state in view.deployments.values() if _is_active(view, state, held_back)]
     nodes = [
@@ -65,7 +68,10 @@ def fleet_of(turn: Turn, held_back: Collection[str] = ()) -> Fleet:
     most_bytes = max((gpu.free_bytes for node in seen for gpu in node.gpus), default=0)
     return Fleet(
         nodes=seen,
-        needs=tuple(_need(view, state, most_bytes, config, held_back) for state in active),
+        needs=tuple(
+            _need(view, state, most_bytes, config, held_back, is_full=state.name in full)
+            for state in active
+        ),
         leaving_bytes=_leaving_bytes(view),
     )
 
@@ -229,6 +235,8 @@ def _need(
     most_bytes: int,
     config: PlacementConfig,
     held_back: Collection[str],
+    *,
+    is_full: bool,
 ) -> Need:
     spec = state.deployment.spec
     model = shape_of(
@@ -237,7 +245,12 @@ def _need(
     replicas = [replica for replica in view.live_replicas(state.name) if replica.is_wanted]
     leading = [replica for replica in replicas if view.wanted_predecessor(replica) is None]
     loads = [_load(view, state, replica, is_only=len(leading) == 1) for replica in leading]
+    # What a pipeline may become counts.
+    most = spec.max_replicas - sum(_instances(state, replica) - 1 for replica in leading)
+    least = spec.min_replicas
     is_held_back = state.name in held_back
+    if is_full:
+        most, least = min(most, len(leading)), min(least, len(leading))
     return Need(
         name=state.name,
         weights=spec.source,
@@ -247,9 +260,8 @@ def _need(
         oldest_s=state.waiting_since_s,
         replicas=tuple(loads),
         arrivals_s=state.history.arrivals_s,
-        # What a pipeline may become counts.
-        max_replicas=spec.max_replicas - sum(_instances(state, replica) - 1 for replica in leading),
-        min_replicas=0 if is_held_back else spec.min_replicas,
+        max_replicas=most,
+        min_replicas=0 if is_held_back else least,
         priority=spec.priority,
         max_sequences=spec.max_sequences,
         max_stages=spec.max_stages or config.max_stages,

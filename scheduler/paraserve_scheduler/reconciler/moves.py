@@ -154,7 +154,9 @@ def _progress(turn: Turn, replica: Replica) -> str:
         return f"still takes over from {predecessor.id}"
     left_s = pause_s(turn, replica)
     if left_s > 0:
-        return f"waits {left_s:.0f} s, for its last successor failed"
+        is_own = replica.hand_over.successor_failed_s is not None
+        cause = "its last successor failed" if is_own else "starts of its deployment are paused"
+        return f"waits {left_s:.0f} s, for {cause}"
     return _shortage(turn, replica) or "moves at once"
 
 

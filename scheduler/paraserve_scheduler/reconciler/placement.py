@@ -136,15 +136,10 @@ def _max_stages(deployment: Deployment, num_nodes: int, config: PlacementConfig)
 
 def least_kv_blocks(deployment: Deployment, config: PlacementConfig) -> int:
     """The least KV blocks a replica is of use with: one context of the length stated."""
-    context = _context_limit(deployment)
+    context = deployment.context_limit
     if deployment.spec.max_context is None:
         context = min(context, config.min_context)
     return _blocks(context, config.kv_block_size)
-
-
-def _context_limit(deployment: Deployment) -> int:
-    model_limit = deployment.model.context_length
-    return min(deployment.spec.max_context or model_limit, model_limit)
 
 
 def _blocks(tokens: int, block_size: int) -> int:
@@ -169,7 +164,7 @@ def _plan(
     config: PlacementConfig,
 ) -> ReplicaPlan:
     kv_blocks = max(needed, _wanted_blocks(deployment, shares, nodes, needed, config))
-    context = min(_context_limit(deployment), kv_blocks * config.kv_block_size)
+    context = min(deployment.context_limit, kv_blocks * config.kv_block_size)
     is_pipeline = len(nodes) > 1
     return ReplicaPlan(
         deployment=deployment.name,
@@ -213,7 +208,7 @@ def _wanted_blocks(
     config: PlacementConfig,
 ) -> int:
     """What all sequences may need, as far as every stage's node has room for it."""
-    per_sequence = _blocks(_context_limit(deployment), config.kv_block_size)
+    per_sequence = _blocks(deployment.context_limit, config.kv_block_size)
     wanted = per_sequence * deployment.spec.max_sequences
     rooms = [
         int((node.free_bytes - share.weight_bytes) * config.kv_share) // share.kv_block_bytes

@@ -19,6 +19,7 @@ from paraserve_scheduler.reconciler.capacity import (
 )
 from paraserve_scheduler.reconciler.fleet_view import fleet_of, with_only_waiting
 from paraserve_scheduler.reconciler.placement import check_room, lay_out
+from paraserve_scheduler.reconciler.setbacks import pause_of, refusal
 from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.actions import (
     Action,
@@ -27,21 +28,8 @@ from paraserve_scheduler.state.actions import (
     StartReplica,
     StopReplica,
 )
-from paraserve_scheduler.state.records import DeploymentState, FailedStart, Failure, Phase, Replica
+from paraserve_scheduler.state.records import DeploymentState, Failure, Phase, Replica
 from paraserve_scheduler.state.view import ClusterView
-
-#: Failures that another try would only repeat.
-_PERMANENT = frozenset(
-    {
-        "INVALID_ARGUMENT",
-        "NOT_FOUND",
-        "ALREADY_EXISTS",
-        "PERMISSION_DENIED",
-        "UNAUTHENTICATED",
-        "UNIMPLEMENTED",
-        "FAILED_PRECONDITION",
-    }
-)
 
 
 def follow_policy(turn: Turn) -> None:
@@ -50,8 +38,10 @@ def follow_policy(turn: Turn) -> None:
     for failed in failures:
         turn.do(failed)
     _reclaim(turn)
-    held_back = {failed.deployment for failed in failures} | _pausing(turn)
-    fleet = fleet_of(turn, held_back=held_back)
+    pausing = _pausing(turn)
+    at_zero = {state.name for state in pausing if _is_at_zero(turn.view, state)}
+    held_back = {failed.deployment for failed in failures} | at_zero
+    fleet = fleet_of(turn, held_back=held_back, full={state.name for state in pausing} - at_zero)
     for decision in find_policy(turn.config.name).decide(fleet, turn.now_s):
         for action in _carry_out(turn, decision):
             turn.do(action)
@@ -62,7 +52,7 @@ def _refuse_starts(turn: Turn) -> Iterator[FailDeployment]:
     """Fail what waits for a start that would only fail again."""
     for state in turn.view.deployments.values():
         if _is_left_waiting(turn.view, state):
-            failure = _too_many_failures(turn, state)
+            failure = refusal(turn, state)
             if failure is not None:
                 waiting = turn.view.waiting(state.name)
                 reason = f"{waiting} requests wait, but its start failed: {failure.message}"
@@ -126,37 +116,10 @@ def _keep_slots(view: ClusterView, node: str, wanted: int, reason: str) -> tuple
     return (KeepSlots(node=node, idle_slots=wanted, reason=reason),)
 
 
-def _too_many_failures(turn: Turn, state: DeploymentState) -> Failure | None:
-    """The newest failure, if it is of no use to try again yet."""
-    recent = _recent_failures(turn, state)
-    if not recent:
-        return None
-    newest = recent[-1]
-    if newest.failure.grpc_code in _PERMANENT:
-        # Only somebody can repair it, and then wants to see so: whoever comes later, tries.
-        tried_just_now = turn.now_s - newest.at_s < turn.config.repair_pause_s
-        return newest.failure if tried_just_now else None
-    return newest.failure if len(recent) >= turn.config.max_failed_starts else None
-
-
-def _pausing(turn: Turn) -> set[str]:
-    """The deployments at zero that failed again when tried again; the next try is not yet due.
-
-    If a node is lost, or its Triton, that is known in time for the try to go around it.
-    """
-    return {
-        state.name
-        for state in turn.view.deployments.values()
-        # What is rare first: the rest looks at every replica there is.
-        if len(recent := _recent_failures(turn, state)) > 1
-        and turn.now_s - recent[-1].at_s <= turn.config.node_timeout_s
-        and _is_at_zero(turn.view, state)
-    }
-
-
-def _recent_failures(turn: Turn, state: DeploymentState) -> tuple[FailedStart, ...]:
-    now_s, window_s = turn.now_s, turn.config.failure_window_s
-    return tuple(failed for failed in state.failed_starts if now_s - failed.at_s < window_s)
+def _pausing(turn: Turn) -> tuple[DeploymentState, ...]:
+    """The deployments whose next start is not yet due."""
+    states = turn.view.deployments.values()
+    return tuple(state for state in states if pause_of(turn, state) is not None)
 
 
 def _reclaim(turn: Turn) -> None:

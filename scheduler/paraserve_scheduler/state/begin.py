@@ -28,14 +28,17 @@ from paraserve_scheduler.state.fold_reports import (
     measured_decode,
 )
 from paraserve_scheduler.state.records import (
-    FailedStart,
     GatewayState,
     HandOverState,
     PartState,
     Phase,
     Replica,
+    Setback,
 )
 from paraserve_scheduler.state.view import ClusterView
+
+#: More of them than make the longest pause.
+_KEPT_SETBACKS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,9 @@ def _replica_stopping(view: ClusterView, action: StopReplica, begun: Begun) -> C
     replica = view.replicas[action.replica]
     view = measured_decode(view, replica)
     if action.failure is not None:
-        view = _note_failure(view, replica, FailedStart(at_s=begun.at_s, failure=action.failure))
+        nodes = tuple(stage.node for stage in replica.plan.stages)
+        setback = Setback(at_s=begun.at_s, failure=action.failure, nodes=nodes)
+        view = _note_setback(view, replica, setback)
     stopping = partial(
         replace,
         phase=Phase.STOPPING,
@@ -111,16 +116,26 @@ def _replica_stopping(view: ClusterView, action: StopReplica, begun: Begun) -> C
     return view
 
 
-def _note_failure(view: ClusterView, replica: Replica, failed: FailedStart) -> ClusterView:
+def _note_setback(view: ClusterView, replica: Replica, setback: Setback) -> ClusterView:
+    if replica.ready_s is not None:
+        view = change_deployment(
+            view,
+            replica.deployment,
+            lambda state: replace(state, deaths=_with_newest(state.deaths, setback)),
+        )
     predecessor = view.predecessor(replica)
     if predecessor is not None:
-        failing = partial(_with_failed_successor, at_s=failed.at_s)
+        failing = partial(_with_failed_successor, at_s=setback.at_s)
         return change_hand_over(view, predecessor.id, failing)
     return change_deployment(
         view,
         replica.deployment,
-        lambda state: replace(state, failed_starts=(*state.failed_starts, failed)),
+        lambda state: replace(state, failed_starts=_with_newest(state.failed_starts, setback)),
     )
+
+
+def _with_newest(setbacks: tuple[Setback, ...], newest: Setback) -> tuple[Setback, ...]:
+    return (*setbacks, newest)[-_KEPT_SETBACKS:]
 
 
 def _with_failed_successor(state: HandOverState, *, at_s: float) -> HandOverState:

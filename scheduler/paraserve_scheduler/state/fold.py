@@ -88,10 +88,12 @@ def fold(view: ClusterView, event: Event) -> ClusterView:
 
 
 def _node_reported(view: ClusterView, event: NodeReported) -> ClusterView:
+    known = view.nodes[event.node]
     node = replace(
-        view.nodes[event.node],
+        known,
         last_seen_s=event.at_s,
         triton_live=event.triton_live,
+        triton_lost_s=known.triton_lost_s if event.triton_live else event.at_s,
         parts=event.parts,
         tier_used_bytes=event.tier_used_bytes,
         tier=event.tier,
@@ -116,7 +118,11 @@ def _missing(replica: Replica, stage: int) -> PartState | None:
     if not (part.confirmed or replica.recovered):
         return None
     node = replica.plan.stages[stage].node
-    failure = Failure(grpc_code="UNAVAILABLE", message=f"Node {node} no longer has {replica.id}.")
+    failure = Failure(
+        grpc_code="UNAVAILABLE",
+        message=f"Node {node} no longer has {replica.id}.",
+        is_nodes_fault=True,
+    )
     return replace(part, phase=Phase.FAILED, failure=failure)
 
 

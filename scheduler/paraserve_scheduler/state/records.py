@@ -31,6 +31,8 @@ class Failure:
     #: Name of a `grpc.StatusCode` member.
     grpc_code: str
     message: str
+    #: It says nothing about what was there: the node is gone, or forgot, or does not answer.
+    is_nodes_fault: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,8 @@ class NodeState:
     wanted_slots: int | None = None
     #: How fast its large fetches really were; None: there was none.
     fetch_bytes_per_s: float | None = None
+    #: When its Triton last was not live, as far as is known.
+    triton_lost_s: float | None = None
 
     def without(self, replicas: Collection[str]) -> NodeState:
         """The node as it will be when it holds no part of these replicas."""
@@ -209,9 +213,13 @@ class GatewayState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FailedStart:
+class Setback:
+    """A start that failed, or a replica that died after it was ready."""
+
     at_s: float
     failure: Failure
+    #: Where it was.
+    nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,8 +234,11 @@ class DeploymentState:
     first_pass_s: float | None = None
     #: Since when requests have been waiting without a break.
     waiting_since_s: float | None = None
-    #: Starts that failed since one last succeeded.
-    failed_starts: tuple[FailedStart, ...] = ()
+    #: Starts that failed since one last succeeded, and the death of what that had started.
+    failed_starts: tuple[Setback, ...] = ()
+    #: Its replicas that died after they were ready. Like failed starts they are forgotten when the
+    #: scheduler restarts: what was wrong may be repaired, and five more deaths tell otherwise.
+    deaths: tuple[Setback, ...] = ()
     #: The newest failure told to gateways, and how many there have been.
     failure: Failure | None = None
     failure_number: int = 0

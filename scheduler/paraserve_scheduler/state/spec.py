@@ -52,10 +52,18 @@ class Deployment:
     spec: DeploymentSpec
     model: ModelSpec
     index: CheckpointIndex
+    #: Bytes of a prompt that one token stands for at most; 0: not known.
+    longest_token_bytes: int = 0
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens of the longest context that a replica may have, as far as memory goes."""
+        model_limit = self.model.context_length
+        return min(self.spec.max_context or model_limit, model_limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

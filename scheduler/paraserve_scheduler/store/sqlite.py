@@ -25,7 +25,7 @@ from paraserve_scheduler.state.records import Replica
 from paraserve_scheduler.state.spec import ChannelKeys, Deployment, DeploymentSpec
 from paraserve_scheduler.store.records import dump, load
 
-_SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 4
 #: The state of a hand-over lay flat in a replica's record until schema 2. By its names there.
 _FLAT_HAND_OVER = {
     "targets": "notified",
@@ -35,13 +35,15 @@ _FLAT_HAND_OVER = {
     "failed_successors": "failed_successors",
     "successor_failed_s": "successor_failed_s",
 }
+_LONGEST_TOKEN = "longest_token_bytes"
 #: A scheduler that is shutting down still holds the file for a moment.
 _LOCK_TIMEOUT_S = 1.0
 _SCHEMA = """
 CREATE TABLE deployments (
     name TEXT PRIMARY KEY, spec TEXT NOT NULL, index_json BLOB NOT NULL,
     deployed_s REAL NOT NULL, deleting INTEGER NOT NULL DEFAULT 0,
-    public_key TEXT NOT NULL, secret_key TEXT NOT NULL
+    public_key TEXT NOT NULL, secret_key TEXT NOT NULL,
+    longest_token_bytes INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE replicas (
     replica TEXT PRIMARY KEY, deployment TEXT NOT NULL, number INTEGER NOT NULL,
@@ -123,40 +125,57 @@ class SqliteStore:
             self._connection.executescript(
                 f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
             )
-        elif version == 2:
-            self._nest_hand_overs()
+        elif version in (2, 3):
+            self._upgrade(version)
         elif version != _SCHEMA_VERSION:
             raise InvalidRequest(
                 f"{path} was written by another version (schema {version}, this one reads "
                 f"{_SCHEMA_VERSION}): name another state file."
             )
 
-    def _nest_hand_overs(self) -> None:
-        """Bring a file of schema 2 to schema 3."""
+    def _upgrade(self, version: int) -> None:
+        """Bring a file of an earlier schema to this one."""
         with self._transaction():
-            rows = self._connection.execute("SELECT replica, record FROM replicas").fetchall()
-            for name, text in rows:
-                record = json.loads(text)
-                record["hand_over"] = {
-                    nested: record.pop(flat) for flat, nested in _FLAT_HAND_OVER.items()
-                }
-                self._connection.execute(
-                    "UPDATE replicas SET record = ? WHERE replica = ?", (json.dumps(record), name)
-                )
+            if version == 2:
+                self._nest_hand_overs()
+            self._add_longest_tokens()
             self._connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+
+    def _nest_hand_overs(self) -> None:
+        """Bring the records of schema 2 to schema 3."""
+        rows = self._connection.execute("SELECT replica, record FROM replicas").fetchall()
+        for name, text in rows:
+            record = json.loads(text)
+            record["hand_over"] = {
+                nested: record.pop(flat) for flat, nested in _FLAT_HAND_OVER.items()
+            }
+            self._connection.execute(
+                "UPDATE replicas SET record = ? WHERE replica = ?", (json.dumps(record), name)
+            )
+
+    def _add_longest_tokens(self) -> None:
+        """Bring the table of schema 3 to schema 4: of what is deployed nothing is known."""
+        columns = self._connection.execute("SELECT name FROM pragma_table_info('deployments')")
+        if (_LONGEST_TOKEN,) not in columns.fetchall():
+            self._connection.execute(
+                f"ALTER TABLE deployments ADD COLUMN {_LONGEST_TOKEN} INTEGER NOT NULL DEFAULT 0"
+            )
 
     def close(self) -> None:
         self._connection.close()
 
     def deployments(self) -> tuple[StoredDeployment, ...]:
         rows = self._connection.execute(
-            "SELECT spec, index_json, deployed_s, deleting FROM deployments ORDER BY deployed_s"
+            "SELECT spec, index_json, longest_token_bytes, deployed_s, deleting"
+            " FROM deployments ORDER BY deployed_s"
         )
         return tuple(
             StoredDeployment(
-                deployment=_deployment(spec, packed), deployed_s=at_s, deleting=bool(deleting)
+                deployment=_deployment(spec, packed, longest),
+                deployed_s=at_s,
+                deleting=bool(deleting),
             )
-            for spec, packed, at_s, deleting in rows
+            for spec, packed, longest, at_s, deleting in rows
         )
 
     def replicas(self) -> tuple[Replica, ...]:
@@ -180,8 +199,8 @@ class SqliteStore:
         public_key, secret_key = zmq.curve_keypair()
         self._connection.execute(
             "INSERT INTO deployments"
-            " (name, spec, index_json, deployed_s, public_key, secret_key)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
+            " (name, spec, index_json, deployed_s, public_key, secret_key, longest_token_bytes)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 deployment.name,
                 dump(deployment.spec),
@@ -189,6 +208,7 @@ class SqliteStore:
                 deployed_s,
                 public_key.decode(),
                 secret_key.decode(),
+                deployment.longest_token_bytes,
             ),
         )
 
@@ -252,6 +272,11 @@ def _make_private(path: Path) -> None:
         raise InvalidRequest(f"Cannot use state file {path}: {error.strerror}.") from None
 
 
-def _deployment(spec: str, packed: bytes) -> Deployment:
+def _deployment(spec: str, packed: bytes, longest_token_bytes: int) -> Deployment:
     index = CheckpointIndex.from_json(zlib.decompress(packed))
-    return Deployment(spec=load(DeploymentSpec, spec), model=model_spec(index.config), index=index)
+    return Deployment(
+        spec=load(DeploymentSpec, spec),
+        model=model_spec(index.config),
+        index=index,
+        longest_token_bytes=longest_token_bytes,
+    )

@@ -298,9 +298,11 @@ def test_the_third_try_waits_until_a_node_that_was_lost_is_known_to_be() -> None
 def test_a_least_replica_that_cannot_start_is_tried_at_intervals() -> None:
     history = _several(min_replicas=1)
     history.decides()
-    _fail_starts(history, LOST_PROCESS, 4)
+    _fail_starts(history, LOST_PROCESS, 3)
     assert history.decides() == ()
-    history.passes(TRIED_AGAIN_S)
+    history.passes(2 * CONFIG.node_timeout_s)
+    assert history.decides() == ()
+    history.passes(0.5)
     assert _kinds(history.decides()) == [StartReplica]
 
 

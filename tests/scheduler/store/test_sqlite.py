@@ -62,7 +62,8 @@ def test_records_of_another_version_are_refused(text: str) -> None:
 
 def test_what_is_stored_is_there_after_reopening(path: Path) -> None:
     store = SqliteStore(path)
-    deployment, replica = make_deployment(ttft_slo_s=2.5), _replica()
+    deployment = replace(make_deployment(ttft_slo_s=2.5), longest_token_bytes=48)
+    replica = _replica()
     store.add_deployment(deployment, 1_000.0)
     store.save_replica(replica)
     store.save_counters("tiny", Counters(last_number=3, failure_number=2))
@@ -73,6 +74,7 @@ def test_what_is_stored_is_there_after_reopening(path: Path) -> None:
     assert stored.deployment.spec == deployment.spec
     assert stored.deployment.model == deployment.model
     assert stored.deployment.index == deployment.index
+    assert stored.deployment.longest_token_bytes == 48
     assert (stored.deployed_s, stored.deleting) == (1_000.0, True)
     assert again.replicas() == (replica,)
     assert again.counters("tiny") == Counters(last_number=3, failure_number=2)
@@ -180,4 +182,21 @@ def test_a_state_file_of_schema_2_is_read_on(path: Path) -> None:
     for _ in range(2):  # the second time it is of this version
         store = SqliteStore(path)
         assert store.replicas() == (replica,)
+        store.close()
+
+
+def test_of_what_was_deployed_under_schema_3_no_longest_token_is_known(path: Path) -> None:
+    store = SqliteStore(path)
+    store.add_deployment(replace(make_deployment(), longest_token_bytes=48), 1_000.0)
+    store.close()
+    connection = sqlite3.connect(path)
+    connection.execute("ALTER TABLE deployments DROP COLUMN longest_token_bytes")
+    connection.execute("PRAGMA user_version = 3")
+    connection.commit()
+    connection.close()
+    for _ in range(2):  # the second time it is of this version
+        store = SqliteStore(path)
+        (stored,) = store.deployments()
+        assert stored.deployment.longest_token_bytes == 0
+        assert stored.deployment.index == make_deployment().index
         store.close()

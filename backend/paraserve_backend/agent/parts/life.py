@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 
 from paraserve_backend.agent.fetches import Fetching, FetchRequest
 from paraserve_backend.agent.parts.models import NodeContext, PartModels
@@ -53,6 +53,11 @@ class PartLife:
         return self.progress.phase == pb.FAILED and self._task is not None and self._task.done()
 
     @property
+    def triton_models(self) -> frozenset[str]:
+        """The Triton models of the part; a slot's, where it stands for one of its own."""
+        return self._models.triton_models
+
+    @property
     def slots(self) -> Mapping[str, str]:
         """The Triton models that some models of the part are instead of one of their own."""
         return self._models.slots
@@ -74,20 +79,32 @@ class PartLife:
         await self._undo(deadline_s)
         self.progress.move(pb.STOPPED)
 
-    def observe(self, found: Iterable[Stub], *, triton_live: bool) -> None:
-        """Compare with the processes that live now; a part that lost one has failed."""
+    def observe(
+        self, found: Iterable[Stub], *, triton_live: bool, hung: Set[str] = frozenset()
+    ) -> None:
+        """Compare with the processes that live now; a part that lost one has failed.
+
+        `hung` are Triton models whose processes are there, but do nothing.
+        """
         mine = self._models.stubs(found)
         # By model: a process that forks to run a program is there twice for a moment.
         self._seen |= self._models.slot_stubs
         lost = {stub.model for stub in self._seen} - {stub.model for stub in mine}
-        dead = sorted(map(self._models.name_of, lost))
         self._seen |= mine
-        if self.progress.phase == pb.READY and dead:
-            cause = f"The process of model {dead[0]} died." if triton_live else "Triton stopped."
-            self._fail(Unavailable(cause))
+        if self.progress.phase == pb.READY and lost:
+            self._fail(Unavailable(self._cause(lost, hung, triton_live=triton_live)))
             self._task = asyncio.create_task(self._clean_up())
-        elif self.progress.phase == pb.STARTING and dead:
-            self._note_loss(dead[0])
+        elif self.progress.phase == pb.STARTING and lost:
+            self._note_loss(min(map(self._models.name_of, lost)))
+
+    def _cause(self, lost: Set[str], hung: Set[str], *, triton_live: bool) -> str:
+        if not triton_live:
+            return "Triton stopped."
+        # What hangs may have made the others die.
+        model = self._models.name_of(min(lost & hung or lost))
+        if lost & hung:
+            return f"Model {model} has stopped answering."
+        return f"The process of model {model} died."
 
     def _note_loss(self, model: str) -> None:
         now_s = self._node.now()

@@ -13,14 +13,21 @@ from itertools import groupby
 
 from paraserve_backend.agent.fetches import Fetches
 from paraserve_backend.agent.parts.progress import PartProgress
+from paraserve_backend.agent.run_files import RunFiles
 from paraserve_backend.agent.slots import Slot, Slots
 from paraserve_backend.channel.keys import KeyStore
 from paraserve_backend.daemon.tasks import finish_all, in_thread
 from paraserve_backend.errors import DeadlineExceeded, Unavailable
+from paraserve_backend.protocol.names import Role
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.telemetry.spans import SpanName
 from paraserve_backend.tritonserver.host.client import ModelState
-from paraserve_backend.tritonserver.host.model_config import slotted_model, with_steps
+from paraserve_backend.tritonserver.host.model_config import (
+    own_parameters,
+    slotted_model,
+    with_steps,
+)
 from paraserve_backend.tritonserver.host.repository import ModelRepository
 from paraserve_backend.tritonserver.host.stubs import Stub
 from paraserve_backend.tritonserver.host.unloader import Unloader
@@ -34,10 +41,12 @@ _POLL_S = 0.1
 class NodeContext:
     """What the parts of one node share. Limits are those of commands that name none."""
 
+    run_dir: RunDir
     repository: ModelRepository
     unloader: Unloader
     fetches: Fetches
     keys: KeyStore
+    run_files: RunFiles
     slots: Slots
     part_deadline_s: float
     remove_deadline_s: float
@@ -67,6 +76,12 @@ class PartModels:
         """The slots' Triton models that stand for models of the part."""
         return {model: binding.slot.name for model, binding in self._bindings.items()}
 
+    @property
+    def triton_models(self) -> frozenset[str]:
+        """Triton's names of the part's models."""
+        slots = self.slots
+        return frozenset(slots.get(model, model) for model in self._names)
+
     def name_of(self, triton_model: str) -> str:
         """Return the part's name of a Triton model, which may be a slot's."""
         names = {slot: model for model, slot in self.slots.items()}
@@ -80,9 +95,7 @@ class PartModels:
 
     def stubs(self, found: Iterable[Stub]) -> frozenset[Stub]:
         """Return those processes that run the part's models."""
-        slots = self.slots
-        names = {slots.get(model, model) for model in self._names}
-        return frozenset(stub for stub in found if stub.model in names)
+        return frozenset(stub for stub in found if stub.model in self.triton_models)
 
     async def load(self) -> None:
         """Bind what slots there are and load the rest; returns when all models are ready.
@@ -117,6 +130,7 @@ class PartModels:
         self._node.unloader.stubs.remove_leftovers(ended)
         for model in self._names:
             self._node.repository.remove(model)
+            self._node.run_files.remove(model)
         self._node.keys.remove(self._part.replica)
 
     def _take_slots(self) -> None:
@@ -133,6 +147,8 @@ class PartModels:
         slots = self.slots
         for model in self._part.models:
             if model.name not in slots:
+                if _takes_commands(model):
+                    self._node.run_files.prepare(model.name)
                 self._node.repository.write(model.name, with_steps(model.files, slots))
 
     async def _load(self, model: str) -> None:
@@ -167,3 +183,8 @@ class PartModels:
         ordered = sorted(chosen, key=lambda model: model.load_wave)
         waves = groupby(ordered, key=lambda model: model.load_wave)
         return [[model.name for model in wave] for _, wave in waves]
+
+
+def _takes_commands(model: pb.ModelFiles) -> bool:
+    parameters = own_parameters(model.files)
+    return parameters is not None and parameters.get("role") == Role.GENERATE

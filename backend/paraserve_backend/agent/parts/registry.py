@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from weakref import WeakValueDictionary
 
 from paraserve_backend.agent.parts.life import PartLife
 from paraserve_backend.agent.parts.models import NodeContext
 from paraserve_backend.agent.parts.progress import PartProgress
 from paraserve_backend.errors import InvalidRequest, NotFound, Unavailable
-from paraserve_backend.protocol.names import ReplicaModels
+from paraserve_backend.protocol.names import ReplicaModels, replica_of
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_backend.tritonserver.host.model_config import own_parameters
 from paraserve_backend.tritonserver.host.repository import check_name
 from paraserve_backend.tritonserver.host.stubs import Stub
 
@@ -41,7 +43,7 @@ class Parts:
         Raises:
             InvalidRequest: a name in it is not allowed.
         """
-        _check(part)
+        _check(part, self._node.run_dir)
         async with self._lock(part.replica):
             key = (part.replica, part.stage)
             life = self._lives.get(key)
@@ -82,10 +84,12 @@ class Parts:
             {"replica": target.replica, "address": target.address} for target in request.targets
         ]
         logger.info("hand over replica=%s targets=%d", request.replica, len(targets))
-        model = ReplicaModels(request.replica).generate
+        name = ReplicaModels(request.replica).generate
+        model = life.slots.get(name, name)
         await self._node.unloader.triton.command(
-            life.slots.get(model, model),
+            model,
             json.dumps({"hand_over": targets}),
+            secret=self._node.run_files.secret(model),
             replica=request.replica,
         )
 
@@ -101,11 +105,27 @@ class Parts:
     def statuses(self) -> list[pb.PartStatus]:
         return [life.progress.snapshot() for life in self._lives.values()]
 
-    def observe(self, found: Iterable[Stub], *, triton_live: bool) -> None:
-        """Tell every part which processes live now, and forget failures nobody removed."""
+    @property
+    def triton_models(self) -> frozenset[str]:
+        """The Triton models that any part has, slots included."""
+        return frozenset[str]().union(*(life.triton_models for life in self._lives.values()))
+
+    @property
+    def serving_models(self) -> frozenset[str]:
+        """Those of parts that are ready."""
+        ready = (life for life in self._lives.values() if life.progress.phase == pb.READY)
+        return frozenset[str]().union(*(life.triton_models for life in ready))
+
+    def observe(
+        self, found: Iterable[Stub], *, triton_live: bool, hung: Set[str] = frozenset()
+    ) -> None:
+        """Tell every part which processes live now, and forget failures nobody removed.
+
+        `hung` are Triton models whose processes are there, but do nothing; `found` is without them.
+        """
         stubs = tuple(found)
         for life in self._lives.values():
-            life.observe(stubs, triton_live=triton_live)
+            life.observe(stubs, triton_live=triton_live, hung=hung)
         oldest_s = self._node.now() - self._failure_kept_s
         self._lives = {
             key: life
@@ -129,7 +149,7 @@ class Parts:
         return self._locks.setdefault(replica, asyncio.Lock())
 
 
-def _check(part: pb.Part) -> None:
+def _check(part: pb.Part, run_dir: RunDir) -> None:
     check_name(part.replica)
     if not part.models:
         raise InvalidRequest(f"A part of {part.replica} has no models.")
@@ -138,3 +158,20 @@ def _check(part: pb.Part) -> None:
         # Else two replicas could overwrite each other's models.
         if model.name not in ReplicaModels(part.replica):
             raise InvalidRequest(f"Model {model.name} does not belong to {part.replica}.")
+        _check_parameters(model, part.replica, run_dir)
+
+
+def _check_parameters(model: pb.ModelFiles, replica: str, run_dir: RunDir) -> None:
+    """Refuse a model of ours that names what is another replica's: its weights or its keys."""
+    parameters = own_parameters(model.files) or {}
+    meant = {
+        "replica": replica,
+        "run_dir": str(run_dir.path),
+        "key_file": str(run_dir.key_file(replica)),
+    }
+    for name, value in meant.items():
+        if parameters.get(name, value) != value:
+            raise InvalidRequest(f"Model {model.name} names another {name} than {value}.")
+    fetch = parameters.get("fetch_id")
+    if fetch is not None and replica_of(fetch) != replica:
+        raise InvalidRequest(f"Model {model.name} names fetch {fetch}, which is not {replica}'s.")

@@ -25,14 +25,18 @@ from paraserve_backend.errors import (
     Unavailable,
     read_coded,
 )
-from paraserve_backend.protocol.names import REPLICA_PARAMETER
+from paraserve_backend.protocol.names import (
+    COMMAND_PARAMETER,
+    REPLICA_PARAMETER,
+    SECRET_PARAMETER,
+)
 from paraserve_backend.rpc.channels import triton_channel
 from paraserve_backend.rpc.errors import is_connection_lost
 
 #: For calls that Triton answers at once; loads and unloads may take as long as the model does.
 _ANSWER_TIMEOUT_S = 5.0
-#: One answer that is late may be so because the whole machine, this process too, stood still.
-_LIVE_ATTEMPTS = 2
+#: For the question whether it is live: two such silences make 3 s.
+_LIVE_TIMEOUT_S = 1.5
 
 
 class ModelState(StrEnum):
@@ -48,8 +52,8 @@ class ModelState(StrEnum):
 class Triton(Protocol):
     """What the agent needs of Triton. Every call raises `Unavailable` where Triton is gone."""
 
-    async def live(self) -> bool:
-        """Say whether Triton answers; never raises."""
+    async def live(self) -> bool | None:
+        """Say whether Triton is live; `None`: it did not say in time. Never raises."""
 
     async def load(self, model: str) -> None:
         """Load a model and return when it is ready.
@@ -70,6 +74,7 @@ class Triton(Protocol):
         model: str,
         command: str,
         *,
+        secret: str,
         replica: str = "",
         timeout_s: float | None = _ANSWER_TIMEOUT_S,
     ) -> None:
@@ -78,6 +83,7 @@ class Triton(Protocol):
         Args:
             model: Triton's name of it.
             command: JSON; what the role that the model has understands.
+            secret: what the agent has written for the model's process.
             replica: what the model must be at that moment, if it is a slot.
             timeout_s: for the answer; `None`: however long it takes.
 
@@ -98,18 +104,14 @@ class TritonClient:
     async def close(self) -> None:
         await self._channel.close(grace=None)
 
-    async def live(self) -> bool:
-        for _ in range(_LIVE_ATTEMPTS):
-            try:
-                answer = await self._stub.ServerLive(
-                    messages.ServerLiveRequest(), timeout=_ANSWER_TIMEOUT_S
-                )
-            except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-                    return False
-            else:
-                return bool(answer.live)
-        return False
+    async def live(self) -> bool | None:
+        request = messages.ServerLiveRequest()
+        try:
+            answer = await self._stub.ServerLive(request, timeout=_LIVE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            is_late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            return None if is_late else False
+        return bool(answer.live)
 
     async def load(self, model: str) -> None:
         request = messages.RepositoryModelLoadRequest(model_name=model)
@@ -143,11 +145,13 @@ class TritonClient:
         model: str,
         command: str,
         *,
+        secret: str,
         replica: str = "",
         timeout_s: float | None = _ANSWER_TIMEOUT_S,
     ) -> None:
         request = messages.ModelInferRequest(model_name=model)
-        request.parameters["command"].string_param = command
+        request.parameters[COMMAND_PARAMETER].string_param = command
+        request.parameters[SECRET_PARAMETER].string_param = secret
         request.parameters[REPLICA_PARAMETER].string_param = replica
         request.parameters["triton_enable_empty_final_response"].bool_param = True
         call = self._stub.ModelStreamInfer(

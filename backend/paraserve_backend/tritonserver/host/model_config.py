@@ -104,12 +104,19 @@ def render_ensemble(
     return _text(config)
 
 
-def slotted_model(files: Mapping[str, bytes]) -> SlottedModel | None:
-    """Read a model's files; `None` where it needs a process of its own, or none at all."""
+def own_parameters(files: Mapping[str, bytes]) -> Mapping[str, str] | None:
+    """Return the parameters of a model of our backend by its files; `None`: it is of another."""
     config = _parse(files)
     if config is None or config.backend != "paraserve":
         return None
-    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    return {key: value.string_value for key, value in config.parameters.items()}
+
+
+def slotted_model(files: Mapping[str, bytes]) -> SlottedModel | None:
+    """Read a model's files; `None` where it needs a process of its own, or none at all."""
+    parameters = own_parameters(files)
+    if parameters is None:
+        return None
     kind = _KIND_OF_ROLE.get(parameters.get("role", ""))
     engine = parameters.get("engine", EngineName.PARASERVE)
     if kind is None or engine != EngineName.PARASERVE:

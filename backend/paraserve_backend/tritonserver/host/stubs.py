@@ -15,6 +15,19 @@ from typing import Protocol
 _STUB = "triton_python_backend_stub"
 
 
+#: States in /proc of processes that do nothing by themselves any more: stopped by a signal, dead
+#: and not collected, dead. One that a debugger has stopped for a moment (t) is none of them.
+_STOPPED = frozenset("TZX")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Status:
+    #: A letter; empty where the process is gone.
+    state: str
+    #: 0: none.
+    parent: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stub:
     """One process that runs an instance of a model."""
@@ -30,6 +43,12 @@ class Stubs(Protocol):
 
     def find(self) -> tuple[Stub, ...]:
         """Return the living processes of this repository's models."""
+
+    def stopped(self, found: Iterable[Stub]) -> frozenset[Stub]:
+        """Return those that a signal has stopped, or that are dead."""
+
+    def server_stopped(self, found: Iterable[Stub]) -> bool:
+        """Say the same of the Triton that started them."""
 
     def kill(self, stub: Stub) -> None:
         """Kill a process; one that is gone already is no error."""
@@ -54,6 +73,13 @@ class ProcessTable:
     def find(self) -> tuple[Stub, ...]:
         pids = [int(entry.name) for entry in os.scandir(self._proc) if entry.name.isdecimal()]
         return tuple(stub for pid in pids if (stub := self._stub(pid)) is not None)
+
+    def stopped(self, found: Iterable[Stub]) -> frozenset[Stub]:
+        return frozenset(stub for stub in found if self._status(stub.pid).state in _STOPPED)
+
+    def server_stopped(self, found: Iterable[Stub]) -> bool:
+        servers = {self._status(stub.pid).parent for stub in found}
+        return any(self._status(server).state in _STOPPED for server in servers if server)
 
     def kill(self, stub: Stub) -> None:
         if self._stub(stub.pid) != stub:
@@ -91,6 +117,15 @@ class ProcessTable:
             return None
         model = path.removeprefix(self._repository).partition("/")[0]
         return Stub(pid=pid, model=model, shm_region=self._region(arguments))
+
+    def _status(self, pid: int) -> _Status:
+        try:
+            text = (self._proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            return _Status(state="", parent=0)
+        # "7 (a name that may hold anything) S 1 ...".
+        state, parent, *_ = text.rpartition(")")[2].split()
+        return _Status(state=state, parent=int(parent))
 
     def _region(self, arguments: list[str]) -> Path | None:
         names = [name for name in arguments if name and "/" not in name]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+
 from rich.table import Table
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
@@ -37,6 +40,26 @@ def deployments_table(status: pb.ClusterStatus) -> Table:
     if not status.deployments:
         table.add_row("none")
     return table
+
+
+def pause_lines(status: pb.ClusterStatus) -> Iterator[str]:
+    """A line for each deployment whose starts are paused: until when, and why."""
+    for entry in status.deployments:
+        if not entry.starts_paused_until_s:
+            continue
+        until = time.strftime("%H:%M:%S", time.localtime(entry.starts_paused_until_s))
+        line = f"{entry.spec.name}: starts paused until {until}"
+        if entry.recent_deaths:
+            replicas = (
+                "1 replica" if entry.recent_deaths == 1 else f"{entry.recent_deaths} replicas"
+            )
+            line += f", {replicas} died in the last five minutes"
+        yield f"{line}: {_last_reason(entry)}"
+
+
+def _last_reason(entry: pb.DeploymentStatus) -> str:
+    failures = [each.failure.message for each in entry.replicas if each.HasField("failure")]
+    return failures[-1] if failures else entry.failure.message or "it failed to start"
 
 
 def _node_state(node: pb.NodeView, now_s: float) -> str:

@@ -16,6 +16,8 @@ from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.protocol.names import EngineName
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex, read_index
+from paraserve_backend.weights.checkpoint.token_lengths import read_longest_token
+from paraserve_backend.weights.sources.base import StoredObject
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_scheduler.control_plane.config import DeploymentDefaults
 from paraserve_scheduler.state.spec import Deployment, DeploymentSpec
@@ -53,7 +55,7 @@ def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> 
 
 
 def read_deployment(spec: DeploymentSpec) -> Deployment:
-    """Read the checkpoint's headers and check that we can run what they describe.
+    """Read the checkpoint's headers and tokenizer and check that we can run what they describe.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel: the files are wrong or of a kind we cannot run.
@@ -64,9 +66,14 @@ def read_deployment(spec: DeploymentSpec) -> Deployment:
     index = read_index(source)
     model = model_spec(index.config)
     _check_weights(model, index)
-    _check_tokenizer(spec, index)
+    tokenizer = _tokenizer(spec, index)
     _check_context(spec, model)
-    return Deployment(spec=spec, model=model, index=index)
+    return Deployment(
+        spec=spec,
+        model=model,
+        index=index,
+        longest_token_bytes=read_longest_token(source, tokenizer),
+    )
 
 
 def _max_replicas(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> int:
@@ -105,12 +112,14 @@ def _check_weights(model: ModelSpec, index: CheckpointIndex) -> None:
             )
 
 
-def _check_tokenizer(spec: DeploymentSpec, index: CheckpointIndex) -> None:
-    if _TOKENIZER not in {stored.key for stored in index.files}:
-        raise InvalidCheckpoint(
-            f"{spec.source} has no {_TOKENIZER}: save the tokenizer beside the weights "
-            "(tokenizer.save_pretrained of a fast tokenizer)."
-        )
+def _tokenizer(spec: DeploymentSpec, index: CheckpointIndex) -> StoredObject:
+    for stored in index.files:
+        if stored.key == _TOKENIZER:
+            return stored
+    raise InvalidCheckpoint(
+        f"{spec.source} has no {_TOKENIZER}: save the tokenizer beside the weights "
+        "(tokenizer.save_pretrained of a fast tokenizer)."
+    )
 
 
 def _check_context(spec: DeploymentSpec, model: ModelSpec) -> None:

@@ -80,7 +80,7 @@ class SchedulerService(SchedulerServicer):
     async def Deploy(self, request: pb.DeploymentSpec, context: Context) -> pb.DeploymentStatus:
         async with errors_to(context):
             state = await self._deploy(validated_spec(request, self._config.defaults))
-        return deployment_status(self._controller.view, state)
+        return deployment_status(self._controller.turn(), state)
 
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteReply:
         async with errors_to(context):

@@ -79,7 +79,9 @@ class GrpcAgents:
                     raise AgentCallFailed(_failure(address, error)) from error
             await asyncio.sleep(next(pauses))
         message = f"The agent at {address} does not say how {part.replica} goes on."
-        raise AgentCallFailed(Failure(grpc_code="UNAVAILABLE", message=message))
+        raise AgentCallFailed(
+            Failure(grpc_code="UNAVAILABLE", message=message, is_nodes_fault=True)
+        )
 
     async def remove(self, address: str, replica: str, deadline_s: float) -> None:
         try:
@@ -130,7 +132,8 @@ class GrpcAgents:
 
 def _failure(address: str, error: grpc.aio.AioRpcError) -> Failure:
     code, details = error.code(), error.details() or "no reason given"
-    if is_connection_lost(error):
+    is_lost = is_connection_lost(error)
+    if is_lost:
         code = grpc.StatusCode.UNAVAILABLE
         details = f"The agent at {address} cannot be reached: {details}"
-    return Failure(grpc_code=code.name, message=details)
+    return Failure(grpc_code=code.name, message=details, is_nodes_fault=is_lost)

@@ -10,6 +10,7 @@ from paraserve_scheduler.control_plane.messages.agents import PHASES
 from paraserve_scheduler.control_plane.messages.gateways import failure_message
 from paraserve_scheduler.planner.decisions import Prediction
 from paraserve_scheduler.reconciler.capacity import is_alive
+from paraserve_scheduler.reconciler.setbacks import pause_of, recent_deaths
 from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.records import (
     DeploymentState,
@@ -35,11 +36,12 @@ def cluster_status(turn: Turn) -> pb.ClusterStatus:
             )
             for name, node in sorted(view.nodes.items())
         ],
-        deployments=[deployment_status(view, state) for state in view.deployments.values()],
+        deployments=[deployment_status(turn, state) for state in view.deployments.values()],
     )
 
 
-def deployment_status(view: ClusterView, state: DeploymentState) -> pb.DeploymentStatus:
+def deployment_status(turn: Turn, state: DeploymentState) -> pb.DeploymentStatus:
+    view, pause = turn.view, pause_of(turn, state)
     return pb.DeploymentStatus(
         spec=spec_message(state.deployment.spec),
         architecture=state.deployment.model.architecture,
@@ -50,6 +52,8 @@ def deployment_status(view: ClusterView, state: DeploymentState) -> pb.Deploymen
             if replica.deployment == state.name
         ],
         failure=failure_message(state.failure),
+        starts_paused_until_s=0 if pause is None else pause.until_s,
+        recent_deaths=recent_deaths(turn, state),
     )
 
 

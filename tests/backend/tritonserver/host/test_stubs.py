@@ -94,3 +94,35 @@ def test_memory_that_is_a_processes_own_is_what_it_shares_with_nobody(
     add_process(tmp_path, 7, *stub_arguments("/models/slot-0.front/1/model.py"))
     (tmp_path / "proc" / "7" / "statm").write_text("9000 500 120 1 0 300 0")
     assert table.private_bytes(stub) == (500 - 120) * os.sysconf("SC_PAGE_SIZE")
+
+
+def add_state(tmp_path: Path, pid: int, state: str, parent: int) -> None:
+    folder = tmp_path / "proc" / str(pid)
+    folder.mkdir(exist_ok=True)
+    # A name may hold anything, also what looks like the end of it.
+    (folder / "stat").write_text(f"{pid} (a b) S 1 (c)) {state} {parent} 7 7 0 -1 4194560 100")
+
+
+@pytest.mark.parametrize(
+    ("state", "is_stopped"),
+    [*((state, True) for state in "TZX"), *((state, False) for state in "RSDtIP")],
+)
+def test_the_kernel_says_who_is_stopped(
+    table: ProcessTable, tmp_path: Path, state: str, is_stopped: bool
+) -> None:
+    add_process(tmp_path, 7, *stub_arguments("/models/tiny.1/1/model.py"))
+    add_process(tmp_path, 8, *stub_arguments("/models/tiny.2/1/model.py"))
+    add_state(tmp_path, 7, state, parent=5)
+    add_state(tmp_path, 8, "S", parent=6)
+    found = table.find()
+    assert [stub.pid for stub in table.stopped(found)] == [7] * is_stopped
+    add_state(tmp_path, 5, "S", parent=1)
+    add_state(tmp_path, 6, state, parent=1)
+    assert table.server_stopped(found) is is_stopped
+
+
+def test_who_is_gone_is_not_stopped(table: ProcessTable) -> None:
+    gone = Stub(pid=7, model="tiny.1", shm_region=None)
+    assert table.stopped([gone]) == frozenset()
+    assert not table.server_stopped([gone])
+    assert not table.server_stopped([])

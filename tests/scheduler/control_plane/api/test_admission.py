@@ -164,3 +164,19 @@ def test_a_context_longer_than_the_model_allows_is_refused(tmp_path: Path) -> No
 def test_a_source_that_is_not_there_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         read_deployment(make_spec(source=str(tmp_path / "nowhere")))
+
+
+def test_the_longest_token_is_learnt_when_a_model_is_deployed(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    assert read_deployment(make_spec(source=str(folder))).longest_token_bytes == 0
+    text = '{"model": {"unk_token": "?", "vocab": {"?": 0, "hello": 1}}}'
+    (folder / "tokenizer.json").write_text(text)
+    assert read_deployment(make_spec(source=str(folder))).longest_token_bytes == 5
+
+
+def test_a_tokenizer_that_no_node_should_load_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(512 << 20)
+    with pytest.raises(InvalidCheckpoint, match=r"^tokenizer\.json has 536870912 bytes"):
+        read_deployment(make_spec(source=str(folder)))

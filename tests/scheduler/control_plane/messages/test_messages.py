@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.control_plane.messages.agents import (
@@ -12,12 +13,14 @@ from paraserve_scheduler.control_plane.messages.agents import (
     peer_addresses,
 )
 from paraserve_scheduler.control_plane.messages.gateways import route_table
+from paraserve_scheduler.control_plane.messages.status import cluster_status
 from paraserve_scheduler.state.events import NodeRegistered, PartReported
 from paraserve_scheduler.state.fold import fold
+from paraserve_scheduler.state.records import Phase
 from paraserve_scheduler.state.spec import Deployment
 from paraserve_scheduler.state.view import ClusterView
-from tests.support.histories import History
-from tests.support.scheduler_records import NOW_S, make_deployment
+from tests.support.histories import LOST_PROCESS, History
+from tests.support.scheduler_records import NOW_S, make_deployment, make_state
 
 
 def reported(
@@ -66,3 +69,62 @@ def test_requests_for_a_replica_in_a_slot_go_to_the_slots_model() -> None:
     (route,) = route_table(history.view).routes
     (endpoint,) = route.endpoints
     assert (endpoint.replica, endpoint.model) == (replica, "slot-3.front")
+
+
+def _route(history: History) -> pb.Route:
+    (route,) = route_table(history.view).routes
+    return route
+
+
+def _deployed(longest_token_bytes: int = 0, **spec: Any) -> History:
+    deployment = replace(make_deployment(**spec), longest_token_bytes=longest_token_bytes)
+    return History(deployments=[make_state(deployment)])
+
+
+def test_a_replica_is_given_two_batches_at_most() -> None:
+    history = _deployed(max_sequences=7)
+    history.serves()
+    (endpoint,) = _route(history).endpoints
+    assert endpoint.max_ongoing == 14
+
+
+def test_before_a_start_the_context_is_what_the_user_or_the_model_allows() -> None:
+    assert _route(_deployed()).max_context == 512
+    assert _route(_deployed(max_context=64)).max_context == 64
+
+
+def test_the_context_of_a_replica_that_serves_is_the_routes() -> None:
+    history = _deployed()
+    name = history.serves()
+    replica = history.view.replicas[name]
+    small = replace(replica, plan=replace(replica.plan, max_context=300))
+    history.view = replace(history.view, replicas={name: small})
+    assert _route(history).max_context == 300
+
+
+def test_a_context_of_any_length_fits_into_the_message() -> None:
+    deployment = replace(make_deployment(), longest_token_bytes=100_000_000)
+    endless = replace(deployment, model=replace(deployment.model, context_length=10**30))
+    route = _route(History(deployments=[make_state(endless)]))
+    assert route.max_prompt_bytes == route.max_context * 100_000_000
+
+
+def test_the_longest_prompt_is_the_context_full_of_longest_tokens() -> None:
+    assert _route(_deployed(longest_token_bytes=48, max_context=64)).max_prompt_bytes == 64 * 48
+    assert _route(_deployed(max_context=64)).max_prompt_bytes == 0
+
+
+def test_the_status_says_how_many_replicas_died_and_until_when_starts_pause() -> None:
+    history = History()
+    for deaths in range(1, 6):
+        replica = history.serves()
+        history.part(replica, 0, Phase.FAILED, LOST_PROCESS)
+        history.decides()
+        history.removed(replica)
+        (status,) = cluster_status(history.turn()).deployments
+        assert status.recent_deaths == deaths
+        until_s = history.now_s + 10 if deaths == 5 else 0
+        assert status.starts_paused_until_s == until_s
+    history.passes(10.5)
+    (status,) = cluster_status(history.turn()).deployments
+    assert (status.recent_deaths, status.starts_paused_until_s) == (5, 0)

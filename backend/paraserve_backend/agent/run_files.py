@@ -1,0 +1,60 @@
+"""The files through which the agent and a Triton model's process know each other.
+
+The agent writes a secret, which its commands to the process carry. The process touches a pulse
+while its generate loop turns (`protocol.run_dir`).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+
+from paraserve_backend.daemon.private_files import private_folder, write_private
+from paraserve_backend.protocol.run_dir import RunDir
+
+_SECRET_BYTES = 32
+
+
+class RunFiles:
+    """By name of a Triton model, which may be a slot's. Blocking, as quick as a file in memory."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+        self._secrets: dict[str, str] = {}
+
+    def prepare(self, model: str) -> None:
+        """Give a model that is about to be loaded a secret of its own, and no pulse yet."""
+        secret = secrets.token_hex(_SECRET_BYTES)
+        write_private(self._run_dir.secret_file(model), secret)
+        self._secrets[model] = secret
+        # The process only touches a file: it finds the folder.
+        os.close(private_folder(self._run_dir.pulses))
+        self.forget_pulse(model)
+
+    def secret(self, model: str) -> str:
+        """Return what commands to a model carry; nothing where it takes none."""
+        return self._secrets.get(model, "")
+
+    def pulse(self, model: str) -> int | None:
+        """Return what changes whenever the model's loop turns; `None`: it has not begun to."""
+        try:
+            return os.stat(self._run_dir.pulse_file(model)).st_mtime_ns
+        except OSError:
+            return None
+
+    def forget_pulse(self, model: str) -> None:
+        """Forget the pulse of what the model was until now."""
+        self._run_dir.pulse_file(model).unlink(missing_ok=True)
+
+    def remove(self, model: str) -> None:
+        """Remove what a model that is gone has left; to have nothing is no error."""
+        self._secrets.pop(model, None)
+        self._run_dir.secret_file(model).unlink(missing_ok=True)
+        self.forget_pulse(model)
+
+    def clear(self) -> None:
+        """Remove everything, also what an earlier agent left."""
+        self._secrets.clear()
+        shutil.rmtree(self._run_dir.secrets, ignore_errors=True)
+        shutil.rmtree(self._run_dir.pulses, ignore_errors=True)
