@@ -8,6 +8,7 @@ from typing import Any
 
 from integration.support.refusals import Refusal
 from paraserve_backend.errors import InvalidRequest, NotFound, ParaServeError
+from paraserve_backend.protocol.request import UNSUPPORTED
 from paraserve_backend.protocol.tensors import INPUTS, OUTPUTS
 
 PROMPT: Mapping[str, tuple[str, Any]] = {"input_ids": ("INT32", [5, 6, 7])}
@@ -44,7 +45,7 @@ def _parameter(what: str, name: str, value: object, says: str) -> BadRequest:
 
 
 _NAN, _INFINITE = float("nan"), float("inf")
-_NAMES = ", ".join(spec.name for spec in INPUTS)
+_NAMES = ", ".join(spec.name for spec in INPUTS if spec.name not in UNSUPPORTED)
 
 #: Refused by the gateway, before any replica is woken.
 REQUESTS = (
@@ -230,7 +231,7 @@ BODIES = (
     ),
     BadBody(
         what="a number for a text",
-        says="Input 'text_input' takes BYTES values, not 5.",
+        says="Input 'text_input' takes BYTES values, not a number.",
         body=b'{"text_input": 5}',
     ),
     BadBody(

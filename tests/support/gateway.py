@@ -22,7 +22,7 @@ from tritonclient.grpc.service_pb2_grpc import (
 from paraserve_backend.protocol.tensors import INPUTS
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import add_SchedulerServicer_to_server
-from paraserve_scheduler.gateway.admission import AdmittedRequest, admit
+from paraserve_scheduler.gateway.admission import AdmittedRequest, ClientRequest, admit, check
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.server import Gateway
 from tests.support.gateway_fakes import FakeScheduler, FakeTritonServer
@@ -157,7 +157,12 @@ def make_raw_request(**raw: bytes) -> kserve.ModelInferRequest:
 
 def admitted(message: kserve.ModelInferRequest, *, engine: str = "") -> AdmittedRequest:
     """What a gateway makes of a message that came by a streaming call."""
-    return admit(message, pb.Route(engine=engine), may_stream=True, fresh_seed=0)
+    return admit(checked(message), pb.Route(engine=engine), may_stream=True)
+
+
+def checked(message: kserve.ModelInferRequest, *, fresh_seed: int = 0) -> ClientRequest:
+    """What a frontend hands on of a message that no deployment has to refuse."""
+    return ClientRequest(message=message, checked=check(message, fresh_seed=fresh_seed))
 
 
 def make_inputs(text: str = "hi", *, stream: bool = True) -> list[triton_aio.InferInput]:

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.request_settings import INT32_MAX, Settings, text
+from paraserve_backend.protocol.names import COMMAND_PARAMETER, OWN_PREFIX
+from paraserve_backend.protocol.request_settings import (
+    INT32_MAX,
+    SAMPLING_PARAMETERS,
+    Settings,
+    show,
+    text,
+)
+from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME
 from paraserve_backend.protocol.sampling import Sampling, Steering
 
 _DEFAULT_MAX_TOKENS = 16  # as vLLM's
@@ -23,6 +31,8 @@ _MAX_LOGPROBS = 20
 _MIN_REPETITION_PENALTY, _MAX_REPETITION_PENALTY = 0.01, 100.0
 #: OpenAI's range.
 _MAX_PENALTY = 2.0
+#: Names that a client may give to nothing, besides those that begin with `OWN_PREFIX`.
+_RESERVED = frozenset({COMMAND_PARAMETER, RESUME, HAND_OVER_TO})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +51,7 @@ class WantedOutputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    #: Text to continue, or token ids; exactly one is set.
+    #: Text to continue, or token ids; exactly one is set, but in a gateway that has checked it.
     text: str | None
     input_ids: tuple[int, ...] | None
     sampling: Sampling
@@ -112,8 +122,12 @@ def parse_request(
     Raises:
         InvalidRequest: a setting is malformed, out of range or unsupported; the sentence names it.
     """
-    settings = Settings(tensors, parameters)
-    prompt_text, input_ids = _prompt(tensors)
+    return _read(Settings(tensors, parameters), *_prompt(tensors), fresh_seed)
+
+
+def _read(
+    settings: Settings, prompt_text: str | None, input_ids: tuple[int, ...] | None, fresh_seed: int
+) -> GenerateRequest:
     wanted = _wanted(settings)
     max_tokens = settings.integer("max_tokens", default=_DEFAULT_MAX_TOKENS, low=1)
     request = GenerateRequest(
@@ -140,6 +154,14 @@ def refuse_unsupported(name: str) -> None:
     """Raise InvalidRequest for a name of `UNSUPPORTED`."""
     _, what = UNSUPPORTED[name]
     raise InvalidRequest(f"'{name}' asks for {what}, which is not supported; leave it out.")
+
+
+def refuse_reserved(name: str) -> None:
+    """Raise InvalidRequest if parameters or tensors of that name are between our own processes."""
+    if name in _RESERVED or name.startswith(OWN_PREFIX):
+        raise InvalidRequest(
+            f"The name {show(name)} is reserved for ParaServe's own processes; leave it out."
+        )
 
 
 def _prompt(
@@ -228,3 +250,13 @@ def _check_without_effect(settings: Settings) -> None:
     for name, (default, _) in UNSUPPORTED.items():
         if settings.differs(name, default):
             refuse_unsupported(name)
+
+
+def _setting_names() -> frozenset[str]:
+    settings = Settings({}, {})
+    _read(settings, "", None, 0)
+    return settings.asked_for | {SAMPLING_PARAMETERS}
+
+
+#: Every setting that a request parameter may be, by every name that it goes by.
+SETTINGS = _setting_names()

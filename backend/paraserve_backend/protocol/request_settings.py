@@ -7,17 +7,21 @@ it) or a request parameter; the first wins. What a setting means is decided in `
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.protocol.bounded_json import MAX_DIGITS, parse_json
 
-_SAMPLING_PARAMETERS = "sampling_parameters"
+SAMPLING_PARAMETERS = "sampling_parameters"
 #: Largest whole number that tensors and the engine's batches hold.
 INT32_MAX = 2**31 - 1
-_MAX_WORDS = 64
+#: What a prompt or an answer is made of, by every name: errors and logs never show its values.
+CONTENT = frozenset({"text_input", "input_ids", "stop_words", "stop", "bad_words"})
+#: Most elements of a setting that takes several, such as stop words.
+MAX_WORDS = 64
+_MAX_SAMPLING_PARAMETERS_BYTES = 16 << 10
 _MAX_WORD_CHARACTERS = 256
 _MAX_SHOWN_CHARACTERS = 60
 
@@ -81,10 +85,8 @@ class Settings:
 
     def words(self, *names: str) -> tuple[str, ...]:
         """Return the strings of a setting that takes one or several; empty ones are left out."""
-        for name, values in [(name, self._list(name)) for name in names]:
+        for name, values in [(name, self._list(name, "words")) for name in names]:
             words = tuple(word for value in values if (word := text(value, name)))
-            if len(words) > _MAX_WORDS:
-                raise InvalidRequest(f"'{name}' has {len(words)} words; {_MAX_WORDS} at most.")
             if any(len(word) > _MAX_WORD_CHARACTERS for word in words):
                 raise InvalidRequest(
                     f"'{name}' has a word of more than {_MAX_WORD_CHARACTERS} characters."
@@ -94,46 +96,66 @@ class Settings:
         return ()
 
     def token_ids(self, name: str) -> tuple[int, ...]:
-        ids = tuple(_integer(name, value) for value in self._list(name))
-        if len(ids) > _MAX_WORDS:
-            raise InvalidRequest(f"'{name}' has {len(ids)} tokens; {_MAX_WORDS} at most.")
-        return ids
+        return tuple(_integer(name, value) for value in self._list(name, "tokens"))
+
+    @property
+    def asked_for(self) -> frozenset[str]:
+        """Every name that some call has asked for."""
+        return frozenset(self._known)
 
     def require_known(self) -> None:
         """Refuse what `sampling_parameters` holds that no other call has asked for."""
         for name in self._sampling_parameters:
             if name not in self._known:
-                raise InvalidRequest(f"'{_SAMPLING_PARAMETERS}' has an unknown setting '{name}'.")
+                raise InvalidRequest(
+                    f"'{SAMPLING_PARAMETERS}' has an unknown setting {show(name)}."
+                )
 
     def differs(self, name: str, default: object) -> bool:
         """Tell whether a setting asks for anything but its default; empty values do not."""
         return any(
             value not in (None, "", b"", {}, default) and _lower(value) != _lower(default)
-            for value in self._list(name)
+            for value in self._list(name, "values")
         )
 
-    def _list(self, name: str) -> Sequence[Any]:
+    def _list(self, name: str, what: str) -> Sequence[Any]:
+        """Return the elements of a setting; `what` they are is for the error where they are many.
+
+        They are counted before any is looked at.
+        """
         self._known.add(name)
         values = self._tensors.get(name, self._options.get(name))
         if values is None:
             return ()
-        return values if isinstance(values, list | tuple) else (values,)
+        if not isinstance(values, list | tuple):
+            return (values,)
+        if len(values) > MAX_WORDS:
+            raise InvalidRequest(f"'{name}' has {len(values)} {what}; {MAX_WORDS} at most.")
+        return values
 
 
 def text(value: object, name: str) -> str:
     """Return a string that came as bytes or text; raises InvalidRequest for anything else."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, bytes):
+    if not isinstance(value, str | bytes):
         raise InvalidRequest(f"'{name}' takes a string.")
     try:
-        return value.decode()
+        if isinstance(value, bytes):
+            return value.decode()
+        value.encode()
     except UnicodeDecodeError:
         raise InvalidRequest(f"'{name}' is not valid UTF-8.") from None
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"'{name}' has half a surrogate pair in its text.") from None
+    return value
 
 
 def show(value: object) -> str:
-    """Return a value for an error message, cut where it is long."""
+    """Return a value for an error message, cut where it is long.
+
+    Never the value of what a prompt or an answer is made of: `CONTENT` names those.
+    """
+    if isinstance(value, str | bytes):
+        value = value[: _MAX_SHOWN_CHARACTERS + 1]
     shown = repr(value)
     cut = _MAX_SHOWN_CHARACTERS - 3
     return shown if len(shown) <= _MAX_SHOWN_CHARACTERS else shown[:cut] + "..."
@@ -142,30 +164,44 @@ def show(value: object) -> str:
 def _parse_object(
     tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    given = tensors.get(_SAMPLING_PARAMETERS) or [parameters.get(_SAMPLING_PARAMETERS)]
+    given = tensors.get(SAMPLING_PARAMETERS) or [parameters.get(SAMPLING_PARAMETERS)]
     if given[0] is None:
         return {}
+    written = text(given[0], SAMPLING_PARAMETERS)
+    if len(written.encode()) > _MAX_SAMPLING_PARAMETERS_BYTES:
+        raise InvalidRequest(
+            f"'{SAMPLING_PARAMETERS}' has {len(written.encode())} bytes; "
+            f"{_MAX_SAMPLING_PARAMETERS_BYTES} at most."
+        )
     try:
-        parsed = json.loads(text(given[0], _SAMPLING_PARAMETERS))
-    except (ValueError, RecursionError):
+        parsed = parse_json(written, f"'{SAMPLING_PARAMETERS}'")
+    except ValueError:
         parsed = None
     if not isinstance(parsed, dict):
-        raise InvalidRequest(f"'{_SAMPLING_PARAMETERS}' is not a JSON object in a string.")
+        raise InvalidRequest(f"'{SAMPLING_PARAMETERS}' is not a JSON object in a string.")
     return parsed
 
 
 def _number(name: str, value: Any) -> float:
-    if not isinstance(value, bool):
+    if not isinstance(value, bool) and _may_be_number(value):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return float(value)
     raise InvalidRequest(f"'{name}' is {show(value)}; it takes a number.")
 
 
 def _integer(name: str, value: Any) -> int:
-    if not isinstance(value, bool) and not (isinstance(value, float) and value % 1):
+    is_fraction = isinstance(value, float) and bool(value % 1)
+    if not isinstance(value, bool) and not is_fraction and _may_be_number(value):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return int(value)
     raise InvalidRequest(f"'{name}' is {show(value)}; it takes a whole number.")
+
+
+def _may_be_number(value: object) -> bool:
+    """Refuse text that is too long for Python's own parsers, or that they take and nobody else."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    return not isinstance(value, str) or (len(value) <= MAX_DIGITS and "_" not in value)
 
 
 def _lower(value: object) -> str:

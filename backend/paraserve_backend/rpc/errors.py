@@ -40,8 +40,10 @@ async def errors_to(context: Context) -> AsyncIterator[None]:
 
 def sentence(text: str) -> str:
     """Make a text fit for a header and a terminal: it may quote a file that means harm."""
+    # Cut twice: a text of millions of characters would take long, and some become longer.
     shown = "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+        each if each.isprintable() else each.encode("unicode_escape").decode()
+        for each in text[: _MAX_CHARACTERS + 1]
     )
     return shown if len(shown) <= _MAX_CHARACTERS else f"{shown[: _MAX_CHARACTERS - 3]}..."
 

@@ -40,4 +40,13 @@ class GatewayConfig:
     ] = 600.0
     max_request_bytes: Annotated[
         int, "Largest request over either protocol, as it comes and unpacked."
-    ] = 64 * _MIB
+    ] = 4 * _MIB
+    max_large_requests: Annotated[
+        int, "Requests of more than 32 KiB that are read or wait for that; one more is refused."
+    ] = 16
+    large_request_timeout_s: Annotated[
+        float, "Longest reading of one request of more than 32 KiB; a longer one is refused."
+    ] = 10.0
+    max_stream_requests: Annotated[
+        int, "Requests of one gRPC stream at once; the next is read when one has ended."
+    ] = 256

@@ -7,7 +7,6 @@ decides when another replica is tried, and how many are.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -17,20 +16,20 @@ from tritonclient.grpc import service_pb2 as kserve
 from paraserve_backend.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.admission import (
-    TIME_LIMIT,
     AdmittedRequest,
+    ClientRequest,
     admit,
     take_time_limit_us,
 )
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.kserve.errors import ReplicaLost
+from paraserve_scheduler.gateway.kserve.message_parameters import TIME_LIMIT, WANT_EMPTY_FINAL
 from paraserve_scheduler.gateway.kserve.message_tensors import put_on_batch
 from paraserve_scheduler.gateway.kserve.statistics import RequestTimes, Statistics
 from paraserve_scheduler.gateway.resumption import Resumption
 from paraserve_scheduler.gateway.routes import Routes
 from paraserve_scheduler.gateway.upstream import (
-    WANT_EMPTY_FINAL,
     ReplicaRefused,
     ResponseTimeouts,
     Upstream,
@@ -83,7 +82,7 @@ class Proxy:
         self._upstream = upstream
         self._statistics = statistics
 
-    async def stream(self, message: kserve.ModelInferRequest, send: Send) -> None:
+    async def stream(self, request: ClientRequest, send: Send) -> None:
         """Send every response, in order; waits for a replica first if there is none.
 
         An empty final response is sent only if the client asked for it. Cancelling this cancels
@@ -92,28 +91,27 @@ class Proxy:
         Raises:
             ParaServeError: one sentence for the client, under the right code.
         """
-        await self._answer(message, send, may_stream=True)
+        await self._answer(request, send, may_stream=True)
 
-    async def single(self, message: kserve.ModelInferRequest) -> kserve.ModelInferResponse:
+    async def single(self, request: ClientRequest) -> kserve.ModelInferResponse:
         """Return the one response to a request that is not streamed.
 
         Raises:
             InvalidRequest: the request asks for a stream, or got one.
             ParaServeError: as `stream`.
         """
-        only = _OnlyResponse(message.model_name)
-        await self._answer(message, only.take, may_stream=False)
+        only = _OnlyResponse(request.message.model_name)
+        await self._answer(request, only.take, may_stream=False)
         return only.response()
 
-    async def _answer(
-        self, message: kserve.ModelInferRequest, send: Send, *, may_stream: bool
-    ) -> None:
+    async def _answer(self, request: ClientRequest, send: Send, *, may_stream: bool) -> None:
+        message = request.message
         # The limit covers the wait for the route, so it is read before the route is known.
         async with time_limit(message):
             route = await self._routes.require(message.model_name, message.model_version)
-            request = admit(message, route, may_stream=may_stream, fresh_seed=secrets.randbits(63))
+            admitted = admit(request, route, may_stream=may_stream)
             with self._statistics.request(message.model_name) as times:
-                await self._forward(request, send, times)
+                await self._forward(admitted, send, times)
 
     async def _forward(self, request: AdmittedRequest, send: Send, times: RequestTimes) -> None:
         """Have replicas answer, one after the other, until the answer is whole."""

@@ -22,6 +22,7 @@ from paraserve_scheduler.gateway.frontends.grpc_service import GrpcService, heal
 from paraserve_scheduler.gateway.frontends.http_service import HttpService
 from paraserve_scheduler.gateway.frontends.request_reader import RequestReader
 from paraserve_scheduler.gateway.kserve.statistics import Statistics
+from paraserve_scheduler.gateway.large_requests import RequestReading
 from paraserve_scheduler.gateway.proxy import Proxy
 from paraserve_scheduler.gateway.routes import Routes
 from paraserve_scheduler.gateway.scheduler_link import SchedulerLink
@@ -55,15 +56,15 @@ class Gateway:
         self._link = SchedulerLink(
             self._scheduler, gateway=name, token=token, routes=self._routes, demand=self._demand
         )
-        self._grpc = gateway_server(
-            [RequestReader(config.max_request_bytes)], max_request_bytes=config.max_request_bytes
-        )
-        service = HttpService(
-            self._proxy,
-            self._routes,
-            self._statistics,
+        self._reading = RequestReading(
             max_request_bytes=config.max_request_bytes,
+            max_large_requests=config.max_large_requests,
+            large_request_timeout_s=config.large_request_timeout_s,
         )
+        self._grpc = gateway_server(
+            [RequestReader(self._reading)], max_request_bytes=config.max_request_bytes
+        )
+        service = HttpService(self._proxy, self._routes, self._statistics, self._reading)
         # A client that goes away cancels its handler, and that its request at the replica.
         self._http = web.AppRunner(
             service.application(),
@@ -83,13 +84,20 @@ class Gateway:
             InvalidRequest: an address cannot be listened on.
         """
         add_GRPCInferenceServiceServicer_to_server(
-            GrpcService(self._proxy, self._routes, self._statistics), self._grpc
+            GrpcService(
+                self._proxy,
+                self._routes,
+                self._statistics,
+                max_stream_requests=self._config.max_stream_requests,
+            ),
+            self._grpc,
         )
         self._grpc.add_generic_rpc_handlers((health_handler(self._routes),))
         port = listen(self._grpc, self._config.grpc_address, setting="grpc_address")
         self.grpc_address = with_port(self._config.grpc_address, port)
         await self._grpc.start()
         await self._start_http()
+        self._reading.start()
 
     async def run(self) -> None:
         """Follow the scheduler until cancelled."""
@@ -98,6 +106,7 @@ class Gateway:
     async def stop(self) -> None:
         # Both at once: each waits for its own clients.
         await asyncio.gather(self._http.cleanup(), self._grpc.stop(_SHUTDOWN_GRACE_S))
+        await self._reading.stop()
         await self._upstream.close()
         await self._scheduler.close(grace=None)
 

@@ -31,11 +31,11 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.channels import triton_channel
 from paraserve_backend.rpc.errors import error_from_code, is_connection_lost
 from paraserve_scheduler.gateway.kserve.errors import ReplicaLost, clean_message
+from paraserve_scheduler.gateway.kserve.message_parameters import WANT_EMPTY_FINAL
 
 if TYPE_CHECKING:
     from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceAsyncStub
 
-WANT_EMPTY_FINAL = "triton_enable_empty_final_response"
 FINAL_MARK = "triton_final_response"
 
 #: What Triton says, without a code, when a model is not there or its process is dead.

@@ -271,10 +271,53 @@ def test_token_ids_replace_the_text() -> None:
             "'sampling_parameters' has an unknown setting 'temprature'.",
         ),
         (
-            {"sampling_parameters": [b"[" * 100000]},
+            {"sampling_parameters": [b"[" * 16_385]},
             {},
-            "'sampling_parameters' is not a JSON object in a string.",
+            "'sampling_parameters' has 16385 bytes; 16384 at most.",
         ),
+        (
+            {"sampling_parameters": [b"[" * 16_000]},
+            {},
+            "'sampling_parameters' is nested too deeply; 32 levels at most.",
+        ),
+        (
+            {"sampling_parameters": [b'{"guided_decoding": ' + b"[" * 40 + b"]" * 40 + b"}"]},
+            {},
+            "'sampling_parameters' is nested too deeply; 32 levels at most.",
+        ),
+        (
+            {"sampling_parameters": [b'{"max_tokens": ' + b"7" * 5000 + b"}"]},
+            {},
+            "'sampling_parameters' has a whole number of 5000 digits; 100 at most.",
+        ),
+        (
+            {"sampling_parameters": [b'{"' + b"k" * 5000 + b'": 1}']},
+            {},
+            f"'sampling_parameters' has an unknown setting '{'k' * 56}....",
+        ),
+        (
+            {"sampling_parameters": [b'{"command": 1}']},
+            {},
+            "'sampling_parameters' has an unknown setting 'command'.",
+        ),
+        (
+            {"sampling_parameters": [rb'{"\ud83c": 1}']},
+            {},
+            r"'sampling_parameters' has an unknown setting '\ud83c'.",
+        ),
+        (
+            {"sampling_parameters": [rb'{"stop": ["\ud83c"]}']},
+            {},
+            "'stop' has half a surrogate pair in its text.",
+        ),
+        ({}, {"max_tokens": "8_0"}, "'max_tokens' is '8_0'; it takes a whole number."),
+        ({}, {"temperature": b"1_0"}, "'temperature' is b'1_0'; it takes a number."),
+        (
+            {},
+            {"temperature": "0." + "1" * 5000},
+            f"'temperature' is '0.{'1' * 54}...; it takes a number.",
+        ),
+        ({}, {"n": [1] * 65}, "'n' has 65 values; 64 at most."),
         (
             {"beam_width": [4]},
             {},

@@ -23,6 +23,7 @@ from paraserve_scheduler.gateway.kserve.raw_tensors import encode
 from tests.support.gateway import (
     DEPLOYMENT,
     admitted,
+    checked,
     make_raw_request,
     make_request,
     read_stream,
@@ -92,7 +93,7 @@ def test_of_several_mistakes_the_first_in_order_is_refused(step: int) -> None:
     for change, _ in reversed(_MISTAKES[step:]):
         change(request)
     with pytest.raises(InvalidRequest, match=_MISTAKES[step][1]):
-        admit(request, pb.Route(engine="tensorrt-llm"), may_stream=False, fresh_seed=0)
+        admit(checked(request), pb.Route(engine="tensorrt-llm"), may_stream=False)
 
 
 async def test_the_limit_comes_before_the_model_and_the_model_before_the_rest() -> None:
@@ -175,12 +176,13 @@ def test_the_routes_engine_decides_what_is_taken_and_whether_it_can_move() -> No
 def test_a_stream_is_refused_only_where_one_response_is_wanted() -> None:
     for is_stream, may_stream in [(False, False), (False, True), (True, True)]:
         request = make_request(stream=is_stream)
-        assert admit(request, pb.Route(), may_stream=may_stream, fresh_seed=0).message is request
+        assert admit(checked(request), pb.Route(), may_stream=may_stream).message is request
 
 
 def test_the_fresh_seed_is_for_requests_that_name_none() -> None:
     def seed(message: kserve.ModelInferRequest) -> int:
-        return admit(message, pb.Route(), may_stream=True, fresh_seed=5).asked.sampling.seed
+        request = checked(message, fresh_seed=5)
+        return admit(request, pb.Route(), may_stream=True).asked.sampling.seed
 
     request = make_request()
     assert seed(request) == 5

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator, Awaitable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -17,21 +16,19 @@ from grpc_health.v1 import health_pb2 as health
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import NotFound, ParaServeError
-from paraserve_scheduler.gateway.frontends.refused_calls import Context, RefusedCalls, abort
+from paraserve_scheduler.gateway.admission import ClientRequest
+from paraserve_scheduler.gateway.frontends.failures import Context, log_failure
+from paraserve_scheduler.gateway.frontends.refused_calls import RefusedCalls
 from paraserve_scheduler.gateway.kserve import metadata
-from paraserve_scheduler.gateway.kserve.errors import INTERNAL_ERROR
+from paraserve_scheduler.gateway.kserve.errors import INTERNAL_ERROR, client_sentence
 from paraserve_scheduler.gateway.kserve.statistics import Statistics
 from paraserve_scheduler.gateway.proxy import Proxy
 from paraserve_scheduler.gateway.routes import Routes
-
-logger = logging.getLogger(__name__)
 
 #: Clients that send it want a stream's error as its gRPC status, which ends the stream.
 _WANT_ERROR_CODES = "triton_grpc_error"
 
 _HEALTH = health.DESCRIPTOR.services_by_name["Health"].full_name
-
-Reply = TypeVar("Reply")
 
 
 def health_handler(routes: Routes) -> grpc.GenericRpcHandler[Any, Any]:
@@ -52,7 +49,12 @@ def health_handler(routes: Routes) -> grpc.GenericRpcHandler[Any, Any]:
 
 
 class GrpcService(RefusedCalls):
-    def __init__(self, proxy: Proxy, routes: Routes, statistics: Statistics) -> None:
+    """Raises what `request_reader` ends the calls with."""
+
+    def __init__(
+        self, proxy: Proxy, routes: Routes, statistics: Statistics, *, max_stream_requests: int
+    ) -> None:
+        self._max_stream_requests = max_stream_requests
         self._proxy = proxy
         self._routes = routes
         self._statistics = statistics
@@ -74,8 +76,6 @@ class GrpcService(RefusedCalls):
             await self._routes.require(request.name, request.version)
         except NotFound:
             return kserve.ModelReadyResponse(ready=False)
-        except ParaServeError as error:
-            await abort(context, error)
         return kserve.ModelReadyResponse(ready=True)
 
     async def ServerMetadata(
@@ -86,13 +86,13 @@ class GrpcService(RefusedCalls):
     async def ModelMetadata(
         self, request: kserve.ModelMetadataRequest, context: Context
     ) -> kserve.ModelMetadataResponse:
-        await self._require(request.name, request.version, context)
+        await self._routes.require(request.name, request.version)
         return metadata.model_metadata_message(request.name)
 
     async def ModelConfig(
         self, request: kserve.ModelConfigRequest, context: Context
     ) -> kserve.ModelConfigResponse:
-        await self._require(request.name, request.version, context)
+        await self._routes.require(request.name, request.version)
         return metadata.model_config_message(request.name)
 
     async def RepositoryIndex(
@@ -105,35 +105,34 @@ class GrpcService(RefusedCalls):
     ) -> kserve.ModelStatisticsResponse:
         if not request.name:
             return self._statistics.message(self._routes.deployments)
-        await self._require(request.name, request.version, context)
+        await self._routes.require(request.name, request.version)
         return self._statistics.message([request.name])
 
-    async def ModelInfer(
-        self, request: kserve.ModelInferRequest, context: Context
+    async def ModelInfer(  # type: ignore[override]
+        self, request: ClientRequest, context: Context
     ) -> kserve.ModelInferResponse:
-        return await _or_abort(context, self._proxy.single(request))
+        return await self._proxy.single(request)
 
     # A coroutine that writes, not a generator: a cancelled client then cancels it at once, also
     # while a response is being written.
     async def ModelStreamInfer(  # type: ignore[override]
-        self, request_iterator: AsyncIterator[kserve.ModelInferRequest], context: Context
+        self, request_iterator: AsyncIterator[ClientRequest | ParaServeError], context: Context
     ) -> None:
         stream = _ClientStream(self._proxy, context)
+        # Of what comes beyond it no more is read than gRPC reads ahead.
+        places = asyncio.Semaphore(self._max_stream_requests)
         failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
+                await places.acquire()
                 async for request in request_iterator:
-                    tasks.create_task(stream.answer(request))
+                    task = tasks.create_task(stream.answer(request))
+                    task.add_done_callback(lambda _: places.release())
+                    await places.acquire()
         except* ParaServeError as errors:
             failure = errors.exceptions[0]
         if isinstance(failure, ParaServeError):
-            await abort(context, failure)
-
-    async def _require(self, deployment: str, version: str, context: Context) -> None:
-        try:
-            await self._routes.require(deployment, version)
-        except ParaServeError as error:
-            await abort(context, error)
+            raise failure
 
 
 class _ClientLeft(Exception):
@@ -150,11 +149,15 @@ class _ClientStream:
         sent = dict(context.invocation_metadata() or ())
         self._ends_on_error = sent.get(_WANT_ERROR_CODES) == "true"
 
-    async def answer(self, request: kserve.ModelInferRequest) -> None:
+    async def answer(self, request: ClientRequest | ParaServeError) -> None:
+        """Answer a request, or say in the stream why it could not be read."""
         with contextlib.suppress(_ClientLeft):
-            await self._answer(request)
+            if isinstance(request, ParaServeError):
+                await self._fail(kserve.ModelInferRequest(), request)
+            else:
+                await self._answer(request)
 
-    async def _answer(self, request: kserve.ModelInferRequest) -> None:
+    async def _answer(self, request: ClientRequest) -> None:
         async def send(response: kserve.ModelInferResponse) -> None:
             await self._write(kserve.ModelStreamInferResponse(infer_response=response))
 
@@ -163,15 +166,15 @@ class _ClientStream:
         except _ClientLeft:
             raise
         except ParaServeError as error:
-            await self._fail(request, error)
-        except Exception:
-            logger.exception("A streamed request failed.")
-            await self._fail(request, ParaServeError(INTERNAL_ERROR))
+            await self._fail(request.message, error)
+        except Exception as error:
+            log_failure(error)
+            await self._fail(request.message, ParaServeError(INTERNAL_ERROR))
 
     async def _fail(self, request: kserve.ModelInferRequest, error: ParaServeError) -> None:
         if self._ends_on_error:
             raise error
-        entry = kserve.ModelStreamInferResponse(error_message=str(error))
+        entry = kserve.ModelStreamInferResponse(error_message=client_sentence(error))
         entry.infer_response.id = request.id
         entry.infer_response.model_name = request.model_name
         await self._write(entry)
@@ -183,13 +186,3 @@ class _ClientStream:
             except grpc.aio.InternalError:
                 # A write that ran into the client's cancellation.
                 raise _ClientLeft from None
-
-
-async def _or_abort(context: Context, reply: Awaitable[Reply]) -> Reply:
-    try:
-        return await reply
-    except ParaServeError as error:
-        await abort(context, error)
-    except Exception:
-        logger.exception("A request failed.")
-        await abort(context, ParaServeError(INTERNAL_ERROR))

@@ -16,28 +16,34 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest, ParaServeError
 from paraserve_backend.rpc.errors import Unimplemented
+from paraserve_scheduler.gateway.admission import ClientRequest
+from paraserve_scheduler.gateway.frontends.failures import RETRY_AFTER, log_failure
 from paraserve_scheduler.gateway.frontends.refused_calls import PER_NODE, REPOSITORY, SHARED_MEMORY
 from paraserve_scheduler.gateway.kserve import metadata
 from paraserve_scheduler.gateway.kserve.compression import (
     Coding,
     accepted_coding,
     pack,
-    unpack,
 )
-from paraserve_scheduler.gateway.kserve.errors import INTERNAL_ERROR, TooLarge, UnsupportedCoding
-from paraserve_scheduler.gateway.kserve.json_codec import (
-    generate_request,
-    generate_response,
-    infer_call,
-    infer_response,
+from paraserve_scheduler.gateway.kserve.errors import (
+    INTERNAL_ERROR,
+    TooLarge,
+    UnsupportedCoding,
+    client_sentence,
+    retry_after_s,
 )
+from paraserve_scheduler.gateway.kserve.json_codec import generate_response, infer_response
 from paraserve_scheduler.gateway.kserve.statistics import Statistics
+from paraserve_scheduler.gateway.large_requests import RequestReading
 from paraserve_scheduler.gateway.proxy import Proxy
+from paraserve_scheduler.gateway.reading import Form, UnreadRequest
 from paraserve_scheduler.gateway.routes import Routes
 
 logger = logging.getLogger(__name__)
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
+#: As many as a 64-bit number has.
+_MAX_LENGTH_DIGITS = 20
 _EVENT_STREAM = "text/event-stream; charset=utf-8"
 #: Below it packing costs more than it saves.
 _MIN_PACKED_BYTES = 1024
@@ -55,16 +61,17 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 class HttpService:
     def __init__(
-        self, proxy: Proxy, routes: Routes, statistics: Statistics, *, max_request_bytes: int
+        self, proxy: Proxy, routes: Routes, statistics: Statistics, reading: RequestReading
     ) -> None:
         self._proxy = proxy
         self._routes = routes
         self._statistics = statistics
-        self._max_request_bytes = max_request_bytes
+        self._reading = reading
 
     def application(self) -> web.Application:
         app = web.Application(
-            client_max_size=self._max_request_bytes, middlewares=[_packed_as_asked, _errors_as_json]
+            client_max_size=self._reading.max_request_bytes,
+            middlewares=[_packed_as_asked, _errors_as_json],
         )
         app.router.add_get("/v2", self._server_metadata)
         app.router.add_get("/v2/health/live", self._live)
@@ -114,8 +121,8 @@ class HttpService:
         return _json(self._statistics.report([await self._deployment(request)]))
 
     async def _infer(self, http: web.Request) -> web.Response:
-        call = infer_call(*_model(http), await _body(http), _header_bytes(http))
-        fields, binary = infer_response(call, await self._proxy.single(call.request))
+        request = await self._read(http, Form.INFER)
+        fields, binary = infer_response(await self._proxy.single(request), request.binary)
         if not binary:
             return _json(fields)
         head = _dumped(fields)
@@ -126,26 +133,39 @@ class HttpService:
         )
 
     async def _generate(self, http: web.Request) -> web.Response:
-        request = generate_request(*_model(http), await _body(http))
+        request = await self._read(http, Form.GENERATE)
         return _json(generate_response(await self._proxy.single(request)))
 
     async def _generate_stream(self, http: web.Request) -> web.StreamResponse:
-        request = generate_request(*_model(http), await _body(http))
+        request = await self._read(http, Form.GENERATE)
         events = _EventStream(http)
         try:
             await self._proxy.stream(request, events.send)
         except ParaServeError as error:
             if not events.is_started:
                 raise
-            await events.send_error(str(error))
+            await events.send_error(client_sentence(error))
         except ConnectionResetError:
             logger.info("A client left its event stream.")
-        except Exception:
+        except Exception as error:
             if not events.is_started:
                 raise
-            logger.exception("A streamed request failed.")
+            log_failure(error)
             await events.send_error(INTERNAL_ERROR)
         return events.response
+
+    async def _read(self, http: web.Request, form: Form) -> ClientRequest:
+        deployment, version = _model(http)
+        return await self._reading.read(
+            UnreadRequest(
+                form=form,
+                body=await http.read(),
+                is_packed=_is_packed(http),
+                deployment=deployment,
+                version=version,
+                header_bytes=_header_bytes(http),
+            )
+        )
 
     async def _deployment(self, request: web.Request) -> str:
         deployment, version = _model(request)
@@ -185,14 +205,13 @@ async def _errors_as_json(request: web.Request, handler: _Handler) -> web.Stream
     try:
         return await handler(request)
     except ParaServeError as error:
-        return _error(error.http_status, str(error))
+        return _refused(error)
     except web.HTTPRequestEntityTooLarge:
-        refusal = TooLarge.than(request.client_max_size)
-        return _error(refusal.http_status, str(refusal))
+        return _refused(TooLarge.than(request.client_max_size))
     except web.HTTPException as error:
         return _error(error.status, error.reason)
-    except Exception:
-        logger.exception("A request failed.")
+    except Exception as error:
+        log_failure(error)
         return _error(500, INTERNAL_ERROR)
 
 
@@ -220,23 +239,27 @@ def _model(request: web.Request) -> tuple[str, str]:
     return request.match_info["model"], request.match_info.get("version", "")
 
 
-async def _body(request: web.Request) -> bytes:
-    body = await request.read()
+def _is_packed(request: web.Request) -> bool:
+    """Tell whether the body is packed.
+
+    Raises:
+        UnsupportedCoding: by something else than gzip or deflate.
+    """
     name = request.headers.get("Content-Encoding", "identity").strip().lower()
-    if name == "identity" or not body:
-        return body
+    if name == "identity" or not request.body_exists:
+        return False
     if name not in set(Coding):
         raise UnsupportedCoding(
             f"The request's Content-Encoding is {name[:40]!r}; use gzip, deflate or none."
         )
-    return await asyncio.to_thread(unpack, body, request.client_max_size)
+    return True
 
 
 def _header_bytes(request: web.Request) -> int | None:
     value = request.headers.get(_HEADER_LENGTH)
     if value is None:
         return None
-    if not (value.isascii() and value.isdigit()):
+    if not (value.isascii() and value.isdigit() and len(value) <= _MAX_LENGTH_DIGITS):
         raise InvalidRequest(f"{_HEADER_LENGTH} must be a number of bytes, not {value[:40]!r}.")
     return int(value)
 
@@ -247,6 +270,14 @@ def _dumped(fields: object) -> bytes:
 
 def _json(fields: object, status: int = HTTPStatus.OK) -> web.Response:
     return web.Response(status=status, body=_dumped(fields), content_type="application/json")
+
+
+def _refused(error: ParaServeError) -> web.Response:
+    response = _error(error.http_status, client_sentence(error))
+    after_s = retry_after_s(error)
+    if after_s is not None:
+        response.headers[RETRY_AFTER] = str(after_s)
+    return response
 
 
 def _error(status: int, sentence: str) -> web.Response:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
-import grpc
-import grpc.aio
 from tritonclient.grpc import service_pb2 as kserve
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceServicer
 
-from paraserve_backend.errors import ParaServeError
-from paraserve_backend.rpc.errors import Unimplemented, sentence
+from paraserve_backend.rpc.errors import Unimplemented
+from paraserve_scheduler.gateway.frontends.failures import Context, abort
 
 REPOSITORY = "Models are not loaded through a gateway: deploy with `paraserve deploy`."
 SHARED_MEMORY = "A gateway has no shared memory with its replicas: send tensors inside the request."
 PER_NODE = "A gateway has no trace or log settings: set them on the nodes' Triton servers."
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-async def abort(context: Context, error: ParaServeError) -> NoReturn:
-    await context.abort(grpc.StatusCode[error.grpc_code], sentence(str(error)))
-    raise AssertionError("abort returned")
 
 
 class RefusedCalls(GRPCInferenceServiceServicer):

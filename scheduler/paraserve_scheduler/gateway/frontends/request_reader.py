@@ -1,29 +1,41 @@
 """Reads gRPC requests: unpacks compressed ones within the limit, answers in the same coding.
 
-gRPC's own unpacking is off, because it does not tell a service that a request was compressed.
+gRPC's own unpacking is off, because it does not tell a service that a request was compressed. Its
+own parsing is off too, because it is done on the event loop, however large a message is.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
+from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest, ParaServeError
-from paraserve_scheduler.gateway.frontends.refused_calls import Context, abort
+from paraserve_scheduler.gateway.admission import ClientRequest
+from paraserve_scheduler.gateway.frontends.failures import Context, abort, log_failure
 from paraserve_scheduler.gateway.kserve.compression import unpack
+from paraserve_scheduler.gateway.kserve.errors import INTERNAL_ERROR, TooLarge
+from paraserve_scheduler.gateway.large_requests import RequestReading
+from paraserve_scheduler.gateway.reading import MAX_SMALL_BYTES, Form, UnreadRequest
 
 #: How compressed messages begin, which no protobuf message of this protocol does.
 _COMPRESSIONS = {b"\x1f": grpc.Compression.Gzip, b"\x78": grpc.Compression.Deflate}
+_SERVICE = kserve.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_INFER = f"/{_SERVICE}/ModelInfer"
 
 
 class RequestReader(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not at run time
-    def __init__(self, max_request_bytes: int) -> None:
-        self._max_request_bytes = max_request_bytes
+    """Hands the inference calls a `ClientRequest`, all others their own message.
+
+    What a handler raises ends its call: here is the one place for that.
+    """
+
+    def __init__(self, reading: RequestReading) -> None:
+        self._reading = reading
 
     async def intercept_service(
         self,
@@ -39,17 +51,24 @@ class RequestReader(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no
             return grpc.stream_stream_rpc_method_handler(
                 self._streamed(handler), response_serializer=handler.response_serializer
             )
+        is_infer = handler_call_details.method == _INFER
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler), response_serializer=handler.response_serializer
+            self._unary(handler, is_infer=is_infer),
+            response_serializer=handler.response_serializer,
         )
 
-    def _unary(self, handler: Any) -> Callable[[bytes, Context], Awaitable[Any]]:
+    def _unary(self, handler: Any, *, is_infer: bool) -> Callable[[bytes, Context], Awaitable[Any]]:
         async def answer(data: bytes, context: Context) -> Any:
             try:
-                request = await self._read(data, handler)
+                request = await self._read(data) if is_infer else _parsed(data, handler)
+                response = await handler.unary_unary(request, context)
             except ParaServeError as error:
                 await abort(context, error)
-            response = await handler.unary_unary(request, context)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                log_failure(error)
+                await abort(context, ParaServeError(INTERNAL_ERROR))
             if _answer_in_kind(data, context):
                 # grpc.aio forgets the compression where it sends these together with the answer.
                 await context.send_initial_metadata(())
@@ -58,32 +77,54 @@ class RequestReader(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no
         return answer
 
     def _streamed(self, handler: Any) -> Callable[[AsyncIterator[bytes], Context], Awaitable[None]]:
-        async def requests(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        async def requests(
+            messages: AsyncIterator[bytes], context: Context
+        ) -> AsyncIterator[ClientRequest | ParaServeError]:
             is_first = True
             async for data in messages:
                 if is_first:
                     _answer_in_kind(data, context)
                 is_first = False
-                yield await self._read(data, handler)
+                try:
+                    request = await self._read(data)
+                except (InvalidRequest, TooLarge):
+                    raise  # as what gRPC itself cannot take, it ends the stream
+                except ParaServeError as error:
+                    yield error
+                else:
+                    yield request
 
         async def answer(messages: AsyncIterator[bytes], context: Context) -> None:
-            await handler.stream_stream(requests(messages, context), context)
+            try:
+                await handler.stream_stream(requests(messages, context), context)
+            except ParaServeError as error:
+                await abort(context, error)
 
         return answer
 
-    async def _read(self, data: bytes, handler: Any) -> Any:
-        """Parse a message.
+    async def _read(self, data: bytes) -> ClientRequest:
+        is_packed = data[:1] in _COMPRESSIONS
+        return await self._reading.read(
+            UnreadRequest(form=Form.MESSAGE, body=data, is_packed=is_packed)
+        )
 
-        Raises:
-            TooLarge: unpacked it is larger than the limit.
-            InvalidRequest: it cannot be unpacked or parsed.
-        """
-        if data[:1] in _COMPRESSIONS:
-            data = await asyncio.to_thread(unpack, data, self._max_request_bytes)
-        try:
-            return handler.request_deserializer(data)
-        except DecodeError:
-            raise InvalidRequest("The request is no message of this call.") from None
+
+def _parsed(data: bytes, handler: Any) -> Any:
+    """Parse the message of a call that names something and no more.
+
+    Raises:
+        InvalidRequest: it is too large for that, or cannot be unpacked or parsed.
+    """
+    if data[:1] in _COMPRESSIONS:
+        data = unpack(data, MAX_SMALL_BYTES)
+    if len(data) > MAX_SMALL_BYTES:
+        raise InvalidRequest(
+            f"The request has {len(data)} bytes; this call takes {MAX_SMALL_BYTES} at most."
+        )
+    try:
+        return handler.request_deserializer(data)
+    except DecodeError:
+        raise InvalidRequest("The request is no message of this call.") from None
 
 
 def _answer_in_kind(data: bytes, context: Context) -> bool:

@@ -5,6 +5,7 @@ The sentence has no traceback and no path of the machine it came from.
 
 from __future__ import annotations
 
+import math
 import re
 
 from paraserve_backend.errors import (
@@ -52,6 +53,13 @@ class TooLarge(ParaServeError):
         )
 
 
+class TooCostly(ParaServeError):
+    """A request within the limit of bytes that takes too much time or memory to read."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 413
+
+
 class UnsupportedCoding(InvalidRequest):
     """A request packed by something other than gzip or deflate."""
 
@@ -65,6 +73,28 @@ _PREFIX = re.compile(
 _TRACEBACK = re.compile(r"\s*(?:\n\s*At:|Traceback \(most recent call last\)).*", re.DOTALL)
 _PATH = re.compile(r"(?:/[\w.+-]+){2,}(?:\(\d+\))?")
 _MAX_LENGTH = 500
+
+
+def client_sentence(error: ParaServeError) -> str:
+    """Return what a client is told: printable and short, whatever an error quotes.
+
+    Every error of a request passes here on its way out.
+    """
+    # Cut twice: a text of millions of characters would take long, and some become longer.
+    shown = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode()
+        for each in str(error)[: _MAX_LENGTH + 1]
+    )
+    return shown if len(shown) <= _MAX_LENGTH else f"{shown[: _MAX_LENGTH - 3]}..."
+
+
+def retry_after_s(error: ParaServeError) -> int | None:
+    """Return after how many whole seconds a client should try again; `None` if it is not said."""
+    match error:
+        case Overloaded() | NoCapacity():
+            return max(1, math.ceil(error.retry_after_s))
+        case _:
+            return None
 
 
 def clean_message(text: str) -> str:

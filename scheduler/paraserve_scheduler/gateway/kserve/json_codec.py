@@ -7,32 +7,41 @@ Two forms of requests: `infer` (KServe v2 tensors, in JSON or in binary after it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest
-from paraserve_scheduler.gateway.kserve.message_tensors import INPUT_SPECS
+from paraserve_backend.protocol.bounded_json import parse_json
+from paraserve_backend.protocol.request_settings import show
+from paraserve_scheduler.gateway.kserve.message_parameters import check_count, check_name
+from paraserve_scheduler.gateway.kserve.message_tensors import (
+    INPUT_SPECS,
+    check_element_count,
+    refuse_input,
+)
 from paraserve_scheduler.gateway.kserve.raw_tensors import DATATYPES, decode, encode
 
 Json = dict[str, Any]
 
 _INT64_MAX = 2**63 - 1
 _UINT64_MAX = 2**64 - 1
+#: No input has more dimensions than two, with that of the batch.
+_MAX_DIMENSIONS = 8
+_MAX_DATATYPE_CHARACTERS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InferCall:
-    """An `infer` request, and which outputs its client wants in binary form."""
+class BinaryOutputs:
+    """Which outputs the client of an `infer` call wants in binary form."""
 
-    request: kserve.ModelInferRequest
-    is_binary: bool
-    is_output_binary: Mapping[str, bool]
+    by_default: bool = False
+    is_binary: Mapping[str, bool] = field(default_factory=dict)
 
-    def wants_binary(self, output: str) -> bool:
-        return self.is_output_binary.get(output, self.is_binary)
+    def __contains__(self, output: str) -> bool:
+        return self.is_binary.get(output, self.by_default)
 
 
 def generate_request(deployment: str, version: str, body: bytes) -> kserve.ModelInferRequest:
@@ -43,7 +52,9 @@ def generate_request(deployment: str, version: str, body: bytes) -> kserve.Model
     """
     request = kserve.ModelInferRequest(model_name=deployment, model_version=version)
     for key, value in _generate_fields(parse_object(body)):
-        if key == "id":
+        if value is None:
+            check_name(key)  # which says no value of it
+        elif key == "id":
             request.id = _text(value, "id")
         elif _is_tensor(key, value):
             values = value if isinstance(value, list) else [value]
@@ -53,7 +64,9 @@ def generate_request(deployment: str, version: str, body: bytes) -> kserve.Model
     return request
 
 
-def infer_call(deployment: str, version: str, body: bytes, header_bytes: int | None) -> InferCall:
+def infer_request(
+    deployment: str, version: str, body: bytes, header_bytes: int | None
+) -> tuple[kserve.ModelInferRequest, BinaryOutputs]:
     """Read the body of an `infer` call; with binary tensors its first `header_bytes` are JSON.
 
     Raises:
@@ -76,11 +89,8 @@ def infer_call(deployment: str, version: str, body: bytes, header_bytes: int | N
     for tensor in _objects(fields, "inputs"):
         _read_input(request, tensor, binary)
     binary.require_end()
-    return InferCall(
-        request=request,
-        is_binary=is_binary,
-        is_output_binary=dict(_read_outputs(request, fields)),
-    )
+    wanted = BinaryOutputs(by_default=is_binary, is_binary=dict(_read_outputs(request, fields)))
+    return request, wanted
 
 
 def generate_response(response: kserve.ModelInferResponse) -> Json:
@@ -92,7 +102,9 @@ def generate_response(response: kserve.ModelInferResponse) -> Json:
     return fields
 
 
-def infer_response(call: InferCall, response: kserve.ModelInferResponse) -> tuple[Json, bytes]:
+def infer_response(
+    response: kserve.ModelInferResponse, wanted: BinaryOutputs
+) -> tuple[Json, bytes]:
     """Return the JSON part and the binary part of an `infer` response."""
     fields = _response_head(response)
     fields["outputs"] = []
@@ -103,7 +115,7 @@ def infer_response(call: InferCall, response: kserve.ModelInferResponse) -> tupl
             "datatype": output.datatype,
             "shape": list(output.shape),
         }
-        if call.wants_binary(output.name):
+        if output.name in wanted:
             entry["parameters"] = {"binary_data_size": len(raw)}
             binary += raw
         else:
@@ -119,13 +131,18 @@ def parse_object(body: bytes) -> Json:
         InvalidRequest: it is not JSON, or not an object.
     """
     try:
-        fields = json.loads(body, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise InvalidRequest(
-            f"The request body is not valid JSON: {error.msg} at byte {error.pos}."
+            f"The request body is not valid JSON: no UTF-8 at byte {error.start}."
         ) from None
-    except (UnicodeDecodeError, RecursionError):
-        raise InvalidRequest("The request body is not valid JSON.") from None
+    try:
+        fields = parse_json(text, "The request body", parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        position = len(text[: error.pos].encode())
+        raise InvalidRequest(
+            f"The request body is not valid JSON: {error.msg} at byte {position}."
+        ) from None
     if not isinstance(fields, dict):
         raise InvalidRequest("The request body must be a JSON object.")
     return fields
@@ -142,7 +159,8 @@ class _Binary:
         left = len(self._data) - self._position
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= left:
             raise InvalidRequest(
-                f"Input '{name}' has binary_data_size {size!r}, but {left} binary bytes are left."
+                f"Input {show(name)} has binary_data_size {show(size)}, but {left} binary bytes "
+                "are left."
             )
         start = self._position
         self._position += size
@@ -157,33 +175,39 @@ class _Binary:
 def _is_tensor(key: str, value: object) -> bool:
     # vLLM's clients put numbers in strings, which only a request parameter can carry.
     spec = INPUT_SPECS.get(key)
-    return spec is not None and (spec.datatype == "BYTES" or not isinstance(value, str))
+    if spec is None:
+        return False
+    if spec.datatype == "UINT64" and isinstance(value, int):
+        return value >= 0  # -1 is none, which no tensor of that type can say
+    return spec.datatype == "BYTES" or spec.shape != (1,) or not isinstance(value, str)
 
 
 def _generate_fields(fields: Json) -> Iterator[tuple[str, object]]:
     # As Triton does: a nested "parameters" counts like the top level.
+    check_count(fields, "keys")
     for key, value in fields.items():
         if key != "parameters":
             yield key, value
         elif isinstance(value, dict):
+            check_count(value, "keys")
             yield from value.items()
-        else:
+        elif value is not None:
             raise InvalidRequest("'parameters' must be a JSON object.")
 
 
 def _read_input(request: kserve.ModelInferRequest, tensor: Json, binary: _Binary) -> None:
     name = _text(tensor.get("name"), "inputs.name")
-    datatype = _text(tensor.get("datatype"), f"datatype of input '{name}'")
+    datatype = _text(tensor.get("datatype"), f"datatype of input {show(name)}")
     shape = _shape(tensor.get("shape"), name)
-    parameters = _parameters(tensor, f"input '{name}'")
+    parameters = _parameters(tensor, f"input {show(name)}")
     if "binary_data_size" in parameters:
         raw = binary.take(name, parameters.pop("binary_data_size"))
         request.inputs.add(name=name, datatype=datatype, shape=shape)
         request.raw_input_contents.append(raw)
     elif "data" in tensor:
-        _add_input(request, name, datatype, shape, list(_flat(tensor["data"])))
+        _add_input(request, name, datatype, shape, _flat(tensor["data"]))
     else:
-        raise InvalidRequest(f"Input '{name}' has neither data nor binary_data_size.")
+        raise InvalidRequest(f"Input {show(name)} has neither data nor binary_data_size.")
     _set_parameters(request.inputs[-1].parameters, parameters)
 
 
@@ -192,51 +216,73 @@ def _add_input(
     name: str,
     datatype: str,
     shape: list[int],
-    values: list[object],
+    values: Sequence[object],
 ) -> None:
     if datatype not in DATATYPES:
-        raise InvalidRequest(f"Input '{name}' has datatype {datatype}, which no input takes.")
+        raise InvalidRequest(
+            f"Input {show(name)} has datatype {datatype[:_MAX_DATATYPE_CHARACTERS]}, which no "
+            "input takes."
+        )
+    if name not in INPUT_SPECS:
+        refuse_input(name)
+    check_element_count(name, len(values))
     request.inputs.add(name=name, datatype=datatype, shape=shape)
     request.raw_input_contents.append(encode(name, datatype, values))
 
 
-def _flat(data: object) -> Iterator[object]:
-    """Yield the elements of a flat or nested list in row-major order."""
+def _flat(data: object) -> Sequence[object]:
+    """Return the elements of a flat or nested list in row-major order."""
+    if isinstance(data, list) and list not in set(map(type, data)):
+        return data
+    flat: list[object] = []
     pending = [data]
     while pending:
         entry = pending.pop()
         if isinstance(entry, list):
             pending.extend(reversed(entry))
         else:
-            yield entry
+            flat.append(entry)
+    return flat
 
 
 def _shape(value: object, name: str) -> list[int]:
-    if isinstance(value, list) and all(type(n) is int and 0 <= n <= _INT64_MAX for n in value):
+    if (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size <= _INT64_MAX for size in value)
+    ):
         return value
-    raise InvalidRequest(f"Input '{name}' needs a shape: a list of whole numbers.")
+    raise InvalidRequest(
+        f"Input {show(name)} needs a shape: a list of at most {_MAX_DIMENSIONS} whole numbers."
+    )
 
 
 def _read_outputs(request: kserve.ModelInferRequest, fields: Json) -> Iterator[tuple[str, bool]]:
     """Add the wanted outputs to the request; yield those that say whether they be binary."""
     for output in _objects(fields, "outputs"):
         name = _text(output.get("name"), "outputs.name")
-        parameters = _parameters(output, f"output '{name}'")
+        parameters = _parameters(output, f"output {show(name)}")
         if "binary_data" in parameters:
             yield name, parameters.pop("binary_data") is True
         _set_parameters(request.outputs.add(name=name).parameters, parameters)
 
 
 def _parameters(fields: Json, where: str) -> Json:
-    given = fields.get("parameters", {})
+    given = fields.get("parameters")
+    if given is None:
+        return {}
     if not isinstance(given, dict):
         raise InvalidRequest(f"'parameters' of {where} must be a JSON object.")
+    check_count(given, "parameters")
     return dict(given)
 
 
 def _set_parameters(parameters: Mapping[str, kserve.InferParameter], values: Json) -> None:
     for key, value in values.items():
-        _set_parameter(parameters[_text(key, "the name of a parameter")], key, value)
+        name = _text(key, "the name of a parameter")
+        check_name(name)
+        if value is not None:
+            _set_parameter(parameters[name], name, value)
 
 
 def _set_parameter(parameter: kserve.InferParameter, key: str, value: object) -> None:
@@ -252,13 +298,14 @@ def _set_parameter(parameter: kserve.InferParameter, key: str, value: object) ->
         parameter.uint64_param = value
     else:
         raise InvalidRequest(
-            f"Parameter '{key}' has an unsupported value; give a number, a boolean or a string."
+            f"Parameter {show(key)} has an unsupported value; give a number, a boolean or a string."
         )
 
 
 def _objects(fields: Json, key: str) -> list[Json]:
     value = fields.get(key, [])
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+    if isinstance(value, list) and set(map(type, value)) <= {dict}:
+        check_count(value, key)
         return value
     raise InvalidRequest(f"'{key}' must be a list of JSON objects.")
 
@@ -269,7 +316,7 @@ def _text(value: object, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InvalidRequest(f"'{what}' has half a surrogate pair in its text.") from None
+        raise InvalidRequest(f"{show(what)} has half a surrogate pair in its text.") from None
     return value
 
 

@@ -16,12 +16,18 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.request import UNSUPPORTED, refuse_unsupported
+from paraserve_backend.protocol.request_settings import MAX_WORDS, show
 from paraserve_backend.protocol.tensors import INPUTS, OUTPUTS, TensorSpec
+from paraserve_scheduler.gateway.kserve.message_parameters import check_name
 from paraserve_scheduler.gateway.kserve.raw_tensors import DATATYPES, decode, string_bounds
 
 INPUT_SPECS = {spec.name: spec for spec in INPUTS}
+#: Those that may have more than one value.
+_USEFUL_INPUTS = tuple(name for name in INPUT_SPECS if name not in UNSUPPORTED)
 _OUTPUT_NAMES = frozenset(spec.name for spec in OUTPUTS)
 _PROMPTS = ("text_input", "input_ids")
+#: Characters of a datatype, and dimensions of a shape, that an error shows.
+_MAX_SHOWN = 8
 
 _InputTensor = kserve.ModelInferRequest.InferInputTensor
 #: What to do instead, for clients of `tensorrt_llm` that do not use its front model.
@@ -70,7 +76,7 @@ def check_outputs(message: kserve.ModelInferRequest) -> None:
     for output in message.outputs:
         if output.name not in _OUTPUT_NAMES:
             raise InvalidRequest(
-                f"Unexpected inference output '{output.name}'; the outputs are "
+                f"Unexpected inference output {show(output.name)}; the outputs are "
                 f"{', '.join(spec.name for spec in OUTPUTS)}."
             )
         if "shared_memory_region" in output.parameters:
@@ -93,7 +99,7 @@ def _take_off_batch(tensor: _InputTensor, name: str) -> bool:
         return False
     if tensor.shape[0] != 1:
         raise InvalidRequest(
-            f"Input '{name}' is a batch of {tensor.shape[0]}, shape {list(tensor.shape)}; "
+            f"Input '{name}' is a batch of {tensor.shape[0]}, shape {_shown_shape(tensor)}; "
             "a request holds one prompt, so send each in its own."
         )
     del tensor.shape[0]
@@ -104,7 +110,7 @@ def _refuse_names(names: Sequence[str]) -> NoReturn:
     """Refuse the first input that is unknown or given again."""
     for name in names:
         if name not in INPUT_SPECS:
-            _refuse_input(name)
+            refuse_input(name)
         if names.count(name) > 1:
             raise InvalidRequest(f"Input '{name}' is given more than once.")
     raise AssertionError("every name is known and given once")
@@ -140,7 +146,9 @@ def _read(tensor: _InputTensor, raw: bytes | None) -> Sequence[Any]:
     return _read_contents(tensor) if raw is None else _read_raw(tensor, raw)
 
 
-def _refuse_input(name: str) -> NoReturn:
+def refuse_input(name: str) -> NoReturn:
+    """Raise InvalidRequest for a name that no input has."""
+    check_name(name)
     if name in UNSUPPORTED:
         refuse_unsupported(name)
     if name in _TOKEN_LEVEL_INPUTS:
@@ -149,7 +157,7 @@ def _refuse_input(name: str) -> NoReturn:
             f"too; {_TOKEN_LEVEL_INPUTS[name]}."
         )
     raise InvalidRequest(
-        f"Unexpected inference input '{name}'; the inputs are {', '.join(INPUT_SPECS)}."
+        f"Unexpected inference input {show(name)}; the inputs are {', '.join(_USEFUL_INPUTS)}."
     )
 
 
@@ -162,16 +170,36 @@ def _check_declaration(tensor: _InputTensor) -> None:
         )
     if tensor.datatype != spec.datatype:
         raise InvalidRequest(
-            f"Input '{tensor.name}' has datatype {tensor.datatype or 'none'}; "
+            f"Input '{tensor.name}' has datatype {tensor.datatype[:_MAX_SHOWN] or 'none'}; "
             f"expected {spec.datatype}."
         )
     if not _shape_fits(tensor.shape, spec):
         raise InvalidRequest(
             f"Unexpected shape for input '{tensor.name}': expected {list(spec.shape)}, "
-            f"got {list(tensor.shape)}."
+            f"got {_shown_shape(tensor)}."
         )
-    if tensor.name == "input_ids" and not math.prod(tensor.shape):
+    count = math.prod(tensor.shape)
+    if tensor.name == "input_ids" and not count:
         raise InvalidRequest("Input 'input_ids' is empty; give at least one token.")
+    check_element_count(tensor.name, count)
+
+
+def check_element_count(name: str, count: int) -> None:
+    """Refuse more elements than an input may have, before they are read.
+
+    How many token ids a prompt may have depends on the deployment.
+
+    Raises:
+        InvalidRequest: there are too many.
+    """
+    if name != "input_ids" and count > MAX_WORDS:
+        what = "words" if name in ("stop_words", "bad_words") else "values"
+        raise InvalidRequest(f"'{name}' has {count} {what}; {MAX_WORDS} at most.")
+
+
+def _shown_shape(tensor: _InputTensor) -> str:
+    shown = ", ".join(str(size) for size in tensor.shape[:_MAX_SHOWN])
+    return f"[{shown}{', ...' if len(tensor.shape) > _MAX_SHOWN else ''}]"
 
 
 def _shape_fits(shape: Sequence[int], spec: TensorSpec) -> bool:
@@ -189,7 +217,7 @@ def _read_raw(tensor: _InputTensor, raw: bytes) -> Sequence[Any]:
     expected_bytes = math.prod(tensor.shape) * DATATYPES[tensor.datatype].size_bytes
     if len(raw) != expected_bytes:
         raise InvalidRequest(
-            f"Input '{tensor.name}' has {len(raw)} bytes; shape {list(tensor.shape)} of "
+            f"Input '{tensor.name}' has {len(raw)} bytes; shape {_shown_shape(tensor)} of "
             f"{tensor.datatype} takes {expected_bytes}."
         )
     return decode(tensor.datatype, raw)
@@ -198,7 +226,7 @@ def _read_raw(tensor: _InputTensor, raw: bytes) -> Sequence[Any]:
 def _read_strings(tensor: _InputTensor, raw: bytes) -> Sequence[bytes]:
     bounds = string_bounds(raw)
     try:
-        # Strings beyond the declared shape are only counted: there may be millions.
+        # Strings beyond the declared shape are only counted: there may be many.
         strings = [raw[start:end] for start, end in islice(bounds, math.prod(tensor.shape))]
         excess = sum(1 for _ in bounds)
     except InvalidRequest as error:
@@ -214,15 +242,15 @@ def _read_contents(tensor: _InputTensor) -> Sequence[Any]:
             raise InvalidRequest(
                 f"Input '{tensor.name}' has {descriptor.name}; {tensor.datatype} takes {field}."
             )
-    elements = list(getattr(tensor.contents, field))
+    elements = getattr(tensor.contents, field)
     _check_count(tensor, len(elements))
-    return elements
+    return list(elements)
 
 
 def _check_count(tensor: _InputTensor, count: int) -> None:
     expected = math.prod(tensor.shape)
     if count != expected:
         raise InvalidRequest(
-            f"Input '{tensor.name}' has {count} elements; shape {list(tensor.shape)} takes "
+            f"Input '{tensor.name}' has {count} elements; shape {_shown_shape(tensor)} takes "
             f"{expected}."
         )

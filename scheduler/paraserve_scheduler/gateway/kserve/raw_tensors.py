@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from paraserve_backend.errors import InvalidRequest
+from paraserve_backend.protocol.request_settings import CONTENT, show
 
 Scalar = bool | int | float | str
 _LENGTH = struct.Struct("<I")
@@ -43,9 +44,10 @@ def encode(name: str, datatype: str, values: Sequence[object]) -> bytes:
         InvalidRequest: a value is of another kind or out of range; names the tensor.
     """
     kind = DATATYPES[datatype]
-    for value in values:
-        if not isinstance(value, kind.types) or (isinstance(value, bool) and datatype != "BOOL"):
-            raise InvalidRequest(f"Input '{name}' takes {datatype} values, not {_shown(value)}.")
+    # The types alone: there may be a million values.
+    if not set(map(type, values)) <= set(kind.types):
+        value = next(value for value in values if type(value) not in kind.types)
+        raise InvalidRequest(f"Input '{name}' takes {datatype} values, not {_shown(name, value)}.")
     if datatype == "BYTES":
         return b"".join(_encode_string(name, str(value)) for value in values)
     try:
@@ -97,6 +99,11 @@ def _encode_string(name: str, text: str) -> bytes:
     return _LENGTH.pack(len(data)) + data
 
 
-def _shown(value: object) -> str:
-    shown = "null" if value is None else repr(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
+def _shown(name: str, value: object) -> str:
+    """Show a JSON value; of what a prompt is made of, only what kind of value it is."""
+    if value is None:
+        return "null"
+    if name not in CONTENT:
+        return show(value)
+    kinds = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")

@@ -337,13 +337,16 @@ async def test_an_error_about_something_long_still_fits_in_its_header() -> None:
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_request_parameters_reach_the_replica() -> None:
+async def test_the_request_parameters_that_a_replica_knows_reach_it() -> None:
     async with serving() as cluster:
         cluster.triton.script = one_answer
         request = make_request(stream=False)
-        request.parameters["unused"].string_param = "kept"
+        request.parameters["top_k"].int64_param = 3
+        request.parameters["unknown"].string_param = "dropped"
         await cluster.stub.ModelInfer(request)
-        assert cluster.triton.requests[0].parameters["unused"].string_param == "kept"
+        parameters = cluster.triton.requests[0].parameters
+        assert parameters["top_k"].int64_param == 3
+        assert "unknown" not in parameters
 
 
 async def test_a_replica_that_has_just_gone_is_replaced_without_the_client_noticing() -> None:

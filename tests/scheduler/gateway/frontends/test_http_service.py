@@ -60,8 +60,9 @@ async def test_generate_maps_keys_to_tensors_and_parameters_as_triton_does() -> 
         cluster.triton.script = one_answer
         body = {
             "id": "q1",
-            "foo": 1,
-            "parameters": {"bar": "x", "ratio": 1.5, "on": True, "top_k": 4},
+            "unknown": 1,
+            "stop": "x",
+            "parameters": {"logprobs": 2, "length_penalty": "1.5", "seed": -1, "top_k": 4},
             "temperature": 1,
             "stop_words": ["a", "bc"],
             "text_input": "hi",
@@ -85,10 +86,11 @@ async def test_generate_maps_keys_to_tensors_and_parameters_as_triton_does() -> 
             "top_k": struct.pack("<i", 4),
         }
         parameters = request.parameters
-        assert parameters["foo"].int64_param == 1
-        assert parameters["bar"].string_param == "x"
-        assert parameters["ratio"].double_param == 1.5
-        assert parameters["on"].bool_param
+        assert parameters["stop"].string_param == "x"
+        assert parameters["logprobs"].int64_param == 2
+        assert parameters["length_penalty"].string_param == "1.5"
+        assert parameters["seed"].int64_param == -1
+        assert "unknown" not in parameters
 
 
 @given(
@@ -211,8 +213,13 @@ async def test_a_failed_cold_start_has_the_failures_status() -> None:
         ("[]", "must be a JSON object"),
         ('{"text_input": NaN}', "NaN is no JSON number"),
         ("{}", "'text_input' is missing"),
-        ('{"text_input": 5}', "takes BYTES values, not 5"),
-        ('{"text_input": null}', "takes BYTES values, not null"),
+        ('{"text_input": 5}', "takes BYTES values, not a number"),
+        ('{"text_input": null}', "'text_input' is missing"),
+        ('{"text_input": [null]}', "takes BYTES values, not null"),
+        ('{"input_ids": "1,2"}', "Input 'input_ids' takes INT32 values, not a string."),
+        ('{"input_ids": [1, "secret"]}', "Input 'input_ids' takes INT32 values, not a string."),
+        ('{"text_input": "hi", "seed": -2}', "'seed' is -2; it must be at least -1"),
+        ('{"text_input": "hi", "temperature": [null]}', "takes FP32 values, not null"),
         ('{"text_input": ["a", "b"]}', "expected [1], got [2]"),
         ('{"text_input": "hi", "max_tokens": 5.5}', "takes INT32 values"),
         ('{"text_input": "hi", "max_tokens": "five"}', "takes a whole number"),
