@@ -7,9 +7,9 @@ import asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraserve_backend.errors import ResourceExhausted
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.demand import DemandMeter
+from paraserve_scheduler.gateway.kserve.errors import NoCapacity, Overloaded
 from paraserve_scheduler.gateway.routes import Routes
 from paraserve_scheduler.simulator.description import DeploymentFile
 from paraserve_scheduler.state.spec import DeploymentSpec
@@ -34,7 +34,7 @@ async def _refused_by_gateway(
         try:
             async with routes.lease("chat"):
                 return False
-        except ResourceExhausted:
+        except (NoCapacity, Overloaded):
             return True
 
     routes = Routes(DemandMeter("g"), cold_start_timeout_s=HANG_S)
