@@ -22,7 +22,7 @@ _TICK_S = 0.05
 _SILENCE_S = 1.0
 #: A probe without an answer for so long has failed. Two of them make a replica silent: a second and
 #: twice this are less than 3 s.
-_PROBE_S = 0.9
+_PROBE_S = 0.85
 _FAILED_PROBES = 2
 
 #: Returns whether the replica works, when it answers.
