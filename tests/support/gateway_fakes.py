@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.protocol.names import PROBE_PARAMETER
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.paraserve_pb2_grpc import SchedulerServicer
 from paraserve_scheduler.gateway.frontends.refused_calls import RefusedCalls
@@ -90,6 +91,9 @@ class FakeTritonServer(RefusedCalls):
     def __init__(self) -> None:
         self.script: Script = tokens
         self.requests: list[kserve.ModelInferRequest] = []
+        #: As a replica answers probes that works; they are none of its requests.
+        self.probe_script: Script = works
+        self.probes: list[kserve.ModelInferRequest] = []
         self.models: set[str] | None = None
         #: Set when a stream was cancelled while its script ran.
         self.cancelled = asyncio.Event()
@@ -105,13 +109,15 @@ class FakeTritonServer(RefusedCalls):
             raise
 
     async def _answer(self, request: kserve.ModelInferRequest, context: Context) -> None:
-        self.requests.append(request)
+        is_probe = PROBE_PARAMETER in request.parameters
+        (self.probes if is_probe else self.requests).append(request)
+        script = self.probe_script if is_probe else self.script
         if self.models is not None and request.model_name not in self.models:
             sentence = f"Request for unknown model: '{request.model_name}' is not found"
             await context.write(kserve.ModelStreamInferResponse(error_message=sentence))
             return
         try:
-            async for response in self.script(request, context):
+            async for response in script(request, context):
                 await context.write(kserve.ModelStreamInferResponse(infer_response=response))
         except StreamError as error:
             await context.write(kserve.ModelStreamInferResponse(error_message=str(error)))
@@ -198,6 +204,12 @@ async def tokens_then_empty(
 ) -> AsyncIterator[kserve.ModelInferResponse]:
     yield answer(request, "a", is_final=False)
     yield answer(request, "b", is_final=False)
+    yield empty_final(request)
+
+
+async def works(
+    request: kserve.ModelInferRequest, context: Context
+) -> AsyncIterator[kserve.ModelInferResponse]:
     yield empty_final(request)
 
 

@@ -39,11 +39,14 @@ class Resume:
     tokens: tuple[ChosenToken, ...]
 
     def encode(self) -> str:
-        is_ranked = any(token.ranking for token in self.tokens)
+        # Those that a gateway has told of after a loss have none. They were sent, and so were all
+        # others of theirs: nobody needs the rankings that there are.
+        rankings = tuple(token.ranking for token in self.tokens if token.ranking)
+        is_ranked = bool(rankings) and len(rankings) == len(self.tokens)
         progress = ForwardResult(
             token_ids=tuple(token.token_id for token in self.tokens),
             logprobs=tuple(token.logprob for token in self.tokens),
-            rankings=tuple(token.ranking for token in self.tokens if token.ranking),
+            rankings=rankings if is_ranked else (),
         )
         header = _HEADER.pack(_VERSION, self.ticket, self.seed, self.max_tokens, is_ranked)
         return base64.b64encode(header + encode_result(progress)).decode()

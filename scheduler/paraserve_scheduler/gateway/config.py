@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 _MIB = 1 << 20
+MAX_HELD_BYTES = 256 * _MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,9 @@ class GatewayConfig:
         Path | None,
         "File with the cluster token, if it is not in PARASERVE_TOKEN.",
     ] = None
-    cold_start_timeout_s: Annotated[float, "Longest wait for a replica to become ready."] = 600.0
+    cold_start_timeout_s: Annotated[
+        float, "Longest wait for a replica to become ready, or to have room."
+    ] = 600.0
     first_token_timeout_s: Annotated[
         float,
         "From the moment a replica has a streamed request to its first response.",
@@ -50,3 +53,6 @@ class GatewayConfig:
     max_stream_requests: Annotated[
         int, "Requests of one gRPC stream at once; the next is read when one has ended."
     ] = 256
+    max_held_bytes: Annotated[
+        int, "Requests of so many bytes may wait here for replicas, all deployments together."
+    ] = MAX_HELD_BYTES

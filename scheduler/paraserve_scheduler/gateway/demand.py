@@ -23,6 +23,8 @@ class _DeploymentDemand:
     first_token_s: dict[str, float] = field(default_factory=dict)
     #: By replica, gaps between tokens of a stream: how many, and how long together.
     gaps: dict[str, tuple[int, float]] = field(default_factory=dict)
+    #: Replicas that answer neither requests nor probes.
+    silent: set[str] = field(default_factory=set)
 
 
 class DemandMeter:
@@ -31,18 +33,22 @@ class DemandMeter:
     def __init__(self, gateway: str) -> None:
         self._gateway = gateway
         self._deployments: dict[str, _DeploymentDemand] = {}
-        #: Set when a deployment's first request waits, and when a cold start has ended: report
-        #: without delay.
+        #: Set when a deployment's first request waits for a cold start, when a cold start has ended
+        #: and when a replica falls silent: report without delay.
         self.urgent = asyncio.Event()
 
     def arrived(self, deployment: str) -> None:
         self._of(deployment).arrived += 1
 
     @contextmanager
-    def waiting(self, deployment: str) -> Iterator[None]:
+    def waiting(self, deployment: str, *, is_cold: bool = True) -> Iterator[None]:
+        """Count a request that waits; `is_cold` if no replica serves.
+
+        Where all are full somebody waits again at every moment, which is no news.
+        """
         demand = self._of(deployment)
         demand.waiting += 1
-        if demand.waiting == 1:
+        if demand.waiting == 1 and is_cold:
             self.urgent.set()
         try:
             yield
@@ -73,6 +79,15 @@ class DemandMeter:
         known = self._of(deployment).gaps
         count, total_s = known.get(replica, (0, 0.0))
         known[replica] = (count + gaps, total_s + seconds)
+
+    def silent(self, deployment: str, replica: str, *, is_silent: bool) -> None:
+        """Note that a replica has fallen silent, or answers again."""
+        silent = self._of(deployment).silent
+        if is_silent:
+            silent.add(replica)
+        else:
+            silent.discard(replica)
+        self.urgent.set()
 
     def num_waiting(self, deployment: str) -> int:
         demand = self._deployments.get(deployment)
@@ -125,6 +140,7 @@ class StreamPace:
 
 
 def _forget_replicas(demand: _DeploymentDemand, replicas: Collection[str]) -> None:
+    demand.silent.intersection_update(replicas)
     for replica in (set(demand.in_flight) | set(demand.first_token_s)) - set(replicas):
         if not demand.in_flight[replica]:
             del demand.in_flight[replica]
@@ -133,7 +149,7 @@ def _forget_replicas(demand: _DeploymentDemand, replicas: Collection[str]) -> No
 
 
 def _message(deployment: str, demand: _DeploymentDemand) -> pb.Demand:
-    replicas = sorted(set(demand.in_flight) | set(demand.first_token_s))
+    replicas = sorted(set(demand.in_flight) | set(demand.first_token_s) | demand.silent)
     return pb.Demand(
         deployment=deployment,
         waiting=demand.waiting,
@@ -145,6 +161,7 @@ def _message(deployment: str, demand: _DeploymentDemand) -> pb.Demand:
                 in_flight=demand.in_flight[replica],
                 first_token_s=demand.first_token_s.get(replica, 0.0),
                 tpot_s=_mean(demand.gaps.get(replica)),
+                is_silent=replica in demand.silent,
             )
             for replica in replicas
         ],

@@ -26,6 +26,7 @@ from paraserve_scheduler.gateway.large_requests import RequestReading
 from paraserve_scheduler.gateway.proxy import Proxy
 from paraserve_scheduler.gateway.routes import Routes
 from paraserve_scheduler.gateway.scheduler_link import SchedulerLink
+from paraserve_scheduler.gateway.silence import SilenceWatch
 from paraserve_scheduler.gateway.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,10 @@ class Gateway:
         self._routes = Routes(
             self._demand,
             cold_start_timeout_s=config.cold_start_timeout_s,
+            max_held_bytes=config.max_held_bytes,
         )
         self._upstream = Upstream()
+        self._silence = SilenceWatch(self._routes, self._upstream.probe)
         self._statistics = Statistics()
         self._proxy = Proxy(
             config,
@@ -100,8 +103,10 @@ class Gateway:
         self._reading.start()
 
     async def run(self) -> None:
-        """Follow the scheduler until cancelled."""
-        await self._link.run()
+        """Follow the scheduler and watch the replicas until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._link.run(), name="follow the scheduler")
+            tasks.create_task(self._silence.run(), name="watch for silence")
 
     async def stop(self) -> None:
         # Both at once: each waits for its own clients.

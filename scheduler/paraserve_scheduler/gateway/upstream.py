@@ -1,7 +1,8 @@
 """Sends one request to one replica: a gRPC stream of its own to the replica's Triton server.
 
 The stream is bounded in time and cancelled with its caller. Which failures mean that a replica is
-lost, or never took the request, is decided here. Errors name the deployment, never the replica.
+lost, or never took the request, is decided here, and which answer to a probe means that it works.
+Errors name the deployment, never the replica.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ from tritonclient.grpc import service_pb2 as kserve
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from paraserve_backend.errors import (
-    DeadlineExceeded,
     InvalidRequest,
     NotFound,
     ParaServeError,
     Unavailable,
     read_coded,
 )
-from paraserve_backend.protocol.names import REPLICA_PARAMETER
+from paraserve_backend.protocol.names import PROBE_PARAMETER, REPLICA_PARAMETER
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.channels import triton_channel
 from paraserve_backend.rpc.errors import error_from_code, is_connection_lost
-from paraserve_scheduler.gateway.kserve.errors import ReplicaLost, clean_message
+from paraserve_scheduler.gateway.kserve.errors import (
+    ReplicaFailing,
+    ReplicaLate,
+    ReplicaLost,
+    ReplicaRefused,
+    clean_message,
+)
 from paraserve_scheduler.gateway.kserve.message_parameters import WANT_EMPTY_FINAL
 
 if TYPE_CHECKING:
@@ -38,17 +44,15 @@ if TYPE_CHECKING:
 
 FINAL_MARK = "triton_final_response"
 
-#: What Triton says, without a code, when a model is not there or its process is dead.
-_NOT_SERVED = re.compile(
-    r"unknown model|no available versions|is not ready|is not healthy", re.IGNORECASE
-)
+#: What Triton says, without a code, when a model is not there.
+_NOT_SERVED = re.compile(r"unknown model|no available versions|is not ready", re.IGNORECASE)
+#: The same when the model's process has died, which had or has just got the request.
+_DIED = re.compile(r"is not healthy", re.IGNORECASE)
+#: What gRPC says when there was no connection on which the request could have been sent.
+_NEVER_SENT = re.compile(r"failed to connect|connection refused|resolution failed", re.IGNORECASE)
 #: How Triton introduces an exception in a model.
 _MODEL_FAILED = "Failed to process the request(s)"
 _END_TIMEOUT_S = 5.0
-
-
-class ReplicaRefused(Unavailable):
-    """The replica did not take the request at all: another one may."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +93,9 @@ class Upstream:
 
         Raises:
             ReplicaRefused: nothing was done for this request.
-            DeadlineExceeded: the replica was silent for too long.
-            ReplicaLost: it failed in the middle.
+            ReplicaLate: the replica was silent for too long.
+            ReplicaLost: it died with the request.
+            ReplicaFailing: it cannot go on with the request.
             ParaServeError: what the model answered, under its own code.
         """
         stream = _Stream(self._stub(endpoint.triton_grpc_address), endpoint, request)
@@ -101,6 +106,25 @@ class Upstream:
                 yield response
         finally:
             self._leave(stream)
+
+    async def probe(self, endpoint: pb.Endpoint) -> bool:
+        """Ask a replica whether it works, and wait for its answer as long as that takes.
+
+        It works if it answers, if only to say that it knows no probes. It does not if it says that
+        its passes do not return, or if nobody is there.
+        """
+        request = kserve.ModelInferRequest()
+        request.parameters[PROBE_PARAMETER].bool_param = True
+        stream = _Stream(self._stub(endpoint.triton_grpc_address), endpoint, request)
+        try:
+            await stream.read(None)
+        except (ReplicaFailing, ReplicaRefused, ReplicaLost):
+            return False
+        except ParaServeError:
+            return True
+        finally:
+            self._leave(stream)
+        return True
 
     def _leave(self, stream: _Stream) -> None:
         """Cancel a stream, unless it is ending anyway.
@@ -142,7 +166,7 @@ class _Stream:
     def cancel(self) -> None:
         self._call.cancel()
 
-    async def read(self, timeout_s: float) -> kserve.ModelInferResponse | None:
+    async def read(self, timeout_s: float | None) -> kserve.ModelInferResponse | None:
         """Return the next response, or None after the final one."""
         if self.is_finished:
             return None
@@ -157,15 +181,15 @@ class _Stream:
         response.model_name = self._deployment
         return response
 
-    async def _next_message(self, timeout_s: float) -> kserve.ModelStreamInferResponse:
+    async def _next_message(self, timeout_s: float | None) -> kserve.ModelStreamInferResponse:
         try:
             async with asyncio.timeout(timeout_s):
                 return await anext(self._messages)
         except TimeoutError:
-            raise DeadlineExceeded(self._silence(timeout_s)) from None
+            raise ReplicaLate(self._silence(timeout_s)) from None
         except StopAsyncIteration:
             raise ReplicaLost(
-                f"The replica of '{self._deployment}' ended its stream early; retry."
+                f"The replica of '{self._deployment}' ended its stream early."
             ) from None
         except grpc.aio.AioRpcError as error:
             raise self._call_error(error) from None
@@ -177,7 +201,7 @@ class _Stream:
                 await anext(self._messages)
         self.cancel()
 
-    def _silence(self, timeout_s: float) -> str:
+    def _silence(self, timeout_s: float | None) -> str:
         what = "a next token" if self._is_started else "a first response"
         return (
             f"The replica of '{self._deployment}' did not send {what} within {timeout_s:g} s; "
@@ -193,11 +217,15 @@ class _Stream:
         sentence = self._clean(text)
         code = read_coded(sentence)
         if code is not None and code[0] == NotFound.grpc_code:
-            return self._loss()  # a slot that is another replica by now
+            return self._refusal()  # a slot that is another replica by now
+        if code is not None and code[0] == Unavailable.grpc_code:
+            return ReplicaFailing(code[1])
         if code is not None:
             return error_from_code(*code)
-        if _NOT_SERVED.search(text):
+        if _DIED.search(text):
             return self._loss()
+        if _NOT_SERVED.search(text):
+            return self._refusal()
         if _MODEL_FAILED in text:
             return ParaServeError(f"The model of '{self._deployment}' failed: {sentence}")
         return InvalidRequest(sentence)
@@ -205,13 +233,20 @@ class _Stream:
     def _call_error(self, error: grpc.aio.AioRpcError) -> ParaServeError:
         # A model that answers UNAVAILABLE does so in a message, not as the call's end.
         text = error.details() or ""
-        if is_connection_lost(error) or _NOT_SERVED.search(text):
+        if _NOT_SERVED.search(text):
+            return self._refusal()
+        if _DIED.search(text):
             return self._loss()
+        if is_connection_lost(error):
+            return self._refusal() if _NEVER_SENT.search(text) else self._loss()
         return error_from_code(error.code().name, self._clean(text))
 
     def _loss(self) -> ParaServeError:
+        return ReplicaLost(f"The replica of '{self._deployment}' was lost.")
+
+    def _refusal(self) -> ParaServeError:
         if self._is_started:
-            return ReplicaLost(f"The replica of '{self._deployment}' was lost; retry.")
+            return self._loss()
         return ReplicaRefused(f"The replica of '{self._deployment}' has just gone; retry.")
 
     def _clean(self, text: str) -> str:

@@ -28,7 +28,7 @@ def demand_reported(view: ClusterView, event: DemandReported) -> ClusterView:
     changed = {
         name: _note_demand(
             view.deployments[name],
-            view.waiting(name),
+            _waits_for_a_start(view, name),
             earlier.get(name),
             demands.get(name),
             elapsed_s,
@@ -64,9 +64,18 @@ def _with_measurements(view: ClusterView, demands: Iterable[Demand]) -> ClusterV
     return view
 
 
+def _waits_for_a_start(view: ClusterView, deployment: str) -> bool:
+    """Whether requests wait and no replica serves.
+
+    Where one does, each waits until another one ends, and how long there have been some says
+    nothing of how long any of them has waited.
+    """
+    return view.waiting(deployment) > 0 and not view.routed_replicas(deployment)
+
+
 def _note_demand(
     state: DeploymentState,
-    waiting: int,
+    waits_for_a_start: bool,
     earlier: Demand | None,
     demand: Demand | None,
     elapsed_s: float,
@@ -80,7 +89,7 @@ def _note_demand(
         state,
         last_active_s=at_s if is_active else state.last_active_s,
         history=_history(state.history, earlier, demand, elapsed_s, at_s),
-        waiting_since_s=(state.waiting_since_s or at_s) if waiting else None,
+        waiting_since_s=(state.waiting_since_s or at_s) if waits_for_a_start else None,
     )
 
 

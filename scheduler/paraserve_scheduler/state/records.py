@@ -232,7 +232,7 @@ class DeploymentState:
     history: DemandHistory = field(default_factory=DemandHistory)
     #: From a replica that is ready to its first token; None: not measured yet.
     first_pass_s: float | None = None
-    #: Since when requests have been waiting without a break.
+    #: Since when requests have been waiting without a break while no replica serves.
     waiting_since_s: float | None = None
     #: Starts that failed since one last succeeded, and the death of what that had started.
     failed_starts: tuple[Setback, ...] = ()

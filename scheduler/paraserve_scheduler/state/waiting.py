@@ -9,7 +9,9 @@ MAX_WAITING = 1000
 def may_wait(num_waiting: int, max_waiting: int) -> bool:
     """Return whether one more request may wait where `num_waiting` wait; otherwise it is refused.
 
-    A request waits while its deployment has no ready replica. A request that comes to a full
-    replica waits inside that replica, and no limit applies.
+    It is asked of a request that no replica takes: none is ready, or each has as many requests as
+    one gateway may give it (`Endpoint.max_ongoing`). Beyond the places of its batch a replica lets
+    requests wait inside itself, up to that number. The simulator's replicas have no such number,
+    so there a request waits only while none is ready.
     """
     return num_waiting < max_waiting

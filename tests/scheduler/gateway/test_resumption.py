@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 
-import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as kserve
 
 from paraserve_backend.protocol.request import GenerateRequest, WantedOutputs
 from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
-from paraserve_backend.protocol.sampling import ChosenToken, Sampling
+from paraserve_backend.protocol.sampling import ChosenToken, Ranking, Sampling
 from paraserve_scheduler.gateway.resumption import Resumption
 
 NO_LOGPROB = 0.0
@@ -96,19 +97,42 @@ def test_an_answer_in_one_piece_starts_over_from_what_is_known() -> None:
     assert resume_of(request).tokens == ()
 
 
-@pytest.mark.parametrize(
-    "wanted",
-    [
-        WantedOutputs(logprobs=True),
-        WantedOutputs(log_probs=True),
-        WantedOutputs(cumulative_logprob=True),
-    ],
+@given(
+    st.lists(st.floats(-20, 0, width=32), min_size=1, max_size=8),
+    st.lists(st.floats(-20, 0, width=32), min_size=1, max_size=8),
+    st.sampled_from(["cumulative_logprob", "cum_log_probs"]),
 )
-def test_a_stream_with_log_probabilities_cannot_go_on_after_a_loss(wanted: WantedOutputs) -> None:
-    resumption = Resumption(kserve.ModelInferRequest(), make_asked(wanted=wanted))
-    assert resumption.lose()  # nothing was sent yet
-    resumption.receive(tokens_response(1))
-    assert not resumption.lose()
+def test_the_next_replica_knows_the_sum_of_the_log_probabilities_that_were_sent(
+    handed_over: list[float], sent: list[float], output: str
+) -> None:
+    request = kserve.ModelInferRequest()
+    wanted = WantedOutputs(cumulative_logprob=True, log_probs=True)
+    resumption = Resumption(request, make_asked(wanted=wanted))
+    known = tuple(token(1, logprob) for logprob in handed_over)
+    resumption.receive(move_response("d.2", Resume(ticket=5, seed=41, max_tokens=9, tokens=known)))
+    total = sum(handed_over)
+    for logprob in sent:
+        total += logprob
+        response = tokens_response(2)
+        response.outputs.add(name=output)
+        response.raw_output_contents.append(struct.pack("<f", total))
+        assert resumption.receive(response)
+    assert resumption.can_go_on_elsewhere()
+    assert resumption.lose()
+    tokens = resume_of(request).tokens
+    assert [each.token_id for each in tokens] == [1] * len(handed_over) + [2] * len(sent)
+    # As the next replica's own output, which has no more digits.
+    assert struct.pack("<f", sum(each.logprob for each in tokens)) == struct.pack("<f", total)
+
+
+def test_a_request_that_was_lost_with_rankings_can_be_handed_over_afterwards() -> None:
+    ranked = ChosenToken(
+        token_id=3, logprob=-0.5, ranking=Ranking(rank=1, token_ids=(3,), logprobs=(-0.5,))
+    )
+    tokens = (token(1), ranked)
+    resume = Resume(seed=41, max_tokens=9, tokens=tokens)
+    decoded = Resume.decode(resume.encode())
+    assert [each.token_id for each in decoded.tokens] == [1, 3]
 
 
 def test_a_request_that_no_other_engine_can_go_on_with_is_not_moved() -> None:
@@ -124,7 +148,26 @@ def test_a_client_that_names_its_outputs_is_followed_all_the_same() -> None:
     request = kserve.ModelInferRequest()
     request.outputs.add(name="text_output")
     resumption = Resumption(request, make_asked())
-    assert [output.name for output in request.outputs] == ["text_output", HAND_OVER_TO, RESUME]
-    # But nobody knows the ids of what it has got.
+    asked_for = [output.name for output in request.outputs]
+    assert asked_for == ["text_output", HAND_OVER_TO, RESUME, "output_ids"]
+    response = response_with(output_ids=struct.pack("<i", 7), text_output=text("hello"))
+    assert resumption.receive(response)
+    assert resumption.lose()
+    assert [each.token_id for each in resume_of(request).tokens] == [7]
+    # The client gets what it has named.
+    assert [output.name for output in response.outputs] == ["text_output"]
+    assert list(response.raw_output_contents) == [text("hello")]
+
+
+def test_nothing_is_added_to_named_outputs_where_nobody_could_go_on() -> None:
+    request = kserve.ModelInferRequest()
+    request.outputs.add(name="text_output")
+    Resumption(request, make_asked(), can_move=False)
+    assert [output.name for output in request.outputs] == ["text_output"]
+
+
+def test_a_stream_of_a_replica_that_sends_no_ids_cannot_go_on_after_a_loss() -> None:
+    resumption = Resumption(kserve.ModelInferRequest(), make_asked())
     resumption.receive(response_with(text_output=text("hello")))
+    assert not resumption.can_go_on_elsewhere()
     assert not resumption.lose()

@@ -7,14 +7,16 @@ import asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraserve_backend.errors import ResourceExhausted
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.demand import DemandMeter
+from paraserve_scheduler.gateway.kserve.errors import NoCapacity, Overloaded
 from paraserve_scheduler.gateway.routes import Routes
 from paraserve_scheduler.simulator.description import DeploymentFile
+from paraserve_scheduler.state.records import Phase
 from paraserve_scheduler.state.spec import DeploymentSpec
 from paraserve_scheduler.state.waiting import MAX_WAITING, may_wait
 from tests.support.fleets import GB
+from tests.support.histories import LOST_PROCESS, History
 from tests.support.limits import HANG_S
 from tests.support.simulated_clusters import (
     make_cluster,
@@ -34,7 +36,7 @@ async def _refused_by_gateway(
         try:
             async with routes.lease("chat"):
                 return False
-        except ResourceExhausted:
+        except (NoCapacity, Overloaded):
             return True
 
     routes = Routes(DemandMeter("g"), cold_start_timeout_s=HANG_S)
@@ -80,3 +82,20 @@ def test_a_deployment_that_states_no_number_has_the_same_limit_in_both() -> None
     in_simulator = DeploymentFile(name="chat", model="7b").max_waiting
     in_product = DeploymentSpec(name="chat", source="s3://m/chat", max_sequences=8).max_waiting
     assert in_simulator == in_product == MAX_WAITING
+
+
+def test_only_what_no_replica_serves_waits_for_a_start() -> None:
+    history = History()
+    history.demand(waiting=1)
+    since_s = history.view.deployments["tiny"].waiting_since_s
+    assert since_s == history.now_s
+    replica = history.serves()
+    for _ in range(5):
+        history.passes(10)
+        history.demand(waiting=3, in_flight=4, replica_in_flight={replica: 4})
+        # Each of them waits for a place only, and a further start is not late.
+        assert history.view.deployments["tiny"].waiting_since_s is None
+    history.part(replica, 0, Phase.FAILED, LOST_PROCESS)
+    history.decides()
+    history.demand(waiting=3)
+    assert history.view.deployments["tiny"].waiting_since_s == history.now_s

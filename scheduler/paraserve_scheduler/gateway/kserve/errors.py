@@ -9,6 +9,7 @@ import math
 import re
 
 from paraserve_backend.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     ParaServeError,
     ResourceExhausted,
@@ -19,8 +20,24 @@ from paraserve_backend.errors import (
 INTERNAL_ERROR = "internal error"
 
 
+class ReplicaRefused(Unavailable):
+    """A replica did not take the request at all: another one may."""
+
+
 class ReplicaLost(Unavailable):
-    """A replica failed while it had the request."""
+    """A replica died while it had the request."""
+
+
+class ReplicaFailing(Unavailable):
+    """A replica says that it cannot go on with the request."""
+
+
+class ReplicaSilent(DeadlineExceeded):
+    """A replica answers neither the request nor probes."""
+
+
+class ReplicaLate(DeadlineExceeded):
+    """A replica answers probes, but has sent the request nothing for as long as it may."""
 
 
 class Overloaded(ResourceExhausted):
