@@ -126,7 +126,11 @@ def test_a_good_checkpoint_becomes_a_deployment(tmp_path: Path) -> None:
             UnsupportedModel,
             "supported are .*LlamaFor",
         ),
-        ({"num_hidden_layers": 5}, InvalidCheckpoint, "lacks the tensor 'model.layers.4"),
+        (
+            {"num_hidden_layers": 5},
+            InvalidCheckpoint,
+            r"'num_hidden_layers' is 5, but the checkpoint has no tensors model\.layers\.4\.\*",
+        ),
         ({"intermediate_size": 65}, InvalidCheckpoint, "has shape"),
         ({"without": "model.norm.weight"}, InvalidCheckpoint, "lacks the tensor 'model.norm"),
     ],
