@@ -25,7 +25,9 @@ from paraserve_backend.weights.sources.open import open_source
 
 #: The child's exit status where its output is the index, and where it is a `_Failure`.
 _READ, _FAILED = 0, 3
+#: The last is the kernel's, too, where memory runs out.
 _OUT_OF_TIME = (signal.SIGXCPU, signal.SIGKILL)
+_LATER_S = 10
 _MODULE = "paraserve_backend.weights.checkpoint.child"
 
 
@@ -87,8 +89,8 @@ def read_apart(
         raise _error(msgspec.json.decode(done.stdout, type=_Failure))
     if -done.returncode in _OUT_OF_TIME:
         raise InvalidCheckpoint(
-            f"{uri} takes more than {order.limits.cpu_s} s of computing to read: are its "
-            "config.json and its headers what they should be?"
+            f"{uri} takes more than {order.limits.cpu_s} s of computing, or more memory than there "
+            "is, to read: are its config.json and its headers what they should be?"
         )
     raise RuntimeError(f"reading {uri} ended with status {done.returncode}")
 
@@ -126,8 +128,8 @@ def _limit(limits: ReadLimits) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Ends a child whose parent was killed and cannot do it.
-    signal.alarm(limits.wall_s)
+    # Later than the parent, for a child whose parent was killed.
+    signal.alarm(limits.wall_s + _LATER_S)
 
 
 if __name__ == "__main__":
