@@ -123,6 +123,23 @@ def _renamed(tensors: Header) -> None:
     tensors["model.layers.3.mlp.upproj.weight"] = tensors.pop(_UP)
 
 
+def _only(*names: str) -> Spoil:
+    """Leave nothing but empty files of these names."""
+
+    def spoil(folder: Path) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+        for name in names:
+            (folder / name).write_text("{}")
+
+    return spoil
+
+
+def _huge_tokenizer(folder: Path) -> None:
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(100_000_001)
+
+
 def _sharded(change: Callable[[dict[str, str]], object]) -> Spoil:
     """Make the one file the only shard of a shard map, and change the map."""
 
@@ -281,6 +298,26 @@ CHECKPOINTS = (
         "to safetensors",
         error=UnsupportedModel,
         spoil=file(SHARD, None),
+    ),
+    BadCheckpoint(
+        what="a PEFT adapter",
+        says="{source} is a PEFT adapter without its base model: merge it into the base model "
+        "(merge_and_unload) and deploy what save_pretrained writes of that",
+        error=UnsupportedModel,
+        spoil=_only("adapter_config.json", "adapter_model.safetensors"),
+    ),
+    BadCheckpoint(
+        what="weights as GGUF",
+        says="{source} has its weights as GGUF, which is not supported: deploy the safetensors "
+        "that the GGUF file was made from",
+        error=UnsupportedModel,
+        spoil=_only("model.Q4_K_M.gguf"),
+    ),
+    BadCheckpoint(
+        what="a tokenizer of absurd size",
+        says="tokenizer.json has 100000001 bytes, 100000000 at most are allowed",
+        error=InvalidCheckpoint,
+        spoil=_huge_tokenizer,
     ),
     BadCheckpoint(
         what="no tokenizer",

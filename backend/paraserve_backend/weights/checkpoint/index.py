@@ -35,6 +35,8 @@ SMALL_FILES: Mapping[str, int] = {
     "tokenizer_config.json": 10_000_000,
     "chat_template.jinja": 1_000_000,
 }
+#: JSON objects of which a replica reads fields.
+_SETTINGS = (CONFIG, "generation_config.json", "tokenizer_config.json")
 _SINGLE = "model.safetensors"
 _SHARD_MAP = "model.safetensors.index.json"
 #: First read of a file: one request is enough for nearly every header.
@@ -131,8 +133,7 @@ def read_index(source: Source) -> CheckpointIndex:
     stored = {found.key: found for found in source.list()}
     _check_kind(source, stored)
     files = tuple(stored[key] for key in SMALL_FILES if key in stored)
-    _check_small_files(source, files)
-    config = _read_json(source, stored[CONFIG])
+    config = _read_small_files(source, files)[CONFIG]
     shard_map = _read_shard_map(source, stored)
     shards = sorted(set(shard_map.values())) if shard_map else [_SINGLE]
     objects = tuple(stored[key] for key in shards if key in stored)
@@ -172,11 +173,16 @@ def _check_kind(source: Source, stored: Mapping[str, StoredObject]) -> None:
     )
 
 
-def _check_small_files(source: Source, files: Iterable[StoredObject]) -> None:
+def _read_small_files(source: Source, files: Iterable[StoredObject]) -> dict[str, dict[str, Any]]:
+    """Check the small files, and return those that are settings."""
+    settings = {}
     for stored in files:
         _check_size(stored, SMALL_FILES[stored.key])
-        if stored.size_bytes <= _LFS_POINTER_BYTES:
+        if stored.key in _SETTINGS:
+            settings[stored.key] = _read_json(source, stored)
+        elif stored.size_bytes <= _LFS_POINTER_BYTES:
             _check_fetched(stored, read_range(source, stored))
+    return settings
 
 
 def _check_size(stored: StoredObject, most_bytes: int) -> None:
@@ -195,8 +201,10 @@ def _check_fetched(stored: StoredObject, head: bytes) -> None:
 
 
 def _read_json(source: Source, stored: StoredObject) -> dict[str, Any]:
+    content = read_range(source, stored)
+    _check_fetched(stored, content)
     try:
-        fields = json.loads(read_range(source, stored))
+        fields = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{stored.key} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
@@ -210,8 +218,6 @@ def _read_shard_map(source: Source, stored: Mapping[str, StoredObject]) -> dict[
     if _SINGLE in stored:
         return {}
     _check_size(stored[_SHARD_MAP], _MAX_SHARD_MAP_BYTES)
-    if stored[_SHARD_MAP].size_bytes <= _LFS_POINTER_BYTES:
-        _check_fetched(stored[_SHARD_MAP], read_range(source, stored[_SHARD_MAP]))
     weight_map = _read_json(source, stored[_SHARD_MAP]).get("weight_map")
     entries = weight_map.items() if isinstance(weight_map, dict) else ()
     files = {name: key for name, key in entries if isinstance(key, str)}

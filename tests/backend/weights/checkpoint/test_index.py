@@ -150,6 +150,19 @@ def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:
         index_of(folder)
 
 
+@pytest.mark.parametrize("key", ["generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("content", "sentence"), [("{,}", "is not valid JSON"), ("[]", "is not a JSON object")]
+)
+def test_settings_that_a_start_would_stumble_over_are_refused(
+    tmp_path: Path, key: str, content: str, sentence: str
+) -> None:
+    folder = folder_with(tmp_path, safetensors_file(header_of(SHAPES), DATA))
+    (folder / key).write_text(content)
+    with pytest.raises(InvalidCheckpoint, match=f"{key} {sentence}"):
+        index_of(folder)
+
+
 def test_a_configuration_of_absurd_size_is_not_read(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, b"")
     with (folder / "config.json").open("wb") as file:

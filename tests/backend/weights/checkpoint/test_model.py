@@ -70,8 +70,8 @@ def change_map(folder: Path, change: Callable[[dict[str, Any]], object]) -> None
 
 
 def theirs(folder: Path) -> list[int]:
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    model: Any = oracle.eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.eval()
     with torch.inference_mode():
         ids = model.generate(
             torch.tensor([PROMPT]),
