@@ -17,6 +17,7 @@ SHARD = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _NORM = "model.norm.weight"
 _UP = "model.layers.3.mlp.up_proj.weight"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 _DOWN = "model.layers.0.mlp.down_proj.weight"
 
 Header = dict[str, dict[str, Any]]
@@ -122,6 +123,23 @@ def _renamed(tensors: Header) -> None:
     tensors["model.layers.3.mlp.upproj.weight"] = tensors.pop(_UP)
 
 
+def _only(*names: str) -> Spoil:
+    """Leave nothing but empty files of these names."""
+
+    def spoil(folder: Path) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+        for name in names:
+            (folder / name).write_text("{}")
+
+    return spoil
+
+
+def _huge_tokenizer(folder: Path) -> None:
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(100_000_001)
+
+
 def _sharded(change: Callable[[dict[str, str]], object]) -> Spoil:
     """Make the one file the only shard of a shard map, and change the map."""
 
@@ -169,7 +187,8 @@ CHECKPOINTS = (
     ),
     BadCheckpoint(
         what="a data type that does not exist",
-        says="tensor model.norm.weight in model.safetensors has unknown data type F13",
+        says="The tensor 'model.norm.weight' has data type F13; weights are stored as one of "
+        "F32, BF16, F16.",
         error=InvalidCheckpoint,
         spoil=tensor(_NORM, dtype="F13"),
     ),
@@ -235,16 +254,37 @@ CHECKPOINTS = (
     ),
     BadCheckpoint(
         what="the shard map names a file that is not there",
-        says="model.safetensors.index.json names model-2.safetensors, which {source} has not",
+        says="The tensor 'model.norm.weight' lies in model-2.safetensors, which {source} has not: "
+        "upload it.",
         error=InvalidCheckpoint,
         spoil=_sharded(lambda names: names.update({_NORM: "model-2.safetensors"})),
     ),
     BadCheckpoint(
-        what="the shard map names a tensor that is not in its file",
-        says="model.safetensors.index.json names tensor extra in model-1.safetensors, it is not "
-        "there",
+        what="more layers in config.json than are stored",
+        says="config.json: 'num_hidden_layers' is 900, but the checkpoint has no tensors "
+        "model.layers.4.*.",
         error=InvalidCheckpoint,
-        spoil=_sharded(lambda names: names.update(extra="model-1.safetensors")),
+        spoil=config(num_hidden_layers=900),
+    ),
+    BadCheckpoint(
+        what="absurdly many layers in config.json",
+        says="config.json: 'num_hidden_layers' is 100000000, expected a whole number up to 1000.",
+        error=InvalidCheckpoint,
+        spoil=config(num_hidden_layers=10**8),
+    ),
+    BadCheckpoint(
+        what="weights that git-lfs has not fetched",
+        says="model.safetensors is only a git-lfs pointer to the file: run `git lfs pull` and "
+        "upload the folder again",
+        error=InvalidCheckpoint,
+        spoil=file(SHARD, _LFS_POINTER),
+    ),
+    BadCheckpoint(
+        what="a tokenizer that git-lfs has not fetched",
+        says="tokenizer.json is only a git-lfs pointer to the file: run `git lfs pull` and "
+        "upload the folder again",
+        error=InvalidCheckpoint,
+        spoil=file("tokenizer.json", _LFS_POINTER),
     ),
     BadCheckpoint(
         what="the shard map is empty",
@@ -258,6 +298,26 @@ CHECKPOINTS = (
         "to safetensors",
         error=UnsupportedModel,
         spoil=file(SHARD, None),
+    ),
+    BadCheckpoint(
+        what="a PEFT adapter",
+        says="{source} is a PEFT adapter without its base model: merge it into the base model "
+        "(merge_and_unload) and deploy what save_pretrained writes of that",
+        error=UnsupportedModel,
+        spoil=_only("adapter_config.json", "adapter_model.safetensors"),
+    ),
+    BadCheckpoint(
+        what="weights as GGUF",
+        says="{source} has its weights as GGUF, which is not supported: deploy the safetensors "
+        "that the GGUF file was made from",
+        error=UnsupportedModel,
+        spoil=_only("model.Q4_K_M.gguf"),
+    ),
+    BadCheckpoint(
+        what="a tokenizer of absurd size",
+        says="tokenizer.json has 100000001 bytes, 100000000 at most are allowed",
+        error=InvalidCheckpoint,
+        spoil=_huge_tokenizer,
     ),
     BadCheckpoint(
         what="no tokenizer",
@@ -281,9 +341,9 @@ CHECKPOINTS = (
     ),
     BadCheckpoint(
         what="a field of config.json is missing",
-        says="config.json: the field 'rms_norm_eps' is missing.",
+        says="rope_scaling in config.json: the field 'factor' is missing.",
         error=InvalidCheckpoint,
-        spoil=config(rms_norm_eps=None),
+        spoil=config(rope_scaling={"rope_type": "linear"}),
     ),
     BadCheckpoint(
         what="a field of config.json is of the wrong type",

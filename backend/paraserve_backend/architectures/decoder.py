@@ -14,7 +14,6 @@ from paraserve_backend.architectures.config_json import (
     read_activation,
     read_dtype,
     read_kv_heads,
-    split_hidden,
 )
 from paraserve_backend.architectures.rope import context_length, read_rope
 from paraserve_backend.architectures.spec import (
@@ -64,7 +63,7 @@ def decoder_spec(
         norm_eps=norm_eps,
         activation=activation,
         positions=positions,
-        context_length=context_length(max_positions, scaling),
+        context_length=context_length(config, max_positions, scaling),
         windows=(None,) * num_layers,
         attention_scale=sizes.head_dim**-0.5,
         tie_word_embeddings=tied,
@@ -104,10 +103,12 @@ def read_spec(
     modules: Mapping[Module, str] = MODULES,
     biased: Collection[Module] = (),
     rope: Callable[[Config, int], Rope] = read_rope,
+    activation: str = "hidden_act",
 ) -> ModelSpec:
     """The spec of a model laid out like Llama, with these layer modules.
 
-    `biased` are the modules with a bias; `rope` reads the rotation for a size of head.
+    `biased` are the modules with a bias; `rope` reads the rotation for a size of head;
+    `activation` is the field that names it.
     """
     sizes = _read_sizes(config)
     return decoder_spec(
@@ -120,22 +121,24 @@ def read_spec(
         positions=rope(config, sizes.head_dim),
         max_positions=config.count("max_position_embeddings"),
         normalisation=Normalisation.RMS,
-        norm_eps=config.number("rms_norm_eps"),
-        activation=read_activation(config, "hidden_act", "silu"),
-        tied=config.flag("tie_word_embeddings", False),
+        norm_eps=config.number_or_zero("rms_norm_eps"),
+        activation=read_activation(config, activation),
+        tied=config.flag("tie_word_embeddings"),
     )
 
 
 def _read_sizes(config: Config) -> LayerSizes:
     num_heads = config.count("num_attention_heads")
+    hidden = config.count("hidden_size")
+    if hidden < num_heads:
+        raise config.invalid(f"num_attention_heads {num_heads} is more than hidden_size {hidden}")
     return LayerSizes(
-        hidden=config.count("hidden_size"),
+        hidden=hidden,
         intermediate=config.count("intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=read_kv_heads(config, "num_key_value_heads", num_heads),
-        head_dim=config.count("head_dim")
-        if config.has("head_dim")
-        else split_hidden(config, num_heads),
+        # As transformers has it, also where this leaves a rest.
+        head_dim=config.count("head_dim", hidden // num_heads),
     )
 
 

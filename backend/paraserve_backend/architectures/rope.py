@@ -21,6 +21,8 @@ from paraserve_backend.errors import UnsupportedModel
 
 #: What transformers assumes where a config.json names no base frequency.
 _DEFAULT_THETA = 10_000.0
+#: No model was made for more tokens; what is built per token of context is built for no more.
+_LONGEST_CONTEXT = 1_000_000_000
 _SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -69,8 +71,8 @@ def read_rope(config: Config, dim: int, *, renamed: Mapping[str, str] | None = N
     )
 
 
-def context_length(longest: int, scaling: RopeScaling | None) -> int:
-    """Tokens a sequence may have where config.json says `longest`.
+def context_length(config: Config, longest: int, scaling: RopeScaling | None) -> int:
+    """Tokens a sequence may have where `config` says `longest`.
 
     A model with longrope has other factors, for all its keys, once a sequence outgrows the
     original context. We stop there: keys are cached with the angle they were given.
@@ -80,7 +82,10 @@ def context_length(longest: int, scaling: RopeScaling | None) -> int:
             return min(longest, original)
         case YarnScaling(original_context=original, factor=factor):
             # Some configs keep the original length in `max_position_embeddings`.
-            return max(longest, int(original * factor))
+            scaled = original * factor
+            if scaled > _LONGEST_CONTEXT:
+                raise config.invalid(f"the RoPE scaling makes a context of {scaled:.3g} tokens")
+            return max(longest, int(scaled))
     return longest
 
 

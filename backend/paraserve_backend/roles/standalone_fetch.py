@@ -13,7 +13,6 @@ import tempfile
 import threading
 from pathlib import Path
 
-from paraserve_backend.architectures.registry import model_spec
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.protocol.names import fetch_id
@@ -21,7 +20,7 @@ from paraserve_backend.protocol.parameters import STANDALONE, WeightsConfig
 from paraserve_backend.protocol.run_dir import RunDir, TierDir
 from paraserve_backend.weights.checkpoint import fetch_plan
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, plan_fetch
-from paraserve_backend.weights.checkpoint.index import read_index
+from paraserve_backend.weights.checkpoint.model import read_model, spec_of
 from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_backend.weights.fetching.fetch import fetch
 from paraserve_backend.weights.sources.base import Source
@@ -96,8 +95,8 @@ def plan_standalone(config: WeightsConfig, uri: str, *, whole_objects: bool) -> 
         ParaServeError: the source cannot be read, or there is no room.
     """
     source = open_source(uri, endpoint_url=config.endpoint_url, region=config.region)
-    index = read_index(source)
-    spec = model_spec(index.config)
+    index = read_model(source)
+    spec = spec_of(index)
     layers = LayerRange(start=0, end=spec.num_layers, total=spec.num_layers)
     tensors = (
         fetch_plan.whole_objects(index)

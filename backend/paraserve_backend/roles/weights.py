@@ -11,12 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from paraserve_backend.architectures.registry import model_spec
 from paraserve_backend.architectures.spec import ModelSpec
 from paraserve_backend.errors import InvalidRequest, NotFound
 from paraserve_backend.protocol.parameters import WeightsConfig
 from paraserve_backend.protocol.run_dir import RunDir, TierDir
 from paraserve_backend.telemetry.spans import SpanFile
+from paraserve_backend.weights.checkpoint.model import spec_of_fetched
 from paraserve_backend.weights.tiers.reader import TierReader
 
 #: A fetch has its own, shorter limits; this one only ends a wait for a writer that vanished.
@@ -63,7 +63,8 @@ def open_weights(config: WeightsConfig, *, whole_objects: bool = False) -> Fetch
 
 
 def read_spec(fetched: Fetched) -> ModelSpec:
-    return model_spec(fetched.json("config.json"), fetched.json("generation_config.json"))
+    config, generation = fetched.json("config.json"), fetched.json("generation_config.json")
+    return spec_of_fetched(config, generation, fetched.reader.plan)
 
 
 def _open(tier: TierDir, fetch_id: str, close: Callable[[], None]) -> Fetched:

@@ -76,6 +76,8 @@ class ModelShape:
     kv_bytes: int
     #: Of a head that is also the embedding: a last stage that is not the first has it as well.
     tied_bytes: int = 0
+    #: Of the small files, which every stage has.
+    file_bytes: int = 0
 
     @cached_property
     def num_layers(self) -> int:
@@ -95,8 +97,9 @@ class ModelShape:
         return self.prefix_bytes[end] - self.prefix_bytes[start] + copied
 
     def reserved_bytes(self, start: int, end: int) -> int:
-        """Weights of layers `[start, end)` and their share of the KV cache."""
-        return self.bytes_of(start, end) + self.kv_bytes * (end - start) // self.num_layers
+        """Weights of layers `[start, end)`, small files and the layers' share of the KV cache."""
+        kv_bytes = self.kv_bytes * (end - start) // self.num_layers
+        return self.bytes_of(start, end) + self.file_bytes + kv_bytes
 
     @cached_property
     def least_reserved_bytes(self) -> int:
@@ -106,7 +109,7 @@ class ModelShape:
     @cached_property
     def full_bytes(self) -> int:
         """What a worker reserves that is to hold the whole model."""
-        return self.total_bytes + self.kv_bytes
+        return self.total_bytes + self.file_bytes + self.kv_bytes
 
 
 def uniform_model(

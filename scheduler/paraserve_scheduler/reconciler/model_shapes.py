@@ -86,6 +86,7 @@ def shape_of(deployment: Deployment, kv_tokens: int) -> ModelShape:
         layer_bytes=(*sizes[:-1], sizes[-1] - tied_bytes),
         kv_bytes=kv_tokens * kv_bytes_per_token(model, whole),
         tied_bytes=tied_bytes,
+        file_bytes=deployment.index.file_bytes,
     )
 
 

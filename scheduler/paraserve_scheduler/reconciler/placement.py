@@ -38,14 +38,19 @@ class NodeSpace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """The layers of one stage, the bytes of their weights and of one KV block."""
+    """The layers of one stage, the bytes of their weights, of small files and of one KV block."""
 
     layers: LayerRange
     weight_bytes: int
+    file_bytes: int
     kv_block_bytes: int
 
+    @property
+    def fetched_bytes(self) -> int:
+        return self.weight_bytes + self.file_bytes
+
     def needs(self, kv_blocks: int) -> int:
-        return self.weight_bytes + kv_blocks * self.kv_block_bytes
+        return self.fetched_bytes + kv_blocks * self.kv_block_bytes
 
 
 def lay_out(
@@ -125,6 +130,7 @@ def _share(deployment: Deployment, layers: LayerRange, block_size: int) -> Share
     return Share(
         layers=layers,
         weight_bytes=sum(tensor.size_bytes for tensor in tensors),
+        file_bytes=deployment.index.file_bytes,
         kv_block_bytes=block_size * kv_bytes_per_token(model, layers),
     )
 
@@ -191,6 +197,7 @@ def _stage(share: Share, node: NodeSpace, kv_blocks: int) -> StagePlan:
         device=node.device,
         run_dir=node.run_dir,
         weight_bytes=share.weight_bytes,
+        file_bytes=share.file_bytes,
         kv_bytes=kv_blocks * share.kv_block_bytes,
         listen=None if share.layers.is_first else _address(node, 0),
     )
@@ -211,7 +218,7 @@ def _wanted_blocks(
     per_sequence = _blocks(deployment.context_limit, config.kv_block_size)
     wanted = per_sequence * deployment.spec.max_sequences
     rooms = [
-        int((node.free_bytes - share.weight_bytes) * config.kv_share) // share.kv_block_bytes
+        int((node.free_bytes - share.fetched_bytes) * config.kv_share) // share.kv_block_bytes
         for share, node in zip(shares, nodes, strict=True)
     ]
     if deployment.spec.consolidate and len(nodes) > 1:
@@ -227,7 +234,7 @@ def _room_beside_successor(
     """How many blocks leave the head room for the whole model with as many blocks."""
     (whole,) = equal_split(deployment, 1, config.kv_block_size)
     shared_bytes = share.weight_bytes if head.device == "cpu" else 0
-    left_bytes = head.free_bytes - share.weight_bytes - whole.weight_bytes + shared_bytes
+    left_bytes = head.free_bytes - share.fetched_bytes - whole.fetched_bytes + shared_bytes
     both = whole.kv_block_bytes + config.kv_share * share.kv_block_bytes
     return int(left_bytes * config.kv_share / both)
 

@@ -35,10 +35,12 @@ class StagePlan:
     kv_bytes: int
     #: Where hidden states reach this stage; `None` for stage 0, which Triton feeds.
     listen: ChannelAddress | None
+    #: Of the small files, which every stage fetches beside its weights.
+    file_bytes: int = 0
 
     @property
     def reserved_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes
+        return self.weight_bytes + self.file_bytes + self.kv_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

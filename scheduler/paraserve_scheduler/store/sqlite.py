@@ -18,9 +18,9 @@ from typing import Protocol
 
 import zmq
 
-from paraserve_backend.architectures.registry import model_spec
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex
+from paraserve_backend.weights.checkpoint.model import spec_of
 from paraserve_scheduler.state.records import Replica
 from paraserve_scheduler.state.spec import ChannelKeys, Deployment, DeploymentSpec
 from paraserve_scheduler.store.records import dump, load
@@ -276,7 +276,7 @@ def _deployment(spec: str, packed: bytes, longest_token_bytes: int) -> Deploymen
     index = CheckpointIndex.from_json(zlib.decompress(packed))
     return Deployment(
         spec=load(DeploymentSpec, spec),
-        model=model_spec(index.config),
+        model=spec_of(index),
         index=index,
         longest_token_bytes=longest_token_bytes,
     )

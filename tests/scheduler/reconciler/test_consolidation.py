@@ -297,14 +297,14 @@ def test_weights_that_a_successor_shares_are_reserved_once() -> None:
     pipeline = history.view.replicas["tiny.1"].plan
     before = history.view.reserved_bytes(pipeline.head.node)
     (start,) = _starts(history.decides())
-    whole, kv = start.plan.head.weight_bytes, start.plan.head.kv_bytes
+    whole = start.plan.head.reserved_bytes
     after = history.view.reserved_bytes(pipeline.head.node)
-    assert after == before + whole + kv - pipeline.head.weight_bytes
+    assert after == before + whole - pipeline.head.weight_bytes
     history.becomes_ready("tiny.2")
     history.part("tiny.1", 0, Phase.FAILED, LOST_PROCESS)
     history.decides()
     history.removed("tiny.1")
-    assert history.view.reserved_bytes(pipeline.head.node) == whole + kv
+    assert history.view.reserved_bytes(pipeline.head.node) == whole
 
 
 # ---- failures ----

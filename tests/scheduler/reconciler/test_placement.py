@@ -85,9 +85,24 @@ def test_kv_cache_covers_all_sequences_and_no_more() -> None:
 def test_kv_cache_leaves_room_for_the_next_deployment() -> None:
     deployment = make_deployment(num_layers=1, max_sequences=1_000_000)
     (share,) = equal_split(deployment, 1, BLOCK)
-    free_bytes = share.weight_bytes + 100 * share.kv_block_bytes
+    free_bytes = share.needs(100)
     plan = lay_out_equally(deployment, 1, [make_space(free_bytes=free_bytes)], CONFIG)
     assert plan.kv_blocks == 50
+
+
+def test_every_stage_reserves_room_for_the_small_files() -> None:
+    deployment = make_deployment(num_layers=2)
+    file_bytes = deployment.index.file_bytes
+    assert file_bytes == sum(stored.size_bytes for stored in deployment.index.files) > 0
+    spaces = [make_space("n0"), make_space("n1")]
+    plan = lay_out_equally(deployment, 1, spaces, CONFIG)
+    for stage in plan.stages:
+        assert stage.reserved_bytes == stage.weight_bytes + file_bytes + stage.kv_bytes
+    (share,) = equal_split(deployment, 1, BLOCK)
+    too_small = make_space(free_bytes=share.needs(32) - file_bytes)
+    one_context = make_deployment(num_layers=2, max_context=512)
+    with pytest.raises(InsufficientCapacity):
+        lay_out_equally(one_context, 1, [too_small], CONFIG)
 
 
 def test_one_context_fits_even_where_it_takes_more_than_its_share() -> None:

@@ -6,6 +6,7 @@ queries, key and value of a key head lie together.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from paraserve_backend.architectures.config_json import (
@@ -26,6 +27,24 @@ from paraserve_backend.architectures.spec import (
 )
 from paraserve_backend.errors import UnsupportedModel
 
+DEFAULTS: Mapping[str, object] = {
+    "vocab_size": 65_024,
+    "hidden_size": 4544,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 71,
+    "num_ln_in_parallel_attn": None,
+    "layer_norm_epsilon": 1e-5,
+    "num_kv_heads": None,
+    "alibi": False,
+    "new_decoder_architecture": False,
+    "multi_query": True,
+    "parallel_attn": True,
+    "bias": False,
+    "max_position_embeddings": 2048,
+    "ffn_hidden_size": None,
+    "activation": "gelu",
+    "tie_word_embeddings": True,
+}
 _NAMES = TensorNames(
     layer_prefix="transformer.h.",
     embedding=("transformer.word_embeddings.weight",),
@@ -49,23 +68,23 @@ def read_falcon(config: Config, architecture: str) -> ModelSpec:
         architecture,
         sizes,
         modules=norms | _MATRICES,
-        biased={*norms, *(_MATRICES if config.flag("bias", False) else ())},
+        biased={*norms, *(_MATRICES if config.flag_or_null("bias") else ())},
         names=_NAMES,
         positions=read_rope(config, sizes.head_dim),
-        max_positions=config.count("max_position_embeddings", 2048),
+        max_positions=config.count("max_position_embeddings"),
         normalisation=Normalisation.LAYER,
-        norm_eps=config.number("layer_norm_epsilon", 1e-5),
-        activation=read_activation(config, "activation", "gelu"),
-        tied=config.flag("tie_word_embeddings", True),
+        norm_eps=config.number_or_zero("layer_norm_epsilon"),
+        activation=read_activation(config, "activation"),
+        tied=config.flag("tie_word_embeddings"),
     )
-    residual = Residual.PARALLEL if config.flag("parallel_attn", True) else Residual.SEQUENTIAL
+    residual = Residual.PARALLEL if config.flag_or_null("parallel_attn") else Residual.SEQUENTIAL
     return replace(spec, residual=residual, qkv_order=QkvOrder.GROUPS)
 
 
 def _check_variant(config: Config, architecture: str) -> None:
-    if config.flag("alibi", False):
+    if config.flag_or_null("alibi"):
         raise UnsupportedModel(f"{architecture} with alibi positions is not supported.")
-    if _is_new(config) and not config.flag("parallel_attn", True):
+    if _is_new(config) and not config.flag_or_null("parallel_attn"):
         raise UnsupportedModel(
             f"{architecture} with new_decoder_architecture but not parallel_attn is not supported."
         )
@@ -73,24 +92,25 @@ def _check_variant(config: Config, architecture: str) -> None:
 
 def _read_sizes(config: Config) -> LayerSizes:
     num_heads = config.count("num_attention_heads")
-    hidden = config.count("hidden_size")
+    # The first releases called it `n_embed`.
+    hidden = config.count("n_embed" if config.has("n_embed") else "hidden_size")
     return LayerSizes(
         hidden=hidden,
         intermediate=config.count("ffn_hidden_size", 4 * hidden),
         num_heads=num_heads,
         num_kv_heads=_read_kv_heads(config, num_heads),
-        head_dim=split_hidden(config, num_heads),
+        head_dim=split_hidden(config, hidden, num_heads),
     )
 
 
 def _read_kv_heads(config: Config, num_heads: int) -> int:
     if _is_new(config):
         return read_kv_heads(config, "num_kv_heads", num_heads)
-    return 1 if config.flag("multi_query", True) else num_heads
+    return 1 if config.flag_or_null("multi_query") else num_heads
 
 
 def _norms(config: Config) -> dict[Module, str]:
-    if not config.flag("parallel_attn", True):
+    if not config.flag_or_null("parallel_attn"):
         return {
             Module.ATTENTION_NORM: "input_layernorm",
             Module.MLP_NORM: "post_attention_layernorm",
@@ -101,4 +121,4 @@ def _norms(config: Config) -> dict[Module, str]:
 
 
 def _is_new(config: Config) -> bool:
-    return config.flag("new_decoder_architecture", False)
+    return config.flag_or_null("new_decoder_architecture")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from paraserve_backend.architectures.config_json import Config
@@ -14,6 +15,20 @@ from paraserve_backend.architectures.spec import (
     Rope,
 )
 
+DEFAULTS: Mapping[str, object] = {
+    "vocab_size": 32_064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+}
 _MODULES = {
     Module.ATTENTION_NORM: "input_layernorm",
     Module.QKV: "self_attn.qkv_proj",
@@ -28,7 +43,7 @@ _OLD_NAMES = {"su": "longrope", "yarn": "longrope"}
 
 def read_phi3(config: Config, architecture: str) -> ModelSpec:
     spec = read_spec(config, architecture, modules=_MODULES, rope=_read_rope)
-    window = config.count_or_null("sliding_window", None)
+    window = config.count_or_null("sliding_window")
     return replace(spec, windows=(window,) * spec.num_layers, qkv_order=QkvOrder.BLOCKS)
 
 

@@ -62,7 +62,8 @@ class FetchPlan:
     """What one node fetches for one stage, from one source.
 
     `tensors` are in the order in which they are wanted; `objects` are the objects they lie in;
-    `files` are fetched whole. Raises `InvalidRequest` where it contradicts itself, since it also
+    `files` are fetched whole. `dtype` is the index's: a stage cannot tell it from its own tensors
+    alone. Raises `InvalidRequest` where it contradicts itself, since it also
     comes from the network.
     """
 
@@ -71,6 +72,7 @@ class FetchPlan:
     objects: tuple[StoredObject, ...]
     tensors: tuple[TensorEntry, ...]
     files: tuple[StoredObject, ...]
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         if not _FETCH_ID.fullmatch(self.fetch_id):
@@ -91,6 +93,11 @@ class FetchPlan:
     def total_bytes(self) -> int:
         """Bytes of `tensors`; the small files are not counted."""
         return total_bytes_of(self.tensors)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the small files."""
+        return sum(stored.size_bytes for stored in self.files)
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self)
@@ -115,6 +122,7 @@ def plan_fetch(
         objects=tuple(stored for stored in index.objects if stored.key in used),
         tensors=tuple(tensors),
         files=index.files,
+        dtype=index.dtype,
     )
 
 

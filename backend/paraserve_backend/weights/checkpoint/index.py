@@ -7,9 +7,9 @@ deployed, so that a cold start reads no header.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -17,30 +17,40 @@ import msgspec
 from paraserve_backend.errors import InvalidCheckpoint, UnsupportedModel
 from paraserve_backend.weights.checkpoint.safetensors import (
     LENGTH_BYTES,
+    MAX_HEADER_BYTES,
     TensorEntry,
     header_end,
-    is_text,
     parse_header,
 )
 from paraserve_backend.weights.sources.base import Source, StoredObject
 from paraserve_backend.weights.sources.retry import read_range
 
 CONFIG = "config.json"
-#: Files that a replica needs whole besides the weights, where they are there.
-SMALL_FILES = (
-    CONFIG,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+#: Files that a replica needs whole besides the weights, where they are there, and the bytes they
+#: may have. The largest published ones have a third of it; each is read into memory as a whole.
+SMALL_FILES: Mapping[str, int] = {
+    CONFIG: 1_000_000,
+    "generation_config.json": 1_000_000,
+    "tokenizer.json": 100_000_000,
+    "tokenizer_config.json": 10_000_000,
+    "chat_template.jinja": 1_000_000,
+}
+#: JSON objects of which a replica reads fields.
+_SETTINGS = (CONFIG, "generation_config.json", "tokenizer_config.json")
 _SINGLE = "model.safetensors"
 _SHARD_MAP = "model.safetensors.index.json"
 #: First read of a file: one request is enough for nearly every header.
 _FIRST_READ_BYTES = 256 << 10
 #: The longest real shard maps have a tenth of it.
-_MAX_JSON_BYTES = 100_000_000
+_MAX_SHARD_MAP_BYTES = 100_000_000
+#: The headers of one checkpoint together: the format's own limit for one file.
+_MAX_HEADERS_BYTES = MAX_HEADER_BYTES
 _CONCURRENT_READS = 16
+#: A file that git-lfs has not fetched is a few such lines.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_LFS_POINTER_BYTES = 1024
+_FLOATING = ("F16", "BF16", "F32", "F64")
+_ADAPTER, _GGUF = "adapter_config.json", ".gguf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +58,8 @@ class CheckpointIndex:
     """One model folder in one version.
 
     `files` are the small files that exist, `objects` those that hold `tensors`. `config` is
-    config.json as parsed.
+    config.json as parsed. `dtype` is the type of the first tensor of floating numbers, as
+    safetensors spells it: it counts where config.json names none. It is empty without one.
     """
 
     source_uri: str
@@ -56,11 +67,19 @@ class CheckpointIndex:
     files: tuple[StoredObject, ...]
     objects: tuple[StoredObject, ...]
     tensors: Mapping[str, TensorEntry]
+    dtype: str = ""
+    #: Tensors that the shard map puts into files that are not there. Not stored.
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the small files, which every stage has."""
+        return sum(stored.size_bytes for stored in self.files)
 
     def to_json(self) -> bytes:
         record = _StoredIndex(
@@ -69,6 +88,7 @@ class CheckpointIndex:
             files=self.files,
             objects=self.objects,
             tensors=tuple(self.tensors.values()),
+            dtype=self.dtype,
         )
         # A config.json may have NaN and Infinity, which msgspec cannot write.
         return json.dumps(msgspec.to_builtins(record), separators=(",", ":")).encode()
@@ -88,6 +108,7 @@ class CheckpointIndex:
             files=record.files,
             objects=record.objects,
             tensors={tensor.name: tensor for tensor in record.tensors},
+            dtype=record.dtype,
         )
 
 
@@ -99,42 +120,91 @@ class _StoredIndex(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[StoredObject, ...]
     objects: tuple[StoredObject, ...]
     tensors: tuple[TensorEntry, ...]
+    dtype: str = ""
 
 
 def read_index(source: Source) -> CheckpointIndex:
     """Read the index of the model folder that `source` is.
 
-    Raises `InvalidCheckpoint` where a file is missing, damaged or cut off, `UnsupportedModel`
-    where there are no safetensors, and what reading from a `Source` raises.
+    What the shard map says of tensors that are not there is no fault here: perhaps nobody needs
+    them. Raises `InvalidCheckpoint` where a file is absent, damaged, cut off or too large,
+    `UnsupportedModel` where there are no safetensors, and what reading from a `Source` raises.
     """
     stored = {found.key: found for found in source.list()}
-    if CONFIG not in stored:
-        raise InvalidCheckpoint(f"{source.uri} has no {CONFIG}: is it a Hugging Face model folder?")
-    config = _read_json(source, stored[CONFIG])
+    _check_kind(source, stored)
+    files = tuple(stored[key] for key in SMALL_FILES if key in stored)
+    config = _read_small_files(source, files)[CONFIG]
     shard_map = _read_shard_map(source, stored)
     shards = sorted(set(shard_map.values())) if shard_map else [_SINGLE]
-    missing = [key for key in shards if key not in stored]
-    if missing:
-        raise InvalidCheckpoint(f"{_SHARD_MAP} names {missing[0]}, which {source.uri} has not")
-    objects = tuple(stored[key] for key in shards)
-    tensors = _read_tensors(source, objects)
-    _check_shard_map(shard_map, tensors)
+    objects = tuple(stored[key] for key in shards if key in stored)
+    if not objects:
+        raise InvalidCheckpoint(f"{_SHARD_MAP} names {shards[0]}, which {source.uri} has not")
+    headers = _read_headers(source, objects)
     return CheckpointIndex(
         source_uri=source.uri,
         config=config,
-        files=tuple(stored[key] for key in SMALL_FILES if key in stored),
+        files=files,
         objects=objects,
-        tensors=tensors,
+        tensors=_merge(headers, shard_map),
+        dtype=_first_dtype(headers[0]),
+        missing={name: key for name, key in shard_map.items() if key not in stored},
     )
 
 
-def _read_json(source: Source, stored: StoredObject) -> dict[str, Any]:
-    if stored.size_bytes > _MAX_JSON_BYTES:
-        raise InvalidCheckpoint(
-            f"{stored.key} has {stored.size_bytes} bytes, {_MAX_JSON_BYTES} at most are allowed"
+def _check_kind(source: Source, stored: Mapping[str, StoredObject]) -> None:
+    """Say what else the folder may be."""
+    has_weights = _SINGLE in stored or _SHARD_MAP in stored
+    if CONFIG in stored and has_weights:
+        return
+    if _ADAPTER in stored:
+        raise UnsupportedModel(
+            f"{source.uri} is a PEFT adapter without its base model: merge it into the base model "
+            "(merge_and_unload) and deploy what save_pretrained writes of that"
         )
+    if any(key.endswith(_GGUF) for key in stored) and not has_weights:
+        raise UnsupportedModel(
+            f"{source.uri} has its weights as GGUF, which is not supported: deploy the "
+            "safetensors that the GGUF file was made from"
+        )
+    if CONFIG not in stored:
+        raise InvalidCheckpoint(f"{source.uri} has no {CONFIG}: is it a Hugging Face model folder?")
+    raise UnsupportedModel(
+        f"{source.uri} has neither {_SINGLE} nor {_SHARD_MAP}: convert it to safetensors"
+    )
+
+
+def _read_small_files(source: Source, files: Iterable[StoredObject]) -> dict[str, dict[str, Any]]:
+    """Check the small files, and return those that are settings."""
+    settings = {}
+    for stored in files:
+        _check_size(stored, SMALL_FILES[stored.key])
+        if stored.key in _SETTINGS:
+            settings[stored.key] = _read_json(source, stored)
+        elif stored.size_bytes <= _LFS_POINTER_BYTES:
+            _check_fetched(stored, read_range(source, stored))
+    return settings
+
+
+def _check_size(stored: StoredObject, most_bytes: int) -> None:
+    if stored.size_bytes > most_bytes:
+        raise InvalidCheckpoint(
+            f"{stored.key} has {stored.size_bytes} bytes, {most_bytes} at most are allowed"
+        )
+
+
+def _check_fetched(stored: StoredObject, head: bytes) -> None:
+    if head.startswith(_LFS_POINTER):
+        raise InvalidCheckpoint(
+            f"{stored.key} is only a git-lfs pointer to the file: run `git lfs pull` and upload "
+            "the folder again"
+        )
+
+
+def _read_json(source: Source, stored: StoredObject) -> dict[str, Any]:
+    content = read_range(source, stored)
+    _check_fetched(stored, content)
     try:
-        fields = json.loads(read_range(source, stored))
+        fields = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{stored.key} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
@@ -147,42 +217,58 @@ def _read_shard_map(source: Source, stored: Mapping[str, StoredObject]) -> dict[
     # A folder may have both forms; transformers prefers the single file.
     if _SINGLE in stored:
         return {}
-    if _SHARD_MAP not in stored:
-        raise UnsupportedModel(
-            f"{source.uri} has neither {_SINGLE} nor {_SHARD_MAP}: convert it to safetensors"
-        )
+    _check_size(stored[_SHARD_MAP], _MAX_SHARD_MAP_BYTES)
     weight_map = _read_json(source, stored[_SHARD_MAP]).get("weight_map")
-    match weight_map:
-        case dict() if weight_map and all(map(_is_file_name, weight_map.values())):
-            return weight_map
-    raise InvalidCheckpoint(f"{_SHARD_MAP} has no weight_map of file names")
+    entries = weight_map.items() if isinstance(weight_map, dict) else ()
+    files = {name: key for name, key in entries if isinstance(key, str)}
+    if not files:
+        raise InvalidCheckpoint(f"{_SHARD_MAP} has no weight_map of file names")
+    return files
 
 
-def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and is_text(value)
-
-
-def _read_tensors(source: Source, objects: tuple[StoredObject, ...]) -> dict[str, TensorEntry]:
-    tensors: dict[str, TensorEntry] = {}
+def _read_headers(
+    source: Source, objects: tuple[StoredObject, ...]
+) -> list[tuple[TensorEntry, ...]]:
+    """Return the tensors of each object."""
     with ThreadPoolExecutor(min(len(objects), _CONCURRENT_READS)) as pool:
-        for entries in pool.map(lambda stored: _read_header(source, stored), objects):
-            for entry in entries:
-                if (other := tensors.setdefault(entry.name, entry)) is not entry:
-                    raise InvalidCheckpoint(
-                        f"tensor {entry.name} is both in {other.object_key} and {entry.object_key}"
-                    )
+        heads = list(pool.map(lambda stored: _read_head(source, stored), objects))
+        ends = [header_end(stored, head) for stored, head in zip(objects, heads, strict=True)]
+        if sum(ends) > _MAX_HEADERS_BYTES:
+            raise InvalidCheckpoint(
+                f"the headers of {source.uri} have {sum(ends)} bytes, {_MAX_HEADERS_BYTES} at most "
+                "are allowed"
+            )
+        rests = pool.map(
+            lambda stored, head, end: read_range(source, stored, len(head), max(end, len(head))),
+            objects,
+            heads,
+            ends,
+        )
+    return [
+        parse_header(stored, (head + rest)[LENGTH_BYTES:end])
+        for stored, head, rest, end in zip(objects, heads, rests, ends, strict=True)
+    ]
+
+
+def _read_head(source: Source, stored: StoredObject) -> bytes:
+    head = read_range(source, stored, 0, min(_FIRST_READ_BYTES, stored.size_bytes))
+    _check_fetched(stored, head)
+    return head
+
+
+def _merge(
+    headers: Sequence[Sequence[TensorEntry]], shard_map: Mapping[str, str]
+) -> dict[str, TensorEntry]:
+    """All tensors; of one that is in several files that which the shard map names, or the last."""
+    tensors: dict[str, TensorEntry] = {}
+    for entry in (entry for entries in headers for entry in entries):
+        other = tensors.get(entry.name)
+        if other is None or shard_map.get(entry.name) != other.object_key:
+            tensors[entry.name] = entry
     return tensors
 
 
-def _read_header(source: Source, stored: StoredObject) -> tuple[TensorEntry, ...]:
-    head = read_range(source, stored, 0, min(_FIRST_READ_BYTES, stored.size_bytes))
-    end = header_end(stored, head)
-    if end > len(head):
-        head += read_range(source, stored, len(head), end)
-    return parse_header(stored, head[LENGTH_BYTES:end])
-
-
-def _check_shard_map(shard_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
-    for name, key in shard_map.items():
-        if name not in tensors or tensors[name].object_key != key:
-            raise InvalidCheckpoint(f"{_SHARD_MAP} names tensor {name} in {key}, it is not there")
+def _first_dtype(entries: Iterable[TensorEntry]) -> str:
+    """As transformers finds it: by name, not by place."""
+    floating = {entry.name: entry.dtype for entry in entries if entry.dtype in _FLOATING}
+    return floating[min(floating)] if floating else ""

@@ -150,7 +150,8 @@ def _check_size(
     stored: StoredObject, name: str, dtype: str, shape: list[int], size_bytes: int
 ) -> None:
     if dtype not in ITEM_BYTES:
-        raise InvalidCheckpoint(f"tensor {name} in {stored.key} has unknown data type {dtype}")
+        # A newer type than we know: whoever needs the tensor says so.
+        return
     expected = prod(shape) * ITEM_BYTES[dtype]
     if size_bytes != expected:
         raise InvalidCheckpoint(

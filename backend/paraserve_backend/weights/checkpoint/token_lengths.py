@@ -1,30 +1,21 @@
 """How many bytes of a prompt one token stands for at most, by tokenizer.json.
 
-`read_longest_token` reads the file in a process of its own, whose memory and time are bounded: a
-hostile file costs nobody else anything. That process runs this module.
+The file is read in the process that reads the checkpoint (`weights.checkpoint.child`), whose memory
+and time are bounded: a hostile file costs nobody else anything.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-import resource
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from paraserve_backend.errors import InvalidCheckpoint, ParaServeError
+from paraserve_backend.errors import ParaServeError
 from paraserve_backend.weights.sources.base import Source, StoredObject
 from paraserve_backend.weights.sources.retry import read_range
 
-logger = logging.getLogger(__name__)
-
-#: The longest real ones have a third of it.
-_MAX_BYTES = 100_000_000
-_MAX_MEMORY_BYTES = 1 << 30
-_TIMEOUT_S = 30.0
+_TOKENIZER = "tokenizer.json"
 #: How many times shorter composing characters, or taking them apart, makes a text at most (UTF-8).
 _NORMAL_FORM_FACTOR = 3
 #: A token for what the vocabulary does not know stands for one character.
@@ -38,26 +29,17 @@ _BYTE_CHARACTERS = frozenset(
 )
 
 
-def read_longest_token(source: Source, tokenizer: StoredObject) -> int:
-    """Return `longest_token_bytes` of a file; 0, not known, also where it cannot be read.
+def read_longest_token(source: Source, files: Sequence[StoredObject]) -> int:
+    """Return `longest_token_bytes` of a checkpoint's tokenizer; 0, not known, where there is none.
 
-    Raises:
-        InvalidCheckpoint: it is too large for any node to load.
+    What is wrong with the file, a start of the model says.
     """
-    if tokenizer.size_bytes > _MAX_BYTES:
-        raise InvalidCheckpoint(
-            f"{tokenizer.key} has {tokenizer.size_bytes} bytes, {_MAX_BYTES} at most are allowed"
-        )
+    tokenizer = next((stored for stored in files if stored.key == _TOKENIZER), None)
+    if tokenizer is None:
+        return 0
     try:
-        text = read_range(source, tokenizer)
-        command = [sys.executable, "-m", __name__]
-        done = subprocess.run(
-            command, input=text, capture_output=True, timeout=_TIMEOUT_S, check=True
-        )
-        return int(done.stdout)
-    except (ParaServeError, subprocess.SubprocessError, OSError, ValueError) as error:
-        # What is wrong with the file, a start of the model says.
-        logger.warning("no prompt limit by %s reason=%s", tokenizer.key, type(error).__name__)
+        return longest_token_bytes(read_range(source, tokenizer))
+    except (ParaServeError, ValueError, MemoryError, RecursionError):
         return 0
 
 
@@ -214,12 +196,3 @@ def _decoded(token: bytes) -> str:
     if b"\\" not in token:
         return token.decode()
     return msgspec.json.decode(b'"' + token + b'"', type=str)
-
-
-def _main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
-    sys.stdout.write(str(longest_token_bytes(sys.stdin.buffer.read())))
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,6 +1,6 @@
 """Decides whether something can be deployed: checks its settings and the checkpoint they name.
 
-It reads headers from the source, so it blocks. It stores and places nothing.
+It has headers read from the source, so it blocks. It stores and places nothing.
 """
 
 from __future__ import annotations
@@ -9,24 +9,19 @@ import math
 import re
 from dataclasses import asdict
 
-from paraserve_backend.architectures.registry import model_spec
-from paraserve_backend.architectures.spec import LayerRange, ModelSpec
-from paraserve_backend.architectures.tensors import check_tensors, expected_tensors
+from paraserve_backend.architectures.spec import ModelSpec
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.protocol.names import EngineName
 from paraserve_backend.rpc import paraserve_pb2 as pb
-from paraserve_backend.weights.checkpoint.index import CheckpointIndex, read_index
-from paraserve_backend.weights.checkpoint.token_lengths import read_longest_token
-from paraserve_backend.weights.sources.base import StoredObject
-from paraserve_backend.weights.sources.open import open_source
+from paraserve_backend.weights.checkpoint.child import read_apart
+from paraserve_backend.weights.checkpoint.index import CheckpointIndex
+from paraserve_backend.weights.checkpoint.model import spec_of
 from paraserve_scheduler.control_plane.config import DeploymentDefaults
 from paraserve_scheduler.state.spec import Deployment, DeploymentSpec
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DEVICES = ("cpu", "cuda")
 _TOKENIZER = "tokenizer.json"
-#: Spelt as safetensors does. Integers would be a quantized model's, of no use without its scales.
-_WEIGHT_DTYPES = ("F32", "BF16", "F16")
 
 
 def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> DeploymentSpec:
@@ -55,24 +50,23 @@ def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> 
 
 
 def read_deployment(spec: DeploymentSpec) -> Deployment:
-    """Read the checkpoint's headers and tokenizer and check that we can run what they describe.
+    """Have the checkpoint's headers and tokenizer read, and check that we can run the model.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel: the files are wrong or of a kind we cannot run.
         InvalidRequest: the source or the context length does not make sense.
         NotFound, AccessDenied, SourceUnavailable: the source cannot be read.
     """
-    source = open_source(spec.source, endpoint_url=spec.endpoint_url, region=spec.region)
-    index = read_index(source)
-    model = model_spec(index.config)
-    _check_weights(model, index)
-    tokenizer = _tokenizer(spec, index)
+    read = read_apart(spec.source, endpoint_url=spec.endpoint_url, region=spec.region)
+    index = read.index
+    model = spec_of(index)
+    _check_tokenizer(spec, index)
     _check_context(spec, model)
     return Deployment(
         spec=spec,
         model=model,
         index=index,
-        longest_token_bytes=read_longest_token(source, tokenizer),
+        longest_token_bytes=read.longest_token_bytes,
     )
 
 
@@ -99,27 +93,12 @@ def _check_seconds(field: str, value: float) -> None:
         raise InvalidRequest(f"{field} is {value:g}; it must be a finite number of seconds > 0.")
 
 
-def _check_weights(model: ModelSpec, index: CheckpointIndex) -> None:
-    whole = LayerRange(start=0, end=model.num_layers, total=model.num_layers)
-    stored = {name: tensor.shape for name, tensor in index.tensors.items()}
-    check_tensors(model, whole, stored)
-    for name in expected_tensors(model, whole):
-        dtype = index.tensors[name].dtype
-        if dtype not in _WEIGHT_DTYPES:
-            raise InvalidCheckpoint(
-                f"The tensor '{name}' has data type {dtype}; weights are stored as one of "
-                f"{', '.join(_WEIGHT_DTYPES)}."
-            )
-
-
-def _tokenizer(spec: DeploymentSpec, index: CheckpointIndex) -> StoredObject:
-    for stored in index.files:
-        if stored.key == _TOKENIZER:
-            return stored
-    raise InvalidCheckpoint(
-        f"{spec.source} has no {_TOKENIZER}: save the tokenizer beside the weights "
-        "(tokenizer.save_pretrained of a fast tokenizer)."
-    )
+def _check_tokenizer(spec: DeploymentSpec, index: CheckpointIndex) -> None:
+    if _TOKENIZER not in {stored.key for stored in index.files}:
+        raise InvalidCheckpoint(
+            f"{spec.source} has no {_TOKENIZER}: save the tokenizer beside the weights "
+            "(tokenizer.save_pretrained of a fast tokenizer)."
+        )
 
 
 def _check_context(spec: DeploymentSpec, model: ModelSpec) -> None:

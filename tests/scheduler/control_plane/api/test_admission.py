@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import resource
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from paraserve_backend.architectures.spec import Dtype
 from paraserve_backend.errors import (
     InvalidCheckpoint,
     InvalidRequest,
@@ -126,7 +128,11 @@ def test_a_good_checkpoint_becomes_a_deployment(tmp_path: Path) -> None:
             UnsupportedModel,
             "supported are .*LlamaFor",
         ),
-        ({"num_hidden_layers": 5}, InvalidCheckpoint, "lacks the tensor 'model.layers.4"),
+        (
+            {"num_hidden_layers": 5},
+            InvalidCheckpoint,
+            r"'num_hidden_layers' is 5, but the checkpoint has no tensors model\.layers\.4\.\*",
+        ),
         ({"intermediate_size": 65}, InvalidCheckpoint, "has shape"),
         ({"without": "model.norm.weight"}, InvalidCheckpoint, "lacks the tensor 'model.norm"),
     ],
@@ -137,6 +143,29 @@ def test_checkpoints_we_cannot_run_are_refused(
     folder = write_model(tmp_path / "model", **change)
     with pytest.raises(error, match=sentence):
         read_deployment(make_spec(source=str(folder)))
+
+
+def test_absurd_counts_cost_neither_time_nor_memory(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", num_hidden_layers=10**8)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(InvalidCheckpoint, match="is 100000000, expected a whole number up to 1000"):
+        read_deployment(make_spec(source=str(folder)))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_utime - before.ru_utime < 5
+    assert after.ru_maxrss - before.ru_maxrss < 100 << 10
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_stored_head_is_part_of_what_is_deployed(tmp_path: Path, *, tied: bool) -> None:
+    folder = write_model(tmp_path / "model", tie_word_embeddings=tied)
+    deployment = read_deployment(make_spec(source=str(folder)))
+    assert not deployment.model.tie_word_embeddings
+    assert "lm_head.weight" in deployment.index.tensors
+
+
+def test_the_type_of_the_weights_is_that_of_the_headers(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", dtype=None)
+    assert read_deployment(make_spec(source=str(folder))).model.dtype is Dtype.FLOAT32
 
 
 def test_weights_of_integers_are_refused(tmp_path: Path) -> None:
