@@ -71,28 +71,65 @@ class _OnlyUs:
         return key == self._public
 
 
-class _Losses:
-    """Hears of connections to a socket that have ended, if their peers had our keys."""
+class Admissions:
+    """Follows which connections of a socket have shown our keys, by what its monitor tells.
+
+    ZeroMQ does not say whose handshake succeeded. Where it may be one of several, those that go are
+    taken for strangers until one is left: no stranger's going is ever taken for a loss.
+    """
+
+    def __init__(self) -> None:
+        #: File descriptors of connections, as all here.
+        self._unknown: set[int] = set()
+        self._admitted: set[int] = set()
+        #: In each, one is admitted.
+        self._groups: list[set[int]] = []
+
+    def accepted(self, descriptor: int) -> None:
+        self._unknown.add(descriptor)
+
+    def handshake_succeeded(self) -> None:
+        self._groups.append(self._unknown)
+        self._unknown = set()
+        self._resolve()
+
+    def ended(self, descriptor: int) -> bool:
+        """Return whether one that had our keys is lost with it."""
+        is_loss = descriptor in self._admitted
+        for members in (self._unknown, self._admitted, *self._groups):
+            members.discard(descriptor)
+        self._resolve()
+        return is_loss
+
+    def _resolve(self) -> None:
+        for group in self._groups:
+            if len(group) == 1:
+                self._admitted |= group
+        self._groups = [group for group in self._groups if len(group) > 1]
+
+
+class _Monitor:
+    """Hears of the connections of a socket that has been bound."""
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._admissions = Admissions()
         self._events = socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )
-        #: File descriptors of connections.
-        self._admitted: set[int] = set()
 
-    def happened(self) -> bool:
+    def has_lost(self) -> bool:
         """Tell whether a connection was lost since the last call."""
-        has_lost = False
+        losses = 0
         while self._events.poll(0):
             event = recv_monitor_message(self._events)
-            descriptor = event["value"]
-            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._admitted.add(descriptor)
-            elif descriptor in self._admitted:
-                self._admitted.remove(descriptor)
-                has_lost = True
-        return has_lost
+            match event["event"]:
+                case zmq.EVENT_ACCEPTED:
+                    self._admissions.accepted(event["value"])
+                case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    self._admissions.handshake_succeeded()
+                case _:
+                    losses += self._admissions.ended(event["value"])
+        return losses > 0
 
 
 class Inbox:
@@ -117,7 +154,7 @@ class Inbox:
         self._socket.curve_server = True
         self._socket.maxmsgsize = max_bytes
         self._socket.rcvtimeo = _POLL_MS
-        self._losses = _Losses(self._socket) if tells_losses else None
+        self._monitor = _Monitor(self._socket) if tells_losses else None
         self._socket.bind(listen)
 
     def receive(self) -> Frame | None:
@@ -125,16 +162,24 @@ class Inbox:
 
         What is no frame of ours is dropped.
         """
-        if self._losses is not None and self._losses.happened():
-            return Frame(kind=FrameKind.LOST, number=0, body=b"")
-        try:
-            parts = self._socket.recv_multipart(copy=False)
-        except zmq.Again:
+        # What came before a loss is taken before it.
+        parts = self._parts(zmq.NOBLOCK)
+        if parts is None:
+            if self._monitor is not None and self._monitor.has_lost():
+                return Frame(kind=FrameKind.LOST, number=0, body=b"")
+            parts = self._parts()
+        if parts is None:
             return None
         try:
-            return _decode([part.buffer for part in parts])
+            return _decode(parts)
         except ValueError as error:
             logger.warning("a frame was dropped: %s", error)
+            return None
+
+    def _parts(self, flags: int = 0) -> list[memoryview] | None:
+        try:
+            return [part.buffer for part in self._socket.recv_multipart(flags, copy=False)]
+        except zmq.Again:
             return None
 
     def close(self) -> None:

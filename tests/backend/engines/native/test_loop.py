@@ -292,31 +292,31 @@ class Broken:
 
 def break_answer(bench: Bench, broken: Broken) -> Reply:
     answer = make_answer()
-    answer.add = broken  # type: ignore[method-assign]
+    answer.add = broken  # type: ignore[method-assign, assignment]
     return bench.ask(answer=answer)
 
 
 def break_send(bench: Bench, broken: Broken) -> Reply:
     reply = Reply()
-    reply.send = broken  # type: ignore[method-assign]
+    reply.send = broken  # type: ignore[method-assign, assignment]
     return bench.ask(reply=reply)
 
 
 def break_question(bench: Bench, broken: Broken) -> Reply:
     reply = Reply()
-    reply.is_cancelled = broken  # type: ignore[method-assign]
+    reply.is_cancelled = broken  # type: ignore[method-assign, assignment]
     return bench.ask(reply=reply)
 
 
 def break_sampling(bench: Bench, broken: Broken) -> Reply:
     history = History(Sampling(), [0])
-    history.sampling = broken  # type: ignore[method-assign]
+    history.sampling = broken  # type: ignore[method-assign, assignment]
     return bench.ask(history=history)
 
 
 def break_append(bench: Bench, broken: Broken) -> Reply:
     history = History(Sampling(), [0])
-    history.append = broken  # type: ignore[method-assign]
+    history.append = broken  # type: ignore[method-assign, assignment]
     return bench.ask(history=history)
 
 
@@ -349,7 +349,7 @@ def test_a_request_that_fails_ends_alone_and_is_not_quoted(
 
 def test_a_reply_that_cannot_even_fail_leaves_the_others_alone(bench: Bench) -> None:
     reply = Reply()
-    reply.send = reply.fail = Broken(ValueError)  # type: ignore[method-assign]
+    reply.send = reply.fail = Broken(ValueError)  # type: ignore[method-assign, assignment]
     bench.ask(reply=reply)
     after = bench.ask(max_tokens=1)
     bench.wait_until_free()
