@@ -13,6 +13,7 @@ from collections.abc import Callable
 from paraserve_backend.channel.keys import CurveKeys
 from paraserve_backend.channel.messages import from_frame, to_frame
 from paraserve_backend.channel.transport import Inbox, Outbox
+from paraserve_backend.daemon.guard import guarded
 from paraserve_backend.errors import InvalidRequest, Unavailable
 from paraserve_backend.protocol.hand_over import (
     Expect,
@@ -69,18 +70,19 @@ class Mailbox:
         receive_blocks: Callable[[KvBlocks | Expect], None],
     ) -> None:
         while not self._stopping.is_set():
-            try:
-                frame = self._inbox.receive()
-                if frame is None:
-                    continue
-                message = from_frame(frame)
-                if isinstance(message, KvBlocks | Expect):
-                    receive_blocks(message)
-                else:
-                    receive(message)
-            except (ValueError, InvalidRequest) as error:
-                # The sender gets no answer and keeps its sequence.
-                logger.warning("a message of another replica was refused: %s", error)
+            frame = self._inbox.receive()
+            if frame is None:
+                continue
+            with guarded(logger, "a message of another replica"):
+                try:
+                    message = from_frame(frame)
+                    if isinstance(message, KvBlocks | Expect):
+                        receive_blocks(message)
+                    else:
+                        receive(message)
+                except (ValueError, InvalidRequest) as error:
+                    # The sender gets no answer and keeps its sequence.
+                    logger.warning("a message of another replica was refused: %s", error)
 
 
 class NoMailbox:
@@ -121,18 +123,22 @@ class Post:
     def send(self, address: str, message: Message) -> None:
         """Queue a message without waiting.
 
-        One that cannot be queued is lost: whoever waits for its answer gives up in time.
+        One that cannot be queued is lost: whoever waits for its answer gives up in time. Also one
+        to an address that is none, which another replica has said is its own.
         """
         with self._lock:
-            outbox = self._outboxes.get(address)
-            if outbox is None:
-                outbox = self._outboxes[address] = Outbox(
-                    address=address, keys=self._keys, queued_frames=_QUEUED_FRAMES, timeout_s=0.0
-                )
             try:
-                outbox.send(to_frame(message))
-            except Unavailable:
-                logger.warning("%s takes no messages", address)
+                self._outbox(address).send(to_frame(message))
+            except (Unavailable, InvalidRequest) as error:
+                logger.warning("%.100r takes no messages: %s", address, error)
+
+    def _outbox(self, address: str) -> Outbox:
+        outbox = self._outboxes.get(address)
+        if outbox is None:
+            outbox = self._outboxes[address] = Outbox(
+                address=address, keys=self._keys, queued_frames=_QUEUED_FRAMES, timeout_s=0.0
+            )
+        return outbox
 
     def close(self) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ form of a frame (header, body, tensor bytes in pieces) are decided here.
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from enum import IntEnum
 
 import zmq
 import zmq.auth.thread
+from zmq.utils.monitor import recv_monitor_message
 
 from paraserve_backend.channel.keys import CurveKeys
-from paraserve_backend.errors import Unavailable
+from paraserve_backend.errors import InvalidRequest, Unavailable
 
+logger = logging.getLogger(__name__)
 _HEADER = struct.Struct("<HBxIQ")
 _MAGIC = 0x5053
 _POLL_MS = 200
@@ -46,6 +49,7 @@ class FrameKind(IntEnum):
     EXPECT = 8
     COMPLETE = 9
     WITHDRAW = 10
+    LOST = 11  # a member of the ring lost the connection before it, and what was on its way there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +71,81 @@ class _OnlyUs:
         return key == self._public
 
 
+class Admissions:
+    """Follows which connections of a socket have shown our keys, by what its monitor tells.
+
+    ZeroMQ does not say whose handshake succeeded. Where it may be one of several, those that go are
+    taken for strangers until one is left: no stranger's going is ever taken for a loss.
+    """
+
+    def __init__(self) -> None:
+        #: File descriptors of connections, as all here.
+        self._unknown: set[int] = set()
+        self._admitted: set[int] = set()
+        #: In each, one is admitted.
+        self._groups: list[set[int]] = []
+
+    def accepted(self, descriptor: int) -> None:
+        self._unknown.add(descriptor)
+
+    def handshake_succeeded(self) -> None:
+        self._groups.append(self._unknown)
+        self._unknown = set()
+        self._resolve()
+
+    def ended(self, descriptor: int) -> bool:
+        """Return whether one that had our keys is lost with it."""
+        is_loss = descriptor in self._admitted
+        for members in (self._unknown, self._admitted, *self._groups):
+            members.discard(descriptor)
+        self._resolve()
+        return is_loss
+
+    def _resolve(self) -> None:
+        for group in self._groups:
+            if len(group) == 1:
+                self._admitted |= group
+        self._groups = [group for group in self._groups if len(group) > 1]
+
+
+class _Monitor:
+    """Hears of the connections of a socket that has been bound."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._admissions = Admissions()
+        self._events = socket.get_monitor_socket(
+            zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+
+    def has_lost(self) -> bool:
+        """Tell whether a connection was lost since the last call."""
+        losses = 0
+        while self._events.poll(0):
+            event = recv_monitor_message(self._events)
+            match event["event"]:
+                case zmq.EVENT_ACCEPTED:
+                    self._admissions.accepted(event["value"])
+                case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    self._admissions.handshake_succeeded()
+                case _:
+                    losses += self._admissions.ended(event["value"])
+        return losses > 0
+
+
 class Inbox:
     """Receives frames on one thread."""
 
-    def __init__(self, *, listen: str, keys: CurveKeys, max_bytes: int) -> None:
+    def __init__(
+        self, *, listen: str, keys: CurveKeys, max_bytes: int, tells_losses: bool = False
+    ) -> None:
+        """Bind.
+
+        Args:
+            listen: `tcp://host:port`.
+            keys: the deployment's.
+            max_bytes: of one part of a frame.
+            tells_losses: whether a lost connection comes in as a frame of kind LOST.
+        """
         self._context = zmq.Context()
         self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
         self._authenticator.start()
@@ -79,19 +154,33 @@ class Inbox:
         self._socket.curve_server = True
         self._socket.maxmsgsize = max_bytes
         self._socket.rcvtimeo = _POLL_MS
+        self._monitor = _Monitor(self._socket) if tells_losses else None
         self._socket.bind(listen)
 
     def receive(self) -> Frame | None:
         """Wait a moment for a frame; `None` gives the caller a chance to stop.
 
-        Raises:
-            ValueError: the frame is not one of ours.
+        What is no frame of ours is dropped.
         """
+        # What came before a loss is taken before it.
+        parts = self._parts(zmq.NOBLOCK)
+        if parts is None:
+            if self._monitor is not None and self._monitor.has_lost():
+                return Frame(kind=FrameKind.LOST, number=0, body=b"")
+            parts = self._parts()
+        if parts is None:
+            return None
         try:
-            parts = self._socket.recv_multipart(copy=False)
+            return _decode(parts)
+        except ValueError as error:
+            logger.warning("a frame was dropped: %s", error)
+            return None
+
+    def _parts(self, flags: int = 0) -> list[memoryview] | None:
+        try:
+            return [part.buffer for part in self._socket.recv_multipart(flags, copy=False)]
         except zmq.Again:
             return None
-        return _decode([part.buffer for part in parts])
 
     def close(self) -> None:
         self._authenticator.stop()
@@ -116,13 +205,20 @@ class Outbox:
             keys: the deployment's.
             queued_frames: how many may wait for the other side to take them.
             timeout_s: how long `send` then waits.
+
+        Raises:
+            InvalidRequest: the address is none.
         """
         self._context = zmq.Context()
         self._socket = _socket(self._context, zmq.PUSH, keys)
         self._socket.curve_serverkey = keys.public
         self._socket.sndhwm = queued_frames
         self._socket.sndtimeo = round(timeout_s * 1000)
-        self._socket.connect(address)
+        try:
+            self._socket.connect(address)
+        except (zmq.ZMQError, ValueError):
+            self.close()
+            raise InvalidRequest(f"{address[:100]!r} is no address of an inbox.") from None
 
     def send(self, frame: Frame) -> None:
         """Queue a frame.
@@ -158,7 +254,7 @@ class Channel:
     """A member of the ring. `send` and `receive` may be used by one thread each."""
 
     def __init__(self, *, listen: str, next_address: str, keys: CurveKeys, max_bytes: int) -> None:
-        self._inbox = Inbox(listen=listen, keys=keys, max_bytes=max_bytes)
+        self._inbox = Inbox(listen=listen, keys=keys, max_bytes=max_bytes, tells_losses=True)
         self._outbox = Outbox(address=next_address, keys=keys)
         self.receive = self._inbox.receive
         self.send = self._outbox.send
@@ -185,9 +281,16 @@ def _decode(parts: list[memoryview]) -> Frame:
 
 
 def relay(channel: Channel, step: Callable[[Frame], Frame], stopped: Callable[[], bool]) -> None:
-    """Serve a stage: turn each FORWARD frame into the next one; pass errors along untouched."""
+    """Serve a stage: turn each FORWARD frame into the next one; pass others along untouched.
+
+    `step` raises nothing. A frame that the next member does not take is lost, as it is when that
+    member goes: the link settles its pass.
+    """
     while not stopped():
         frame = channel.receive()
         if frame is None:
             continue
-        channel.send(step(frame) if frame.kind is FrameKind.FORWARD else frame)
+        try:
+            channel.send(step(frame) if frame.kind is FrameKind.FORWARD else frame)
+        except Unavailable as error:
+            logger.warning("a frame was dropped: %s", error)

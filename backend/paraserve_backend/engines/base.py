@@ -6,7 +6,7 @@ business of `generation` and `roles.external`. All methods of an engine run on o
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -130,7 +130,7 @@ def chosen_token(
 
 
 class Reply(Protocol):
-    """Where one request's answer goes; used by the loop's thread alone."""
+    """Where one request's answer goes; used by one thread at a time."""
 
     def send(self, delta: Delta) -> None: ...
 
@@ -151,6 +151,18 @@ class LoopState:
     requests_moved: int = 0
     kv_blocks_sent_ahead: int = 0
     kv_blocks_sent_held: int = 0
+
+
+#: Takes what a probe is answered: nothing, or why the replica does not serve.
+AnswerProbe = Callable[[ParaServeError | None], None]
+#: So many requests may wait in a replica; one more is refused. It is what a gateway may hold for a
+#: whole deployment, and a queue of many minutes even for short answers.
+MAX_WAITING = 1024
+
+
+def does_not_return() -> Unavailable:
+    """Return what is said of a replica whose engine hangs."""
+    return Unavailable("The engine of this replica hangs: a forward pass does not return.")
 
 
 class Gauges(Protocol):

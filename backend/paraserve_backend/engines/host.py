@@ -9,14 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
+from typing import TypeVar
 
+from paraserve_backend.daemon.guard import concerns_one, guarded, internal_error, log_failure
 from paraserve_backend.engines.base import (
+    MAX_WAITING,
+    AnswerProbe,
     Engine,
     EngineDead,
     EngineRequest,
@@ -24,8 +31,11 @@ from paraserve_backend.engines.base import (
     Gauges,
     LoopState,
     Reply,
+    does_not_return,
 )
-from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
+from paraserve_backend.engines.pass_clock import PassClock
+from paraserve_backend.engines.pulse import Pulse
+from paraserve_backend.errors import Cancelled, ParaServeError, ResourceExhausted, Unavailable
 from paraserve_backend.generation.answer import Answer
 from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.hand_over import Target
@@ -48,6 +58,8 @@ class Job:
     is_resumable: bool
     #: What to tell the client when the engine is stopped before the answer has ended.
     end: Callable[[], None] | None = None
+    #: Whether the engine has its prompt and no token has come.
+    is_prefilling: bool = False
 
     def deliver(self, tokens: Iterable[ChosenToken]) -> bool:
         """Send what the newest tokens complete; returns whether the answer has ended."""
@@ -101,15 +113,27 @@ def _wants_logprobs(wanted: WantedOutputs) -> bool:
 logger = logging.getLogger(__name__)
 #: How often cancellation is looked for.
 _CHECK_S = 0.1
+#: Asking costs a round trip to the server process: so many requests each time, in turn.
+_ASKED_IN_TURN = 80
 #: Asking an engine costs milliseconds.
 _CHECKS_PER_STATS = 10
 
 
+Argument = TypeVar("Argument")
+#: Ends with what to tell the client, if the answer did not end by itself.
+_Task = asyncio.Task[Callable[[], None] | None]
+
+
 class EngineHost:
-    """`add`, `set_targets` and `close` may be called from any thread."""
+    """`add`, `probe`, `set_targets` and `close` may be called from any thread."""
 
     def __init__(
-        self, engine: Engine, settings: EngineSettings, gauges: Gauges, kv_blocks: int
+        self,
+        engine: Engine,
+        settings: EngineSettings,
+        gauges: Gauges,
+        kv_blocks: int,
+        pulse: Pulse,
     ) -> None:
         """Start the engine and wait until it can serve.
 
@@ -118,6 +142,7 @@ class EngineHost:
             settings: what it shall run.
             gauges: receives the engine's state, from the loop's thread.
             kv_blocks: the whole KV cache, in the gauges' unit.
+            pulse: beats while the loop turns and the engine takes its steps.
 
         Raises:
             ParaServeError: it did not start.
@@ -126,7 +151,15 @@ class EngineHost:
         self._settings = settings
         self._gauges = gauges
         self._kv_blocks = kv_blocks
-        self._jobs: dict[Job, asyncio.Task[None]] = {}
+        self._pulse = pulse
+        self._steps = PassClock(time.monotonic)
+        #: The step that the engine owes; `None` while it has nothing to do.
+        self._step: int | None = None
+        #: Of the jobs that have no token yet.
+        self._prompt_tokens = 0
+        self._most_jobs = settings.max_sequences + MAX_WAITING
+        #: In the order in which they are asked whether they are cancelled.
+        self._jobs: OrderedDict[Job, _Task] = OrderedDict()
         self._targets: tuple[Target, ...] = ()
         self._num_moved = 0
         self._death: EngineDead | None = None
@@ -142,11 +175,34 @@ class EngineHost:
             raise
 
     def add(self, job: Job) -> None:
-        self._loop.call_soon_threadsafe(self._join, job)
+        """Take a request in.
+
+        Raises:
+            Unavailable: the engine has ended.
+        """
+        self._call(self._join, job)
+
+    def probe(self, answer: AnswerProbe) -> None:
+        """Have the loop itself say whether it turns and the engine takes its steps.
+
+        Raises:
+            Unavailable: the engine has ended.
+        """
+        self._call(self._answer_probe, answer)
 
     def set_targets(self, targets: tuple[Target, ...]) -> None:
-        """Hand all resumable requests over to these replicas, those to come too."""
-        self._loop.call_soon_threadsafe(self._send_away, targets)
+        """Hand all resumable requests over to these replicas, those to come too.
+
+        Raises:
+            Unavailable: the engine has ended.
+        """
+        self._call(self._send_away, targets)
+
+    def _call(self, work: Callable[[Argument], None], argument: Argument) -> None:
+        try:
+            self._loop.call_soon_threadsafe(work, argument)
+        except RuntimeError:  # a loop that has ended takes no calls any more
+            raise _unloading() from None
 
     def close(self) -> None:
         """Stop the engine; whoever is still running gets an error."""
@@ -167,6 +223,7 @@ class EngineHost:
                 return
             await self._watch()
         finally:
+            self._pulse.close()
             await self._end_all()
             await self._engine.stop()
         if self._death is not None:
@@ -192,38 +249,61 @@ class EngineHost:
     async def _watch(self) -> None:
         checks = 0
         while not self._stopping.is_set():
+            if not self._steps.is_overdue:
+                self._pulse.beat()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _CHECK_S)
-            for job in list(self._jobs):
-                if job.reply.is_cancelled():
-                    error = Cancelled("The client cancelled the request.")
-                    self._interrupt(job, partial(job.reply.fail, error))
+            for job in list(islice(self._jobs, _ASKED_IN_TURN)):
+                self._jobs.move_to_end(job)
+                self._look_at(job)
             checks += 1
             if not self._jobs or checks % _CHECKS_PER_STATS == 0:
                 await self._report()
 
+    def _look_at(self, job: Job) -> None:
+        failed = partial(self._interrupt, job, partial(job.reply.fail, internal_error()))
+        with guarded(logger, "a request", failed):
+            if job.reply.is_cancelled():
+                error = Cancelled("The client cancelled the request.")
+                self._interrupt(job, partial(job.reply.fail, error))
+
     async def _report(self) -> None:
-        if not self._jobs:
-            # What engines say of themselves is a step or two old.
-            self._gauges.update(LoopState(requests_moved=self._num_moved))
-            return
-        stats = await self._engine.stats()
-        self._gauges.update(
-            LoopState(
+        state = LoopState(requests_moved=self._num_moved)
+        if self._jobs:  # what engines say of themselves is a step or two old
+            stats = await self._engine.stats()
+            state = LoopState(
                 running=stats.running,
                 waiting=stats.waiting,
                 kv_blocks_used=round(stats.kv_used * self._kv_blocks),
                 requests_moved=self._num_moved,
             )
-        )
+        with guarded(logger, "the report of the engine's state"):
+            self._gauges.update(state)
+
+    def _answer_probe(self, answer: AnswerProbe) -> None:
+        with guarded(logger, "the answer to a probe"):
+            answer(does_not_return() if self._steps.is_overdue else None)
 
     def _join(self, job: Job) -> None:
-        if self._death is not None or self._stopping.is_set():
-            job.reply.fail(_unloading())
-        elif self._targets and job.is_resumable:
-            self._move(job)
-        else:
-            self._jobs[job] = asyncio.get_running_loop().create_task(self._serve(job))
+        with guarded(logger, "a request", partial(job.reply.fail, internal_error())):
+            if self._death is not None or self._stopping.is_set():
+                job.reply.fail(_unloading())
+            elif self._targets and job.is_resumable:
+                self._move(job)
+            elif len(self._jobs) >= self._most_jobs and not job.tokens:
+                job.reply.fail(
+                    ResourceExhausted(
+                        f"{MAX_WAITING} requests wait in this replica already; send it again later."
+                    )
+                )
+            else:
+                self._serve(job)
+
+    def _serve(self, job: Job) -> None:
+        self._jobs[job] = task = asyncio.get_running_loop().create_task(self._run_to_end(job))
+        task.add_done_callback(partial(self._ended, job))
+        self._count_prompt(job, is_done=False)
+        self._owe(len(job.request.prompt_ids))
 
     def _send_away(self, targets: tuple[Target, ...]) -> None:
         self._targets = targets
@@ -233,6 +313,9 @@ class EngineHost:
                     self._interrupt(job, partial(self._move, job))
 
     def _move(self, job: Job) -> None:
+        if not self._targets:  # taken back meanwhile
+            job.reply.fail(Unavailable("The request was to move and cannot; send it again."))
+            return
         target = self._targets[self._num_moved % len(self._targets)]
         self._num_moved += 1
         job.reply.move(target.replica, job.resume())
@@ -243,35 +326,87 @@ class EngineHost:
             job.end = end
             self._jobs[job].cancel()
 
-    async def _serve(self, job: Job) -> None:
+    def _ended(self, job: Job, task: _Task) -> None:
+        del self._jobs[job]
+        self._count_prompt(job, is_done=True)
+        if not self._jobs:
+            self._settle_step(is_measure=False)
+        # A task that was cancelled before it began has caught nothing.
+        end = job.end if task.cancelled() else task.result()
+        if end is not None:
+            with guarded(logger, "a request", partial(job.reply.fail, internal_error())):
+                end()
+
+    async def _run_to_end(self, job: Job) -> Callable[[], None] | None:
+        """Stream the answer; returns what to tell the client if that did not end it."""
         try:
             await self._stream(job)
         except asyncio.CancelledError:
             assert job.end is not None, "only _interrupt cancels"
-            job.end()
+            return job.end
         except ParaServeError as error:
-            job.reply.fail(error)
+            return partial(job.reply.fail, error)
         except EngineDead as error:
-            job.reply.fail(Unavailable("The engine has died; send the request again."))
             self._death = error
             self._stopping.set()
-        except Exception:
-            logger.exception("the engine failed on a request")
-            job.reply.fail(Unavailable("The engine failed on this request; see the server's log."))
-        finally:
-            del self._jobs[job]
+            died = Unavailable("The engine has died; send the request again.")
+            return partial(job.reply.fail, died)
+        except BaseException as error:
+            if not concerns_one(error):
+                raise
+            log_failure(logger, "the engine", error)
+            failed = Unavailable("The engine failed on this request; see the server's log.")
+            return partial(job.reply.fail, failed)
+        return None
 
     async def _stream(self, job: Job) -> None:
         async with aclosing(self._engine.submit(job.request)) as steps:
             async for tokens in steps:
-                if job.deliver(tokens):
+                self._count_prompt(job, is_done=True)
+                self._settle_step(is_measure=True)
+                self._owe(len(self._jobs) + self._prompt_tokens)
+                if _deliver(job, tokens):
                     return
         raise Unavailable("The engine ended the answer before its time; send the request again.")
+
+    def _owe(self, num_tokens: int) -> None:
+        """Expect a step of the engine, in which it may compute so many tokens more."""
+        if self._step is None:
+            self._step = self._steps.begin(num_tokens)
+        else:
+            self._steps.enlarge(self._step, num_tokens)
+
+    def _settle_step(self, *, is_measure: bool) -> None:
+        if self._step is not None:
+            self._steps.end(self._step, is_measure=is_measure)
+            self._step = None
+
+    def _count_prompt(self, job: Job, *, is_done: bool) -> None:
+        """Follow how many tokens of prompts the engine has still to compute."""
+        if job.is_prefilling == is_done:
+            job.is_prefilling = not is_done
+            num_tokens = len(job.request.prompt_ids)
+            self._prompt_tokens += -num_tokens if is_done else num_tokens
 
     async def _end_all(self) -> None:
         for job in list(self._jobs):
             self._interrupt(job, partial(job.reply.fail, _unloading()))
-        await asyncio.gather(*self._jobs.values())
+        await asyncio.gather(*self._jobs.values(), return_exceptions=True)
+
+
+def _deliver(job: Job, tokens: Sequence[ChosenToken]) -> bool:
+    """Send what the newest tokens complete; returns whether the answer has ended.
+
+    Raises:
+        ParaServeError: that failed, by no fault of the engine.
+    """
+    try:
+        return job.deliver(tokens)
+    except BaseException as error:
+        if not concerns_one(error):
+            raise
+        log_failure(logger, "a request", error)
+        raise internal_error() from None
 
 
 def _unloading() -> Unavailable:

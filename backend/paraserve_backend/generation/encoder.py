@@ -6,27 +6,35 @@ that are too long and tokens that do not exist are refused here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.answer import Answer
+from paraserve_backend.generation.prompts import PromptTokenizer, refuse_length
 from paraserve_backend.generation.sequence import History, TokenSequence
 from paraserve_backend.generation.text import Detokenizer, StopWords
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RequestEncoder:
+    """Used by one thread at a time."""
+
     tokenizer: Tokenizer
     vocab_size: int
     #: The model's own end tokens, all within the vocabulary.
     end_ids: frozenset[int]
     #: Tokens of prompt and answer together.
     max_context: int
+
+    @cached_property
+    def _prompts(self) -> PromptTokenizer:
+        return PromptTokenizer(self.tokenizer, self.max_context)
 
     def sequence(self, request: GenerateRequest) -> TokenSequence:
         """Return the sequence to run.
@@ -53,7 +61,7 @@ class RequestEncoder:
         """
         sequence = self.sequence(request)
         sequence.max_tokens = min(sequence.max_tokens, resume.max_tokens)
-        self._check_known(token.token_id for token in resume.tokens)
+        self._check_known([token.token_id for token in resume.tokens])
         for token in resume.tokens:
             sequence.append(token.token_id)
         if sequence.finish_reason is not None or sequence.num_tokens > self.max_context:
@@ -76,14 +84,10 @@ class RequestEncoder:
         if request.input_ids is not None:
             ids = list(request.input_ids)
         else:
-            ids = self.tokenizer.encode(request.text or "").ids
+            ids = self._prompts.ids(request.text or "")
         if not ids:
             raise InvalidRequest("The prompt is empty; give 'text_input' at least one token.")
-        if len(ids) >= self.max_context:
-            raise InvalidRequest(
-                f"The prompt has {len(ids)} tokens; the context holds {self.max_context}, and at "
-                "least one must be left for the answer."
-            )
+        refuse_length(len(ids), self.max_context)
         self._check_known(ids)
         return ids
 
@@ -111,13 +115,17 @@ class RequestEncoder:
     def _bad_words(self, words: tuple[str, ...]) -> set[tuple[int, ...]]:
         """Return the words as tokens, as they begin a text and as they follow a space."""
         spellings = [spelling for word in words for spelling in (word, f" {word}")]
-        encoded = self.tokenizer.encode_batch(spellings, add_special_tokens=False)
+        encoded = self.tokenizer.encode_batch_fast(spellings, add_special_tokens=False)
         # A tokenizer may know more tokens than the model can choose.
         return {tuple(e.ids) for e in encoded if e.ids and max(e.ids) < self.vocab_size}
 
-    def _check_known(self, ids: Iterable[int]) -> None:
-        if not all(0 <= token_id < self.vocab_size for token_id in ids):
+    def _check_known(self, ids: Collection[int]) -> None:
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             raise InvalidRequest(f"Token ids must be in [0, {self.vocab_size}).")
 
     def _echo(self, request: GenerateRequest, prompt_ids: list[int]) -> str:
-        return self.tokenizer.decode(prompt_ids) if request.text is None else request.text
+        if request.text is not None:
+            return request.text
+        # As a batch: that keeps no other thread waiting for Python's lock.
+        (text,) = self.tokenizer.decode_batch([prompt_ids])
+        return text

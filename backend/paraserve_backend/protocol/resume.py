@@ -51,6 +51,11 @@ class Resume:
         header = _HEADER.pack(_VERSION, self.ticket, self.seed, self.max_tokens, is_ranked)
         return base64.b64encode(header + encode_result(progress)).decode()
 
+    @staticmethod
+    def has_begun(text: str) -> bool:
+        """Tell, without decoding it, whether an encoded one has tokens."""
+        return len(text) > _CHARACTERS_WITHOUT_TOKENS
+
     @classmethod
     def decode(cls, text: str) -> Resume:
         """Reverse `encode`.
@@ -70,6 +75,9 @@ class Resume:
             ) from None
         tokens = tuple(_tokens(progress))
         return cls(ticket=ticket, seed=seed, max_tokens=max_tokens, tokens=tokens)
+
+
+_CHARACTERS_WITHOUT_TOKENS = len(Resume(seed=0, max_tokens=1, tokens=()).encode())
 
 
 def _tokens(progress: ForwardResult) -> Iterator[ChosenToken]:

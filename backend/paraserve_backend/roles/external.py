@@ -9,17 +9,19 @@ import locale
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
-from paraserve_backend.engines.base import EngineSettings, Gauges, Reply
+from paraserve_backend.engines.base import AnswerProbe, EngineSettings, Gauges, Reply
 from paraserve_backend.engines.entry_points import make_engine
 from paraserve_backend.engines.host import EngineHost, Job, engine_request
 from paraserve_backend.engines.model_folder import link_model
 from paraserve_backend.engines.process_guard import ProcessGuard
+from paraserve_backend.engines.pulse import Pulse
 from paraserve_backend.generation.encoder import RequestEncoder
 from paraserve_backend.generation.text import read_tokenizer
-from paraserve_backend.protocol.engine_abilities import check
+from paraserve_backend.protocol.engine_abilities import can_be_carried, check
 from paraserve_backend.protocol.hand_over import Target
 from paraserve_backend.protocol.parameters import GenerateConfig
 from paraserve_backend.protocol.request import GenerateRequest
@@ -32,8 +34,20 @@ _TIMEOUT_S = 3600.0
 
 
 class ExternalRole:
-    def __init__(self, engine: str, config: GenerateConfig, gauges: Gauges) -> None:
+    def __init__(
+        self,
+        engine: str,
+        config: GenerateConfig,
+        gauges: Gauges,
+        pulse_file: Path | None = None,
+    ) -> None:
         """Wait for the weights and start the engine that a package offers under this name.
+
+        Args:
+            engine: its name.
+            config: of the model.
+            gauges: receives the engine's state.
+            pulse_file: what the loop touches while it turns; `None`: there is no agent to look.
 
         Raises:
             InvalidRequest: there is no such engine, or it does not work here.
@@ -60,8 +74,13 @@ class ExternalRole:
                 stack.callback(ProcessGuard().close)
             with fetched.spans.span(SpanName.START_ENGINE, engine):
                 kv_blocks = settings.kv_tokens // config.kv.block_size
-                self._host = EngineHost(made, settings, gauges, kv_blocks)
+                self._host = EngineHost(made, settings, gauges, kv_blocks, Pulse(pulse_file))
             self._close = stack.pop_all().close
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self._encoder.max_context
 
     def add(self, request: GenerateRequest, reply: Reply, resume: Resume | None = None) -> None:
         """Take a request in; its answer goes to `reply` from the engine's thread.
@@ -70,7 +89,8 @@ class ExternalRole:
             request: what the client asked for.
             reply: where the answer goes.
             resume: how far other replicas have come with it; the answer goes on from there. With
-                one the request may be handed over, without it stays.
+                one the request may be handed over, unless it asks for what no engine could carry
+                on; without it stays.
 
         Raises:
             InvalidRequest: the prompt is empty, too long, a token is unknown, or the engine cannot
@@ -91,9 +111,13 @@ class ExternalRole:
                 answer=answer,
                 reply=reply,
                 tokens=tokens,
-                is_resumable=resume is not None,
+                is_resumable=resume is not None and can_be_carried(request, self._abilities),
             )
         )
+
+    def probe(self, answer: AnswerProbe) -> None:
+        """Have the engine's loop itself say whether it turns."""
+        self._host.probe(answer)
 
     def hand_over(self, targets: tuple[Target, ...]) -> None:
         """Hand all resumable requests over to these replicas, those to come too."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
 from paraserve_backend.architectures.tensors import kv_bytes_per_token
 from paraserve_backend.channel.mailbox import open_mailbox
-from paraserve_backend.engines.base import Gauges, Reply
+from paraserve_backend.engines.base import AnswerProbe, Gauges, Reply
 from paraserve_backend.engines.native.batcher import (
     Batcher,
     BatchingLimits,
@@ -25,6 +26,7 @@ from paraserve_backend.engines.native.batcher import (
 from paraserve_backend.engines.native.handover_source import HandOverSource
 from paraserve_backend.engines.native.handover_target import HandOverTarget, Write
 from paraserve_backend.engines.native.loop import Forward, GenerateLoop, Request
+from paraserve_backend.engines.pulse import Pulse
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.encoder import RequestEncoder
 from paraserve_backend.generation.text import read_tokenizer
@@ -41,8 +43,21 @@ if TYPE_CHECKING:
 
 
 class GenerateRole:
-    def __init__(self, config: GenerateConfig, forward: Forward | None, gauges: Gauges) -> None:
-        """Load what the role needs; `forward` is `None` when it holds the layers itself."""
+    def __init__(
+        self,
+        config: GenerateConfig,
+        forward: Forward | None,
+        gauges: Gauges,
+        pulse_file: Path | None = None,
+    ) -> None:
+        """Load what the role needs.
+
+        Args:
+            config: of the model.
+            forward: `None` when it holds the layers itself.
+            gauges: receives the loop's state.
+            pulse_file: what the loop touches while it turns; `None`: there is no agent to look.
+        """
         self._fetched = fetched = open_weights(config.weights)
         spec = read_spec(fetched)
         max_context = min(config.max_context or spec.context_length, spec.context_length)
@@ -82,8 +97,14 @@ class GenerateRole:
             config.batches_in_flight,
             handover_source=handover_source,
             handover_target=handover_target,
+            pulse=Pulse(pulse_file),
         )
         self._mailbox.start(self._loop.receive, handover_target.received)
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self._encoder.max_context
 
     def add(self, request: GenerateRequest, reply: Reply, resume: Resume | None = None) -> None:
         """Take a request in; its answer goes to `reply` from the loop's thread.
@@ -114,6 +135,10 @@ class GenerateRole:
                 ticket=resume.ticket if resume else 0,
             )
         )
+
+    def probe(self, answer: AnswerProbe) -> None:
+        """Have the generate loop itself say whether it turns."""
+        self._loop.probe(answer)
 
     def hand_over(self, targets: tuple[Target, ...]) -> None:
         """Hand all resumable requests over to these replicas, those to come too.

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from paraserve_backend.channel.keys import CurveKeys
 from paraserve_backend.channel.transport import Buffer, Channel, Frame, FrameKind
-from paraserve_backend.errors import DeadlineExceeded, ParaServeError, Unavailable
+from paraserve_backend.daemon.guard import guarded
+from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_backend.protocol.parameters import LinkConfig
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,7 @@ class LinkRole:
     def close(self) -> None:
         self._stopping.set()
         self._receiver.join()
-        for number in list(self._pending):
-            self._settle(number, Unavailable("The pipeline is being removed."))
+        self._settle_all(Unavailable("The pipeline is being removed."))
         self._channel.close()
 
     def _receive(self) -> None:
@@ -80,18 +80,28 @@ class LinkRole:
             self._expire()
 
     def _digest(self, frame: Frame) -> None:
-        if frame.kind is FrameKind.RESULT:
-            self._settle(frame.number, frame.body)
-        else:
-            self._settle(frame.number, Unavailable(bytes(frame.body).decode()))
+        match frame.kind:
+            case FrameKind.RESULT:
+                self._settle(frame.number, frame.body)
+            case FrameKind.ERROR:
+                sentence = bytes(frame.body).decode(errors="replace")
+                self._settle(frame.number, Unavailable(sentence))
+            case FrameKind.LOST:
+                self._settle_all(Unavailable("The pipeline lost the connection to a stage."))
+            case _:
+                logger.warning("a frame of kind %s was dropped", frame.kind.name)
+
+    def _settle_all(self, error: ParaServeError) -> None:
+        for number in list(self._pending):
+            self._settle(number, error)
 
     def _expire(self) -> None:
         now_s = time.monotonic()
         overdue = [n for n, pending in list(self._pending.items()) if pending.deadline_s <= now_s]
         for number in overdue:
+            # Not the client's time limit: the request can go on at another replica.
             self._settle(
-                number,
-                DeadlineExceeded(f"The pipeline gave no answer within {self._timeout_s:g} s."),
+                number, Unavailable(f"The pipeline gave no answer within {self._timeout_s:g} s.")
             )
 
     def _settle(self, number: int, outcome: Buffer | ParaServeError) -> None:
@@ -100,4 +110,5 @@ class LinkRole:
         if pending is None:
             logger.warning("a result came for forward pass %d after its time limit", number)
             return
-        pending.answer(outcome)
+        with guarded(logger, "the answer of a forward pass"):
+            pending.answer(outcome)

@@ -20,7 +20,13 @@ from typing import Generic, Protocol, TypeVar
 
 from paraserve_backend.errors import AlreadyExists, InvalidRequest, NotFound
 from paraserve_backend.protocol.forward_codec import forget_settings
-from paraserve_backend.protocol.names import SLOT_ROLE, EngineName, SlotKind
+from paraserve_backend.protocol.names import (
+    SLOT_ROLE,
+    EngineName,
+    SlotKind,
+    deployment_of,
+    fetch_id,
+)
 from paraserve_backend.protocol.parameters import (
     GenerateConfig,
     LinkConfig,
@@ -156,16 +162,25 @@ def _check(slot: SlotConfig, config: RoleConfig, key_file: Path) -> None:
     expected = {"generate": GenerateConfig, "stage": StageConfig, "link": LinkConfig}[role]
     if not isinstance(config, expected):
         raise InvalidRequest(f"This slot takes models of role {role} only.")
-    if not key_file.is_relative_to(RunDir(slot.run_dir).keys) or ".." in key_file.parts:
-        raise InvalidRequest("This slot takes models with keys in its own run_dir only.")
+    if not deployment_of(config.replica) or Path(config.replica).name != config.replica:
+        raise InvalidRequest(f"This slot takes replicas only; {config.replica!r} is none.")
+    if key_file != RunDir(slot.run_dir).key_file(config.replica):
+        raise InvalidRequest("This slot takes a replica with its own key in its own run_dir only.")
     if isinstance(config, LinkConfig):
         return
     if config.weights.source is not None or config.weights.run_dir != slot.run_dir:
         raise InvalidRequest("This slot takes models with weights in its own run_dir only.")
+    if not _is_fetch_of(config.weights.fetch_id or "", config.replica):
+        raise InvalidRequest("This slot takes a replica with its own fetch only.")
     if config.device != slot.device:
         raise InvalidRequest(f"This slot takes models on {slot.device} only.")
     if isinstance(config, GenerateConfig) and config.engine != EngineName.PARASERVE:
         raise InvalidRequest(f"This slot takes models of engine {EngineName.PARASERVE} only.")
+
+
+def _is_fetch_of(fetch: str, replica: str) -> bool:
+    stage = fetch.rpartition(".")[2]
+    return stage.isdecimal() and fetch == fetch_id(replica, int(stage))
 
 
 def _free_memory(config: SlotConfig) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from paraserve_backend.channel.keys import CurveKeys
 from paraserve_backend.channel.mailbox import Post
 from paraserve_backend.channel.transport import Channel, Frame, FrameKind, relay
+from paraserve_backend.daemon.guard import concerns_one, log_failure
 from paraserve_backend.engines.native.model.kv_transfer import KvExporter
 from paraserve_backend.engines.native.model.load import load_engine
 from paraserve_backend.engines.native.model.stage import Output
@@ -105,13 +106,18 @@ class _Relay:
 
     def _step(self, frame: Frame) -> Frame:
         try:
-            batch = decode_batch(frame.body)
-            output = self._stage.run(batch, memoryview(frame.payload))
+            return self._run(frame)
         except ParaServeError as error:
             return _error_frame(frame, str(error))
-        except Exception:
-            logger.exception("a forward pass failed")
+        except BaseException as error:
+            if not concerns_one(error):
+                raise
+            log_failure(logger, "a forward pass", error)
             return _error_frame(frame, "A forward pass failed; see the server's log.")
+
+    def _run(self, frame: Frame) -> Frame:
+        batch = decode_batch(frame.body)
+        output = self._stage.run(batch, memoryview(frame.payload))
         if isinstance(output, ForwardResult):
             return Frame(kind=FrameKind.RESULT, number=frame.number, body=encode_result(output))
         # The batch goes on as it came: the stages all see the same block tables.

@@ -21,10 +21,12 @@ from paraserve_backend.engines.base import (
     EngineStats,
     LoopState,
 )
+from paraserve_backend.engines.pass_clock import PassClock
 from paraserve_backend.errors import (
     Cancelled,
     InvalidRequest,
     ParaServeError,
+    ResourceExhausted,
     Unavailable,
 )
 from paraserve_backend.generation.answer import Delta
@@ -91,7 +93,7 @@ class ScriptedEngine:
 Said = Delta | ParaServeError | tuple[str, Resume]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Reply:
     got: queue.SimpleQueue[Said] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -438,3 +440,135 @@ def test_an_engine_sees_its_gpu_alone(
     device: str, environ: dict[str, str], visible: dict[str, str]
 ) -> None:
     assert visible_devices(device, environ) == visible
+
+
+# ---- what fails of one request ----
+
+
+class PanicException(BaseException):
+    """As a package written in Rust raises it."""
+
+
+def raising(error: type[BaseException]) -> Callable[..., Any]:
+    def fail(*_: object) -> None:
+        raise error("a prompt")
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [RuntimeError, PanicException])
+@pytest.mark.parametrize("method", ["send", "is_cancelled"])
+def test_a_request_that_fails_ends_alone_and_is_not_quoted(
+    bench: Bench, method: str, error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Reply()
+    setattr(broken, method, raising(error))
+    bench.role.add(request(), broken)
+    bench.submitted()
+    bench.engine.give([7])
+    failed = broken.error() if method == "send" else until_error(broken)
+    assert (type(failed), str(failed)) == (ParaServeError, "internal error")
+    bench.engine.closed.get(timeout=HANG_S)
+    after = bench.ask(request(max_tokens=1))
+    bench.engine.give([7])
+    assert after.delta().finish_reason == "length"
+    assert "a prompt" not in caplog.text.replace('error("a prompt")', "")
+
+
+def until_error(reply: Reply) -> ParaServeError:
+    while not isinstance(said := reply.got.get(timeout=HANG_S), ParaServeError):
+        pass
+    return said
+
+
+def test_a_reply_that_cannot_fail_or_move_ends_nothing(bench: Bench) -> None:
+    mute, stuck = Reply(), Reply()
+    mute.fail = raising(RuntimeError)  # type: ignore[method-assign]
+    mute.cancelled.set()
+    stuck.move = raising(RuntimeError)  # type: ignore[method-assign]
+    bench.role.add(request(), mute)
+    bench.role.add(request(), stuck, resume())
+    bench.role.hand_over((OTHER,))
+    assert str(stuck.error()) == "internal error"
+    bench.role.hand_over(())
+    after = bench.ask(request(max_tokens=1))
+    bench.engine.closed.get(timeout=HANG_S)
+    bench.engine.give([7])
+    assert after.delta().finish_reason == "length"
+
+
+def test_a_request_that_moves_before_its_task_has_begun_is_answered(bench: Bench) -> None:
+    replies = [bench.ask(request(), resume()) for _ in range(20)]
+    bench.role.hand_over((OTHER,))
+    assert [reply.move_to()[0] for reply in replies] == ["d.2"] * 20
+
+
+def test_a_request_that_cannot_be_carried_on_stays_where_it_is(bench: Bench) -> None:
+    penalised = request(sampling=Sampling(steering=Steering(presence_penalty=1.0)), max_tokens=1)
+    reply = bench.ask(penalised, resume(max_tokens=1))
+    bench.submitted()
+    bench.role.hand_over((OTHER,))
+    bench.engine.give([7])
+    assert reply.delta().finish_reason == "length"
+
+
+def test_one_request_too_many_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.role._host, "_most_jobs", 1)
+    bench.ask(request())
+    assert isinstance(bench.ask(request()).error(), ResourceExhausted)
+    bench.ask(request(), resume(7))
+    assert len(bench.submitted().prompt_ids) == 2
+    assert len(bench.submitted().prompt_ids) == 3
+
+
+# ---- whether it lives ----
+
+
+def probe(bench: Bench) -> ParaServeError | None:
+    said: queue.SimpleQueue[ParaServeError | None] = queue.SimpleQueue()
+    bench.role.probe(said.put)
+    return said.get(timeout=HANG_S)
+
+
+def test_a_probe_is_answered_by_the_engines_loop(bench: Bench) -> None:
+    assert probe(bench) is None
+    bench.ask(request())
+    assert probe(bench) is None
+
+
+def test_an_engine_that_takes_no_step_is_said_to_hang(bench: Bench) -> None:
+    now_s = 1000.0
+    bench.role._host._steps = PassClock(lambda: now_s)
+    reply = bench.ask(request())
+    bench.submitted()
+    bench.engine.give([7])
+    reply.delta()
+    now_s += 2.5
+    error = probe(bench)
+    assert isinstance(error, Unavailable)
+    assert "does not return" in str(error)
+    bench.engine.give([8])
+    reply.delta()
+    assert probe(bench) is None
+
+
+def test_a_probe_of_an_engine_that_has_ended_is_an_error(
+    engine: ScriptedEngine, config: GenerateConfig
+) -> None:
+    role = ExternalRole("scripted", config, Gauges())
+    role.close()
+    with pytest.raises(Unavailable):
+        role.probe(lambda _: None)
+
+
+def test_the_pulse_beats_while_the_engine_serves(
+    engine: ScriptedEngine, config: GenerateConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "pulses" / "d.1"
+    role = ExternalRole("scripted", config, Gauges(), path)
+    gauges = role._host._gauges
+    assert isinstance(gauges, Gauges)
+    gauges.states.get(timeout=HANG_S)
+    assert path.exists()
+    role.close()
+    assert not path.exists()

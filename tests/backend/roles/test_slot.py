@@ -48,6 +48,11 @@ CHANNEL_END = {
 } | CHANNEL
 
 
+def meant_for(replica: str) -> dict[str, str]:
+    key_file = f"{RUN_DIR}/keys/{replica}/curve.key"
+    return GENERATE | {"replica": replica, "fetch_id": f"{replica}.0", "key_file": key_file}
+
+
 class FakeRole:
     def __init__(self, config: RoleConfig) -> None:
         self.config = config
@@ -83,8 +88,18 @@ def test_a_slot_becomes_the_model_it_is_told(slot: SlotConfig, parameters: dict[
         (FRONT, GENERATE | {"run_dir": "/dev/shm/other"}, "weights in its own run_dir"),
         (FRONT, GENERATE | {"run_dir": f"{RUN_DIR}/../other"}, "weights in its own run_dir"),
         (STAGE, LAYERS | {"source": "s3://models/secret"}, "weights in its own run_dir"),
-        (STAGE, LAYERS | {"key_file": "/etc/passwd"}, "keys in its own run_dir"),
-        (LINK, CHANNEL_END | {"key_file": f"{RUN_DIR}/keys/../../x"}, "keys in its own run_dir"),
+        (STAGE, LAYERS | {"key_file": "/etc/passwd"}, "its own key in its own run_dir"),
+        (LINK, CHANNEL_END | {"key_file": f"{RUN_DIR}/keys/../../x"}, "its own key"),
+        (LINK, CHANNEL_END | {"key_file": f"{RUN_DIR}/keys/e.1/curve.key"}, "its own key"),
+        (LINK, CHANNEL_END | {"key_file": f"{RUN_DIR}/keys/d.1/../d.1/curve.key"}, "its own key"),
+        (FRONT, GENERATE | {"key_file": ""}, "its own key"),
+        (FRONT, GENERATE | {"fetch_id": "secret.1.0"}, "its own fetch"),
+        (FRONT, GENERATE | {"fetch_id": "d.10.0"}, "its own fetch"),
+        (FRONT, GENERATE | {"fetch_id": "d.1"}, "its own fetch"),
+        (STAGE, LAYERS | {"fetch_id": "d.1./../secret.1.0"}, "its own fetch"),
+        (STAGE, LAYERS | {"fetch_id": "d.1.00"}, "its own fetch"),
+        (FRONT, GENERATE | {"replica": "../d.1"}, "replicas only"),
+        (FRONT, GENERATE | {"replica": "d"}, "replicas only"),
         (STAGE, LAYERS | {"device": "cuda:0"}, "on cpu only"),
         (FRONT, GENERATE | {"engine": "vllm"}, "engine paraserve only"),
         (FRONT, GENERATE | {"role": "slot"}, "'role' is 'slot'"),
@@ -105,7 +120,7 @@ def test_a_bound_slot_stays_what_it_is(tmp_path: Path) -> None:
     slot = make_slot()
     slot.bind(GENERATE)
     with pytest.raises(AlreadyExists, match=r"is d\.1 already"):
-        slot.bind(GENERATE | {"replica": "d.2"})
+        slot.bind(meant_for("d.2"))
     with slot.use("d.1") as role:
         assert not role.is_closed
 
@@ -159,7 +174,7 @@ def test_after_an_unbind_only_the_next_replica_is_served() -> None:
         pass
     slot.unbind()
     assert first.is_closed
-    slot.bind(GENERATE | {"replica": "e.1", "deployment": "e"})
+    slot.bind(meant_for("e.1") | {"deployment": "e"})
     with pytest.raises(NotFound):
         slot.use("d.1").__enter__()
     with slot.use("e.1") as second:

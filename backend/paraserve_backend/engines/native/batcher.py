@@ -7,10 +7,13 @@ flight the sequences are shared out, so that all stages work; a sequence is in a
 
 from __future__ import annotations
 
-from collections import deque
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from paraserve_backend.daemon.guard import guarded
 from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import (
     Export,
@@ -20,6 +23,8 @@ from paraserve_backend.protocol.forward import (
     chosen_tokens,
 )
 from paraserve_backend.protocol.sampling import ChosenToken
+
+logger = logging.getLogger(__name__)
 
 
 class BlockPool:
@@ -81,10 +86,19 @@ def _no_exports(_rows: Iterable[tuple[TokenSequence, int]]) -> tuple[Export, ...
 
 #: What a pass shall send elsewhere, by its sequences and where each will end.
 Exports = Callable[[Iterable[tuple[TokenSequence, int]]], tuple[Export, ...]]
+#: Tells whether somebody still waits for a sequence.
+IsWanted = Callable[[TokenSequence], bool]
+
+
+class MalformedResult(Exception):
+    """What a forward pass returned does not fit its batch."""
 
 
 class Batcher:
-    """Owns the sequences and their KV blocks."""
+    """Owns the sequences and their KV blocks.
+
+    What fails of one sequence alone takes only that one out (`take_failed`).
+    """
 
     def __init__(
         self, limits: BatchingLimits, pool: BlockPool, exports: Exports = _no_exports
@@ -92,12 +106,14 @@ class Batcher:
         self._limits = limits
         self.pool = pool
         self._exports = exports
-        self.waiting: deque[TokenSequence] = deque()
+        #: In order. Thousands may wait, so none is looked for from one end to the other.
+        self.waiting: OrderedDict[TokenSequence, None] = OrderedDict()
+        self._failed: list[TokenSequence] = []
         #: In order of admission: the last is the first to give its blocks up.
         self.running: list[TokenSequence] = []
 
     def add(self, sequence: TokenSequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting[sequence] = None
 
     def adopt(self, sequence: TokenSequence, blocks: list[int] | None) -> None:
         """Go on with a sequence of another replica; it is the next to run.
@@ -108,11 +124,13 @@ class Batcher:
                 them; `None`: it is prefilled again.
         """
         if blocks is not None:
-            sequence.num_computed = sequence.num_tokens - 1
-            needed = self._blocks_for(sequence.num_computed)
-            sequence.block_table = blocks[:needed]
-            self.pool.give_back(blocks[needed:])
-        self.waiting.appendleft(sequence)
+            needed = self._blocks_for(sequence.num_tokens - 1)
+            # Fewer blocks than that cannot be this sequence's.
+            kept = blocks[:needed] if needed <= len(blocks) else []
+            sequence.num_computed = sequence.num_tokens - 1 if kept else 0
+            sequence.block_table = kept
+            self.pool.give_back(blocks[len(kept) :])
+        self._put_first(sequence)
 
     @property
     def is_empty(self) -> bool:
@@ -122,14 +140,31 @@ class Batcher:
         """Take a sequence out; its blocks are free at once, or when its batch returns."""
         sequence.is_dropped = True
         if sequence in self.waiting:
-            self.waiting.remove(sequence)
+            del self.waiting[sequence]
             self._free(sequence)
         elif not sequence.in_flight and sequence in self.running:
             self._leave(sequence)
 
-    def schedule(self) -> ScheduledBatch | None:
-        """Put together the next forward pass, or `None` when nothing can run now."""
-        self._admit()
+    def schedule(self, is_wanted: IsWanted = lambda _: True) -> ScheduledBatch | None:
+        """Put together the next forward pass, or `None` when nothing can run now.
+
+        Args:
+            is_wanted: asked of each sequence before it is admitted; one that nobody wants is
+                dropped.
+        """
+        self._admit(is_wanted)
+        while chosen := self._choose():
+            batch = self._build(chosen)
+            if batch is not None:
+                return batch
+        return None
+
+    def take_failed(self) -> list[TokenSequence]:
+        """Return the sequences that failed since the last call; they are here no more."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _choose(self) -> list[tuple[TokenSequence, int]]:
         chosen: list[tuple[TokenSequence, int]] = []
         budget = self._limits.max_batch_tokens
         for sequence in self._candidates():
@@ -140,18 +175,28 @@ class Batcher:
             if sequence in self.running and self._reserve(sequence, count, chosen):
                 chosen.append((sequence, count))
                 budget -= count
-        return self._build(chosen) if chosen else None
+        return chosen
 
     def complete(self, batch: ScheduledBatch, result: ForwardResult) -> list[Advance]:
-        """Fold a result back. Returns what each sequence got, dropped ones left out."""
+        """Fold a result back. Returns what each sequence got, dropped ones left out.
+
+        Raises:
+            MalformedResult: nothing has been folded back; `fail` is still to be called.
+        """
+        if len(result.token_ids) != sum(row.sampling is not None for row in batch.forward.rows):
+            raise MalformedResult
+        try:
+            tokens = list(chosen_tokens(batch.forward, result))
+        except (ValueError, RuntimeError) as error:  # how zip and an exhausted iterator say so
+            raise MalformedResult from error
         advances = []
-        tokens = chosen_tokens(batch.forward, result)
         for sequence, row, token in zip(batch.sequences, batch.forward.rows, tokens, strict=True):
             sequence.in_flight = False
             sequence.num_computed += row.num_tokens
             if token is not None and not sequence.is_dropped:
-                sequence.append(token.token_id)
-                advances.append(Advance(sequence=sequence, token=token))
+                with guarded(logger, "a request", partial(self._mark_failed, sequence)):
+                    sequence.append(token.token_id)
+                    advances.append(Advance(sequence=sequence, token=token))
             if sequence.is_dropped or sequence.finish_reason is not None:
                 self._leave(sequence)
         return advances
@@ -169,13 +214,17 @@ class Batcher:
         owned = [block for sequence in sequences for block in sequence.block_table]
         self.pool.check_integrity([*owned, *kept])
 
-    def _admit(self) -> None:
+    def _admit(self, is_wanted: IsWanted) -> None:
         while self.waiting and len(self.running) < self._limits.max_sequences:
-            first = self.waiting[0]
+            first = next(iter(self.waiting))
             needed = self._blocks_for(first.num_tokens + 1) - len(first.block_table)
             if needed > self.pool.num_free - self._promised_blocks():
                 return
-            self.running.append(self.waiting.popleft())
+            if not is_wanted(first):
+                self.drop(first)
+                continue
+            del self.waiting[first]
+            self.running.append(first)
 
     def _promised_blocks(self) -> int:
         """Blocks that admitted sequences still need for the prompts they are prefilling."""
@@ -215,7 +264,19 @@ class Batcher:
     def _preempt(self, sequence: TokenSequence) -> None:
         """Send it back to the queue; it will be prefilled again with what it has generated."""
         self._leave(sequence)
-        self.waiting.appendleft(sequence)
+        self._put_first(sequence)
+
+    def _put_first(self, sequence: TokenSequence) -> None:
+        self.waiting[sequence] = None
+        self.waiting.move_to_end(sequence, last=False)
+
+    def _give_up(self, sequence: TokenSequence) -> None:
+        self._mark_failed(sequence)
+        self.drop(sequence)
+
+    def _mark_failed(self, sequence: TokenSequence) -> None:
+        sequence.is_dropped = True
+        self._failed.append(sequence)
 
     def _leave(self, sequence: TokenSequence) -> None:
         self.running.remove(sequence)
@@ -226,25 +287,32 @@ class Batcher:
         sequence.block_table = []
         sequence.num_computed = 0
 
-    def _build(self, chosen: list[tuple[TokenSequence, int]]) -> ScheduledBatch:
+    def _build(self, chosen: list[tuple[TokenSequence, int]]) -> ScheduledBatch | None:
+        """Return the pass; `None` where each of its sequences has failed."""
         rows, ids, ends = [], [], []
         for sequence, count in chosen:
-            sequence.in_flight = True
             end = sequence.num_computed + count
-            ends.append((sequence, end))
-            ids.extend(sequence.ids(sequence.num_computed, end))
-            rows.append(
-                Row(
-                    start=sequence.num_computed,
-                    num_tokens=count,
-                    block_table=tuple(sequence.block_table[: self._blocks_for(end)]),
-                    sampling=sequence.next_sampling() if end == sequence.num_tokens else None,
-                )
-            )
+            with guarded(logger, "a request", partial(self._give_up, sequence)):
+                row = self._row(sequence, count, end)
+                new_ids = sequence.ids(sequence.num_computed, end)
+                sequence.in_flight = True
+                ends.append((sequence, end))
+                ids.extend(new_ids)
+                rows.append(row)
+        if not rows:
+            return None
         return ScheduledBatch(
             forward=ForwardBatch(rows=tuple(rows), exports=self._exports(ends)),
             token_ids=tuple(ids),
-            sequences=tuple(sequence for sequence, _ in chosen),
+            sequences=tuple(sequence for sequence, _ in ends),
+        )
+
+    def _row(self, sequence: TokenSequence, count: int, end: int) -> Row:
+        return Row(
+            start=sequence.num_computed,
+            num_tokens=count,
+            block_table=tuple(sequence.block_table[: self._blocks_for(end)]),
+            sampling=sequence.next_sampling() if end == sequence.num_tokens else None,
         )
 
     def _blocks_for(self, num_tokens: int) -> int:

@@ -12,7 +12,9 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 
+from paraserve_backend.daemon.guard import guarded
 from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import Export
 from paraserve_backend.protocol.hand_over import (
@@ -172,7 +174,9 @@ class HandOverSource:
             outgoing = self._outgoing.get(sequence)
             if outgoing is None:
                 continue
-            export = self._export(outgoing, end, budget)
+            export = None
+            with guarded(logger, "the hand-over of a request", partial(self._withdraw, outgoing)):
+                export = self._export(outgoing, end, budget)
             if export is not None:
                 budget -= len(export.blocks)
                 exports.append(export)

@@ -9,15 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from functools import partial
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from paraserve_backend.daemon.logs import start_logging
-from paraserve_backend.errors import (
-    ParaServeError,
-    coded,
-)
+from paraserve_backend.errors import ParaServeError, coded
 from paraserve_backend.protocol.parameters import (
     GenerateConfig,
     RoleConfig,
@@ -25,6 +23,8 @@ from paraserve_backend.protocol.parameters import (
     StageConfig,
     read_config,
 )
+from paraserve_backend.protocol.run_dir import RunDir
+from paraserve_backend.tritonserver.stub.authority import Authority
 from paraserve_backend.tritonserver.stub.generate import GenerateAdapter
 from paraserve_backend.tritonserver.stub.pipeline import LinkAdapter, StageAdapter
 from paraserve_backend.tritonserver.stub.slot import Adapter, SlotAdapter
@@ -39,7 +39,7 @@ class TritonPythonModel:
         start_logging()
         threading.excepthook = _die_loudly
         try:
-            self._adapter = _model_adapter(args["model_config"])
+            self._adapter = _model_adapter(args["model_config"], args["model_name"])
         except ParaServeError as error:
             raise pb_utils.TritonModelException(coded(error)) from error
 
@@ -60,14 +60,20 @@ def _die_loudly(args: threading.ExceptHookArgs) -> None:
     os._exit(70)
 
 
-def _model_adapter(model_config: str) -> Adapter:
+def _model_adapter(model_config: str, model: str) -> Adapter:
     config = read_config(model_config)
-    return SlotAdapter(config, _adapter) if isinstance(config, SlotConfig) else _adapter(config)
+    if isinstance(config, SlotConfig):
+        authority = Authority.of(config.run_dir, model)
+        return SlotAdapter(config, partial(_adapter, model=model, authority=authority), authority)
+    return _adapter(config, model=model, authority=None)
 
 
-def _adapter(config: RoleConfig) -> Adapter:
+def _adapter(config: RoleConfig, *, model: str, authority: Authority | None) -> Adapter:
+    """Return what answers a model in its role; a slot has an authority of its own."""
     if isinstance(config, GenerateConfig):
-        return GenerateAdapter(config)
+        run_dir = config.weights.run_dir
+        pulse_file = None if run_dir is None else RunDir(run_dir).pulse_file(model)
+        return GenerateAdapter(config, authority or Authority.of(run_dir, model), pulse_file)
     if isinstance(config, StageConfig):
         return StageAdapter(config)
     return LinkAdapter(config)

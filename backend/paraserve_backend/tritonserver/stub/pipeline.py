@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from paraserve_backend.channel.transport import Buffer
-from paraserve_backend.errors import (
-    ParaServeError,
-    Unavailable,
-)
+from paraserve_backend.daemon.guard import guarded
+from paraserve_backend.errors import InvalidRequest, ParaServeError
 from paraserve_backend.protocol.names import (
     FORWARD_BATCH,
     FORWARD_HIDDEN,
@@ -26,10 +25,8 @@ from paraserve_backend.protocol.parameters import (
 )
 from paraserve_backend.roles.weights import open_weights
 from paraserve_backend.telemetry.spans import SpanName
-from paraserve_backend.tritonserver.stub.responses import (
-    FINAL,
-    error_response,
-)
+from paraserve_backend.tritonserver.stub.requests import answer_errors, shown
+from paraserve_backend.tritonserver.stub.responses import FINAL, error_response
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +47,12 @@ class StageAdapter:
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
-        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         try:
+            tensors = _tensors(request, FORWARD_BATCH, self._input)
             output = self._role.step(tensors[FORWARD_BATCH].tobytes(), tensors[self._input])
-        except Exception as error:
-            return _failed_pass(error)
-        return pb_utils.InferenceResponse([pb_utils.Tensor(self._output, output)])
+            return pb_utils.InferenceResponse([pb_utils.Tensor(self._output, output)])
+        except BaseException as error:
+            return error_response(shown(error, "a forward pass"))
 
     def close(self) -> None:
         self._role.close()
@@ -69,12 +66,13 @@ class LinkAdapter:
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         for request in requests:
-            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            self._role.forward(
-                tensors[FORWARD_BATCH].tobytes(),
-                tensors[FORWARD_HIDDEN],
-                _answer(request.get_response_sender()),
-            )
+            with guarded(logger, "a forward pass"):
+                answer_errors(request, self._forward)
+
+    def _forward(self, request: pb_utils.InferenceRequest, sender: pb_utils.ResponseSender) -> None:
+        tensors = _tensors(request, FORWARD_BATCH, FORWARD_HIDDEN)
+        batch = tensors[FORWARD_BATCH].tobytes()
+        self._role.forward(batch, tensors[FORWARD_HIDDEN], _answer(sender))
 
     def close(self) -> None:
         self._role.close()
@@ -97,8 +95,9 @@ def _bytes_tensor(name: str, data: Buffer) -> pb_utils.Tensor:
     return pb_utils.Tensor(name, value)
 
 
-def _failed_pass(error: Exception) -> pb_utils.InferenceResponse:
-    if isinstance(error, ParaServeError):
-        return error_response(error)
-    logger.exception("a forward pass failed")
-    return error_response(Unavailable("A forward pass failed; see the server's log."))
+def _tensors(request: pb_utils.InferenceRequest, *names: str) -> dict[str, npt.NDArray[Any]]:
+    tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+    for name in names:
+        if name not in tensors:
+            raise InvalidRequest(f"A forward pass has an input '{name}'; this one has none.")
+    return tensors

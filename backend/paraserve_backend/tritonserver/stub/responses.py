@@ -1,17 +1,18 @@
-"""Responses, errors and parameters in the form that Triton expects."""
+"""Responses and errors in the form that Triton expects."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import logging
 
 import triton_python_backend_utils as pb_utils
 
+from paraserve_backend.daemon.guard import guarded
 from paraserve_backend.errors import (
     ParaServeError,
     coded,
 )
 
+logger = logging.getLogger(__name__)
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # By name: the stub adds TritonError to its module only after it has imported this one.
 _TRITON_CODES = {
@@ -24,13 +25,10 @@ _TRITON_CODES = {
 }
 
 
-def request_parameters(request: pb_utils.InferenceRequest) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(request.parameters() or "{}")
-    return parsed
-
-
 def fail(sender: pb_utils.ResponseSender, error: ParaServeError) -> None:
-    sender.send(error_response(error), flags=FINAL)
+    """End a request with an error; that this is not possible is only logged."""
+    with guarded(logger, "the error of a request"):
+        sender.send(error_response(error), flags=FINAL)
 
 
 def error_response(error: ParaServeError) -> pb_utils.InferenceResponse:
