@@ -312,7 +312,7 @@ def test_the_pipeline_stays_while_a_successor_that_has_answered_is_silent() -> N
     history = _handing_over()
     history.passes(CONFIG.settle_s)
     _busy(history, replica="tiny.2")
-    busy = {"in_flight": 1, "replica_in_flight": {"tiny.2": 1}}
+    busy: dict[str, Any] = {"in_flight": 1, "replica_in_flight": {"tiny.2": 1}}
     history.demand(**busy, silent=frozenset({"tiny.2"}))
     assert history.decides() == ()
     assert history.routed() == ["tiny.1"], "it takes requests again"

@@ -78,7 +78,7 @@ def test_a_gateway_that_is_gone_blames_nobody_for_ever() -> None:
 def test_instead_of_the_only_replica_that_is_silent_another_one_starts() -> None:
     history = history_of("n0", "n1", max_replicas=1)
     history.serves()
-    stuck = {"in_flight": 1, "replica_in_flight": {"tiny.1": 1}}
+    stuck: dict[str, Any] = {"in_flight": 1, "replica_in_flight": {"tiny.1": 1}}
     history.demand(**stuck)
     assert starts(history) == []
     silent(history, "tiny.1", **stuck)
