@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
@@ -120,12 +120,12 @@ async def scheduler_server(
 
 @asynccontextmanager
 async def running_node(
-    triton: TritonServer, tmp_path: Path, *, heartbeat_interval_s: float = 0.2
+    triton: TritonServer, tmp_path: Path, *, heartbeat_interval_s: float = 0.2, **settings: Any
 ) -> AsyncIterator[AgentNode]:
     """Run an agent until the block ends; a crash of the agent ends the test."""
     client = TritonClient(triton.grpc_address)
     async with scheduler_server(heartbeat_interval_s) as (scheduler, address):
-        config = _make_config(triton, address, tmp_path)
+        config = replace(_make_config(triton, address, tmp_path), **settings)
         agent = asyncio.create_task(run(config))
         registered = asyncio.create_task(scheduler.info.get())
         await asyncio.wait({agent, registered}, return_when=asyncio.FIRST_COMPLETED)

@@ -421,6 +421,38 @@ async def test_a_process_that_is_stopped_while_it_loads_fails_its_start(
     await node.assert_nothing_left()
 
 
+async def test_a_load_whose_end_triton_misses_fails_instead_of_lasting_for_ever(
+    triton: TritonServer, tmp_path: Path
+) -> None:
+    """Triton 2.51 gives up a process that pauses while it loads, but not its load."""
+    started, gate = tmp_path / "started", tmp_path / "gate"
+    # So slow that nobody sees the process stopped twice.
+    async with running_node(triton, tmp_path, watch_interval_s=5.0, silence_s=5.0) as node:
+        loaded = node.config.run_dir / "loaded" / "tiny.1"
+        model = scripted_model(
+            "tiny.1",
+            f"""
+            pathlib.Path({str(started)!r}).touch()
+            while not pathlib.Path({str(gate)!r}).exists():
+                time.sleep(0.01)
+            loaded = pathlib.Path({str(loaded)!r})
+            loaded.parent.mkdir(exist_ok=True)
+            loaded.touch()
+            """,
+        )
+        applying = asyncio.create_task(node.apply(make_part(model)))
+        await until_exists(started)
+        [stub] = node.processes()
+        os.kill(stub.pid, signal.SIGSTOP)
+        await asyncio.sleep(3)  # the fault: what Triton does meanwhile, nobody can see
+        os.kill(stub.pid, signal.SIGCONT)
+        gate.touch()
+        last = (await applying)[-1]
+        assert last.failure.message == "The process of model tiny.1 died while it loaded."
+        await node.remove()
+        await node.assert_nothing_left()
+
+
 async def test_a_stopped_triton_is_not_live(node: AgentNode, triton: TritonServer) -> None:
     await node.apply(make_part())
     await node.scheduler.until(lambda status: status.triton_live)

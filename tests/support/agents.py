@@ -59,7 +59,7 @@ class AgentHarness:
         assert self.models_on_disk() == []
         assert self.processes.find() == ()
         run_dir = RunDir(self.folder)
-        for folder in (run_dir.keys, run_dir.secrets, run_dir.pulses):
+        for folder in (run_dir.keys, run_dir.secrets, run_dir.pulses, run_dir.loaded):
             assert list(folder.glob("*")) == []
         assert await self.fetches.contents() == ([], 0)
 

@@ -76,7 +76,12 @@ class FakeControlPlane:
         return replica
 
     async def busy(self, replica: str = "tiny.1", in_flight: int = 1) -> None:
-        await self.demand(in_flight=in_flight, replica_in_flight={replica: in_flight})
+        """Requests run on a replica, which has answered."""
+        await self.demand(
+            in_flight=in_flight,
+            replica_in_flight={replica: in_flight},
+            first_token_s={replica: self.clock.now_s()},
+        )
 
     async def hands_over(self) -> None:
         """Bring up a pipeline and its successor; the running request has not moved."""

@@ -11,8 +11,6 @@ import math
 from collections.abc import Mapping
 from typing import Generic, TypeVar
 
-from paraserve_backend.tritonserver.host.stubs import Stub
-
 #: A look that comes after so many intervals is late.
 _LATE = 2.0
 #: A process that is stopped for one look may be going on already.
@@ -58,24 +56,26 @@ class Stops(Generic[Subject]):
         )
 
 
-class Silences:
-    """Whose pulse has not changed for `silence_s` of looks that were on time."""
+class Standstills(Generic[Subject]):
+    """What has not changed for `limit_s` of looks that were on time."""
 
-    def __init__(self, *, interval_s: float, silence_s: float) -> None:
-        self._looks = math.ceil(silence_s / interval_s)
-        self._pulses: Mapping[Stub, int] = {}
-        #: Looks in a row that found the same pulse as the one before.
-        self._unchanged: dict[Stub, int] = {}
+    def __init__(self, *, interval_s: float, limit_s: float) -> None:
+        self._looks = math.ceil(limit_s / interval_s)
+        self._states: Mapping[Subject, int] = {}
+        #: Looks in a row that found the same state as the one before.
+        self._unchanged: dict[Subject, int] = {}
 
-    def after(self, pulses: Mapping[Stub, int], *, on_time: bool) -> frozenset[Stub]:
-        """Return who is silent, once another look has found these pulses."""
+    def after(self, states: Mapping[Subject, int], *, on_time: bool) -> frozenset[Subject]:
+        """Return who stands still, once another look has found these states."""
         self._unchanged = {
-            stub: self._unchanged.get(stub, 0) + 1
-            for stub, pulse in pulses.items()
-            if on_time and self._pulses.get(stub) == pulse
+            subject: self._unchanged.get(subject, 0) + 1
+            for subject, state in states.items()
+            if on_time and self._states.get(subject) == state
         }
-        self._pulses = pulses
-        return frozenset(stub for stub, looks in self._unchanged.items() if looks >= self._looks)
+        self._states = states
+        return frozenset(
+            subject for subject, looks in self._unchanged.items() if looks >= self._looks
+        )
 
 
 class Answers:

@@ -1,7 +1,7 @@
 """The files through which the agent and a Triton model's process know each other.
 
-The agent writes a secret, which its commands to the process carry. The process touches a pulse
-while its generate loop turns (`protocol.run_dir`).
+The agent writes a secret, which its commands to the process carry. The process says when it has
+loaded, and touches a pulse while its generate loop turns (`protocol.run_dir`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 
-from paraserve_backend.daemon.private_files import private_folder, write_private
+from paraserve_backend.daemon.private_files import write_private
 from paraserve_backend.protocol.run_dir import RunDir
 
 _SECRET_BYTES = 32
@@ -24,13 +24,11 @@ class RunFiles:
         self._secrets: dict[str, str] = {}
 
     def prepare(self, model: str) -> None:
-        """Give a model that is about to be loaded a secret of its own, and no pulse yet."""
+        """Give a model that is about to be loaded a secret of its own, and nothing else yet."""
+        self.remove(model)
         secret = secrets.token_hex(_SECRET_BYTES)
         write_private(self._run_dir.secret_file(model), secret)
         self._secrets[model] = secret
-        # The process only touches a file: it finds the folder.
-        os.close(private_folder(self._run_dir.pulses))
-        self.forget_pulse(model)
 
     def secret(self, model: str) -> str:
         """Return what commands to a model carry; nothing where it takes none."""
@@ -43,6 +41,10 @@ class RunFiles:
         except OSError:
             return None
 
+    def has_loaded(self, model: str) -> bool:
+        """Say whether the model's process could serve, whatever Triton makes of it."""
+        return self._run_dir.loaded_file(model).exists()
+
     def forget_pulse(self, model: str) -> None:
         """Forget the pulse of what the model was until now."""
         self._run_dir.pulse_file(model).unlink(missing_ok=True)
@@ -51,10 +53,11 @@ class RunFiles:
         """Remove what a model that is gone has left; to have nothing is no error."""
         self._secrets.pop(model, None)
         self._run_dir.secret_file(model).unlink(missing_ok=True)
+        self._run_dir.loaded_file(model).unlink(missing_ok=True)
         self.forget_pulse(model)
 
     def clear(self) -> None:
         """Remove everything, also what an earlier agent left."""
         self._secrets.clear()
-        shutil.rmtree(self._run_dir.secrets, ignore_errors=True)
-        shutil.rmtree(self._run_dir.pulses, ignore_errors=True)
+        for folder in (self._run_dir.secrets, self._run_dir.pulses, self._run_dir.loaded):
+            shutil.rmtree(folder, ignore_errors=True)

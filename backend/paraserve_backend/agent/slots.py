@@ -182,6 +182,11 @@ class Slots:
     def triton_models(self) -> frozenset[str]:
         return frozenset(self._slots)
 
+    @property
+    def loading_models(self) -> frozenset[str]:
+        """Those that Triton is loading."""
+        return frozenset(slot.name for slot in self._in(SlotState.LOADING))
+
     def observe(self, found: Iterable[Stub]) -> None:
         """Compare with the processes that live now."""
         alive = {stub.model for stub in found}

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import NoReturn
 
-from paraserve_backend.agent.liveness import Answers, Punctuality, Silences, Stops
+from paraserve_backend.agent.liveness import Answers, Punctuality, Standstills, Stops
 from paraserve_backend.agent.parts.registry import Parts
 from paraserve_backend.agent.run_files import RunFiles
 from paraserve_backend.agent.slots import Slots
@@ -23,12 +23,24 @@ from paraserve_backend.tritonserver.host.stubs import Stub, Stubs
 
 logger = logging.getLogger(__name__)
 
+#: How long Triton may take to notice that a process has loaded.
+_STUCK_S = 2.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchLimits:
     interval_s: float
     #: Of a generate loop.
     silence_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Models:
+    """Triton's names of models, as parts and slots have them when a look begins."""
+
+    ours: Set[str]
+    serving: Set[str]
+    loading: Set[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +52,8 @@ class _Look:
     stopped: frozenset[Stub]
     #: Of models that serve.
     pulses: dict[Stub, int]
+    #: Have loaded, while Triton says that they are loading.
+    loaded: frozenset[Stub]
     server_stopped: bool
 
 
@@ -69,7 +83,8 @@ class Watchdog:
         self._punctuality = Punctuality(limits.interval_s)
         self._stops = Stops[Stub]()
         self._server_stops = Stops[str]()
-        self._silences = Silences(interval_s=limits.interval_s, silence_s=limits.silence_s)
+        self._silences = Standstills[Stub](interval_s=limits.interval_s, limit_s=limits.silence_s)
+        self._stuck_loads = Standstills[Stub](interval_s=limits.interval_s, limit_s=_STUCK_S)
         self._answers = Answers()
         self._asking = asyncio.Lock()
         self._is_server_stopped = False
@@ -89,9 +104,12 @@ class Watchdog:
 
     async def look(self) -> None:
         """Look at all processes once, and tell what is gone or may as well be."""
-        models = self._parts.triton_models | self._slots.triton_models
-        serving = self._parts.serving_models
-        seen = await asyncio.to_thread(self._look, models, serving)
+        models = _Models(
+            ours=self._parts.triton_models | self._slots.triton_models,
+            serving=self._parts.serving_models,
+            loading=self._parts.loading_models | self._slots.loading_models,
+        )
+        seen = await asyncio.to_thread(self._look, models)
         on_time = self._punctuality.look(seen.at_s)
         stopped = self._stops.after(seen.stopped)
         silent = self._silences.after(seen.pulses, on_time=on_time)
@@ -99,14 +117,17 @@ class Watchdog:
             self._server_stops.after(frozenset({"server"} if seen.server_stopped else ()))
         )
         self._judge_triton()
-        hung = stopped | silent
+        # Triton 2.51 gives a load up for whose process it has waited in vain for a second, and then
+        # waits for the end of that process, which waits for Triton.
+        stuck = self._stuck_loads.after(dict.fromkeys(seen.loaded, 0), on_time=on_time)
+        hung = stopped | silent | stuck
         alive = seen.found - hung
         if self._alive - seen.found:
             # A process that died with its Triton is told from one that died alone.
             await self.ask()
         self._alive = alive
-        models = frozenset(stub.model for stub in hung)
-        self._parts.observe(alive, hung=models, triton_live=self.triton_live)
+        hung_models = frozenset(stub.model for stub in hung)
+        self._parts.observe(alive, hung=hung_models, triton_live=self.triton_live)
         self._slots.observe(alive)
         self._kill(hung)
 
@@ -128,16 +149,23 @@ class Watchdog:
             self._triton_live = live
             self._changed.set()
 
-    def _look(self, models: Set[str], serving: Set[str]) -> _Look:
-        found = frozenset(stub for stub in self._stubs.find() if stub.model in models)
+    def _look(self, models: _Models) -> _Look:
+        found = frozenset(stub for stub in self._stubs.find() if stub.model in models.ours)
         pulses = ((stub, self._run_files.pulse(stub.model)) for stub in found)
         return _Look(
             at_s=self._now_s(),
             found=found,
             stopped=self._stubs.stopped(found),
             pulses={
-                stub: pulse for stub, pulse in pulses if pulse is not None and stub.model in serving
+                stub: pulse
+                for stub, pulse in pulses
+                if pulse is not None and stub.model in models.serving
             },
+            loaded=frozenset(
+                stub
+                for stub in found
+                if stub.model in models.loading and self._run_files.has_loaded(stub.model)
+            ),
             server_stopped=self._stubs.server_stopped(found),
         )
 

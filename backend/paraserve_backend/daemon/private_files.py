@@ -17,7 +17,7 @@ def write_private(path: Path, text: str) -> None:
     Raises:
         InvalidRequest: the folder is somebody else's, or a link.
     """
-    folder = private_folder(path.parent)
+    folder = _private_folder(path.parent)
     try:
         _remove(path.name, folder)
         # O_EXCL on a fresh name: nobody can have put a readable file, or a link, there before us.
@@ -29,7 +29,7 @@ def write_private(path: Path, text: str) -> None:
         os.close(folder)
 
 
-def private_folder(path: Path) -> int:
+def _private_folder(path: Path) -> int:
     """Return a descriptor of a folder that is made, or made private, here; the caller closes it.
 
     Raises:

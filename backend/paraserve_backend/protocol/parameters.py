@@ -16,6 +16,7 @@ from pathlib import Path
 from paraserve_backend.architectures.spec import LayerRange
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.names import EngineName, Role, SlotKind
+from paraserve_backend.protocol.run_dir import RunDir
 
 #: Deployment and replica of a model that a user configures by hand.
 STANDALONE = "standalone"
@@ -98,6 +99,8 @@ class LinkConfig:
     replica: str
     channel: ChannelConfig
     forward_timeout_s: float
+    #: The agent's.
+    run_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,8 +270,20 @@ def _slot(parameters: _Parameters) -> SlotConfig:
 
 
 def _link(parameters: _Parameters) -> LinkConfig:
+    run_dir = parameters.optional("run_dir")
     return LinkConfig(
         replica=parameters.text("replica"),
         channel=_channel(parameters),
         forward_timeout_s=parameters.seconds("forward_timeout_s"),
+        run_dir=Path(run_dir) if run_dir else None,
     )
+
+
+def run_dir_of(config: RoleConfig | SlotConfig) -> RunDir | None:
+    """Return the run_dir of the agent that loads this model; `None`: there is no agent."""
+    match config:
+        case SlotConfig() | LinkConfig():
+            path = config.run_dir
+        case GenerateConfig() | StageConfig():
+            path = config.weights.run_dir
+    return None if path is None else RunDir(path)

@@ -5,6 +5,7 @@ tier/fetches/<fetch_id>/spans.jsonl     what the readers of a fetch have measure
 keys/<replica>/curve.key                what a replica's models talk to other replicas with
 secrets/<model>                         what commands to a Triton model must carry; 0600
 pulses/<model>                          touched by a Triton model's generate loop while it turns
+loaded/<model>                          made by a Triton model's process once it could serve
 """
 
 from __future__ import annotations
@@ -58,3 +59,10 @@ class RunDir:
 
     def pulse_file(self, model: str) -> Path:
         return self.pulses / model
+
+    @property
+    def loaded(self) -> Path:
+        return self.path / "loaded"
+
+    def loaded_file(self, model: str) -> Path:
+        return self.loaded / model

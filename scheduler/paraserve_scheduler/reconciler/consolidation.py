@@ -76,10 +76,19 @@ def stop_succeeded(turn: Turn) -> None:
         since_s = replica.hand_over.since_s
         if replica.phase is not Phase.READY or since_s is None or not successors:
             continue
-        if turn.is_released(replica, since_s):
+        if turn.is_released(replica, since_s) and all(
+            _has_taken_over(turn.view, successor) for successor in successors
+        ):
             into = listed(tuple(successor.id for successor in successors))
             verb = "moved to" if len(replica.plan.stages) == 1 else "consolidated into"
             turn.do(StopReplica(replica=replica.id, reason=f"{verb} {into}"))
+
+
+def _has_taken_over(view: ClusterView, successor: Replica) -> bool:
+    """Whether it answers what was handed to it; until it does, its predecessor may be needed."""
+    if view.is_silent(successor):
+        return False
+    return successor.first_token_s is not None or view.replica_in_flight(successor) == 0
 
 
 # ---- whether, and where to ----

@@ -242,7 +242,8 @@ def _need(
     model = shape_of(
         state.deployment, least_kv_blocks(state.deployment, config) * config.kv_block_size
     )
-    replicas = [replica for replica in view.live_replicas(state.name) if replica.is_wanted]
+    # A silent replica is no capacity: what it was given waits, and another may start in its place.
+    replicas = [each for each in view.live_replicas(state.name) if view.is_serving(each)]
     leading = [replica for replica in replicas if view.wanted_predecessor(replica) is None]
     loads = [_load(view, state, replica, is_only=len(leading) == 1) for replica in leading]
     # What a pipeline may become counts.
@@ -275,11 +276,16 @@ def _need(
 
 
 def _waiting(view: ClusterView, state: DeploymentState, replicas: Sequence[Replica]) -> int:
-    """Requests that no replica works on: held by gateways, or queued in a replica that is full."""
+    """Requests that no replica works on: held by gateways, or in one that is full or silent."""
     queued = sum(
         max(0, view.replica_in_flight(replica) - replica.plan.max_sequences) for replica in replicas
     )
-    return view.waiting(state.name) + queued
+    stuck = sum(
+        view.replica_in_flight(each)
+        for each in view.live_replicas(state.name)
+        if each.is_wanted and view.is_silent(each)
+    )
+    return view.waiting(state.name) + queued + stuck
 
 
 def _load(

@@ -65,7 +65,7 @@ def _is_left_waiting(view: ClusterView, state: DeploymentState) -> bool:
 
 
 def _is_at_zero(view: ClusterView, state: DeploymentState) -> bool:
-    return not any(replica.is_wanted for replica in view.live_replicas(state.name))
+    return not any(map(view.is_serving, view.live_replicas(state.name)))
 
 
 def _carry_out(turn: Turn, decision: Decision) -> tuple[Action, ...]:

@@ -16,6 +16,9 @@ from paraserve_scheduler.state.learned import (
 from paraserve_scheduler.state.records import Demand, DeploymentState, GatewayState, Phase, Replica
 from paraserve_scheduler.state.view import ClusterView
 
+#: A gateway reports every second.
+_BLAME_KEPT_S = 5.0
+
 
 def demand_reported(view: ClusterView, event: DemandReported) -> ClusterView:
     """The view after a gateway's report."""
@@ -23,7 +26,8 @@ def demand_reported(view: ClusterView, event: DemandReported) -> ClusterView:
     earlier = before.demands if before else {}
     demands = {demand.deployment: demand for demand in event.demands}
     gateway = GatewayState(last_report_s=event.at_s, demands=demands)
-    view = replace(view, gateways={**view.gateways, event.gateway: gateway})
+    others = {name: _heard(other, event.at_s) for name, other in view.gateways.items()}
+    view = replace(view, gateways={**others, event.gateway: gateway})
     elapsed_s = event.at_s - before.last_report_s if before else 0.0
     changed = {
         name: _note_demand(
@@ -48,6 +52,17 @@ def demand_reported(view: ClusterView, event: DemandReported) -> ClusterView:
     if busy:
         view = replace(view, replicas={**view.replicas, **busy})
     return _with_measurements(view, event.demands)
+
+
+def _heard(gateway: GatewayState, at_s: float) -> GatewayState:
+    """What still holds of a gateway's last report: one that is gone blames nobody for ever."""
+    is_old = at_s - gateway.last_report_s > _BLAME_KEPT_S
+    if not is_old or not any(demand.silent for demand in gateway.demands.values()):
+        return gateway
+    demands = {
+        name: replace(demand, silent=frozenset()) for name, demand in gateway.demands.items()
+    }
+    return replace(gateway, demands=demands)
 
 
 def _with_measurements(view: ClusterView, demands: Iterable[Demand]) -> ClusterView:

@@ -199,6 +199,8 @@ class Demand:
     first_token_s: Mapping[str, float] = field(default_factory=dict)
     #: Mean time between two tokens of a replica since the last report.
     tpot_s: Mapping[str, float] = field(default_factory=dict)
+    #: Replicas that send it neither tokens nor answers to probes.
+    silent: frozenset[str] = frozenset()
 
     @property
     def is_idle(self) -> bool:

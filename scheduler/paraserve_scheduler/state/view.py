@@ -7,7 +7,7 @@ seconds since the Unix epoch; `None` stands for what has not happened.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -92,12 +92,28 @@ class ClusterView:
         return successors if all(each.phase is Phase.READY for each in successors) else ()
 
     def routed_replicas(self, deployment: str) -> tuple[Replica, ...]:
-        """Those that new requests may go to."""
-        return tuple(
-            replica
-            for replica in self.live_replicas(deployment)
-            if replica.phase is Phase.READY and not self.ready_successors(replica)
-        )
+        """Those that new requests may go to; silent ones only where there are no others."""
+        ready = [each for each in self.live_replicas(deployment) if each.phase is Phase.READY]
+        speaking = [each for each in ready if not self.is_silent(each)]
+        for candidates in (speaking, ready):
+            # A replica whose successors are all silent takes requests again.
+            routed = [
+                each for each in candidates if not self._has_one_of(candidates, successors_of=each)
+            ]
+            if routed:
+                return tuple(routed)
+        return ()
+
+    def _has_one_of(self, candidates: Sequence[Replica], *, successors_of: Replica) -> bool:
+        return any(each in candidates for each in self.ready_successors(successors_of))
+
+    def is_silent(self, replica: Replica) -> bool:
+        """Whether a gateway gets neither tokens nor answers to probes from it."""
+        return any(replica.id in demand.silent for demand in self.demands(replica.deployment))
+
+    def is_serving(self, replica: Replica) -> bool:
+        """Whether it works on requests, or will; one that is silent does not."""
+        return replica.is_wanted and not self.is_silent(replica)
 
     def replicas_on(self, node: str) -> tuple[Replica, ...]:
         return self._live_by_node.get(node, ())

@@ -68,6 +68,7 @@ def test_a_new_process_of_a_model_has_no_pulse_of_an_old_one(tmp_path: Path) -> 
     run_files.prepare("tiny.1")
     assert run_files.pulse("tiny.1") is None
     path = RunDir(tmp_path).pulse_file("tiny.1")
+    path.parent.mkdir()
     path.touch()
     first = run_files.pulse("tiny.1")
     os.utime(path, ns=(0, 12345))

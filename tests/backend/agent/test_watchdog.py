@@ -32,6 +32,7 @@ def make_watchdog(node: AgentHarness, *, interval_s: float = INTERVAL_S) -> Watc
 def beat(node: AgentHarness, model: str = "tiny.1") -> None:
     """Touch a model's pulse as its process does; every time differs from the one before."""
     path = RunDir(node.folder).pulse_file(model)
+    path.parent.mkdir(exist_ok=True)
     before_ns = path.stat().st_mtime_ns if path.exists() else 0
     path.touch()
     os.utime(path, ns=(0, before_ns + 1))
@@ -249,6 +250,61 @@ async def test_a_stopped_slot_is_replaced_and_others_processes_are_left_alone(
     await node.slots.tend()
     assert node.slots.idle_sets == 1
     node.processes.end("somebody-elses")
+
+
+# ---- loads ----
+
+
+def say_loaded(node: AgentHarness, model: str = "tiny.1") -> None:
+    path = RunDir(node.folder).loaded_file(model)
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+async def test_a_load_that_triton_does_not_see_the_end_of_is_killed(
+    node: AgentHarness, is_loaded: bool
+) -> None:
+    node.triton.gates["tiny.1"] = asyncio.Event()
+    await node.parts.apply(make_part())
+    await until(lambda: node.triton.loads == ["tiny.1"])
+    node.processes.start("tiny.1")
+    if is_loaded:
+        say_loaded(node)
+    watchdog = make_watchdog(node)
+    await watchdog.ask()
+    for _ in range(4):
+        await look(node, watchdog)
+        assert node.processes.killed == []
+    for _ in range(4):
+        await look(node, watchdog, after_s=3 * INTERVAL_S)  # late looks prove nothing
+        assert node.processes.killed == []
+    for _ in range(4):
+        await look(node, watchdog)
+    assert node.processes.killed == ["tiny.1"] * is_loaded
+    node.triton.gates["tiny.1"].set()
+
+
+async def test_a_model_that_triton_has_seen_to_load_is_left_alone(node: AgentHarness) -> None:
+    await follow(node, make_part())
+    say_loaded(node)
+    watchdog = make_watchdog(node)
+    for _ in range(20):
+        await look(node, watchdog)
+    assert node.processes.killed == []
+
+
+async def test_what_an_earlier_process_has_loaded_says_nothing(node: AgentHarness) -> None:
+    say_loaded(node)
+    node.triton.gates["tiny.1"] = asyncio.Event()
+    await node.parts.apply(make_part())
+    await until(lambda: node.triton.loads == ["tiny.1"])
+    node.processes.start("tiny.1")
+    watchdog = make_watchdog(node)
+    for _ in range(20):
+        await look(node, watchdog)
+    assert node.processes.killed == []
+    node.triton.gates["tiny.1"].set()
 
 
 # ---- pulses ----

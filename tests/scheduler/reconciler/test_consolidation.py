@@ -46,7 +46,12 @@ def _history(*nodes: str | NodeInfo, **spec: Any) -> History:
 
 
 def _busy(history: History, in_flight: int = 1, replica: str = "tiny.1") -> None:
-    history.demand(in_flight=in_flight, replica_in_flight={replica: in_flight})
+    """Requests run on a replica, which has answered."""
+    history.demand(
+        in_flight=in_flight,
+        replica_in_flight={replica: in_flight},
+        first_token_s={replica: history.now_s},
+    )
 
 
 def _serving(*nodes: str | NodeInfo, in_flight: int = 1, **spec: Any) -> History:
@@ -290,6 +295,49 @@ def test_the_pipeline_stays_while_a_gateway_may_still_send_it_a_request() -> Non
     assert history.decides() == (), "g1 has not reported since"
     history.demand(gateway="g1")
     assert [type(action) for action in history.decides()] == [StopReplica, RemoveReplica]
+
+
+def test_the_pipeline_stays_until_its_successor_has_answered() -> None:
+    """It was removed while a successor that had hung held all its requests."""
+    history = _handing_over()
+    history.passes(CONFIG.settle_s)
+    history.demand(in_flight=1, replica_in_flight={"tiny.2": 1})
+    history.passes(10 * CONFIG.drain_grace_s)
+    assert history.decides() == ()
+    _busy(history, replica="tiny.2")
+    assert [type(action) for action in history.decides()] == [StopReplica, RemoveReplica]
+
+
+def test_the_pipeline_stays_while_a_successor_that_has_answered_is_silent() -> None:
+    history = _handing_over()
+    history.passes(CONFIG.settle_s)
+    _busy(history, replica="tiny.2")
+    busy: dict[str, Any] = {"in_flight": 1, "replica_in_flight": {"tiny.2": 1}}
+    history.demand(**busy, silent=frozenset({"tiny.2"}))
+    assert history.decides() == ()
+    assert history.routed() == ["tiny.1"], "it takes requests again"
+    history.demand(**busy)
+    assert history.routed() == ["tiny.2"]
+    assert [type(action) for action in history.decides()] == [StopReplica, RemoveReplica]
+
+
+def test_the_pipeline_goes_when_none_of_its_requests_came_to_its_successor() -> None:
+    history = _handing_over()
+    history.passes(CONFIG.settle_s)
+    history.demand()
+    assert [type(action) for action in history.decides()] == [StopReplica, RemoveReplica]
+
+
+def test_the_pipeline_stays_while_its_successor_dies_before_it_has_answered() -> None:
+    history = _handing_over()
+    history.passes(CONFIG.settle_s)
+    history.demand(in_flight=1, replica_in_flight={"tiny.2": 1})
+    assert history.decides() == ()
+    history.part("tiny.2", 0, Phase.FAILED, LOST_PROCESS)
+    stop, *_ = history.decides()
+    assert isinstance(stop, StopReplica)
+    assert stop.replica == "tiny.2"
+    assert history.routed() == ["tiny.1"]
 
 
 def test_weights_that_a_successor_shares_are_reserved_once() -> None:

@@ -49,7 +49,10 @@ def _history(*, stages: int = 1, **spec: Any) -> History:
 
 
 def _busy(history: History, replica: str = "tiny.1") -> None:
-    history.demand(in_flight=1, replica_in_flight={replica: 1})
+    """A request runs on a replica, which has answered."""
+    history.demand(
+        in_flight=1, replica_in_flight={replica: 1}, first_token_s={replica: history.now_s}
+    )
 
 
 def _migrate(history: History, node: str) -> str:

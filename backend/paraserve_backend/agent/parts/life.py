@@ -58,6 +58,11 @@ class PartLife:
         return self._models.triton_models
 
     @property
+    def loading(self) -> Set[str]:
+        """Those that Triton is loading."""
+        return self._models.loading
+
+    @property
     def slots(self) -> Mapping[str, str]:
         """The Triton models that some models of the part are instead of one of their own."""
         return self._models.slots

@@ -70,6 +70,8 @@ class PartModels:
         self._names = frozenset(model.name for model in part.models)
         #: By model, what is one of the node's slots instead of being loaded.
         self._bindings: dict[str, _Binding] = {}
+        #: Those that Triton is loading.
+        self.loading: set[str] = set()
 
     @property
     def slots(self) -> Mapping[str, str]:
@@ -149,6 +151,8 @@ class PartModels:
             if model.name not in slots:
                 if _takes_commands(model):
                     self._node.run_files.prepare(model.name)
+                else:
+                    self._node.run_files.remove(model.name)
                 self._node.repository.write(model.name, with_steps(model.files, slots))
 
     async def _load(self, model: str) -> None:
@@ -157,12 +161,19 @@ class PartModels:
             with self._progress.span(SpanName.BIND, binding.slot.name):
                 await self._node.slots.bind(binding.slot, self._part.replica, binding.parameters)
             return
-        with self._progress.span(SpanName.LOAD, model):
-            try:
-                await self._node.unloader.triton.load(model)
-            except DeadlineExceeded:
-                logger.info("load goes on model=%s", model)
-            await self._until_ready(model)
+        self.loading.add(model)
+        try:
+            with self._progress.span(SpanName.LOAD, model):
+                await self._load_into_triton(model)
+        finally:
+            self.loading.discard(model)
+
+    async def _load_into_triton(self, model: str) -> None:
+        try:
+            await self._node.unloader.triton.load(model)
+        except DeadlineExceeded:
+            logger.info("load goes on model=%s", model)
+        await self._until_ready(model)
 
     async def _release(self, model: str, deadline_s: float) -> None:
         await self._node.slots.release(self._bindings[model].slot, deadline_s)

@@ -116,6 +116,11 @@ class Parts:
         ready = (life for life in self._lives.values() if life.progress.phase == pb.READY)
         return frozenset[str]().union(*(life.triton_models for life in ready))
 
+    @property
+    def loading_models(self) -> frozenset[str]:
+        """Those that Triton is loading."""
+        return frozenset[str]().union(*(life.loading for life in self._lives.values()))
+
     def observe(
         self, found: Iterable[Stub], *, triton_live: bool, hung: Set[str] = frozenset()
     ) -> None:

@@ -35,6 +35,7 @@ def demand(message: pb.Demand) -> Demand:
             if entry.first_token_s > 0
         },
         tpot_s={entry.replica: entry.tpot_s for entry in message.replicas if entry.tpot_s > 0},
+        silent=frozenset(entry.replica for entry in message.replicas if entry.is_silent),
     )
 
 

@@ -119,6 +119,7 @@ def _link(plan: ReplicaPlan, model: ModelSpec) -> TritonModel:
     parameters = {
         "role": Role.LINK.value,
         "replica": plan.replica,
+        "run_dir": plan.head.run_dir,
         "forward_timeout_s": str(plan.forward_timeout_s),
     }
     config = render(

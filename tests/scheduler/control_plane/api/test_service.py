@@ -271,7 +271,8 @@ async def _serve(scheduler: SchedulerAsyncStub, folder: Path, **spec: Any) -> No
 
 
 def _busy(replica: str) -> pb.DemandReport:
-    running = [pb.ReplicaDemand(replica=replica, in_flight=1)]
+    """A request runs on a replica, which has answered."""
+    running = [pb.ReplicaDemand(replica=replica, in_flight=1, first_token_s=1.0)]
     return _demand(in_flight=1, replicas=running)
 
 
