@@ -31,6 +31,8 @@ class HttpListener:
             handler_cancellation=True,
             access_log=None,
             logger=logger,
+            # Of chunks of one byte each it holds twice as many, and joins them at once.
+            read_bufsize=_PIECE_BYTES,
             shutdown_timeout=shutdown_timeout_s,
         )
         self._server: asyncio.Server | None = None
