@@ -95,6 +95,8 @@ def check(message: kserve.ModelInferRequest, *, fresh_seed: int) -> CheckedReque
         raise InvalidRequest(
             f"The request's id has {len(message.id.encode())} bytes; {_MAX_ID_BYTES} at most."
         )
+    # Nobody reads them, and there may be millions.
+    message.DiscardUnknownFields()
     check_names(message)
     inputs = read_inputs(message)
     check_outputs(message)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import pickle
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 
@@ -21,7 +23,7 @@ from paraserve_backend.errors import ParaServeError, Unavailable
 from paraserve_scheduler.gateway import large_request_worker
 from paraserve_scheduler.gateway.admission import ClientRequest
 from paraserve_scheduler.gateway.kserve.errors import Overloaded, TooLarge
-from paraserve_scheduler.gateway.large_request_worker import FRAME_LENGTH, Reading, too_costly
+from paraserve_scheduler.gateway.large_request_worker import FRAME_LENGTH, Reading
 from paraserve_scheduler.gateway.reading import MAX_SMALL_BYTES, UnreadRequest, read
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ class RequestReading:
 
     def start(self) -> None:
         """Start the process in the background, so that no request waits for its imports."""
-        self._starting = asyncio.create_task(_Worker.start(self.max_request_bytes))
+        self._starting = asyncio.create_task(_Worker.start(self.max_request_bytes, self._timeout_s))
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -100,14 +102,14 @@ class RequestReading:
     async def _ask(self, request: UnreadRequest) -> Reading | ParaServeError:
         worker = await self._worker()
         try:
-            async with asyncio.timeout(self._timeout_s):
+            # The process keeps the limit itself; this one is for a process that stands still.
+            async with asyncio.timeout(2 * self._timeout_s):
                 return await worker.ask(request)
         except TimeoutError:
-            await self._replace("took too long")
-            raise too_costly("time") from None
+            await self._replace("stands still")
         except (OSError, EOFError):
-            await self._replace("died")
-            raise too_costly("memory") from None
+            await self._replace("has ended")
+        raise _unavailable()
 
     async def _worker(self) -> _Worker:
         if self._starting is None:
@@ -118,7 +120,7 @@ class RequestReading:
         except (OSError, EOFError, TimeoutError) as error:
             logger.error("The process that reads large requests does not start: %r", error)
             self._starting = None
-            raise Unavailable("This gateway cannot read large requests now; retry later.") from None
+            raise _unavailable() from None
 
     async def _replace(self, why: str) -> None:
         logger.warning("The process that reads large requests %s; it is started again.", why)
@@ -135,12 +137,16 @@ class RequestReading:
             await starting.result().end()
 
 
+def _unavailable() -> Unavailable:
+    return Unavailable("This gateway cannot read large requests now; retry later.")
+
+
 class _Worker:
     def __init__(self, process: Process) -> None:
         self._process = process
 
     @classmethod
-    async def start(cls, max_request_bytes: int) -> _Worker:
+    async def start(cls, max_request_bytes: int, timeout_s: float) -> _Worker:
         """Start the process and wait until it can read.
 
         Raises:
@@ -152,11 +158,12 @@ class _Worker:
             "-m",
             large_request_worker.__name__,
             str(max_request_bytes),
+            str(timeout_s),
             stdin=PIPE,
             stdout=PIPE,
             # As many as a frame may have: more would wait for nobody.
             limit=2 * max_request_bytes,
-            # An interrupt at the terminal is for the gateway, which ends it.
+            # Its forks end with it, and an interrupt at the terminal is for the gateway.
             start_new_session=True,
         )
         worker = cls(process)
@@ -185,7 +192,7 @@ class _Worker:
 
     async def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
 
     async def _frame(self) -> bytes:

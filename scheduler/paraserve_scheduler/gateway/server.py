@@ -8,17 +8,16 @@ import os
 import socket
 from collections.abc import Sequence
 
-from aiohttp import web
 from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 
 from paraserve_backend.daemon.process import run_daemon
 from paraserve_backend.daemon.settings import read_token
-from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.rpc.addresses import split_address, with_port
 from paraserve_backend.rpc.channels import cluster_channel, gateway_server, listen
 from paraserve_scheduler.gateway.config import GatewayConfig
 from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.frontends.grpc_service import GrpcService, health_handler
+from paraserve_scheduler.gateway.frontends.http_listener import HttpListener
 from paraserve_scheduler.gateway.frontends.http_service import HttpService
 from paraserve_scheduler.gateway.frontends.request_reader import RequestReader
 from paraserve_scheduler.gateway.kserve.statistics import Statistics
@@ -68,15 +67,7 @@ class Gateway:
             [RequestReader(self._reading)], max_request_bytes=config.max_request_bytes
         )
         service = HttpService(self._proxy, self._routes, self._statistics, self._reading)
-        # A client that goes away cancels its handler, and that its request at the replica.
-        self._http = web.AppRunner(
-            service.application(),
-            # The service unpacks requests itself, within its limit.
-            auto_decompress=False,
-            handler_cancellation=True,
-            access_log=None,
-            shutdown_timeout=_SHUTDOWN_GRACE_S,
-        )
+        self._http = HttpListener(service.application(), shutdown_timeout_s=_SHUTDOWN_GRACE_S)
         self.grpc_address = config.grpc_address
         self.http_address = config.http_address
 
@@ -99,7 +90,8 @@ class Gateway:
         port = listen(self._grpc, self._config.grpc_address, setting="grpc_address")
         self.grpc_address = with_port(self._config.grpc_address, port)
         await self._grpc.start()
-        await self._start_http()
+        host, port = split_address(self._config.http_address)
+        self.http_address = with_port(self._config.http_address, await self._http.start(host, port))
         self._reading.start()
 
     async def run(self) -> None:
@@ -110,21 +102,10 @@ class Gateway:
 
     async def stop(self) -> None:
         # Both at once: each waits for its own clients.
-        await asyncio.gather(self._http.cleanup(), self._grpc.stop(_SHUTDOWN_GRACE_S))
+        await asyncio.gather(self._http.stop(), self._grpc.stop(_SHUTDOWN_GRACE_S))
         await self._reading.stop()
         await self._upstream.close()
         await self._scheduler.close(grace=None)
-
-    async def _start_http(self) -> None:
-        host, port = split_address(self._config.http_address)
-        await self._http.setup()
-        try:
-            await web.TCPSite(self._http, host, port).start()
-        except OSError as error:
-            raise InvalidRequest(
-                f"Cannot listen on http_address {self._config.http_address}: {error.strerror}."
-            ) from None
-        self.http_address = with_port(self._config.http_address, self._http.addresses[0][1])
 
 
 async def run(config: GatewayConfig) -> None:

@@ -19,7 +19,12 @@ from paraserve_backend.protocol.request import UNSUPPORTED, refuse_unsupported
 from paraserve_backend.protocol.request_settings import MAX_WORDS, show
 from paraserve_backend.protocol.tensors import INPUTS, OUTPUTS, TensorSpec
 from paraserve_scheduler.gateway.kserve.message_parameters import check_name
-from paraserve_scheduler.gateway.kserve.raw_tensors import DATATYPES, decode, string_bounds
+from paraserve_scheduler.gateway.kserve.raw_tensors import (
+    DATATYPES,
+    decode,
+    join_strings,
+    string_bounds,
+)
 
 INPUT_SPECS = {spec.name: spec for spec in INPUTS}
 #: Those that may have more than one value.
@@ -84,6 +89,21 @@ def check_outputs(message: kserve.ModelInferRequest) -> None:
                 f"Output '{output.name}' is wanted in shared memory, which a replica on another "
                 "machine cannot write; leave that out."
             )
+
+
+def make_raw(message: kserve.ModelInferRequest) -> None:
+    """Put the elements of a checked request's inputs into raw contents, if they are not there.
+
+    Parsing those is a copy, while typed contents are parsed element by element.
+    """
+    if message.raw_input_contents:
+        return
+    for tensor in message.inputs:
+        kind = DATATYPES[tensor.datatype]
+        elements = getattr(tensor.contents, kind.contents)
+        raw = join_strings(elements) if tensor.datatype == "BYTES" else kind.pack(elements)
+        message.raw_input_contents.append(raw)
+        tensor.ClearField("contents")
 
 
 def put_on_batch(response: kserve.ModelInferResponse) -> None:

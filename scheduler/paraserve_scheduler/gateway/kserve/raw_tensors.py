@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from paraserve_backend.errors import InvalidRequest
@@ -24,6 +24,10 @@ class Datatype:
     contents: str
     #: What JSON may give for it.
     types: tuple[type, ...]
+
+    def pack(self, values: Sequence[object]) -> bytes:
+        """Return the raw form of values other than strings."""
+        return struct.pack(f"<{len(values)}{self.letter}", *values)
 
 
 DATATYPES = {
@@ -49,9 +53,9 @@ def encode(name: str, datatype: str, values: Sequence[object]) -> bytes:
         value = next(value for value in values if type(value) not in kind.types)
         raise InvalidRequest(f"Input '{name}' takes {datatype} values, not {_shown(name, value)}.")
     if datatype == "BYTES":
-        return b"".join(_encode_string(name, str(value)) for value in values)
+        return join_strings([_encoded(name, str(value)) for value in values])
     try:
-        return struct.pack(f"<{len(values)}{kind.letter}", *values)
+        return kind.pack(values)
     except (struct.error, OverflowError):
         raise InvalidRequest(f"Input '{name}' has a value out of {datatype}'s range.") from None
 
@@ -91,12 +95,16 @@ def string_bounds(raw: bytes) -> Iterator[tuple[int, int]]:
         yield start, position
 
 
-def _encode_string(name: str, text: str) -> bytes:
+def join_strings(strings: Iterable[bytes]) -> bytes:
+    """Return the raw form of a BYTES tensor."""
+    return b"".join(_LENGTH.pack(len(string)) + string for string in strings)
+
+
+def _encoded(name: str, text: str) -> bytes:
     try:
-        data = text.encode()
+        return text.encode()
     except UnicodeEncodeError:
         raise InvalidRequest(f"Input '{name}' has half a surrogate pair in its text.") from None
-    return _LENGTH.pack(len(data)) + data
 
 
 def _shown(name: str, value: object) -> str:
