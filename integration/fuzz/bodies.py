@@ -394,4 +394,4 @@ def _contents(rng: Random, field: str) -> bool | int | float | bytes:
         return float(rng.choice(_FLOATS))
     bits = 64 if "64" in field else 32
     low, high = (0, 2**bits - 1) if "uint" in field else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return max(low, min(high, rng.choice(_INTEGERS)))
+    return int(max(low, min(high, rng.choice(_INTEGERS))))

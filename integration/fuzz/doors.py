@@ -142,8 +142,9 @@ class GrpcDoor:
         # Of the kind that Triton's clients use; the other one reports some ends of a stream as
         # errors of its own.
         self._channel = grpc.insecure_channel(harness.gateway.grpc_address)
-        self._single = self._channel.unary_unary(f"{_SERVICE}/ModelInfer")
-        self._stream = self._channel.stream_stream(f"{_SERVICE}/ModelStreamInfer")
+        # Messages are sent and read as bytes.
+        self._single = self._channel.unary_unary(f"{_SERVICE}/ModelInfer", bytes, bytes)
+        self._stream = self._channel.stream_stream(f"{_SERVICE}/ModelStreamInfer", bytes, bytes)
 
     def case(self, rng: Random) -> Case:
         is_stream = rng.random() < 0.5

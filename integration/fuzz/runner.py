@@ -108,6 +108,10 @@ class _Collector(logging.Handler):
         self._logged = logged
 
     def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        # aiohttp's, about a client that has left.
+        if isinstance(error, ConnectionResetError):
+            return
         self._logged.append(self.format(record))
 
 

@@ -21,7 +21,7 @@ async def run(num_inputs: int, seed: int) -> Outcome:
         harness.triton.script = one_answer
         http, grpc = HttpDoor(harness), GrpcDoor(harness)
         weights: Mapping[Target, int] = {
-            Detokenizers(): 5,
+            Detokenizers(): 7,
             SamplingParameters(): 3,
             http: 2,
             grpc: 2,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from paraserve_backend.errors import InvalidCheckpoint
 from paraserve_backend.generation.vocabulary import (
@@ -14,6 +16,8 @@ from paraserve_backend.generation.vocabulary import (
     vocabulary_of,
 )
 
+#: Of a token in tokenizer_config.json.
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 #: So many of a prompt's last tokens are searched for text.
 _MAX_LOOKED_BACK = 256
 #: Tokens that are decoded again for the next one, at most; runs of bytes are as long as they are.
@@ -22,11 +26,11 @@ _MAX_WINDOW_TOKENS = 8
 _KEPT_TOKENS = 4
 
 
-def read_tokenizer(content: bytes) -> Tokenizer:
-    """Read what a tokenizer.json holds.
+def read_tokenizer(content: bytes, config: Mapping[str, Any]) -> Tokenizer:
+    """Read a checkpoint's tokenizer.json, and what its tokenizer_config.json adds.
 
     Raises:
-        InvalidCheckpoint: the file is not a tokenizer.
+        InvalidCheckpoint: the file is not a tokenizer, or a token that is to be added is none.
     """
     try:
         tokenizer = Tokenizer.from_buffer(content)
@@ -35,7 +39,24 @@ def read_tokenizer(content: bytes) -> Tokenizer:
     # A file may store what somebody once trained with; prompts are taken as they are.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    _add_tokens(tokenizer, config.get("added_tokens_decoder") or {})
     return tokenizer
+
+
+def _add_tokens(tokenizer: Tokenizer, by_id: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add the tokens that tokenizer.json lacks, in the order of their ids, as transformers does."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    try:
+        entries = [by_id[token_id] for token_id in sorted(by_id, key=int)]
+        tokens = [
+            AddedToken(entry["content"], **{flag: entry[flag] for flag in _FLAGS if flag in entry})
+            for entry in entries
+        ]
+    except (LookupError, TypeError, ValueError):
+        raise InvalidCheckpoint(
+            "tokenizer_config.json: 'added_tokens_decoder' has an entry that is no token."
+        ) from None
+    tokenizer.add_tokens([token for token in tokens if token.content not in known])
 
 
 class Detokenizer:

@@ -65,7 +65,9 @@ class ExternalRole:
             spec = read_spec(fetched)
             settings = _settings(config, spec, fetched)
             self._encoder = RequestEncoder(
-                tokenizer=read_tokenizer(fetched.file("tokenizer.json")),
+                tokenizer=read_tokenizer(
+                    fetched.file("tokenizer.json"), fetched.json("tokenizer_config.json")
+                ),
                 vocab_size=spec.vocab_size,
                 end_ids=frozenset(i for i in spec.eos_token_ids if i < spec.vocab_size),
                 max_context=settings.max_context,

@@ -64,7 +64,9 @@ class GenerateRole:
         kv = _sized(config.kv, max_context, config.max_sequences)
         assert kv.num_blocks is not None
         self._encoder = RequestEncoder(
-            tokenizer=read_tokenizer(fetched.file("tokenizer.json")),
+            tokenizer=read_tokenizer(
+                fetched.file("tokenizer.json"), fetched.json("tokenizer_config.json")
+            ),
             vocab_size=spec.vocab_size,
             end_ids=frozenset(i for i in spec.eos_token_ids if i < spec.vocab_size),
             max_context=min(max_context, kv.num_blocks * kv.block_size),

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import cast
 
@@ -239,6 +241,15 @@ def test_threads_may_share_a_tokenizer() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_is_known_of_a_tokenizer_goes_with_it() -> None:
+    kind = byte_level()
+    assert text_of(kind, [], kind.ids("Hello")) == "Hello"
+    tokenizer = weakref.ref(kind.tokenizer)
+    del kind
+    gc.collect()
+    assert tokenizer() is None
 
 
 def test_the_oracle_agrees_with_the_library_on_whole_texts() -> None:

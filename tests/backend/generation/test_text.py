@@ -110,7 +110,7 @@ def test_a_token_has_a_text_by_itself_even_a_special_one(tokenizer: Tokenizer) -
 
 def test_a_broken_tokenizer_file_is_named() -> None:
     with pytest.raises(InvalidCheckpoint, match=r"^tokenizer\.json cannot be read"):
-        read_tokenizer(b"{}")
+        read_tokenizer(b"{}", {})
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,42 @@ def test_prompts_are_neither_cut_nor_filled_up_as_a_tokenizer_file_says(
     settings = json.loads(tokenizer.to_str())
     settings[stored] = {**missing, "pad_to_multiple_of": None, **value}
     prompt = "xyz" * 9
-    read = read_tokenizer(json.dumps(settings).encode())
+    read = read_tokenizer(json.dumps(settings).encode(), {})
     assert len(read.encode(prompt).ids) == 27
     assert [len(encoding.ids) for encoding in read.encode_batch([prompt, "xyz"])] == [27, 3]
+
+
+def added(content: str, **flags: bool) -> dict[str, object]:
+    defaults = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word", "special"), False)
+    return {"content": content, **defaults, **flags}
+
+
+def test_special_tokens_that_only_the_config_has_are_whole_tokens(tokenizer: Tokenizer) -> None:
+    size, start = tokenizer.get_vocab_size(), tokenizer.token_to_id("<s>")
+    config = {
+        "added_tokens_decoder": {
+            str(size + 1): added("<|im_end|>", special=True),
+            str(size): added("<|im_start|>", special=True),
+            str(start): added("<s>", special=True),
+        }
+    }
+    read = read_tokenizer(tokenizer.to_str().encode(), config)
+    ids = read.encode("<|im_start|>the<|im_end|>").ids
+    assert (ids[0], ids[-1]) == (size, size + 1)
+    assert read.decode(ids) == "the"
+    assert read.get_vocab_size() == size + 2
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"5": {"special": True}},
+        {"5": {"content": "x", "special": 1}},
+        {"x": added("x")},
+        {"5": 7},
+        [1],
+    ],
+)
+def test_an_added_token_that_is_none_is_named(tokenizer: Tokenizer, decoder: object) -> None:
+    with pytest.raises(InvalidCheckpoint, match=r"^tokenizer_config\.json: 'added_tokens_decoder'"):
+        read_tokenizer(tokenizer.to_str().encode(), {"added_tokens_decoder": decoder})
