@@ -1,4 +1,4 @@
-"""Two replicas on real tritonservers, of which one is stopped: every answer is right to the token."""
+"""Two replicas on real tritonservers, one of which is stopped: all answers are right."""
 
 from __future__ import annotations
 

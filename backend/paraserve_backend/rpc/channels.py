@@ -37,8 +37,8 @@ _KEEPALIVE: _Options = (
 )
 #: Half of the clients' keepalive time; a server closes connections that ping more often.
 _ACCEPT_KEEPALIVE: _Options = (("grpc.http2.min_ping_interval_without_data_ms", 5_000),)
-#: gRPC cancels calls that come while so many others have not been looked at yet; by default a random
-#: one beyond 1000, which a burst of clients makes in a second. Who waits too long is ours to refuse.
+#: gRPC cancels calls that come while so many others have not been looked at yet, by default some
+#: beyond 1000 and all beyond 3000: a burst of clients has that in a second. To refuse is ours.
 _MANY_AT_ONCE: _Options = (
     ("grpc.server.max_pending_requests", 20_000),
     ("grpc.server.max_pending_requests_hard_limit", 30_000),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -23,14 +24,18 @@ Sending = tuple[str, Callable[[], Awaitable[None]]]
 
 async def over_http(address: str, deployment: str) -> AsyncIterator[Sending]:
     for each in http_requests(deployment):
-        yield each.name, lambda request=each: _post(address, request)
+        yield each.name, partial(_post, address, each)
 
 
 async def over_grpc(address: str, deployment: str) -> AsyncIterator[Sending]:
     async with triton_channel(address) as channel:
-        call = channel.unary_unary(_METHOD)
+        call = channel.unary_unary(_METHOD, _as_it_is, _as_it_is)
         for each in grpc_messages(deployment):
-            yield each.name, lambda message=each: _call(call, message)
+            yield each.name, partial(_call, call, each)
+
+
+def _as_it_is(message: bytes) -> bytes:
+    return message
 
 
 async def _post(address: str, request: HttpRequest) -> None:

@@ -1,4 +1,4 @@
-"""Our generate loop in a real Triton over a tiny model, whose passes take as long as a large one's."""
+"""Our generate loop in a real Triton; its tiny model's passes take as long as a large one's."""
 
 from __future__ import annotations
 

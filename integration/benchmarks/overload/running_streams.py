@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-import grpc.aio
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from integration.benchmarks.overload.client import only, request
@@ -109,7 +108,6 @@ async def _stream(address: str, deployment: str, number: int, tokens: int) -> No
 
 
 async def _main(address: str, deployment: str, streams: int, tokens: int) -> None:
-    grpc.aio.init_grpc_aio()
     await asyncio.gather(
         *(_stream(address, deployment, number, tokens) for number in range(streams))
     )
