@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test unit unit-312 check format proto bench-coldstart bench-coldstart-smoke bench-hop \
-	bench-fetch bench-tier bench-engine bench-gpu bench-gateway bench-handover bench-policy bench-simulate \
+	bench-fetch bench-tier bench-engine bench-gpu bench-gateway bench-overload bench-handover bench-policy bench-simulate \
 	bench-alignment simulate-paper simulate-mixed fuzz clients test-vllm clean
 
 .venv/ready: pyproject.toml
@@ -67,6 +67,9 @@ bench-engine: .venv/ready
 
 bench-gateway: .venv/ready
 	$(BIN)/python -m integration.benchmarks.gateway.run
+
+bench-overload: .venv/ready
+	$(BIN)/python -m integration.benchmarks.overload.run
 
 # As root, with iproute2.
 bench-handover: .venv/ready

@@ -37,6 +37,12 @@ _KEEPALIVE: _Options = (
 )
 #: Half of the clients' keepalive time; a server closes connections that ping more often.
 _ACCEPT_KEEPALIVE: _Options = (("grpc.http2.min_ping_interval_without_data_ms", 5_000),)
+#: gRPC cancels calls that come while so many others have not been looked at yet, by default some
+#: beyond 1000 and all beyond 3000: a burst of clients has that in a second. To refuse is ours.
+_MANY_AT_ONCE: _Options = (
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.server.max_pending_requests_hard_limit", 30_000),
+)
 #: Two servers on one port would share its clients at random.
 _OWN_PORT: _Options = (("grpc.so_reuseport", 0),)
 #: Several agents in one process must not share the back-off of their connections.
@@ -83,6 +89,7 @@ def gateway_server(
         ("grpc.max_receive_message_length", max_request_bytes),
         ("grpc.per_message_decompression", 0),
         *_OWN_PORT,
+        *_MANY_AT_ONCE,
     )
     return grpc.aio.server(interceptors=interceptors, options=options)
 

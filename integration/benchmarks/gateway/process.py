@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 class GatewayProcess:
     scheduler: FakeScheduler
     grpc_address: str
+    http_address: str
     pid: int
 
     async def publish(self, endpoints: Mapping[str, pb.Endpoint | None]) -> None:
@@ -54,11 +55,15 @@ class GatewayProcess:
 
 @contextlib.asynccontextmanager
 async def gateway_process(
-    folder: Path, endpoints: Mapping[str, pb.Endpoint | None]
+    folder: Path,
+    endpoints: Mapping[str, pb.Endpoint | None],
+    *,
+    command: Sequence[str] = (str(Path(sys.executable).with_name("paraserve")), "gateway"),
 ) -> AsyncIterator[GatewayProcess]:
     """Run `paraserve gateway` until the end of the body; its log is in `folder`.
 
-    When it begins, the gateway knows the deployments; `endpoints` is as for `publish`.
+    When it begins, the gateway knows the deployments; `endpoints` is as for `publish`. `command`
+    is another one that takes the same settings.
     """
     scheduler, server = FakeScheduler(), grpc.aio.server()
     await scheduler.publish(*_routes(endpoints))
@@ -70,8 +75,7 @@ async def gateway_process(
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [
-                str(Path(sys.executable).with_name("paraserve")),
-                "gateway",
+                *command,
                 f"--scheduler-address=127.0.0.1:{scheduler_port}",
                 f"--grpc-address={grpc_address}",
                 f"--http-address={http_address}",
@@ -80,7 +84,12 @@ async def gateway_process(
         )
     try:
         await _wait_until_ready(grpc_address, process, log_path)
-        yield GatewayProcess(scheduler=scheduler, grpc_address=grpc_address, pid=process.pid)
+        yield GatewayProcess(
+            scheduler=scheduler,
+            grpc_address=grpc_address,
+            http_address=http_address,
+            pid=process.pid,
+        )
     finally:
         process.terminate()
         process.wait()

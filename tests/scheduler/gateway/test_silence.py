@@ -57,9 +57,10 @@ class Replicas:
             for _ in range(4):
                 await asyncio.sleep(0)
 
-    def is_picked(self, replica: str) -> bool:
-        picked = self.routes._pick("d", frozenset())
-        return picked is not None and picked.replica == replica
+    async def picked(self) -> str:
+        """Where the next request would go."""
+        async with self.routes.lease("d") as lease:
+            return lease.replica
 
     @property
     def silent(self) -> list[str]:
@@ -99,7 +100,7 @@ async def test_a_stopped_replica_is_silent_within_three_seconds_and_its_requests
         assert [task.result() for task in them.tasks] == ["moves"] * 5
         # One probe at a time, however many of its requests are silent.
         assert len(them.probes["d.1"]) <= 3
-        assert not them.is_picked("d.1")
+        assert await them.picked() == "d.2"
 
 
 async def test_one_failed_probe_is_not_enough() -> None:
@@ -174,7 +175,7 @@ async def test_without_another_replica_requests_stay_until_it_answers() -> None:
         await them.request()
         await them.passes(10.0)
         assert them.silent == ["d.1"]
-        assert them.is_picked("d.1"), "there is no other one"
+        assert await them.picked() == "d.1", "there is no other one"
         assert not them.tasks[0].done()
         asked = len(them.probes["d.1"])
         await them.passes(3.0)
@@ -214,7 +215,7 @@ async def test_one_that_is_left_is_probed_on_and_used_again_when_it_answers() ->
         them.probes["d.1"][-1].set_result(True)
         await them.passes(_TICK_S)
         assert not them.silent
-        assert them.is_picked("d.1")
+        assert await them.picked() == "d.1"
 
 
 async def test_a_replica_that_the_scheduler_has_withdrawn_is_forgotten() -> None:

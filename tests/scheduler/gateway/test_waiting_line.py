@@ -44,8 +44,10 @@ def route(
 class Crowd:
     """Requests for `d`, each of which keeps its replica until it is told to finish."""
 
-    def __init__(self, max_held_bytes: int = 1 << 30, cold_start_timeout_s: float = HANG_S) -> None:
-        self.demand = DemandMeter("g")
+    def __init__(
+        self, demand: DemandMeter, *, max_held_bytes: int, cold_start_timeout_s: float
+    ) -> None:
+        self.demand = demand
         self.routes = Routes(
             self.demand, cold_start_timeout_s=cold_start_timeout_s, max_held_bytes=max_held_bytes
         )
@@ -86,9 +88,17 @@ class Crowd:
 
 @asynccontextmanager
 async def crowd(
-    table: pb.RouteTable, max_held_bytes: int = 1 << 30, cold_start_timeout_s: float = HANG_S
+    table: pb.RouteTable,
+    *,
+    demand: DemandMeter | None = None,
+    max_held_bytes: int = 1 << 30,
+    cold_start_timeout_s: float = HANG_S,
 ) -> AsyncIterator[Crowd]:
-    them = Crowd(max_held_bytes, cold_start_timeout_s)
+    them = Crowd(
+        demand or DemandMeter("g"),
+        max_held_bytes=max_held_bytes,
+        cold_start_timeout_s=cold_start_timeout_s,
+    )
     them.routes.apply(table)
     try:
         yield them
@@ -147,35 +157,29 @@ def _leaves_no_trace(them: Crowd) -> bool:
     return not any(demand.waiting or demand.in_flight for demand in demands)
 
 
+class CountingMeter(DemandMeter):
+    """Counts how often a replica is chosen for somebody, or looked for in vain."""
+
+    looks = 0
+
+    def num_in_flight(self, deployment: str, replica: str) -> int:
+        self.looks += 1
+        return super().num_in_flight(deployment, replica)
+
+
 async def test_one_place_wakes_one_of_a_thousand_that_wait() -> None:
-    async with crowd(route("d.1")) as them:
+    demand = CountingMeter("g")
+    async with crowd(route("d.1"), demand=demand) as them:
         for _ in range(1001):
             them.arrive()
         await them.settled()
         for number in range(3):
             assert them.served == list(range(number + 1))
-            looked = _looks(them)
+            demand.looks = 0
             them.finish(number)
             await them.settled()
             # Neither do the others look whether it is for them.
-            assert _looks(them) - looked <= 3
-
-
-def _looks(them: Crowd) -> int:
-    """How often so far a replica was chosen for somebody, or looked for in vain."""
-    return them.demand.looks  # type: ignore[attr-defined]
-
-
-@pytest.fixture(autouse=True)
-def _counted_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = DemandMeter.num_in_flight
-    monkeypatch.setattr(DemandMeter, "looks", 0, raising=False)
-
-    def counted(self: DemandMeter, deployment: str, replica: str) -> int:
-        self.looks += 1  # type: ignore[attr-defined]
-        return ask(self, deployment, replica)
-
-    monkeypatch.setattr(DemandMeter, "num_in_flight", counted)
+            assert demand.looks <= 3
 
 
 async def test_after_a_cold_start_the_held_go_on_as_far_as_there_is_room() -> None:
