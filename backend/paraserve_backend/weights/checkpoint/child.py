@@ -8,6 +8,7 @@ sends a byte now and then ends with the child, too.
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -35,7 +36,7 @@ _MODULE = "paraserve_backend.weights.checkpoint.child"
 class ReadLimits:
     """What one checkpoint may cost to read: of a hundred shards of a large model a tenth of it."""
 
-    memory_bytes: int = 4 << 30
+    memory_bytes: int = 2 << 30
     cpu_s: int = 60
     wall_s: int = 120
 
@@ -75,6 +76,8 @@ def read_apart(
             [sys.executable, "-P", "-m", _MODULE],
             input=msgspec.json.encode(order),
             stdout=subprocess.PIPE,
+            # Otherwise every thread that reads a shard has 64 MiB of addresses to itself.
+            env={**os.environ, "MALLOC_ARENA_MAX": "2"},
             timeout=order.limits.wall_s,
             check=False,
         )
