@@ -66,6 +66,11 @@ def test_a_hundred_shards_fit_into_a_fraction_of_the_limits(folder: Path) -> Non
             UnsupportedModel,
             "Mystery",
         ),
+        (
+            lambda folder: change_config(folder, architectures=["\ud800"]),
+            UnsupportedModel,
+            "\ud800",
+        ),
         (shutil.rmtree, NotFound, "model"),
     ],
 )
