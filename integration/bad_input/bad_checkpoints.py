@@ -153,6 +153,12 @@ def _sharded(change: Callable[[dict[str, str]], object]) -> Spoil:
     return spoil
 
 
+def _missing_shard(folder: Path) -> None:
+    """Leave a needed tensor to a shard that is not there."""
+    header(lambda tensors: tensors.update(extra=tensors.pop(_NORM)))(folder)
+    _sharded(lambda names: names.update({_NORM: "model-2.safetensors"}))(folder)
+
+
 CHECKPOINTS = (
     BadCheckpoint(
         what="two tensors overlap",
@@ -257,7 +263,7 @@ CHECKPOINTS = (
         says="The tensor 'model.norm.weight' lies in model-2.safetensors, which {source} has not: "
         "upload it.",
         error=InvalidCheckpoint,
-        spoil=_sharded(lambda names: names.update({_NORM: "model-2.safetensors"})),
+        spoil=_missing_shard,
     ),
     BadCheckpoint(
         what="more layers in config.json than are stored",

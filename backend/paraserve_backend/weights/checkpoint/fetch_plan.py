@@ -94,11 +94,6 @@ class FetchPlan:
         """Bytes of `tensors`; the small files are not counted."""
         return total_bytes_of(self.tensors)
 
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of the small files."""
-        return sum(stored.size_bytes for stored in self.files)
-
     def to_json(self) -> bytes:
         return msgspec.json.encode(self)
 

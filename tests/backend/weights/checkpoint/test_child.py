@@ -21,7 +21,7 @@ from paraserve_backend.errors import (
 from paraserve_backend.weights.checkpoint.child import ReadLimits, read_apart
 from paraserve_backend.weights.checkpoint.model import read_model
 from paraserve_backend.weights.sources.open import open_source
-from tests.support.checkpoints import safetensors_file
+from tests.support.checkpoints import safetensors_file, write_shard
 from tests.support.limits import HANG_S
 from tests.support.scheduler_records import write_model
 
@@ -40,6 +40,23 @@ def test_a_child_reads_what_this_process_would(folder: Path) -> None:
     assert read_apart(str(folder)).index == read_model(open_source(str(folder)))
 
 
+def test_a_hundred_shards_fit_into_a_fraction_of_the_limits(folder: Path) -> None:
+    index = read_model(open_source(str(folder)))
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number, (name, tensor) in enumerate(index.tensors.items()):
+        shapes = {f"extra.{number}.{extra}": (1,) for extra in range(500)}
+        write_shard(folder / f"model-{number}.safetensors", {name: tensor.shape, **shapes})
+        weight_map[name] = f"model-{number}.safetensors"
+    for number in range(len(weight_map), 100):
+        write_shard(folder / f"model-{number}.safetensors", {f"extra.{number}": (1,)})
+        weight_map[f"extra.{number}"] = f"model-{number}.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    found = read_apart(str(folder), limits=ReadLimits(memory_bytes=512 << 20, cpu_s=30))
+    assert found.tensors.keys() == index.tensors.keys()
+    assert len(found.objects) == len(index.tensors)
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "sentence"),
     [
@@ -48,6 +65,11 @@ def test_a_child_reads_what_this_process_would(folder: Path) -> None:
             lambda folder: change_config(folder, architectures=["Mystery"]),
             UnsupportedModel,
             "Mystery",
+        ),
+        (
+            lambda folder: change_config(folder, architectures=["\ud800"]),
+            UnsupportedModel,
+            "\ud800",
         ),
         (shutil.rmtree, NotFound, "model"),
     ],
