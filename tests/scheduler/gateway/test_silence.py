@@ -69,7 +69,7 @@ class Replicas:
         return [each.replica for demand in demands for each in demand.replicas if each.is_silent]
 
     async def _probe(self, endpoint: pb.Endpoint) -> bool:
-        answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.probes.setdefault(endpoint.replica, []).append(answer)
         return await answer
 

@@ -52,7 +52,7 @@ def test_a_hundred_shards_fit_into_a_fraction_of_the_limits(folder: Path) -> Non
         write_shard(folder / f"model-{number}.safetensors", {f"extra.{number}": (1,)})
         weight_map[f"extra.{number}"] = f"model-{number}.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    found = read_apart(str(folder), limits=ReadLimits(memory_bytes=512 << 20, cpu_s=30))
+    found = read_apart(str(folder), limits=ReadLimits(memory_bytes=512 << 20, cpu_s=30)).index
     assert found.tensors.keys() == index.tensors.keys()
     assert len(found.objects) == len(index.tensors)
 
