@@ -304,13 +304,13 @@ def break_send(bench: Bench, broken: Broken) -> Reply:
 
 def break_question(bench: Bench, broken: Broken) -> Reply:
     reply = Reply()
-    reply.is_cancelled = broken  # type: ignore[method-assign, assignment]
+    reply.is_cancelled = broken  # type: ignore[method-assign]
     return bench.ask(reply=reply)
 
 
 def break_sampling(bench: Bench, broken: Broken) -> Reply:
     history = History(Sampling(), [0])
-    history.sampling = broken  # type: ignore[method-assign, assignment]
+    history.sampling = broken  # type: ignore[method-assign]
     return bench.ask(history=history)
 
 
