@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import queue
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import tritonclient.grpc as triton
 from integration.support.limits import HANG_S
 from integration.support.tiny_cluster import wait_until
 from integration.support.triton_server import TritonServer
+from paraserve_backend.protocol.names import COMMAND_PARAMETER, SECRET_PARAMETER
 from paraserve_backend.protocol.resume import HAND_OVER_TO, RESUME, Resume
+from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.protocol.tensors import HAND_OVER_OUTPUTS
 from paraserve_backend.tritonserver.host.stubs import ProcessTable, Stub
 from paraserve_scheduler.local.layout import SHM
@@ -98,17 +101,18 @@ class Asked:
         self._client.close()
 
 
-def hand_over(server: TritonServer, model: str, *targets: str) -> None:
-    """Tell a model where its requests shall go, as the node's agent does.
+def run_dir(server: TritonServer) -> RunDir:
+    """Return where the agent of this server's models would leave its files."""
+    return RunDir(server.model_repository.parent / "run")
 
-    The targets have no address: they take no KV blocks.
-    """
+
+def tell(server: TritonServer, model: str, parameters: Mapping[str, str | int | bool]) -> None:
+    """Send a model a request without tensors; raises what it is answered if that is an error."""
     answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-    command = {"hand_over": [{"replica": target, "address": ""} for target in targets]}
     client = triton.InferenceServerClient(server.grpc_address)
     client.start_stream(lambda result, error: answers.put(error))
     client.async_stream_infer(
-        model, [], parameters={"command": json.dumps(command)}, enable_empty_final_response=True
+        model, [], parameters=dict(parameters), enable_empty_final_response=True
     )
     error = answers.get(timeout=HANG_S)
     client.stop_stream()
@@ -117,11 +121,25 @@ def hand_over(server: TritonServer, model: str, *targets: str) -> None:
         raise error
 
 
+def hand_over(server: TritonServer, model: str, *targets: str) -> None:
+    """Tell a model where its requests shall go, as the node's agent does.
+
+    The targets have no address: they take no KV blocks.
+    """
+    command = {"hand_over": [{"replica": target, "address": ""} for target in targets]}
+    secret = run_dir(server).secret_file(model).read_text()
+    tell(server, model, {COMMAND_PARAMETER: json.dumps(command), SECRET_PARAMETER: secret})
+
+
 def add_model(
     server: TritonServer, name: str, backend: str, checkpoint: Path, parameters: dict[str, str]
 ) -> None:
     folder = server.model_repository / name
     (folder / "1").mkdir(parents=True)
+    secret_file = run_dir(server).secret_file(name)
+    secret_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    secret_file.write_text(secrets.token_hex(32))
+    parameters = {"run_dir": str(run_dir(server).path), **parameters}
     config = _TEMPLATE.read_text().replace("/models/llama", str(checkpoint))
     config = config.replace('backend: "paraserve"', f'backend: "{backend}"')
     for output in HAND_OVER_OUTPUTS:

@@ -18,8 +18,6 @@ logger = logging.getLogger(__name__)
 #: Of an input other than the prompt: the longest are lists of words, and far shorter.
 _MOST_ELEMENTS = 1024
 
-Take = Callable[[pb_utils.InferenceRequest, pb_utils.ResponseSender], None]
-
 
 def request_parameters(request: pb_utils.InferenceRequest) -> dict[str, Any]:
     parsed: dict[str, Any] = json.loads(request.parameters() or "{}")
@@ -43,7 +41,10 @@ def request_tensors(inputs: Sequence[pb_utils.Tensor], max_context: int) -> dict
     return {name: array.ravel().tolist() for name, array in arrays.items()}
 
 
-def answer_errors(request: pb_utils.InferenceRequest, take: Take) -> None:
+def answer_errors(
+    request: pb_utils.InferenceRequest,
+    take: Callable[[pb_utils.InferenceRequest, pb_utils.ResponseSender], None],
+) -> None:
     """Have a request taken; what `take` raises is its answer."""
     sender = request.get_response_sender()
     try:
