@@ -310,7 +310,7 @@ def break_question(bench: Bench, broken: Broken) -> Reply:
 
 def break_sampling(bench: Bench, broken: Broken) -> Reply:
     history = History(Sampling(), [0])
-    history.sampling = broken  # type: ignore[method-assign, assignment]
+    history.sampling = broken  # type: ignore[method-assign]
     return bench.ask(history=history)
 
 
