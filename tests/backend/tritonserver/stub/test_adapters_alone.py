@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from paraserve_backend.engines.base import AnswerProbe, Reply
 from paraserve_backend.errors import InvalidRequest, ParaServeError, Unavailable
 from paraserve_backend.protocol.hand_over import Target
+from paraserve_backend.protocol.names import SlotKind
+from paraserve_backend.protocol.parameters import SlotConfig
 from paraserve_backend.protocol.request import GenerateRequest
 from paraserve_backend.protocol.resume import Resume
 from tests.support.fake_triton import FakeRequest, FakeResponse, FakeSender, make_module, words
@@ -197,3 +200,66 @@ def test_a_failed_pass_is_a_loss_and_names_no_inner_model(
 ) -> None:
     error = generate._failed_pass(message)
     assert (error.grpc_code, str(error)) == ("UNAVAILABLE", said)
+
+
+# ---- slots and links ----
+
+
+@pytest.fixture
+def slot(generate: ModuleType) -> Iterator[Any]:
+    """An idle slot for links, which may become what answers nothing."""
+    module = importlib.import_module(f"{STUB}.slot")
+    config = SlotConfig(kind=SlotKind.LINK, device="cpu", run_dir=Path("/dev/shm/run"))
+    slot = module.SlotAdapter(config, lambda _: None, generate.Authority(b"secret"))
+    yield slot
+    slot.close()
+    sys.modules.pop(f"{STUB}.slot", None)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({}, "NOT_FOUND: Replica (none named) is not here."),
+        ({"paraserve_replica": "d.1"}, "NOT_FOUND: Replica d.1 is not here."),
+        ({"paraserve_replica": "d.1", "paraserve_probe": True}, "NOT_FOUND: Replica d.1 is not"),
+        ({"command": '{"unbind": true}'}, "INVALID_ARGUMENT: Parameter 'command' is not for"),
+        (
+            {"command": '{"bind": {}}', "paraserve_secret": "other"},
+            "INVALID_ARGUMENT: Parameter 'command' is not for",
+        ),
+        (
+            {"command": '{"bind": {}}', "paraserve_secret": "secret"},
+            "INVALID_ARGUMENT: Parameter 'role' is missing",
+        ),
+    ],
+)
+def test_an_idle_slot_says_why_it_does_nothing(
+    slot: Any, parameters: dict[str, object], said: str
+) -> None:
+    request = FakeRequest({}, parameters)
+    assert slot.execute([request]) is None
+    response, _ = request.sender.sent.get(timeout=HANG_S)
+    assert response is not None
+    assert str(response.said).startswith(said)
+
+
+def test_a_slot_lets_go_for_its_agent(slot: Any) -> None:
+    request = FakeRequest({}, {"command": '{"unbind": true}', "paraserve_secret": "secret"})
+    assert slot.execute([request]) is None
+    response, flags = request.sender.sent.get(timeout=HANG_S)
+    assert response is not None
+    assert (response.said, flags) == (None, FINAL)
+
+
+def test_a_link_answers_a_request_that_is_no_pass(
+    generate: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = importlib.import_module(f"{STUB}.pipeline")
+    link = pipeline.LinkAdapter.__new__(pipeline.LinkAdapter)
+    requests = [FakeRequest({}), FakeRequest({"batch": np.zeros(1, np.uint8)})]
+    assert link.execute(requests) is None
+    for request in requests:
+        response, flags = request.sender.sent.get(timeout=HANG_S)
+        assert response is not None
+        assert "A forward pass has an input" in str(response.said)
+        assert flags == FINAL
