@@ -31,7 +31,7 @@ MODEL = "alone"
 PROMPT = [5, 17, 42]
 #: A request that ends with this number of tokens meets a bug when its third one is delivered.
 BROKEN_MAX_TOKENS = 377
-PROBE = {"paraserve_probe": True, "paraserve_replica": "standalone"}
+PROBE: dict[str, str | int | bool] = {"paraserve_probe": True, "paraserve_replica": "standalone"}
 UNBIND = json.dumps({"unbind": True})
 HAND_OVER = json.dumps({"hand_over": [{"replica": "elsewhere", "address": ""}]})
 

@@ -6,6 +6,7 @@ text, and gives it up while it encodes a batch, so every text goes in as a batch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 from tokenizers import Tokenizer
@@ -56,7 +57,8 @@ class PromptTokenizer:
         return encoding.ids
 
     def _refuse_by_bytes(self, text: str) -> None:
-        num_bytes = len(text.encode())
+        # In pieces, too: encoding a whole text keeps Python's lock.
+        num_bytes = sum(len(piece.encode()) for piece in _pieces(text))
         if num_bytes > self.max_bytes:
             raise InvalidRequest(
                 f"The prompt has {num_bytes} bytes; the context of {self._max_context} tokens "
@@ -66,8 +68,7 @@ class PromptTokenizer:
     def _refuse_by_pieces(self, text: str) -> None:
         most = _CLEARLY_MORE * self._max_context
         num_tokens = 0
-        for start in range(0, len(text), _PIECE_CHARACTERS):
-            piece = text[start : start + _PIECE_CHARACTERS]
+        for piece in _pieces(text):
             (encoding,) = self._tokenizer.encode_batch_fast([piece], add_special_tokens=False)
             num_tokens += len(encoding)
             if num_tokens > most:
@@ -75,6 +76,11 @@ class PromptTokenizer:
                     f"The prompt has more than {most} tokens; the context holds "
                     f"{self._max_context}. Shorten the prompt."
                 )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    for start in range(0, len(text), _PIECE_CHARACTERS):
+        yield text[start : start + _PIECE_CHARACTERS]
 
 
 def refuse_length(num_tokens: int, max_context: int) -> None:

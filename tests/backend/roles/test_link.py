@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,3 +132,46 @@ def test_an_answer_that_cannot_be_given_ends_nothing(ring: Ring) -> None:
         pass
     ring.answer(frame.number)
     assert_serves(ring)
+
+
+STAGE = """
+import sys
+from pathlib import Path
+from paraserve_backend.channel.keys import CurveKeys
+from paraserve_backend.channel.transport import Channel
+
+listen, following, key_file = sys.argv[1:]
+keys = CurveKeys.read(Path(key_file))
+channel = Channel(listen=listen, next_address=following, keys=keys, max_bytes=1 << 20)
+while True:
+    if channel.receive() is not None:
+        print("has a pass", flush=True)
+"""
+
+
+def test_passes_end_in_seconds_when_the_last_stage_is_stopped(tmp_path: Path) -> None:
+    """Nothing else would end this one: its time limit is a hang's."""
+    key_file = tmp_path / "curve.key"
+    key_file.write_bytes(b"\n".join(zmq.curve_keypair()))
+    first, second = (f"tcp://127.0.0.1:{port}" for port in free_ports(2))
+    channel = ChannelConfig(listen=first, next=second, key_file=key_file)
+    link = LinkRole(LinkConfig(replica="d.1", channel=channel, forward_timeout_s=1e9))
+    arguments = [sys.executable, "-c", STAGE, second, first, str(key_file)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as stage:
+        said: queue.SimpleQueue[Said] = queue.SimpleQueue()
+        link.forward(b"batch", np.zeros((1, 4), np.uint8), said.put)
+        assert stage.stdout is not None
+        assert stage.stdout.readline() == b"has a pass\n"
+        # It has sent nothing yet, but its connection to the link must stand.
+        while not has_friend(link):
+            pass
+        stage.send_signal(signal.SIGSTOP)
+        assert isinstance(said.get(timeout=HANG_S), Unavailable)
+        stage.kill()
+    link.close()
+
+
+def has_friend(link: LinkRole) -> bool:
+    monitor = link._channel._inbox._monitor
+    assert monitor is not None
+    return bool(monitor._admissions._admitted)
