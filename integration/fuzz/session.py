@@ -20,8 +20,9 @@ async def run(num_inputs: int, seed: int) -> Outcome:
     async with serving() as harness:
         harness.triton.script = one_answer
         http, grpc = HttpDoor(harness), GrpcDoor(harness)
+        detokenizers = Detokenizers()
         weights: Mapping[Target, int] = {
-            Detokenizers(): 7,
+            detokenizers: 7,
             SamplingParameters(): 3,
             http: 2,
             grpc: 2,
@@ -35,6 +36,7 @@ async def run(num_inputs: int, seed: int) -> Outcome:
 
         try:
             counts = {target: num_inputs * weight // whole for target, weight in weights.items()}
+            counts[detokenizers] += num_inputs - sum(counts.values())
             return await fuzz(counts, seed, after_round=forget)
         finally:
             await http.close()
