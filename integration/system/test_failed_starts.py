@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +25,10 @@ from integration.support.both_protocols import (
 from integration.support.bucket import s3_client, upload
 from integration.support.refusals import deployments, remains, settled
 from integration.support.strict_store import StrictStore
-from integration.support.tiny_cluster import TinyCluster, wait_until
+from integration.support.tiny_cluster import TinyCluster, stubs, wait_until
 from paraserve_backend.errors import AccessDenied, InvalidCheckpoint
 from paraserve_backend.rpc import paraserve_pb2 as pb
+from paraserve_scheduler.cli.views.tables import pause_lines
 from paraserve_scheduler.local.layout import BUCKET
 from tests.support.stores import serve
 
@@ -137,3 +140,42 @@ def answer_after_a_while(cluster: TinyCluster, request: Request) -> list[int]:
 
     wait_until(is_answered)
     return answers[0]
+
+
+def test_replicas_that_die_again_and_again_are_started_less_and_less_often(
+    cluster: TinyCluster, folder: Path
+) -> None:
+    with deployed(cluster, "mortal", source=str(folder), max_stages=1) as start:
+        expected = cluster.models[MODEL].greedy([1, 2], 16)
+        # A death that a Triton's crash followed is not counted.
+        while (state := status(cluster, "mortal")).recent_deaths < 5:
+            assert ask_grpc(cluster, start.request) == expected
+            kill(cluster, "mortal")
+        assert state.starts_paused_until_s > state.replicas[-1].ready_s
+        (line,) = pause_lines(cluster.client.status("mortal"))
+        assert "starts paused until" in line
+        assert "5 replicas died in the last five minutes: The process of model mortal." in line
+        told = start.refused()
+        assert (told.grpc_code, told.http_status) == ("UNAVAILABLE", 503)
+        assert "5 of its replicas died within 5 minutes" in told.grpc_sentence
+        assert answer_after_a_while(cluster, start.request) == expected
+
+
+def status(cluster: TinyCluster, name: str) -> pb.DeploymentStatus:
+    (found,) = cluster.client.status(name).deployments
+    return found
+
+
+def ready(cluster: TinyCluster, name: str) -> list[str]:
+    """Return the replicas that are ready."""
+    found = status(cluster, name).replicas
+    return [replica.replica for replica in found if replica.phase == pb.READY]
+
+
+def kill(cluster: TinyCluster, name: str) -> None:
+    """Kill the processes of the replicas that are ready; returns when that is known."""
+    found = ready(cluster, name)
+    for replica in found:
+        for pid in stubs(replica):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: ready(cluster, name) != found)

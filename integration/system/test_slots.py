@@ -211,14 +211,17 @@ async def refuses_what_its_agent_did_not_mean(node: AgentNode) -> None:
         await obey(node, slots["front"], {"bind": elsewhere})
     for slot in slots.values():
         with pytest.raises(NotFound, match=r"Replica d\.1 is not here"):
-            await node.triton.command(slot, "{}", secret="", replica="d.1")
+            await node.triton.command(slot, "{}", secret=secret_of(node, slot), replica="d.1")
         await obey(node, slot, {"unbind": True})  # idle is no error
 
 
 async def obey(node: AgentNode, slot: str, command: dict[str, object]) -> None:
     """Command a slot as its agent does."""
-    secret = RunDir(node.config.run_dir).secret_file(slot).read_text()
-    await node.triton.command(slot, json.dumps(command), secret=secret)
+    await node.triton.command(slot, json.dumps(command), secret=secret_of(node, slot))
+
+
+def secret_of(node: AgentNode, slot: str) -> str:
+    return RunDir(node.config.run_dir).secret_file(slot).read_text()
 
 
 def test_a_pipeline_in_slots_hands_its_request_over_to_a_full_instance(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Set
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from paraserve_backend.agent.liveness import Answers, Punctuality, Standstills, Stops
@@ -35,26 +35,25 @@ class WatchLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Models:
-    """Triton's names of models, as parts and slots have them when a look begins."""
-
-    ours: Set[str]
-    serving: Set[str]
-    loading: Set[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Look:
-    """What one look has found. Processes are those of our models only."""
+    """What one look has found, of whatever model."""
 
     at_s: float
     found: frozenset[Stub]
     stopped: frozenset[Stub]
-    #: Of models that serve.
-    pulses: dict[Stub, int]
-    #: Have loaded, while Triton says that they are loading.
+    pulses: Mapping[Stub, int]
     loaded: frozenset[Stub]
     server_stopped: bool
+
+    def of(self, *, ours: Set[str], serving: Set[str], loading: Set[str]) -> _Look:
+        """Return what concerns our models: pulses of those that serve, and loads under way."""
+        return replace(
+            self,
+            found=frozenset(stub for stub in self.found if stub.model in ours),
+            stopped=frozenset(stub for stub in self.stopped if stub.model in ours),
+            pulses={stub: pulse for stub, pulse in self.pulses.items() if stub.model in serving},
+            loaded=frozenset(stub for stub in self.loaded if stub.model in loading),
+        )
 
 
 class Watchdog:
@@ -104,12 +103,18 @@ class Watchdog:
 
     async def look(self) -> None:
         """Look at all processes once, and tell what is gone or may as well be."""
-        models = _Models(
+        everything = await asyncio.to_thread(self._look)
+        if self._alive - everything.found:
+            # A process that died with its Triton is told from one that died alone. Others may have
+            # come while Triton was asked.
+            await self.ask()
+            everything = await asyncio.to_thread(self._look)
+        # By what is there now: a part that has come meanwhile must not miss its processes.
+        seen = everything.of(
             ours=self._parts.triton_models | self._slots.triton_models,
             serving=self._parts.serving_models,
             loading=self._parts.loading_models | self._slots.loading_models,
         )
-        seen = await asyncio.to_thread(self._look, models)
         on_time = self._punctuality.look(seen.at_s)
         stopped = self._stops.after(seen.stopped)
         silent = self._silences.after(seen.pulses, on_time=on_time)
@@ -122,9 +127,6 @@ class Watchdog:
         stuck = self._stuck_loads.after(dict.fromkeys(seen.loaded, 0), on_time=on_time)
         hung = stopped | silent | stuck
         alive = seen.found - hung
-        if self._alive - seen.found:
-            # A process that died with its Triton is told from one that died alone.
-            await self.ask()
         self._alive = alive
         hung_models = frozenset(stub.model for stub in hung)
         self._parts.observe(alive, hung=hung_models, triton_live=self.triton_live)
@@ -149,23 +151,15 @@ class Watchdog:
             self._triton_live = live
             self._changed.set()
 
-    def _look(self, models: _Models) -> _Look:
-        found = frozenset(stub for stub in self._stubs.find() if stub.model in models.ours)
+    def _look(self) -> _Look:
+        found = frozenset(self._stubs.find())
         pulses = ((stub, self._run_files.pulse(stub.model)) for stub in found)
         return _Look(
             at_s=self._now_s(),
             found=found,
             stopped=self._stubs.stopped(found),
-            pulses={
-                stub: pulse
-                for stub, pulse in pulses
-                if pulse is not None and stub.model in models.serving
-            },
-            loaded=frozenset(
-                stub
-                for stub in found
-                if stub.model in models.loading and self._run_files.has_loaded(stub.model)
-            ),
+            pulses={stub: pulse for stub, pulse in pulses if pulse is not None},
+            loaded=frozenset(stub for stub in found if self._run_files.has_loaded(stub.model)),
             server_stopped=self._stubs.server_stopped(found),
         )
 

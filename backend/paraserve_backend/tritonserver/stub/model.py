@@ -22,11 +22,11 @@ from paraserve_backend.protocol.parameters import (
     SlotConfig,
     StageConfig,
     read_config,
-    run_dir_of,
 )
 from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.tritonserver.stub.authority import Authority
 from paraserve_backend.tritonserver.stub.generate import GenerateAdapter
+from paraserve_backend.tritonserver.stub.loaded import say_loaded
 from paraserve_backend.tritonserver.stub.pipeline import LinkAdapter, StageAdapter
 from paraserve_backend.tritonserver.stub.slot import Adapter, SlotAdapter
 
@@ -41,9 +41,9 @@ class TritonPythonModel:
         threading.excepthook = _die_loudly
         try:
             self._adapter = _model_adapter(args["model_config"], args["model_name"])
-            _say_loaded(args["model_config"], args["model_name"])
         except ParaServeError as error:
             raise pb_utils.TritonModelException(coded(error)) from error
+        say_loaded(args["model_config"], args["model_name"])
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> Any:
         return self._adapter.execute(requests)
@@ -52,19 +52,6 @@ class TritonPythonModel:
         self._adapter.close()
         # Its metrics must go while Triton still takes that: later it is a segmentation fault.
         del self._adapter
-
-
-def _say_loaded(model_config: str, model: str) -> None:
-    """Let the agent see that this process could serve; Triton may fail to notice (2.51)."""
-    run_dir = run_dir_of(read_config(model_config))
-    if run_dir is None:
-        return
-    path = run_dir.loaded_file(model)
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.touch(0o600)
-    except OSError as error:
-        logger.warning("%s cannot be made: %s", path, error)
 
 
 def _die_loudly(args: threading.ExceptHookArgs) -> None:
