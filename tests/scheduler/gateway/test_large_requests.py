@@ -147,7 +147,7 @@ async def test_reading_that_takes_too_long_is_refused_and_costs_the_process_noth
     try:
         body = b'{"input_ids":[' + b"[]," * 1_000_000 + b"1]}"
         costly = UnreadRequest(form=Form.GENERATE, body=body, is_packed=False, deployment="d")
-        pids = []
+        pids: list[int] = []
         for _ in range(2):
             with pytest.raises(TooCostly, match="takes too much time"):
                 await reading.read(costly)
@@ -206,26 +206,26 @@ def test_a_message_has_a_limited_number_of_entries(field: str, count: int, sente
 
 
 @pytest.mark.parametrize(
-    ("route", "request_fields", "numbers"),
+    ("route", "text", "ids", "numbers"),
     [
-        (pb.Route(max_prompt_bytes=100), {"text": "a" * 101}, ("101", "100")),
-        (pb.Route(max_prompt_bytes=100), {"text": "ä" * 51}, ("102", "100")),
-        (pb.Route(max_context=8), {"ids": 8}, ("8 tokens", "holds 8")),
-        (pb.Route(max_context=8), {"ids": 9}, ("9 tokens", "holds 8")),
+        (pb.Route(max_prompt_bytes=100), "a" * 101, 0, ("101", "100")),
+        (pb.Route(max_prompt_bytes=100), "ä" * 51, 0, ("102", "100")),
+        (pb.Route(max_context=8), "", 8, ("8 tokens", "holds 8")),
+        (pb.Route(max_context=8), "", 9, ("9 tokens", "holds 8")),
     ],
 )
 def test_a_prompt_that_cannot_fit_is_refused_with_both_numbers(
-    route: pb.Route, request_fields: dict[str, object], numbers: tuple[str, str]
+    route: pb.Route, text: str, ids: int, numbers: tuple[str, str]
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        admit(checked(_prompt(**request_fields)), route, may_stream=True)
+        admit(checked(_prompt(text=text, ids=ids)), route, may_stream=True)
     assert all(number in str(caught.value) for number in numbers)
 
 
 def test_a_prompt_that_may_fit_is_admitted() -> None:
     route = pb.Route(max_context=8, max_prompt_bytes=100)
-    for fields in ({"text": "a" * 100}, {"ids": 7}):
-        admit(checked(_prompt(**fields)), route, may_stream=True)
+    for prompt in (_prompt(text="a" * 100), _prompt(ids=7)):
+        admit(checked(prompt), route, may_stream=True)
     # 0 says that the scheduler does not know it.
     admit(checked(_prompt(text="a" * 9000)), pb.Route(), may_stream=True)
 
@@ -253,11 +253,16 @@ async def test_a_prompt_that_cannot_fit_wakes_nobody() -> None:
 async def test_of_one_stream_so_many_requests_run_and_the_next_waits() -> None:
     async with serving(make_config(max_stream_requests=3)) as cluster:
         cluster.triton.script = hanging(1)
-        stream = cluster.stub.ModelStreamInfer()
-        for number in range(6):
-            await stream.write(make_request(id=str(number)))
-        running = [await stream.read() for _ in range(3)]
-        assert {entry.infer_response.id for entry in running if entry} == {"0", "1", "2"}
+        is_over = asyncio.Event()
+
+        async def many() -> AsyncIterator[kserve.ModelInferRequest]:
+            for number in range(6):
+                yield make_request(id=str(number))
+            await is_over.wait()
+
+        stream = cluster.stub.ModelStreamInfer(many())
+        running = [(await anext(aiter(stream))).infer_response.id for _ in range(3)]
+        assert set(running) == {"0", "1", "2"}
         # Another stream is answered, and by then the fourth would have been, too.
         cluster.triton.script = one_answer
         assert len(await read_stream(cluster, make_request(id="other", stream=False))) == 1
