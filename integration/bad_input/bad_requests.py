@@ -239,4 +239,34 @@ BODIES = (
         says="Input 'max_tokens' takes INT32 values, not [1].",
         body=b'{"text_input": "w5", "max_tokens": [[1]]}',
     ),
+    BadBody(
+        what="a text for token ids",
+        says="Input 'input_ids' takes INT32 values, not a string.",
+        body=b'{"input_ids": "1,2"}',
+    ),
+    BadBody(
+        what="a number of very many digits",
+        says="The request body has a whole number of 5000 digits; 100 at most.",
+        body=b'{"text_input": "w5", "max_tokens": ' + b"7" * 5000 + b"}",
+    ),
+    BadBody(
+        what="JSON that is nested very deeply",
+        says="The request body is nested too deeply; 32 levels at most.",
+        body=b'{"text_input": "w5", "x": ' + b"[" * 5000,
+    ),
+    BadBody(
+        what="very many keys",
+        says="The request has 301 keys in one place; 256 at most.",
+        body=b'{"text_input": "w5"' + b"".join(b', "k%d": 1' % n for n in range(300)) + b"}",
+    ),
+    BadBody(
+        what="a name that is between our own processes",
+        says="The name 'command' is reserved for ParaServe's own processes; leave it out.",
+        body=b'{"text_input": "w5", "command": "{}"}',
+    ),
+    BadBody(
+        what="a name of Triton's own",
+        says="The name 'triton_x' is reserved for Triton itself; leave it out.",
+        body=b'{"text_input": "w5", "triton_x": 1}',
+    ),
 )

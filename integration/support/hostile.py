@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from tritonclient.grpc import service_pb2 as kserve
@@ -18,8 +18,13 @@ from tritonclient.grpc import service_pb2 as kserve
 _KIB, _MIB = 1 << 10, 1 << 20
 #: Filled a little less than full: a request just beyond a limit is refused unread.
 _SLACK_BYTES = 512
-_SIZES = {"32 KiB": 32 * _KIB, "4 MiB": 4 * _MIB}
-_PACKED_SIZES = {"4 MiB packed": 4 * _MIB, "64 MiB packed": 64 * _MIB}
+#: What a shape is filled to; of what is packed, unpacked.
+SIZES = {
+    "32 KiB": 32 * _KIB,
+    "4 MiB": 4 * _MIB,
+    "4 MiB packed": 4 * _MIB,
+    "64 MiB packed": 64 * _MIB,
+}
 #: Fastest: the set is made while somebody waits, and repetition packs well at any level.
 _GZIP_LEVEL = 1
 
@@ -47,15 +52,17 @@ class GrpcMessage:
     is_gzipped: bool = False
 
 
-def http_requests(deployment: str) -> Iterator[HttpRequest]:
-    """Yield every hostile HTTP request for a deployment, all of them POST."""
+def http_requests(deployment: str, *, sizes: Container[str] = SIZES) -> Iterator[HttpRequest]:
+    """Yield every hostile HTTP request of these sizes for a deployment, all of them POST."""
     model = f"/v2/models/{deployment}"
     for path, shapes in _HTTP_SHAPES.items():
         for name, shape in shapes.items():
-            for size, size_bytes in _SIZES.items():
+            for size in _plain(sizes):
+                size_bytes = SIZES[size]
                 body = shape(size_bytes - _SLACK_BYTES)
                 yield HttpRequest(name=f"{path}: {name}, {size}", path=f"{model}/{path}", body=body)
-            for size, size_bytes in _PACKED_SIZES.items():
+            for size in _packed(sizes):
+                size_bytes = SIZES[size]
                 yield HttpRequest(
                     name=f"{path}: {name}, {size}",
                     path=f"{model}/{path}",
@@ -65,16 +72,26 @@ def http_requests(deployment: str) -> Iterator[HttpRequest]:
     yield from _lying_headers(model)
 
 
-def grpc_messages(deployment: str) -> Iterator[GrpcMessage]:
-    """Yield every hostile message of gRPC's inference calls."""
+def grpc_messages(deployment: str, *, sizes: Container[str] = SIZES) -> Iterator[GrpcMessage]:
+    """Yield every hostile message of these sizes for gRPC's inference calls."""
     head = _length_delimited(1, deployment.encode())
     for name, shape in _GRPC_SHAPES.items():
-        for size, size_bytes in _SIZES.items():
+        for size in _plain(sizes):
+            size_bytes = SIZES[size]
             message = head + shape(size_bytes - _SLACK_BYTES)
             yield GrpcMessage(name=f"{name}, {size}", message=message)
-        for size, size_bytes in _PACKED_SIZES.items():
+        for size in _packed(sizes):
+            size_bytes = SIZES[size]
             message = gzip.compress(head + shape(size_bytes - _SLACK_BYTES), _GZIP_LEVEL)
             yield GrpcMessage(name=f"{name}, {size}", message=message, is_gzipped=True)
+
+
+def _plain(sizes: Container[str]) -> list[str]:
+    return [size for size in SIZES if size in sizes and not size.endswith("packed")]
+
+
+def _packed(sizes: Container[str]) -> list[str]:
+    return [size for size in SIZES if size in sizes and size.endswith("packed")]
 
 
 # ---- JSON ----

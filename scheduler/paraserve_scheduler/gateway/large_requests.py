@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 #: Imports take half a second of processor time.
 _START_LIMIT_S = 60.0
 _RETRY_AFTER_S = 1.0
+_STANDSTILL_S = 30.0
 
 
 class RequestReading:
@@ -103,7 +104,7 @@ class RequestReading:
         worker = await self._worker()
         try:
             # The process keeps the limit itself; this one is for a process that stands still.
-            async with asyncio.timeout(2 * self._timeout_s):
+            async with asyncio.timeout(self._timeout_s + _STANDSTILL_S):
                 return await worker.ask(request)
         except TimeoutError:
             await self._replace("stands still")
