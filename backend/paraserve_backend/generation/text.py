@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from types import MappingProxyType
 
 from tokenizers import AddedToken, Tokenizer
 
+from paraserve_backend.architectures.added_tokens import added_tokens
 from paraserve_backend.errors import InvalidCheckpoint
 from paraserve_backend.generation.vocabulary import (
     REPLACEMENT,
@@ -16,8 +18,7 @@ from paraserve_backend.generation.vocabulary import (
     vocabulary_of,
 )
 
-#: Of a token in tokenizer_config.json.
-_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
+_NO_CONFIG: Mapping[str, object] = MappingProxyType({})
 #: So many of a prompt's last tokens are searched for text.
 _MAX_LOOKED_BACK = 256
 #: Tokens that are decoded again for the next one, at most; runs of bytes are as long as they are.
@@ -26,8 +27,8 @@ _MAX_WINDOW_TOKENS = 8
 _KEPT_TOKENS = 4
 
 
-def read_tokenizer(content: bytes, config: Mapping[str, Any]) -> Tokenizer:
-    """Read a checkpoint's tokenizer.json, and what its tokenizer_config.json adds.
+def read_tokenizer(content: bytes, config: Mapping[str, object] = _NO_CONFIG) -> Tokenizer:
+    """Read a checkpoint's tokenizer.json, and add what its tokenizer_config.json adds.
 
     Raises:
         InvalidCheckpoint: the file is not a tokenizer, or a token that is to be added is none.
@@ -39,24 +40,10 @@ def read_tokenizer(content: bytes, config: Mapping[str, Any]) -> Tokenizer:
     # A file may store what somebody once trained with; prompts are taken as they are.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _add_tokens(tokenizer, config.get("added_tokens_decoder") or {})
+    present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    added = added_tokens(config, present)
+    tokenizer.add_tokens([AddedToken(**asdict(token)) for token in added])
     return tokenizer
-
-
-def _add_tokens(tokenizer: Tokenizer, by_id: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add the tokens that tokenizer.json lacks, in the order of their ids, as transformers does."""
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    try:
-        entries = [by_id[token_id] for token_id in sorted(by_id, key=int)]
-        tokens = [
-            AddedToken(entry["content"], **{flag: entry[flag] for flag in _FLAGS if flag in entry})
-            for entry in entries
-        ]
-    except (LookupError, TypeError, ValueError):
-        raise InvalidCheckpoint(
-            "tokenizer_config.json: 'added_tokens_decoder' has an entry that is no token."
-        ) from None
-    tokenizer.add_tokens([token for token in tokens if token.content not in known])
 
 
 class Detokenizer:
