@@ -15,7 +15,7 @@ import numpy.typing as npt
 from paraserve_backend.channel.keys import CurveKeys
 from paraserve_backend.channel.mailbox import Post
 from paraserve_backend.channel.transport import Channel, Frame, FrameKind, relay
-from paraserve_backend.daemon.guard import concerns_one, log_failure
+from paraserve_backend.daemon.guard import concerns_one
 from paraserve_backend.engines.native.model.kv_transfer import KvExporter
 from paraserve_backend.engines.native.model.load import load_engine
 from paraserve_backend.engines.native.model.stage import Output
@@ -112,7 +112,7 @@ class _Relay:
         except BaseException as error:
             if not concerns_one(error):
                 raise
-            log_failure(logger, "a forward pass", error)
+            logger.error("a forward pass failed", exc_info=error)
             return _error_frame(frame, "A forward pass failed; see the server's log.")
 
     def _run(self, frame: Frame) -> Frame:

@@ -395,7 +395,8 @@ class GenerateLoop:
 
     def _fail(self, batch: ScheduledBatch, error: BaseException) -> None:
         if not isinstance(error, ParaServeError):
-            log_failure(logger, "a forward pass", error)
+            # It knows numbers alone, and what a device says of itself is needed.
+            logger.error("a forward pass failed", exc_info=error)
             error = Unavailable("A forward pass failed inside the engine; see the server's log.")
         for sequence in self._batcher.fail(batch):
             self._end(sequence, error)

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from paraserve_backend.channel.transport import Buffer
-from paraserve_backend.daemon.guard import guarded
-from paraserve_backend.errors import InvalidRequest, ParaServeError
+from paraserve_backend.daemon.guard import concerns_one, guarded
+from paraserve_backend.errors import InvalidRequest, ParaServeError, Unavailable
 from paraserve_backend.protocol.names import (
     FORWARD_BATCH,
     FORWARD_HIDDEN,
@@ -25,7 +25,7 @@ from paraserve_backend.protocol.parameters import (
 )
 from paraserve_backend.roles.weights import open_weights
 from paraserve_backend.telemetry.spans import SpanName
-from paraserve_backend.tritonserver.stub.requests import answer_errors, shown
+from paraserve_backend.tritonserver.stub.requests import answer_errors
 from paraserve_backend.tritonserver.stub.responses import FINAL, error_response
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,14 @@ class StageAdapter:
             tensors = _tensors(request, FORWARD_BATCH, self._input)
             output = self._role.step(tensors[FORWARD_BATCH].tobytes(), tensors[self._input])
             return pb_utils.InferenceResponse([pb_utils.Tensor(self._output, output)])
+        except ParaServeError as error:
+            return error_response(error)
         except BaseException as error:
-            return error_response(shown(error, "a forward pass"))
+            if not concerns_one(error):
+                raise
+            # It knows numbers alone, and what a device says of itself is needed.
+            logger.error("a forward pass failed", exc_info=error)
+            return error_response(Unavailable("A forward pass failed; see the server's log."))
 
     def close(self) -> None:
         self._role.close()
