@@ -66,6 +66,13 @@ class AgentConfig:
         Path | None,
         "Holds name=secret where Triton runs with --grpc-restricted-protocol=...:name=secret.",
     ] = None
+    store_principal: Annotated[
+        str | None,
+        "Who this node is to object stores. Weights are reused only by nodes and agents of the "
+        "same name. If not set, the access key's id or the role that the AWS settings name. Set "
+        "it where credentials are given out for hours, by a machine's or container's role, else "
+        "weights are fetched anew with each.",
+    ] = None
     tier_bytes: Annotated[
         int | None,
         "Memory for weights of replicas that are gone, so that the next ones need not fetch them; "

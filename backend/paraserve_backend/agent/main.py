@@ -41,6 +41,7 @@ from paraserve_backend.tritonserver.host.client import TritonClient, read_key
 from paraserve_backend.tritonserver.host.repository import ModelRepository
 from paraserve_backend.tritonserver.host.stubs import ProcessTable
 from paraserve_backend.tritonserver.host.unloader import Unloader
+from paraserve_backend.weights.sources.open import Sources
 from paraserve_backend.weights.tiers.disk import DiskTier
 from paraserve_backend.weights.tiers.layout import OBJECTS
 from paraserve_backend.weights.tiers.memory import Tier
@@ -125,7 +126,13 @@ class _Agent:
         node = NodeContext(
             repository=repository,
             unloader=unloader,
-            fetches=Fetches(tier, _fetch_limits(config), token=token, disk=disk),
+            fetches=Fetches(
+                tier,
+                _fetch_limits(config),
+                token=token,
+                disk=disk,
+                sources=Sources(principal=config.store_principal),
+            ),
             keys=KeyStore(RunDir(config.run_dir)),
             slots=slots,
             part_deadline_s=config.part_deadline_s,

@@ -22,7 +22,12 @@ from paraserve_backend.weights.checkpoint.safetensors import (
     is_text,
     parse_header,
 )
-from paraserve_backend.weights.sources.base import Source, StoredObject
+from paraserve_backend.weights.sources.base import (
+    UNKNOWN_STORE,
+    Source,
+    StoredObject,
+    StoreIdentity,
+)
 from paraserve_backend.weights.sources.retry import read_range
 
 CONFIG = "config.json"
@@ -56,6 +61,9 @@ class CheckpointIndex:
     files: tuple[StoredObject, ...]
     objects: tuple[StoredObject, ...]
     tensors: Mapping[str, TensorEntry]
+    #: Where the source was read, and as whom. An index of an earlier version does not say: until
+    #: the model is deployed again, the scheduler finds none of its weights on any node.
+    store: StoreIdentity = UNKNOWN_STORE
 
     @property
     def size_bytes(self) -> int:
@@ -69,6 +77,7 @@ class CheckpointIndex:
             files=self.files,
             objects=self.objects,
             tensors=tuple(self.tensors.values()),
+            store=self.store,
         )
         # A config.json may have NaN and Infinity, which msgspec cannot write.
         return json.dumps(msgspec.to_builtins(record), separators=(",", ":")).encode()
@@ -88,6 +97,7 @@ class CheckpointIndex:
             files=record.files,
             objects=record.objects,
             tensors={tensor.name: tensor for tensor in record.tensors},
+            store=record.store,
         )
 
 
@@ -99,6 +109,7 @@ class _StoredIndex(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[StoredObject, ...]
     objects: tuple[StoredObject, ...]
     tensors: tuple[TensorEntry, ...]
+    store: StoreIdentity = UNKNOWN_STORE
 
 
 def read_index(source: Source) -> CheckpointIndex:
@@ -125,6 +136,7 @@ def read_index(source: Source) -> CheckpointIndex:
         files=tuple(stored[key] for key in SMALL_FILES if key in stored),
         objects=objects,
         tensors=tensors,
+        store=source.store,
     )
 
 

@@ -12,6 +12,7 @@ from paraserve_backend.errors import (
     SourceUnavailable,
 )
 from paraserve_backend.weights.sources.base import (
+    FOLDERS,
     StoredObject,
     check_key,
 )
@@ -26,6 +27,7 @@ class FolderSource:
 
     def __init__(self, uri: str, folder: Path) -> None:
         self.uri = uri
+        self.store = FOLDERS
         self._folder = folder
 
     def list(self) -> tuple[StoredObject, ...]:

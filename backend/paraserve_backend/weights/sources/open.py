@@ -6,7 +6,6 @@ Object stores are in `sources.s3`, which is imported only when one is opened.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +16,8 @@ from paraserve_backend.errors import (
     ParaServeError,
 )
 from paraserve_backend.weights.sources.base import (
-    Connection,
     Source,
-    StoredObject,
+    StoreIdentity,
 )
 
 if TYPE_CHECKING:
@@ -28,11 +26,17 @@ from paraserve_backend.weights.sources.folder import FolderSource
 
 
 class Sources:
-    """Opens sources, and keeps for the next one what takes long to make. Thread-safe."""
+    """Opens sources, and keeps for the next one what takes long to make. Thread-safe.
 
-    def __init__(self) -> None:
+    `principal` is the name of who reads object stores here, where the credentials do not tell it.
+    """
+
+    def __init__(self, *, principal: str | None = None) -> None:
+        self._principal = principal
         self._lock = threading.Lock()
         self._clients: S3Clients | None = None
+        #: Who reads at each endpoint, as last opened.
+        self._principals: dict[str, str] = {}
 
     def open(
         self, uri: str, *, endpoint_url: str | None = None, region: str | None = None
@@ -49,7 +53,22 @@ class Sources:
 
         with self._lock:
             self._clients = self._clients or S3Clients()
-        return open_s3(uri, endpoint_url=endpoint_url, region=region, clients=self._clients)
+        source = open_s3(
+            uri,
+            endpoint_url=endpoint_url,
+            region=region,
+            clients=self._clients,
+            principal=self._principal,
+        )
+        self._principals[source.store.endpoint] = source.store.principal
+        return source
+
+    def may_use(self, store: StoreIdentity) -> bool:
+        """Whether bytes of a store are of use to the next fetch, as far as is known.
+
+        Those that were read with credentials that have been replaced since are not.
+        """
+        return self._principals.get(store.endpoint, store.principal) == store.principal
 
     def prepare(self) -> None:
         """Make what every object store needs before the first of them is wanted."""
@@ -86,25 +105,3 @@ def _open_folder(uri: str, folder: Path) -> FolderSource:
     if not folder.is_absolute():
         raise InvalidRequest(f"model folder {uri!r} must be an absolute path: nodes have no cwd")
     return FolderSource(uri, folder)
-
-
-class LazySource:
-    """A source that is opened when it is first used, by whichever thread that is."""
-
-    def __init__(self, uri: str, open_it: Callable[[], Source]) -> None:
-        self.uri = uri
-        self._open = open_it
-        self._lock = threading.Lock()
-        self._opened: Source | None = None
-
-    def list(self) -> tuple[StoredObject, ...]:
-        return self._source().list()
-
-    def connect(self) -> Connection:
-        return self._source().connect()
-
-    def _source(self) -> Source:
-        with self._lock:
-            if self._opened is None:
-                self._opened = self._open()
-            return self._opened

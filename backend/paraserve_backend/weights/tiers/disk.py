@@ -102,6 +102,7 @@ class DiskTier:
             identities = [self._identities[name] for name, found in self._extents.items() if found]
         return tuple(
             TierObject(
+                store=identity.store,
                 source_uri=identity.source_uri,
                 stored=identity.stored,
                 landed=self.byte_ranges(identity.name),
@@ -156,7 +157,7 @@ class DiskTier:
         size_bytes = byte_range[1] - byte_range[0]
         if self.is_resting or not self._make_room(whole_blocks(size_bytes), kept):
             return False
-        identity = Identity(source_uri=found.source_uri, stored=found.stored)
+        identity = Identity(store=found.store, source_uri=found.source_uri, stored=found.stored)
         try:
             folder = identity.make_folder(self.directory)
             extent = write_extent(folder, byte_range[0], size_bytes, buffer)

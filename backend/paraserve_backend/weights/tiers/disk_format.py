@@ -21,7 +21,7 @@ import numpy as np
 
 from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES
-from paraserve_backend.weights.sources.base import StoredObject, check_key
+from paraserve_backend.weights.sources.base import StoredObject, StoreIdentity, check_key
 from paraserve_backend.weights.tiers.layout import OBJECTS, object_name, write_atomically
 
 #: Extents end at multiples of this in their object, as a fetch's parts do.
@@ -191,12 +191,13 @@ class Held:
 class Identity:
     """The object version that a folder is for."""
 
+    store: StoreIdentity
     source_uri: str
     stored: StoredObject
 
     @property
     def name(self) -> str:
-        return object_name(self.source_uri, self.stored)
+        return object_name(self.store, self.source_uri, self.stored)
 
     def make_folder(self, directory: Path) -> Path:
         """Make the folder for this object's extents, if it is not there."""

@@ -26,7 +26,12 @@ from paraserve_backend import errors
 from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, split_parts
-from paraserve_backend.weights.sources.base import ObjectRange, StoredObject
+from paraserve_backend.weights.sources.base import (
+    UNKNOWN_STORE,
+    ObjectRange,
+    StoredObject,
+    StoreIdentity,
+)
 
 OBJECTS = "objects"
 MANIFEST = "manifest.json"
@@ -42,9 +47,12 @@ class FetchStatus(IntEnum):
     FAILED = 3
 
 
-def object_name(source_uri: str, stored: StoredObject) -> str:
-    """Return the file name of one object version; two fetches of it share that file."""
-    identity = json.dumps([source_uri, stored.key, stored.version])
+def object_name(store: StoreIdentity, source_uri: str, stored: StoredObject) -> str:
+    """Return the file name of one object version; two fetches of it share that file.
+
+    It is the same on every node and tells nobody anything: peers ask each other by it.
+    """
+    identity = json.dumps([store.endpoint, store.principal, source_uri, stored.key, stored.version])
     return hashlib.sha256(identity.encode()).hexdigest()[:40]
 
 
@@ -65,7 +73,10 @@ class Manifest:
     @classmethod
     def read(cls, fetch_dir: Path) -> Manifest:
         """Raises `FileNotFoundError` where there is no such fetch, `ValueError` for other bytes."""
-        return msgspec.json.decode((fetch_dir / MANIFEST).read_bytes(), type=cls)
+        found = msgspec.json.decode((fetch_dir / MANIFEST).read_bytes(), type=cls)
+        if found.plan.store == UNKNOWN_STORE:
+            raise ValueError("it does not say from which store its bytes are")
+        return found
 
 
 class PartTable:

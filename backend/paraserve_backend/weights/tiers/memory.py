@@ -27,10 +27,11 @@ from paraserve_backend.errors import (
 )
 from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES, FetchPlan
-from paraserve_backend.weights.sources.base import Holding, StoredObject
+from paraserve_backend.weights.sources.base import UNKNOWN_STORE, Holding, StoredObject
 from paraserve_backend.weights.tiers.contents import Claim, TierContents, TierObject
 from paraserve_backend.weights.tiers.eviction import (
     CACHE,
+    CachedObject,
     CacheIndex,
     page_range,
     whole_pages,
@@ -102,8 +103,11 @@ class Tier:
 
         With the same plan it is idempotent: a fetch that failed goes on where it stopped. Bytes
         that are in place already count as landed. Raises `AlreadyExists` where the id belongs to
-        another plan.
+        another plan, or to the same one with another store, and `InvalidRequest` where the plan
+        does not say from which store it is.
         """
+        if plan.store == UNKNOWN_STORE:
+            raise InvalidRequest(f"fetch plan {plan.fetch_id} does not say from which store it is")
         with self._lock:
             fetch = self._fetches.get(plan.fetch_id)
             if fetch is None:
@@ -247,7 +251,7 @@ class Tier:
     def _create(self, manifest: Manifest) -> TierFetch:
         plan = manifest.plan
         for stored in plan.objects:
-            with self._path(plan.source_uri, stored).open("ab") as file:
+            with self._path(plan, stored).open("ab") as file:
                 file.truncate(stored.size_bytes)
         fetch_dir = TierDir(self.directory).fetch(plan.fetch_id)
         (fetch_dir / FILES).mkdir(parents=True, exist_ok=True)
@@ -276,14 +280,13 @@ class Tier:
         """Trust what has landed of a fetch after its release."""
         used = self._cache.tick()
         for stored in fetch.plan.objects:
-            byte_ranges = fetch.landed_ranges(stored.key)
-            self._cache.add(fetch.plan.source_uri, stored, byte_ranges, used)
+            self._cache.add(_unused(fetch.plan, stored), fetch.landed_ranges(stored.key), used)
         for stored in fetch.plan.files:
-            path = self._path(fetch.plan.source_uri, stored)
+            path = self._path(fetch.plan, stored)
             if stored.size_bytes and fetch.has_file(stored.key):
                 with suppress(FileExistsError):
                     path.hardlink_to(fetch.file_path(stored.key))
-                self._cache.add(fetch.plan.source_uri, stored, ((0, stored.size_bytes),), used)
+                self._cache.add(_unused(fetch.plan, stored), ((0, stored.size_bytes),), used)
 
     def _trim(self, *, wanted_bytes: int = 0) -> None:
         """Remove what is cached beyond the limit, or in the way of `wanted_bytes` to come."""
@@ -312,8 +315,8 @@ class Tier:
         for byte_range in subtract(merge(map(page_range, byte_ranges)), kept):
             free_range(path, byte_range)
 
-    def _path(self, source_uri: str, stored: StoredObject) -> Path:
-        return self.directory / OBJECTS / object_name(source_uri, stored)
+    def _path(self, plan: FetchPlan, stored: StoredObject) -> Path:
+        return self.directory / OBJECTS / object_name(plan.store, plan.source_uri, stored)
 
     def _drop_lost_bytes(self) -> None:
         """Trust nothing that the index has and the object file has not."""
@@ -329,6 +332,11 @@ class Tier:
         """Free what an earlier agent wrote without having come to trust it."""
         for name, found in self._cache.objects.items():
             self._free(name, [(0, found.stored.size_bytes)])
+
+
+def _unused(plan: FetchPlan, stored: StoredObject) -> CachedObject:
+    """Return an object as the cache has it before any of its bytes are to stay."""
+    return CachedObject(store=plan.store, source_uri=plan.source_uri, stored=stored, extents=())
 
 
 def _missing_bytes(fetch: TierFetch) -> int:

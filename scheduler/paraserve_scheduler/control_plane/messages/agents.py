@@ -96,7 +96,10 @@ def _failure(message: pb.Failure) -> Failure:
 def peer_addresses(view: ClusterView, deployment: Deployment, node: str) -> tuple[str, ...]:
     """Where `node` may read some of a deployment's weights, the nodes that have most first."""
     index = deployment.index
-    wanted = {(f"{index.source_uri}/{stored.key}", stored.version) for stored in index.objects}
+    wanted = {
+        (index.store.key_of(index.source_uri, stored.key), stored.version)
+        for stored in index.objects
+    }
     held = [
         (
             sum(

@@ -265,7 +265,7 @@ async def test_removing_a_replica_releases_fetches_without_a_part(
         await (await node.fetches.start(make_request(each), HANG_S)).wait()
     assert await node.parts.remove("tiny.1") is True
     objects, _ = await node.fetches.contents()
-    assert {found.key.startswith(other.source_uri) for found in objects} == {True}
+    assert {found.key.startswith(f"file:// {other.source_uri}/") for found in objects} == {True}
 
 
 @pytest.mark.parametrize(

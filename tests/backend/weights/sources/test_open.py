@@ -20,7 +20,7 @@ from paraserve_backend.errors import (
     SourceUnavailable,
 )
 from paraserve_backend.weights.sources.base import Source, StoredObject
-from paraserve_backend.weights.sources.open import LazySource, Sources, open_source
+from paraserve_backend.weights.sources.open import Sources, open_source
 from paraserve_backend.weights.sources.retry import read_range
 from tests.support.stores import (
     BUCKET,
@@ -91,22 +91,6 @@ def test_a_folder_may_be_a_file_uri_and_hold_links(bucket: Path, tmp_path: Path)
 def test_a_uri_of_another_form_is_refused(uri: str) -> None:
     with pytest.raises(InvalidRequest):
         open_source(uri)
-
-
-def test_a_lazy_source_is_opened_once_when_it_is_first_used(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    opened: list[str] = []
-
-    def open_it() -> Source:
-        opened.append(str(tmp_path))
-        return open_source(str(tmp_path))
-
-    source = LazySource(str(tmp_path), open_it)
-    assert (source.uri, opened) == (str(tmp_path), [])
-    (stored,) = source.list()
-    source.connect().close()
-    assert stored.key == "config.json"
-    assert len(opened) == 1
 
 
 def test_a_missing_or_empty_folder_is_not_found(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from paraserve_scheduler.control_plane.messages.agents import (
     peer_addresses,
 )
 from paraserve_scheduler.control_plane.messages.gateways import route_table
+from paraserve_scheduler.reconciler.model_shapes import held_keys
 from paraserve_scheduler.state.events import NodeRegistered, PartReported
 from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.spec import Deployment
@@ -21,16 +22,21 @@ from tests.support.scheduler_records import NOW_S, make_deployment
 
 
 def reported(
-    deployment: Deployment, landed_bytes: dict[str, int], version: str | None
+    deployment: Deployment,
+    landed_bytes: dict[str, int],
+    version: str | None = None,
+    endpoint: str | None = None,
 ) -> ClusterView:
     """A view after heartbeats of nodes that hold so much of the deployment's one object."""
     (stored,) = deployment.index.objects
+    index = deployment.index
+    store = replace(index.store, endpoint=endpoint) if endpoint else index.store
     view = ClusterView(started_s=NOW_S, listening_since_s=NOW_S)
     for number, (name, size_bytes) in enumerate(landed_bytes.items()):
         info = node_info(pb.NodeInfo(name=name, peer_address=f"10.0.0.{number}:1"))
         view = fold(view, NodeRegistered(info=info, at_s=NOW_S))
         held = pb.TierObject(
-            key=f"{deployment.index.source_uri}/{stored.key}",
+            key=store.key_of(index.source_uri, stored.key),
             version=version or stored.version,
             landed_bytes=size_bytes,
         )
@@ -49,6 +55,14 @@ def test_another_version_is_nothing() -> None:
     deployment = make_deployment()
     view = reported(deployment, {"a": 5}, "another")
     assert peer_addresses(view, deployment, "b") == ()
+
+
+def test_the_same_name_in_another_store_is_nothing() -> None:
+    deployment = make_deployment()
+    view = reported(deployment, {"a": 5}, endpoint="http://10.6.6.6:9000")
+    assert peer_addresses(view, deployment, "b") == ()
+    tier = view.nodes["a"].tier
+    assert [found for found in tier if found.key in held_keys(deployment)] == []
 
 
 def test_a_node_that_serves_nobody_is_no_peer() -> None:
