@@ -28,10 +28,11 @@ from paraserve_backend.agent.service import AgentService
 from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.agent.watchdog import Watchdog
 from paraserve_backend.channel.keys import KeyStore
+from paraserve_backend.daemon.private_files import own_folder
 from paraserve_backend.daemon.process import run_daemon
 from paraserve_backend.daemon.settings import read_token
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.run_dir import RunDir
+from paraserve_backend.protocol.run_dir import RUN_DIR_ENTRIES, RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.addresses import split_address, with_port
 from paraserve_backend.rpc.auth import require_loopback
@@ -63,6 +64,7 @@ async def run(config: AgentConfig) -> None:
     async with AsyncExitStack() as stack:
         triton = TritonClient(config.triton, key=read_key(config.triton_key_file))
         stack.push_async_callback(triton.close)
+        own_folder(config.run_dir, entries=RUN_DIR_ENTRIES)
         tier = Tier.open(RunDir(config.run_dir).tier.path, cache_bytes=sys.maxsize)
         config = _with_memory(config, tier)
         tier.limit_cache(config.tier_bytes or 0)
@@ -131,7 +133,7 @@ class _Agent:
                 _fetch_limits(config),
                 token=token,
                 disk=disk,
-                sources=Sources(principal=config.store_principal),
+                sources=Sources(principal=config.store_principal, roots=config.source_roots),
             ),
             keys=KeyStore(RunDir(config.run_dir)),
             slots=slots,

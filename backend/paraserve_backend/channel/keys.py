@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from paraserve_backend.daemon.private_files import create_file, make_folder
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
@@ -20,11 +20,11 @@ class KeyStore:
 
     def write(self, replica: str, keys: pb.ChannelKeys) -> None:
         path = self._run_dir.key_file(replica)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # O_EXCL on a fresh name: nobody can have put a readable file there before us.
+        for folder in (self._run_dir.path, self._run_dir.keys, path.parent):
+            make_folder(folder)
+        # A fresh name: nobody can have put a readable file there before us.
         path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        with open(create_file(path), "w", encoding="ascii") as file:
             file.write(f"{keys.public_key}\n{keys.secret_key}\n")
 
     def remove(self, replica: str) -> None:

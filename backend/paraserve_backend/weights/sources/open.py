@@ -6,6 +6,7 @@ Object stores are in `sources.s3`, which is imported only when one is opened.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,10 +30,12 @@ class Sources:
     """Opens sources, and keeps for the next one what takes long to make. Thread-safe.
 
     `principal` is the name of who reads object stores here, where the credentials do not tell it.
+    With `roots`, only folders in one of them are read.
     """
 
-    def __init__(self, *, principal: str | None = None) -> None:
+    def __init__(self, *, principal: str | None = None, roots: Sequence[Path] = ()) -> None:
         self._principal = principal
+        self._roots = roots
         self._lock = threading.Lock()
         self._clients: S3Clients | None = None
         #: Who reads at each endpoint, as last opened.
@@ -47,7 +50,7 @@ class Sources:
         except ValueError:
             raise _not_a_source(uri) from None
         if parts.scheme != "s3":
-            return _open_path(uri, parts)
+            return _open_path(uri, parts, self._roots)
         # boto3 takes 0.3 s to import, which a folder need not pay.
         from paraserve_backend.weights.sources.s3 import S3Clients, open_s3
 
@@ -85,11 +88,11 @@ def open_source(uri: str, *, endpoint_url: str | None = None, region: str | None
     return Sources().open(uri, endpoint_url=endpoint_url, region=region)
 
 
-def _open_path(uri: str, parts: SplitResult) -> FolderSource:
+def _open_path(uri: str, parts: SplitResult, roots: Sequence[Path]) -> FolderSource:
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        return _open_folder(uri, Path(unquote(parts.path)))
+        return _open_folder(uri, Path(unquote(parts.path)), roots)
     if uri and not parts.scheme:
-        return _open_folder(uri, Path(uri))
+        return _open_folder(uri, Path(uri), roots)
     raise _not_a_source(uri)
 
 
@@ -99,9 +102,9 @@ def _not_a_source(uri: str) -> InvalidRequest:
     )
 
 
-def _open_folder(uri: str, folder: Path) -> FolderSource:
+def _open_folder(uri: str, folder: Path, roots: Sequence[Path]) -> FolderSource:
     if "\0" in str(folder):
         raise _not_a_source(uri)
     if not folder.is_absolute():
         raise InvalidRequest(f"model folder {uri!r} must be an absolute path: nodes have no cwd")
-    return FolderSource(uri, folder)
+    return FolderSource(uri, folder, roots=roots)

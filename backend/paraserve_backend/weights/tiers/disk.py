@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from paraserve_backend.byte_ranges import ByteRange, merge, within
+from paraserve_backend.daemon.private_files import make_folder, own_folder
 from paraserve_backend.weights.tiers.contents import TierObject
 from paraserve_backend.weights.tiers.disk_format import (
     DamagedExtent,
@@ -31,7 +32,7 @@ from paraserve_backend.weights.tiers.disk_format import (
     whole_extents,
     write_extent,
 )
-from paraserve_backend.weights.tiers.filesystem import lock_folder
+from paraserve_backend.weights.tiers.filesystem import LOCK, lock_folder
 from paraserve_backend.weights.tiers.layout import OBJECTS
 
 logger = logging.getLogger(__name__)
@@ -70,9 +71,11 @@ class DiskTier:
     ) -> DiskTier:
         """Open or create a tier of at most `disk_bytes`, with what an earlier agent left in it.
 
-        Raises `AlreadyExists` where another process has it open.
+        Raises `AlreadyExists` where another process has it open, and `InvalidRequest` where the
+        folder is not ours alone.
         """
-        (directory / OBJECTS).mkdir(parents=True, exist_ok=True)
+        own_folder(directory, entries=(OBJECTS, LOCK))
+        make_folder(directory / OBJECTS)
         disk = cls(directory, lock_folder(directory), disk_bytes, now)
         disk._load()
         disk._make_room(0, lambda _: ())

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from paraserve_backend.byte_ranges import ByteRange
+from paraserve_backend.daemon.private_files import make_folder
 from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES
 from paraserve_backend.weights.sources.base import StoredObject, StoreIdentity, check_key
 from paraserve_backend.weights.tiers.layout import OBJECTS, object_name, write_atomically
@@ -115,7 +116,9 @@ def write_extent(folder: Path, start: int, size_bytes: int, buffer: memoryview) 
     extent = DiskExtent(start=start, end=start + size_bytes, checksum=checksum(buffer[:size_bytes]))
     unfinished = folder / f".{extent.file_name}"
     try:
+        unfinished.unlink(missing_ok=True)
         with _opened(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+            os.fchmod(fd, 0o600)
             _write_all(fd, buffer[: extent.disk_bytes])
             os.ftruncate(fd, size_bytes)
         unfinished.rename(folder / extent.file_name)
@@ -129,12 +132,12 @@ def write_extent(folder: Path, start: int, size_bytes: int, buffer: memoryview) 
 def _opened(path: Path, flags: int) -> Iterator[int]:
     """Open for direct I/O, or, where the file system has none, through the page cache."""
     try:
-        fd = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, flags | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         is_direct = True
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         is_direct = False
     try:
         yield fd
@@ -203,7 +206,7 @@ class Identity:
         """Make the folder for this object's extents, if it is not there."""
         folder = directory / OBJECTS / self.name
         if not (folder / _OBJECT).exists():
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
             write_atomically(folder / _OBJECT, msgspec.json.encode(self))
         return folder
 

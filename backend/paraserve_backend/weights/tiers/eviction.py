@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from paraserve_backend.byte_ranges import ByteRange, merge, subtract
+from paraserve_backend.daemon.private_files import make_folder
 from paraserve_backend.weights.sources.base import StoredObject, StoreIdentity, check_key
 from paraserve_backend.weights.tiers.layout import object_name, write_atomically
 
@@ -87,7 +88,7 @@ class CacheIndex:
     @classmethod
     def open(cls, directory: Path) -> CacheIndex:
         """Read what an earlier agent left; an entry that cannot be read is dropped."""
-        directory.mkdir(exist_ok=True)
+        make_folder(directory)
         objects = {}
         for path in sorted(directory.iterdir()):
             try:

@@ -24,6 +24,7 @@ import msgspec
 
 from paraserve_backend import errors
 from paraserve_backend.byte_ranges import ByteRange
+from paraserve_backend.daemon.private_files import create_file
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, split_parts
 from paraserve_backend.weights.sources.base import (
@@ -126,7 +127,9 @@ class ProgressFile:
 
     @staticmethod
     def create(path: Path, *, parts: int) -> None:
-        path.write_bytes(bytes([FetchStatus.RUNNING]) + bytes(parts + _ERROR_BYTES))
+        fd = create_file(path)
+        with open(fd, "wb") as file:
+            file.write(bytes([FetchStatus.RUNNING]) + bytes(parts + _ERROR_BYTES))
 
     @property
     def status(self) -> FetchStatus:
@@ -170,7 +173,9 @@ class ProgressFile:
 
 
 def write_atomically(path: Path, content: bytes | bytearray | memoryview) -> None:
-    """Write a file that a reader finds complete or not at all."""
+    """Write a file of ours that a reader finds complete or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
+    unfinished.unlink(missing_ok=True)
+    with open(create_file(unfinished), "wb") as file:
+        file.write(content)
     unfinished.rename(path)

@@ -19,6 +19,7 @@ from paraserve_backend.byte_ranges import (
     subtract,
     within,
 )
+from paraserve_backend.daemon.private_files import create_file, make_folder, own_folder
 from paraserve_backend.errors import (
     AlreadyExists,
     InvalidRequest,
@@ -37,6 +38,7 @@ from paraserve_backend.weights.tiers.eviction import (
     whole_pages,
 )
 from paraserve_backend.weights.tiers.filesystem import (
+    LOCK,
     first_hole,
     free_bytes,
     free_range,
@@ -84,10 +86,12 @@ class Tier:
         """Open or create a tier; fetches that another agent left unfinished count as failed.
 
         What an earlier agent had cached is used again as far as its bytes are there. Raises
-        `AlreadyExists` where another process has the tier open.
+        `AlreadyExists` where another process has the tier open, and `InvalidRequest` where the
+        folder is not ours alone.
         """
-        (directory / OBJECTS).mkdir(parents=True, exist_ok=True)
-        TierDir(directory).fetches.mkdir(exist_ok=True)
+        own_folder(directory, entries=(OBJECTS, CACHE, TierDir(directory).fetches.name, LOCK))
+        make_folder(directory / OBJECTS)
+        make_folder(TierDir(directory).fetches)
         tier = cls(directory, lock_folder(directory), cache_bytes)
         for fetch_dir in sorted(TierDir(directory).fetches.iterdir()):
             tier._load(fetch_dir)
@@ -251,10 +255,14 @@ class Tier:
     def _create(self, manifest: Manifest) -> TierFetch:
         plan = manifest.plan
         for stored in plan.objects:
-            with self._path(plan, stored).open("ab") as file:
-                file.truncate(stored.size_bytes)
+            fd = create_file(self._path(plan, stored), at_most_one=False)
+            try:
+                os.ftruncate(fd, stored.size_bytes)
+            finally:
+                os.close(fd)
         fetch_dir = TierDir(self.directory).fetch(plan.fetch_id)
-        (fetch_dir / FILES).mkdir(parents=True, exist_ok=True)
+        make_folder(fetch_dir)
+        make_folder(fetch_dir / FILES)
         ProgressFile.create(fetch_dir / PROGRESS, parts=len(manifest.parts))
         write_atomically(fetch_dir / MANIFEST, manifest.to_json())
         fetch = self._fetches[plan.fetch_id] = TierFetch(self.directory, manifest)

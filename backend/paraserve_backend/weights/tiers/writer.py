@@ -147,7 +147,7 @@ class TierFetch:
         with self._lock:
             if key not in self._descriptors:
                 path = self._tier_dir / OBJECTS / self.name_of(self._objects[key])
-                self._descriptors[key] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                self._descriptors[key] = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             return self._descriptors[key]
 
     def _close_objects(self) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from paraserve_backend.architectures.registry import model_spec
 from paraserve_backend.architectures.spec import LayerRange, ModelSpec
@@ -16,7 +18,7 @@ from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
 from paraserve_backend.protocol.names import EngineName
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex, read_index
-from paraserve_backend.weights.sources.open import open_source
+from paraserve_backend.weights.sources.open import Sources
 from paraserve_scheduler.control_plane.config import DeploymentDefaults
 from paraserve_scheduler.state.spec import Deployment, DeploymentSpec
 
@@ -52,15 +54,18 @@ def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> 
     return DeploymentSpec(**asdict(defaults) | stated | checked)
 
 
-def read_deployment(spec: DeploymentSpec) -> Deployment:
+def read_deployment(spec: DeploymentSpec, source_roots: Sequence[Path] = ()) -> Deployment:
     """Read the checkpoint's headers and check that we can run what they describe.
+
+    Folders are read below `source_roots` only, where there are any.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel: the files are wrong or of a kind we cannot run.
         InvalidRequest: the source or the context length does not make sense.
         NotFound, AccessDenied, SourceUnavailable: the source cannot be read.
     """
-    source = open_source(spec.source, endpoint_url=spec.endpoint_url, region=spec.region)
+    sources = Sources(roots=source_roots)
+    source = sources.open(spec.source, endpoint_url=spec.endpoint_url, region=spec.region)
     index = read_index(source)
     model = model_spec(index.config)
     _check_weights(model, index)

@@ -365,7 +365,7 @@ from paraserve_backend.weights.tiers.memory import Tier
 from tests.support.checkpoints import land, make_plan
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 small, model = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "none", str(small)], check=True)
 now = [0.0]
 disk = DiskTier.open(small, disk_bytes=1 << 40, now=lambda: now[0])
 tier = Tier.open(small.parent / "tier", cache_bytes=1 << 30)
