@@ -130,6 +130,8 @@ async def test_an_unexpected_error_is_reported_without_its_details(
     assert last.failure.grpc_code == "INTERNAL"
     assert str(tmp_path) not in last.failure.message
     assert "Error" in last.failure.message
+    in_the_way.rmdir()
+    in_the_way.parent.rmdir()
     await node.assert_nothing_left()
 
 
