@@ -73,10 +73,12 @@ class DiskUpkeep:
         """Returns whether the disk takes more."""
         start, end = byte_range
         try:
-            with self._tier.reading(found.name, byte_range) as (path, _), path.open("rb") as file:
-                os.preadv(file.fileno(), [self._buffer[: end - start]], start)
-        except NotFound:
+            with self._tier.reading(found.name, byte_range) as (fd, _):
+                count = os.preadv(fd, [self._buffer[: end - start]], start)
+        except (NotFound, OSError):
             return True  # it has left the memory meanwhile
+        if count != end - start:
+            return True  # somebody has cut the file off
         return self._disk.save(found, byte_range, self._buffer, self._kept)
 
     def _kept(self, name: str) -> Sequence[ByteRange]:

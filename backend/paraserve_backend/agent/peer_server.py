@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from paraserve_backend.byte_ranges import ByteRange
@@ -197,21 +196,24 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(400, b"Ask for one range of bytes.")
             return
         byte_range = (int(found[1]), int(found[2]) + 1)
+        if byte_range[0] >= byte_range[1]:
+            self._answer(400, b"Ask for a range that ends after it begins.")
+            return
         try:
-            with self.server.tier.reading(name, byte_range) as (path, read):
-                self._send(path, byte_range, version=read.version, size_bytes=read.size_bytes)
+            with self.server.tier.reading(name, byte_range) as (fd, read):
+                self._send(fd, byte_range, version=read.version, size_bytes=read.size_bytes)
         except NotFound as error:
             holding = self.server.tier.holdings([name])[name]
             self._answer(416 if holding.landed else 404, str(error).encode())
 
-    def _send(self, path: Path, byte_range: ByteRange, *, version: str, size_bytes: int) -> None:
+    def _send(self, fd: int, byte_range: ByteRange, *, version: str, size_bytes: int) -> None:
         start, end = byte_range
         self.send_response(206)
         self.send_header("Content-Length", str(end - start))
         self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size_bytes}")
         self.send_header("ETag", f'"{version}"')
         self.end_headers()
-        with path.open("rb") as file:
+        with open(fd, "rb", closefd=False) as file:
             for at in range(start, end, _STEP_BYTES):
                 count = min(_STEP_BYTES, end - at)
                 self.server.rate.wait(count)

@@ -75,7 +75,7 @@ class Sources:
 
     def prepare(self) -> None:
         """Make what every object store needs before the first of them is wanted."""
-        with suppress(ParaServeError):  # whoever opens one is told
+        with suppress(ParaServeError, OSError, ImportError):  # whoever opens one is told
             self.open("s3://any")
 
 

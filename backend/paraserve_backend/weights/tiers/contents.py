@@ -88,8 +88,8 @@ class TierContents:
 
     def holding(self, name: str) -> Holding:
         landed = self.landed(name)
-        if (path := self.file(name)) is not None:
-            landed = ((0, path.stat().st_size),)
+        if self.file(name) is not None:
+            landed = ((0, self._identity(name).size_bytes),)
         coming: list[ByteRange] = []
         for fetch in self.having(name):
             if fetch.status is not FetchStatus.RUNNING:
@@ -115,7 +115,9 @@ class TierContents:
         """Return where a small file lies whole, if any fetch has or had it."""
         cached = self._cache.objects.get(name)
         if cached is not None and cached.byte_ranges == ((0, cached.stored.size_bytes),):
-            return self._directory / OBJECTS / name
+            path = self._directory / OBJECTS / name
+            if path.exists():
+                return path
         for fetch in self.having(name):
             if name in fetch.file_names and fetch.has_file(fetch.file_names[name].key):
                 return fetch.file_path(fetch.file_names[name].key)
