@@ -86,8 +86,8 @@ async def run(config: AgentConfig) -> None:
         await server.start()
         info = node_info(config, port, proc=Path("/proc"), dev=Path("/dev"))
         if agent.peers is not None:
-            agent.peers.start()
             info.peer_address = config.advertise_peers or _peer_address(info, agent.peers)
+            agent.peers.start(info.peer_address)
         await agent.serve(Registration(scheduler, info, agent.status, agent.changed))
 
 

@@ -171,6 +171,11 @@ class DiskTier:
             self._add(identity, extent)
         return True
 
+    def drop(self, name: str, byte_range: ByteRange) -> None:
+        """Forget all extents that have any of these bytes."""
+        for held in self.touching(name, byte_range):
+            self._drop(held)
+
     def check_integrity(self) -> tuple[str, ...]:
         """Return one sentence for every file that is not as the index says; reads no content."""
         return tuple(disk_problems(self.directory, self.extents()))

@@ -15,6 +15,7 @@ import msgspec
 from paraserve_backend.byte_ranges import ByteRange, merge, subtract
 from paraserve_backend.daemon.private_files import make_folder
 from paraserve_backend.weights.sources.base import StoredObject, StoreIdentity, check_key
+from paraserve_backend.weights.tiers.digests import Piece
 from paraserve_backend.weights.tiers.layout import object_name, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class CachedObject:
     source_uri: str
     stored: StoredObject
     extents: tuple[Extent, ...]
+    #: What is known of the bytes.
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def name(self) -> str:
@@ -122,7 +125,7 @@ class CacheIndex:
         """
         if byte_ranges:
             before = self._objects.get(found.name, found)
-            self._put(before.with_ranges(byte_ranges, used))
+            self._put(replace(before.with_ranges(byte_ranges, used), pieces=found.pieces))
 
     def remove(self, name: str, byte_ranges: Sequence[ByteRange]) -> None:
         """Trust these bytes no longer; to be called before they go."""

@@ -6,6 +6,7 @@ for the next fetch of the same object version; `tiers.eviction` says which.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -30,6 +31,7 @@ from paraserve_backend.protocol.run_dir import TierDir
 from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES, FetchPlan
 from paraserve_backend.weights.sources.base import UNKNOWN_STORE, Holding, StoredObject
 from paraserve_backend.weights.tiers.contents import Claim, TierContents, TierObject
+from paraserve_backend.weights.tiers.digests import DigestBook
 from paraserve_backend.weights.tiers.eviction import (
     CACHE,
     CachedObject,
@@ -58,6 +60,8 @@ from paraserve_backend.weights.tiers.layout import (
 )
 from paraserve_backend.weights.tiers.writer import TierFetch, room_for
 
+logger = logging.getLogger(__name__)
+
 #: Room for a fetch's own files: its spans, the index of what stays of it.
 _RECORDS_BYTES = 64 << 10
 
@@ -76,6 +80,9 @@ class Tier:
         self._lock_fd = lock_fd
         self._cache_bytes = cache_bytes
         self._cache = CacheIndex.open(directory / CACHE)
+        self.digests = DigestBook()
+        for name, found in self._cache.objects.items():
+            self.digests.add(name, found.pieces)
         self._fetches: dict[str, TierFetch] = {}
         self._claims: list[tuple[str, ByteRange]] = []
         self._reads: list[tuple[str, ByteRange]] = []
@@ -212,6 +219,17 @@ class Tier:
                 with self._changing:
                     self._trim()
 
+    def drop_damaged(self, name: str, byte_range: ByteRange) -> None:
+        """Free bytes that are not what they were, unless a fetch needs them.
+
+        A replica that has read them already goes on with what it has.
+        """
+        logger.error("damage in memory object=%s bytes=%d-%d", name, *byte_range)
+        with self._changing:
+            with self._lock:
+                self._cache.remove(name, subtract([byte_range], self._contents.pinned(name)))
+            self._free(name, [byte_range])
+
     def fetches(self) -> tuple[TierFetch, ...]:
         with self._lock:
             return tuple(self._fetches.values())
@@ -314,13 +332,23 @@ class Tier:
         """Trust what has landed of a fetch after its release."""
         used = self._cache.tick()
         for stored in fetch.plan.objects:
-            self._cache.add(_unused(fetch.plan, stored), fetch.landed_ranges(stored.key), used)
+            self._cache.add(self._unused(fetch, stored), fetch.landed_ranges(stored.key), used)
         for stored in fetch.plan.files:
             path = self._path(fetch.plan, stored)
             if stored.size_bytes and fetch.has_file(stored.key):
                 with suppress(FileExistsError):
                     path.hardlink_to(fetch.file_path(stored.key))
-                self._cache.add(_unused(fetch.plan, stored), ((0, stored.size_bytes),), used)
+                self._cache.add(self._unused(fetch, stored), ((0, stored.size_bytes),), used)
+
+    def _unused(self, fetch: TierFetch, stored: StoredObject) -> CachedObject:
+        """Return an object as the cache has it before any of its bytes are to stay."""
+        return CachedObject(
+            store=fetch.plan.store,
+            source_uri=fetch.plan.source_uri,
+            stored=stored,
+            extents=(),
+            pieces=self.digests.of(fetch.name_of(stored)),
+        )
 
     def _trim(self, *, wanted_bytes: int = 0) -> None:
         """Remove what is cached beyond the limit, or in the way of `wanted_bytes` to come.
@@ -353,6 +381,7 @@ class Tier:
             is_known = name in self._cache.objects or any(self._contents.having(name))
             kept = merge([*self._cache.byte_ranges(name), *self._contents.pinned(name)])
         if not is_known:
+            self.digests.forget(name)
             path.unlink(missing_ok=True)  # who reads it still can
             return
         # A page goes only as a whole: with what surrounds the bytes, if nobody needs that.
@@ -392,11 +421,6 @@ def _opened(path: Path, found: StoredObject) -> int:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise NotFound(f"{found.key} cannot be read in the tier: {error.strerror}") from None
-
-
-def _unused(plan: FetchPlan, stored: StoredObject) -> CachedObject:
-    """Return an object as the cache has it before any of its bytes are to stay."""
-    return CachedObject(store=plan.store, source_uri=plan.source_uri, stored=stored, extents=())
 
 
 def _missing_bytes(fetch: TierFetch) -> int:

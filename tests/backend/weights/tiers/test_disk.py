@@ -19,9 +19,10 @@ from paraserve_backend.byte_ranges import within
 from paraserve_backend.errors import AlreadyExists
 from paraserve_backend.weights.fetching.fetch import FetchReport, fetch
 from paraserve_backend.weights.sources.base import FOLDERS, Connection, StoredObject
+from paraserve_backend.weights.sources.digest import digest_of
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.disk import DiskTier
-from paraserve_backend.weights.tiers.disk_format import EXTENT_BYTES, DiskExtent, checksum
+from paraserve_backend.weights.tiers.disk_format import EXTENT_BYTES, DiskExtent
 from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.reader import TierReader
 from tests.support.checkpoints import (
@@ -404,19 +405,19 @@ def test_a_checksum_sees_changed_bytes_and_pages_that_changed_places(
     size_bytes: int, seed: int, data: st.DataObject
 ) -> None:
     content = bytearray(random.Random(seed).randbytes(size_bytes))
-    before = checksum(memoryview(content))
-    assert checksum(memoryview(bytes(content))) == before
+    before = digest_of(memoryview(content))
+    assert digest_of(memoryview(bytes(content))) == before
     start = data.draw(st.integers(0, size_bytes - 1))
     end = data.draw(st.integers(start + 1, size_bytes))
     zeroed = bytearray(content)
     zeroed[start:end] = bytes(end - start)
-    assert (checksum(memoryview(zeroed)) == before) == (zeroed == content)
+    assert (digest_of(memoryview(zeroed)) == before) == (zeroed == content)
     flipped = bytearray(content)
     flipped[start] ^= 1 << data.draw(st.integers(0, 7))
-    assert checksum(memoryview(flipped)) != before
+    assert digest_of(memoryview(flipped)) != before
     if size_bytes >= 2 * 4096:
         swapped = content[4096:8192] + content[:4096] + content[8192:]
-        assert checksum(memoryview(swapped)) != before
+        assert digest_of(memoryview(swapped)) != before
 
 
 def test_reading_what_another_thread_has_dropped_is_damage_and_no_error(
