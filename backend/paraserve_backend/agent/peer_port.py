@@ -38,7 +38,7 @@ _REST_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class PeerRequest:
     """A GET with its headers, by their names in lower case."""
 
     path: str
@@ -57,9 +57,9 @@ class Caller:
 
 
 #: Returns the status and a sentence with which to refuse a request; `None` where it is signed.
-Check = Callable[[Request], tuple[int, str] | None]
+Check = Callable[[PeerRequest], tuple[int, str] | None]
 #: Answers a signed request on a connection that blocks; raises `OSError` where that breaks.
-Serve = Callable[[Request, socket.socket], None]
+Serve = Callable[[PeerRequest, socket.socket], None]
 
 
 class PeerPort:
@@ -200,7 +200,7 @@ class PeerPort:
         caller.is_member = True
         self._hand_over(caller, request)
 
-    def _hand_over(self, caller: Caller, request: Request) -> None:
+    def _hand_over(self, caller: Caller, request: PeerRequest) -> None:
         self._forget(caller)
         caller.said.clear()
         if not self._free.acquire(blocking=False):
@@ -211,7 +211,7 @@ class PeerPort:
             self._serving.add(caller.socket)
         self._pool.submit(self._work, caller, request)
 
-    def _work(self, caller: Caller, request: Request) -> None:
+    def _work(self, caller: Caller, request: PeerRequest) -> None:
         is_open = False
         try:
             caller.socket.settimeout(_IDLE_S)
@@ -274,7 +274,7 @@ def _say(connection: socket.socket, status: int, body: bytes) -> None:
         connection.send(header_of(status, len(body)) + body, socket.MSG_DONTWAIT)
 
 
-def _parse(header: bytes) -> Request | None:
+def _parse(header: bytes) -> PeerRequest | None:
     first, *lines = header.decode("latin-1").split("\r\n")
     method, _, rest = first.partition(" ")
     path, _, version = rest.partition(" ")
@@ -284,7 +284,9 @@ def _parse(header: bytes) -> Request | None:
     headers = {name.strip().lower(): value.strip() for name, _, value in fields}
     # A body would be taken for the next request.
     has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-    return None if has_body or len(headers) != len(lines) else Request(path=path, headers=headers)
+    return (
+        None if has_body or len(headers) != len(lines) else PeerRequest(path=path, headers=headers)
+    )
 
 
 def _descriptors() -> int:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
-from paraserve_backend.agent.peer_port import PeerPort, Request, header_of
+from paraserve_backend.agent.peer_port import PeerPort, PeerRequest, header_of
 from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.errors import InvalidRequest, NotFound
 from paraserve_backend.weights.sources.base import StoredObject
@@ -31,8 +31,8 @@ from paraserve_backend.weights.sources.peer_auth import (
     NONCE_HEADER,
     PROOF_HEADER,
     SIGNED_HEADERS,
-    Answer,
-    Question,
+    PeerAnswer,
+    PeerQuestion,
     body_digest,
 )
 from paraserve_backend.weights.tiers.digests import DamagedPiece
@@ -119,21 +119,21 @@ class PeerServer:
         """Close everything; reads that run break off, which costs their readers only time."""
         self._port.stop()
 
-    def _refusal(self, request: Request) -> tuple[int, str] | None:
+    def _refusal(self, request: PeerRequest) -> tuple[int, str] | None:
         if self._question(request).is_signed(_signed(request), self._token, time.time()):
             return None
         return 403, "The cluster token is missing or wrong."
 
-    def _question(self, request: Request) -> Question:
+    def _question(self, request: PeerRequest) -> PeerQuestion:
         """Return what is asked. It was asked of us: what is signed for others does not fit."""
-        return Question(
+        return PeerQuestion(
             host=self._address,
             path=request.path,
             byte_range=_range_of(request),
             nonce=request.headers.get(NONCE_HEADER.lower(), ""),
         )
 
-    def _serve(self, request: Request, connection: socket.socket) -> None:
+    def _serve(self, request: PeerRequest, connection: socket.socket) -> None:
         _lower_effort(connection)
         asked = self._question(request)
         if request.path.startswith(HOLDINGS_PATH):
@@ -143,14 +143,16 @@ class PeerServer:
         else:
             _say(connection, 404, b"")
 
-    def _tell_holdings(self, asked: Question, connection: socket.socket) -> None:
+    def _tell_holdings(self, asked: PeerQuestion, connection: socket.socket) -> None:
         holdings = self._tier.holdings(asked.path.removeprefix(HOLDINGS_PATH).split(","))
         body = json.dumps({name: asdict(holding) for name, holding in holdings.items()}).encode()
-        answer = Answer(question=asked, version="", size_bytes=len(body), digest=body_digest(body))
+        answer = PeerAnswer(
+            question=asked, version="", size_bytes=len(body), digest=body_digest(body)
+        )
         proof = {PROOF_HEADER: answer.proof(self._token)}
         connection.sendall(header_of(200, len(body), proof) + body)
 
-    def _give(self, asked: Question, connection: socket.socket) -> None:
+    def _give(self, asked: PeerQuestion, connection: socket.socket) -> None:
         name, byte_range = asked.path.removeprefix(OBJECTS_PATH), asked.byte_range
         if byte_range is None or not 0 < byte_range[1] - byte_range[0] <= _MOST_BYTES:
             _say(connection, 400, b"Ask for one range of bytes, not too many.")
@@ -168,7 +170,7 @@ class PeerServer:
 
     def _send(
         self,
-        asked: Question,
+        asked: PeerQuestion,
         fd: int,
         byte_range: ByteRange,
         stored: StoredObject,
@@ -176,7 +178,7 @@ class PeerServer:
         connection: socket.socket,
     ) -> None:
         start, end = byte_range
-        answer = Answer(
+        answer = PeerAnswer(
             question=asked,
             version=stored.version,
             size_bytes=stored.size_bytes,
@@ -197,12 +199,12 @@ class PeerServer:
                     raise ConnectionError("the object file ended early")
 
 
-def _signed(request: Request) -> dict[str, str]:
+def _signed(request: PeerRequest) -> dict[str, str]:
     """Return the headers by the names that signatures have."""
     return {name: request.headers.get(name.lower(), "") for name in SIGNED_HEADERS}
 
 
-def _range_of(request: Request) -> ByteRange | None:
+def _range_of(request: PeerRequest) -> ByteRange | None:
     found = _RANGE.fullmatch(request.headers.get("range", ""))
     return (int(found[1]), int(found[2]) + 1) if found else None
 

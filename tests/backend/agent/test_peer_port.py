@@ -9,20 +9,19 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import pytest
 
 from paraserve_backend.agent import peer_port
-from paraserve_backend.agent.peer_port import PeerPort, Request, header_of
+from paraserve_backend.agent.peer_port import PeerPort, PeerRequest, header_of
 from tests.support.limits import HANG_S
 
 
-def check(request: Request) -> tuple[int, str] | None:
+def check(request: PeerRequest) -> tuple[int, str] | None:
     return None if request.headers.get("secret") == "ours" else (403, "No.")
 
 
-def serve(request: Request, connection: socket.socket) -> None:
+def serve(request: PeerRequest, connection: socket.socket) -> None:
     connection.sendall(header_of(200, 2) + b"ok")
 
 
@@ -149,7 +148,7 @@ def test_what_is_no_question_of_a_member_ends_its_connection_only(
 def test_more_at_once_than_may_be_is_told_so_at_once() -> None:
     go_on, begun = threading.Event(), threading.Semaphore(0)
 
-    def slow(request: Request, connection: socket.socket) -> None:
+    def slow(request: PeerRequest, connection: socket.socket) -> None:
         begun.release()
         go_on.wait(HANG_S)
         serve(request, connection)
@@ -166,7 +165,7 @@ def test_more_at_once_than_may_be_is_told_so_at_once() -> None:
 
 
 def test_a_request_that_fails_ends_no_other() -> None:
-    def fail(request: Request, connection: socket.socket) -> None:
+    def fail(request: PeerRequest, connection: socket.socket) -> None:
         if request.path == "/x":
             raise RuntimeError("a bug")
         serve(request, connection)

@@ -22,7 +22,7 @@ from paraserve_backend.weights.sources.peer import (
     HttpPeer,
     Peer,
 )
-from paraserve_backend.weights.sources.peer_auth import Question
+from paraserve_backend.weights.sources.peer_auth import PeerQuestion
 from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.reader import TierReader
 from tests.support.checkpoints import (
@@ -323,7 +323,7 @@ def test_ranges_that_are_not_there_are_refused_at_once(tmp_path: Path, model: Pa
             headers = {"Range": range_} if range_ else {}
             start, _, end = (range_ or "").removeprefix("bytes=").partition("-")
             byte_range = (int(start), int(end) + 1) if range_ else None
-            asked = Question.of(peer.address, target, byte_range)
+            asked = PeerQuestion.of(peer.address, target, byte_range)
             client.request("GET", target, headers=headers | asked.headers(TOKEN, time.time()))
             response = client.getresponse()
             response.read()

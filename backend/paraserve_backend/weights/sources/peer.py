@@ -28,8 +28,8 @@ from paraserve_backend.weights.sources.http import HttpConnection, UrlSigner
 from paraserve_backend.weights.sources.peer_auth import (
     DIGEST_HEADER,
     PROOF_HEADER,
-    Answer,
-    Question,
+    PeerAnswer,
+    PeerQuestion,
     body_digest,
 )
 
@@ -74,7 +74,7 @@ class HttpPeer:
         try:
             for at in range(0, len(wanted), _MOST_NAMES):
                 path = HOLDINGS_PATH + ",".join(wanted[at : at + _MOST_NAMES])
-                found |= self._ask(client, Question.of(self.address, path))
+                found |= self._ask(client, PeerQuestion.of(self.address, path))
         except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
             raise SourceUnavailable(f"peer {self.address} gave no answer: {error!r}") from None
         finally:
@@ -84,13 +84,15 @@ class HttpPeer:
     def connect(self, names: Mapping[str, str]) -> Connection:
         return PeerConnection(self.address, self.token, names)
 
-    def _ask(self, client: http.client.HTTPConnection, asked: Question) -> dict[str, Holding]:
+    def _ask(self, client: http.client.HTTPConnection, asked: PeerQuestion) -> dict[str, Holding]:
         client.request("GET", asked.path, headers=asked.headers(self.token, time.time()))
         response = client.getresponse()
         body = response.read(_MOST_ANSWER_BYTES)
         if response.status != 200:
             raise http.client.HTTPException(f"HTTP {response.status}")
-        answer = Answer(question=asked, version="", size_bytes=len(body), digest=body_digest(body))
+        answer = PeerAnswer(
+            question=asked, version="", size_bytes=len(body), digest=body_digest(body)
+        )
         if not answer.is_proved(response.headers.get(PROOF_HEADER, ""), self.token):
             raise http.client.HTTPException("it does not know the cluster token")
         return {name: _holding(fields) for name, fields in json.loads(body).items()}
@@ -103,7 +105,7 @@ class PeerConnection:
         self._address = address
         self._token = token
         self._names = names
-        self._asked: Question | None = None
+        self._asked: PeerQuestion | None = None
         self._told_digest = 0
         signer = UrlSigner(
             url_for=self._url_for,
@@ -131,7 +133,7 @@ class PeerConnection:
 
     def _headers_for(self, url: str, start: int, end: int) -> Mapping[str, str]:
         path = urlsplit(url).path
-        self._asked = Question.of(self._address, path, (start, end))
+        self._asked = PeerQuestion.of(self._address, path, (start, end))
         return self._asked.headers(self._token, time.time())
 
     def _check(
@@ -139,7 +141,7 @@ class PeerConnection:
     ) -> None:
         told = headers.get(DIGEST_HEADER, "")
         assert self._asked is not None, "an answer follows a question"
-        answer = Answer(
+        answer = PeerAnswer(
             question=self._asked,
             version=stored.version,
             size_bytes=stored.size_bytes,

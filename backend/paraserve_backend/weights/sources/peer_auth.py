@@ -30,7 +30,7 @@ _MOST_NONCE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class PeerQuestion:
     """A GET of one peer; `byte_range` is `None` where it is not for bytes of an object."""
 
     host: str
@@ -39,7 +39,7 @@ class Question:
     nonce: str
 
     @classmethod
-    def of(cls, host: str, path: str, byte_range: ByteRange | None = None) -> Question:
+    def of(cls, host: str, path: str, byte_range: ByteRange | None = None) -> PeerQuestion:
         return cls(host=host, path=path, byte_range=byte_range, nonce=secrets.token_hex(16))
 
     def headers(self, token: str | None, now_s: float) -> dict[str, str]:
@@ -75,10 +75,10 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class PeerAnswer:
     """What a peer says to a question, before the bytes themselves."""
 
-    question: Question
+    question: PeerQuestion
     version: str
     size_bytes: int
     #: Of the bytes that follow.

@@ -20,7 +20,7 @@ class DamagedPiece(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class DigestPiece:
     """Bytes `[start, end)` of an object, and their digest."""
 
     start: int
@@ -42,12 +42,12 @@ class DigestBook:
     """The pieces of the objects of one tier, by the objects' file names. Thread-safe."""
 
     def __init__(self) -> None:
-        self._pieces: dict[str, dict[ByteRange, Piece]] = {}
+        self._pieces: dict[str, dict[ByteRange, DigestPiece]] = {}
         self._lock = threading.Lock()
 
     def learn(self, name: str, byte_range: ByteRange, content: memoryview) -> None:
         """Believe bytes that the store itself gave, whatever was known of them before."""
-        piece = Piece(start=byte_range[0], end=byte_range[1], digest=digest_of(content))
+        piece = DigestPiece(start=byte_range[0], end=byte_range[1], digest=digest_of(content))
         with self._lock:
             known = self._pieces.setdefault(name, {})
             before = known.get(byte_range)
@@ -65,7 +65,7 @@ class DigestBook:
         for piece in self.of(name):
             if piece.lies_in(byte_range) and piece.byte_range != byte_range:
                 _compare(piece, content[piece.start - start : piece.end - start])
-        found = Piece(start=start, end=byte_range[1], digest=digest_of(content))
+        found = DigestPiece(start=start, end=byte_range[1], digest=digest_of(content))
         with self._lock:
             known = self._pieces.setdefault(name, {}).setdefault(byte_range, found)
         if known != found:
@@ -87,11 +87,11 @@ class DigestBook:
         self.check(name, byte_range, content)
         return digest_of(content)
 
-    def of(self, name: str) -> tuple[Piece, ...]:
+    def of(self, name: str) -> tuple[DigestPiece, ...]:
         with self._lock:
             return tuple(self._pieces.get(name, {}).values())
 
-    def add(self, name: str, pieces: Iterable[Piece]) -> None:
+    def add(self, name: str, pieces: Iterable[DigestPiece]) -> None:
         """Take in what an earlier process has learnt."""
         with self._lock:
             known = self._pieces.setdefault(name, {})
@@ -103,7 +103,7 @@ class DigestBook:
             self._pieces.pop(name, None)
 
 
-def _compare(piece: Piece, content: memoryview) -> None:
+def _compare(piece: DigestPiece, content: memoryview) -> None:
     if digest_of(content) != piece.digest:
         raise DamagedPiece(f"bytes {piece.byte_range} are not those that the store gave")
 

@@ -15,7 +15,7 @@ import msgspec
 from paraserve_backend.byte_ranges import ByteRange, merge, subtract
 from paraserve_backend.daemon.private_files import make_folder
 from paraserve_backend.weights.sources.base import StoredObject, StoreIdentity, check_key
-from paraserve_backend.weights.tiers.digests import Piece
+from paraserve_backend.weights.tiers.digests import DigestPiece
 from paraserve_backend.weights.tiers.layout import object_name, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class CachedObject:
     stored: StoredObject
     extents: tuple[Extent, ...]
     #: What is known of the bytes.
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[DigestPiece, ...] = ()
 
     @property
     def name(self) -> str:

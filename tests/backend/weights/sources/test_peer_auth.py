@@ -11,13 +11,13 @@ from paraserve_backend.weights.sources.peer_auth import (
     EXPIRES_HEADER,
     NONCE_HEADER,
     SIGNATURE_HEADER,
-    Answer,
-    Question,
+    PeerAnswer,
+    PeerQuestion,
 )
 
 TOKEN, NOW_S = "token", 1000.0
-ASKED = Question.of("10.0.0.1:7", "/objects/a", (0, 8))
-ANSWER = Answer(question=ASKED, version="v", size_bytes=9, digest="1")
+ASKED = PeerQuestion.of("10.0.0.1:7", "/objects/a", (0, 8))
+ANSWER = PeerAnswer(question=ASKED, version="v", size_bytes=9, digest="1")
 
 
 def test_a_question_is_known_and_tells_no_token() -> None:
@@ -40,7 +40,7 @@ def test_a_question_is_known_and_tells_no_token() -> None:
         replace(ASKED, host="10.0.0.1", path=":7/objects/a"),
     ],
 )
-def test_a_signature_cannot_be_used_for_another_question(asked: Question) -> None:
+def test_a_signature_cannot_be_used_for_another_question(asked: PeerQuestion) -> None:
     assert not asked.is_signed(ASKED.headers(TOKEN, NOW_S), TOKEN, NOW_S)
 
 
@@ -85,7 +85,7 @@ def test_another_token_signs_nothing_and_proves_nothing() -> None:
         lambda it: replace(it, question=replace(it.question, host="10.0.0.2:7")),
     ],
 )
-def test_a_proof_is_of_one_answer(change: Callable[[Answer], Answer]) -> None:
+def test_a_proof_is_of_one_answer(change: Callable[[PeerAnswer], PeerAnswer]) -> None:
     assert ANSWER.is_proved(ANSWER.proof(TOKEN), TOKEN)
     assert not change(ANSWER).is_proved(ANSWER.proof(TOKEN), TOKEN)
 

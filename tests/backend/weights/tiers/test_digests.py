@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from paraserve_backend.byte_ranges import ByteRange
-from paraserve_backend.weights.tiers.digests import DamagedPiece, DigestBook, Piece
+from paraserve_backend.weights.tiers.digests import DamagedPiece, DigestBook, DigestPiece
 
 Damage = Callable[[bytearray, random.Random], None]
 
@@ -111,6 +111,6 @@ def test_the_store_is_right_about_its_own_bytes() -> None:
     book.check("a", (0, 8), memoryview(b"1234567x"))
     assert {it.byte_range for it in book.of("a")} == {(0, 8)}  # what else was known is doubtful
     book.forget("a")
-    book.add("a", [Piece(start=0, end=2, digest=7)])
+    book.add("a", [DigestPiece(start=0, end=2, digest=7)])
     with pytest.raises(DamagedPiece):
         book.check("a", (0, 2), memoryview(b"ab"))

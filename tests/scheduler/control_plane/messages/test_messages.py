@@ -12,7 +12,9 @@ from paraserve_scheduler.control_plane.messages.agents import (
     peer_addresses,
 )
 from paraserve_scheduler.control_plane.messages.gateways import route_table
+from paraserve_scheduler.reconciler.config import PolicyConfig
 from paraserve_scheduler.reconciler.model_shapes import held_keys
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.events import NodeRegistered, PartReported
 from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.spec import Deployment
@@ -45,22 +47,37 @@ def reported(
     return view
 
 
+def turn_of(view: ClusterView, now_s: float = NOW_S) -> Turn:
+    return Turn(view=view, now_s=now_s, config=PolicyConfig())
+
+
+def test_a_node_that_is_lost_is_no_peer_whoever_has_its_address_now() -> None:
+    deployment = make_deployment()
+    view = reported(deployment, {"a": 5})
+    lost_s = NOW_S + PolicyConfig().node_timeout_s + 1
+    assert peer_addresses(turn_of(view, lost_s), deployment, "b") == ()
+
+
 def test_nodes_that_have_most_come_first_and_the_node_itself_not_at_all() -> None:
     deployment = make_deployment()
     view = reported(deployment, {"a": 5, "b": 0, "c": 9, "d": 7, "e": 1, "f": 6}, None)
-    assert peer_addresses(view, deployment, "c") == ("10.0.0.3:1", "10.0.0.5:1", "10.0.0.0:1")
+    assert peer_addresses(turn_of(view), deployment, "c") == (
+        "10.0.0.3:1",
+        "10.0.0.5:1",
+        "10.0.0.0:1",
+    )
 
 
 def test_another_version_is_nothing() -> None:
     deployment = make_deployment()
     view = reported(deployment, {"a": 5}, "another")
-    assert peer_addresses(view, deployment, "b") == ()
+    assert peer_addresses(turn_of(view), deployment, "b") == ()
 
 
 def test_the_same_name_in_another_store_is_nothing() -> None:
     deployment = make_deployment()
     view = reported(deployment, {"a": 5}, endpoint="http://10.6.6.6:9000")
-    assert peer_addresses(view, deployment, "b") == ()
+    assert peer_addresses(turn_of(view), deployment, "b") == ()
     tier = view.nodes["a"].tier
     assert [found for found in tier if found.key in held_keys(deployment)] == []
 
@@ -69,7 +86,7 @@ def test_a_node_that_serves_nobody_is_no_peer() -> None:
     deployment = make_deployment()
     view = reported(deployment, {"a": 5}, None)
     silent = replace(view.nodes["a"], info=replace(view.nodes["a"].info, peer_address=""))
-    assert peer_addresses(replace(view, nodes={"a": silent}), deployment, "b") == ()
+    assert peer_addresses(turn_of(replace(view, nodes={"a": silent})), deployment, "b") == ()
 
 
 def test_requests_for_a_replica_in_a_slot_go_to_the_slots_model() -> None:
