@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from paraserve_backend.agent import peer_port
-from paraserve_backend.agent.peer_port import PeerPort, PeerRequest, header_of
+from paraserve_backend.agent.peer_port import PeerPort, PeerRequest, Serve, header_of
 from tests.support.limits import HANG_S
 
 
@@ -26,8 +26,8 @@ def serve(request: PeerRequest, connection: socket.socket) -> None:
 
 
 @contextmanager
-def opened(**given: Any) -> Iterator[PeerPort]:
-    port = PeerPort("127.0.0.1", 0, **({"check": check, "serve": serve, "most_at_once": 2} | given))
+def opened(serve: Serve = serve, most_at_once: int = 2) -> Iterator[PeerPort]:
+    port = PeerPort("127.0.0.1", 0, check=check, serve=serve, most_at_once=most_at_once)
     port.start()
     try:
         yield port
