@@ -14,7 +14,7 @@ from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, plan_fetc
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex, read_index
 from paraserve_backend.weights.checkpoint.safetensors import ITEM_BYTES, TensorEntry
 from paraserve_backend.weights.checkpoint.stages import stage_tensors
-from paraserve_backend.weights.sources.base import Source, StoredObject
+from paraserve_backend.weights.sources.base import FOLDERS, Source, StoredObject
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.writer import TierFetch
 
@@ -136,5 +136,10 @@ def make_index(sizes_bytes: Mapping[str, int], *, objects: int = 1) -> Checkpoin
         StoredObject(key=f"object-{at}", size_bytes=end, version="1") for at, end in enumerate(ends)
     ]
     return CheckpointIndex(
-        source_uri="/model", config={}, files=(), objects=tuple(stored), tensors=tensors
+        source_uri="/model",
+        config={},
+        files=(),
+        objects=tuple(stored),
+        tensors=tensors,
+        store=FOLDERS,
     )

@@ -12,7 +12,7 @@ from paraserve_backend.architectures.spec import Dtype, LayerRange
 from paraserve_backend.architectures.tensors import expected_tensors
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
-from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.sources.base import StoredObject, StoreIdentity
 from paraserve_scheduler.reconciler.config import PlacementConfig, PolicyConfig
 from paraserve_scheduler.reconciler.placement import NodeSpace, equal_split, lay_out
 from paraserve_scheduler.state.events import NodeRegistered, NodeReported
@@ -74,6 +74,7 @@ def make_deployment(
         files=tuple(_stored(key, 100) for key in ("config.json", "tokenizer.json")),
         objects=(_stored(_SHARD, position),),
         tensors=tensors,
+        store=StoreIdentity(endpoint="https://s3.amazonaws.com", principal="scheduler"),
     )
     return Deployment(spec=make_spec(name, **spec), model=model, index=index)
 

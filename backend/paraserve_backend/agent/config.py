@@ -66,6 +66,18 @@ class AgentConfig:
         Path | None,
         "Holds name=secret where Triton runs with --grpc-restricted-protocol=...:name=secret.",
     ] = None
+    source_roots: Annotated[
+        tuple[Path, ...],
+        "Model folders are read only below these, whoever deploys them; empty: wherever this user "
+        "may read.",
+    ] = ()
+    store_principal: Annotated[
+        str | None,
+        "Who this node is to object stores. Weights are reused only by nodes and agents of the "
+        "same name. If not set, the access key's id or the role that the AWS settings name. Set "
+        "it where credentials are given out for hours, by a machine's or container's role, else "
+        "weights are fetched anew with each.",
+    ] = None
     tier_bytes: Annotated[
         int | None,
         "Memory for weights of replicas that are gone, so that the next ones need not fetch them; "
@@ -126,6 +138,8 @@ class AgentConfig:
             raise InvalidRequest("run_dir and model_repository must be absolute paths.")
         if self.disk_bytes > 0 and not (self.disk_dir and self.disk_dir.is_absolute()):
             raise InvalidRequest("disk_bytes needs disk_dir, an absolute path.")
+        if not all(root.is_absolute() for root in self.source_roots):
+            raise InvalidRequest("source_roots must be absolute paths.")
         if not 0 < self.channel_port_start < self.channel_port_end <= 65536:
             raise InvalidRequest("channel_port_start must be below channel_port_end.")
         if not 0 < self.watch_interval_s <= self.silence_s:

@@ -19,6 +19,7 @@ from paraserve_backend.byte_ranges import ByteRange, cut, subtract
 from paraserve_backend.daemon.tasks import in_thread
 from paraserve_backend.errors import NotFound
 from paraserve_backend.weights.tiers.contents import TierObject
+from paraserve_backend.weights.tiers.digests import DamagedPiece
 from paraserve_backend.weights.tiers.disk import DiskTier
 from paraserve_backend.weights.tiers.disk_format import (
     EXTENT_BYTES,
@@ -73,11 +74,25 @@ class DiskUpkeep:
         """Returns whether the disk takes more."""
         start, end = byte_range
         try:
-            with self._tier.reading(found.name, byte_range) as (path, _), path.open("rb") as file:
-                os.preadv(file.fileno(), [self._buffer[: end - start]], start)
-        except NotFound:
+            with self._tier.reading(found.name, byte_range) as (fd, _):
+                count = os.preadv(fd, [self._buffer[: end - start]], start)
+        except (NotFound, OSError):
             return True  # it has left the memory meanwhile
+        if count != end - start:
+            return True  # somebody has cut the file off
+        if not self._is_right(found.name, byte_range):
+            return True
         return self._disk.save(found, byte_range, self._buffer, self._kept)
+
+    def _is_right(self, name: str, byte_range: ByteRange) -> bool:
+        """Whether memory still has what the store gave; the disk gets nothing else."""
+        content = self._buffer[: byte_range[1] - byte_range[0]]
+        try:
+            self._tier.digests.check(name, byte_range, content)
+        except DamagedPiece:
+            self._tier.drop_damaged(name, byte_range)
+            return False
+        return True
 
     def _kept(self, name: str) -> Sequence[ByteRange]:
         return self._in_memory.get(name, ())

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from paraserve_backend.agent.status import tier_messages
 from paraserve_backend.daemon.tasks import in_thread
@@ -23,7 +23,7 @@ from paraserve_backend.telemetry.spans import Span, SpanFile, SpanName
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.fetching.fetch import FetchReport, fetch
 from paraserve_backend.weights.sources.base import Source
-from paraserve_backend.weights.sources.open import LazySource, Sources
+from paraserve_backend.weights.sources.open import Sources
 from paraserve_backend.weights.sources.peer import HttpPeer
 from paraserve_backend.weights.tiers.disk import DiskTier
 from paraserve_backend.weights.tiers.memory import Tier
@@ -60,9 +60,8 @@ class FetchRequest:
         )
 
     def open(self, sources: Sources) -> Source:
-        uri = self.plan.source_uri
-        return LazySource(
-            uri, lambda: sources.open(uri, endpoint_url=self.endpoint_url, region=self.region)
+        return sources.open(
+            self.plan.source_uri, endpoint_url=self.endpoint_url, region=self.region
         )
 
 
@@ -73,6 +72,7 @@ class Fetching:
         self.request = request
         self.cancelled = threading.Event()
         self._begun = asyncio.Event()
+        self._can_be_found = False
         self.task: asyncio.Future[int] | None = None
         self._loop = asyncio.get_running_loop()
         self._listeners: list[Callable[[int, int], None]] = []
@@ -85,8 +85,10 @@ class Fetching:
             on_progress(*self._progress)
 
     async def until_begun(self) -> None:
-        """Wait until readers can find the fetch, or it has failed; `wait` then tells why."""
+        """Wait until readers can find the fetch; raises why they never will."""
         await self._begun.wait()
+        if not self._can_be_found:
+            await self.wait()
 
     async def wait(self) -> int:
         """Return how many bytes were fetched, or raise why not; a cancelled wait ends nothing."""
@@ -105,7 +107,11 @@ class Fetching:
             task.exception()  # looked at: if nobody waits for it, the fetch was stopped
 
     def set_begun(self) -> None:
-        self._loop.call_soon_threadsafe(self._begun.set)
+        self._loop.call_soon_threadsafe(self._set_begun)
+
+    def _set_begun(self) -> None:
+        self._can_be_found = True
+        self._begun.set()
 
     def told(self, landed_bytes: int, total_bytes: int) -> None:
         self._loop.call_soon_threadsafe(self._tell, landed_bytes, total_bytes)
@@ -140,10 +146,11 @@ class Fetches:
         *,
         token: str | None = None,
         disk: DiskTier | None = None,
+        sources: Sources | None = None,
     ) -> None:
         self._tier = tier
         self._dir = TierDir(tier.directory)
-        self._sources = Sources()
+        self._sources = sources or Sources()
         self._disk = disk
         self._limits = limits
         self._token = token
@@ -158,6 +165,7 @@ class Fetches:
 
         Raises:
             AlreadyExists: the id belongs to another plan.
+            ParaServeError: the source cannot be opened, or there is no room.
         """
         fetch_id = request.plan.fetch_id
         fetching = self._running.get(fetch_id)
@@ -213,7 +221,10 @@ class Fetches:
     async def contents(self) -> tuple[list[pb.TierObject], int]:
         """Return the objects in the tier and on disk, and the bytes of memory they take."""
         return await in_thread(
-            lambda: (tier_messages(self._tier, self._disk), self._tier.used_bytes)
+            lambda: (
+                tier_messages(self._tier, self._disk, self._sources),
+                self._tier.used_bytes,
+            )
         )
 
     @property
@@ -236,13 +247,14 @@ class Fetches:
 
     def _work(self, fetching: Fetching, timeout_s: float) -> int:
         request = fetching.request
-        writer = self._tier.begin(request.plan)
+        source = request.open(self._sources)
+        writer = self._tier.begin(replace(request.plan, store=source.store))
         self._reserve(request)
         fetching.set_begun()
         started_s = time.time()
         report = fetch(
             writer,
-            request.open(self._sources),
+            source,
             self._tier,
             timeout_s=timeout_s,
             cancel=fetching.cancelled,

@@ -29,10 +29,11 @@ from paraserve_backend.agent.service import AgentService
 from paraserve_backend.agent.slots import SlotLimits, Slots
 from paraserve_backend.agent.watchdog import Watchdog, WatchLimits
 from paraserve_backend.channel.keys import KeyStore
+from paraserve_backend.daemon.private_files import own_folder
 from paraserve_backend.daemon.process import run_daemon
 from paraserve_backend.daemon.settings import read_token
 from paraserve_backend.errors import InvalidRequest
-from paraserve_backend.protocol.run_dir import RunDir
+from paraserve_backend.protocol.run_dir import RUN_DIR_ENTRIES, RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.rpc.addresses import split_address, with_port
 from paraserve_backend.rpc.auth import require_loopback
@@ -42,6 +43,7 @@ from paraserve_backend.tritonserver.host.client import TritonClient, read_key
 from paraserve_backend.tritonserver.host.repository import ModelRepository
 from paraserve_backend.tritonserver.host.stubs import ProcessTable
 from paraserve_backend.tritonserver.host.unloader import Unloader
+from paraserve_backend.weights.sources.open import Sources
 from paraserve_backend.weights.tiers.disk import DiskTier
 from paraserve_backend.weights.tiers.layout import OBJECTS
 from paraserve_backend.weights.tiers.memory import Tier
@@ -63,6 +65,7 @@ async def run(config: AgentConfig) -> None:
     async with AsyncExitStack() as stack:
         triton = TritonClient(config.triton, key=read_key(config.triton_key_file))
         stack.push_async_callback(triton.close)
+        own_folder(config.run_dir, entries=RUN_DIR_ENTRIES)
         tier = Tier.open(RunDir(config.run_dir).tier.path, cache_bytes=sys.maxsize)
         config = _with_memory(config, tier)
         tier.limit_cache(config.tier_bytes or 0)
@@ -84,8 +87,8 @@ async def run(config: AgentConfig) -> None:
         await server.start()
         info = node_info(config, port, proc=Path("/proc"), dev=Path("/dev"))
         if agent.peers is not None:
-            agent.peers.start()
             info.peer_address = config.advertise_peers or _peer_address(info, agent.peers)
+            agent.peers.start(info.peer_address)
         await agent.serve(Registration(scheduler, info, agent.status, agent.changed))
 
 
@@ -129,7 +132,13 @@ class _Agent:
             run_dir=RunDir(config.run_dir),
             repository=repository,
             unloader=unloader,
-            fetches=Fetches(tier, _fetch_limits(config), token=token, disk=disk),
+            fetches=Fetches(
+                tier,
+                _fetch_limits(config),
+                token=token,
+                disk=disk,
+                sources=Sources(principal=config.store_principal, roots=config.source_roots),
+            ),
             keys=KeyStore(RunDir(config.run_dir)),
             run_files=run_files,
             slots=slots,

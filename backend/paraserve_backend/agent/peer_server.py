@@ -6,7 +6,8 @@ GET /objects/<name>           with a Range; 404 where the node has nothing of th
                               it lacks these bytes; it never waits for them
 GET /holdings/<name>,<name>   JSON: which bytes are there, and which a running fetch will bring
 
-The client, which also signs the requests, is `weights.sources.peer`.
+The client is `weights.sources.peer`, what both sides sign `weights.sources.peer_auth`, and the
+sockets and threads are in `agent.peer_port`.
 """
 
 from __future__ import annotations
@@ -17,27 +18,35 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import urlsplit
 
+from paraserve_backend.agent.peer_port import PeerPort, PeerRequest, header_of
 from paraserve_backend.byte_ranges import ByteRange
 from paraserve_backend.errors import InvalidRequest, NotFound
-from paraserve_backend.weights.sources.peer import HOLDINGS_PATH, OBJECTS_PATH, is_signed
+from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.sources.peer import HOLDINGS_PATH, OBJECTS_PATH
+from paraserve_backend.weights.sources.peer_auth import (
+    DIGEST_HEADER,
+    NONCE_HEADER,
+    PROOF_HEADER,
+    SIGNED_HEADERS,
+    PeerAnswer,
+    PeerQuestion,
+    body_digest,
+)
+from paraserve_backend.weights.tiers.digests import DamagedPiece
 from paraserve_backend.weights.tiers.memory import Tier
 
 logger = logging.getLogger(__name__)
 
-_RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+_RANGE = re.compile(r"bytes=(\d{1,18})-(\d{1,18})")
 #: Bytes sent at a time: how finely the rate is kept.
 _STEP_BYTES = 1 << 20
 #: "Lower effort" (RFC 8622): routers that know it let everything else go first.
 _LOWER_EFFORT = 0x04
-#: A client that takes nothing, or asks nothing, for so long is let go.
-_IDLE_S = 30.0
+#: Longest range of which a digest is made, if need be; a member asks for a chunk or a small file.
+_MOST_BYTES = 256 << 20
 
 
 class RateLimit:
@@ -67,7 +76,7 @@ class RateLimit:
 
 
 class PeerServer:
-    """Listens from `start` to `stop`; each connection has a thread, which only moves bytes."""
+    """Serves a tier from `start` to `stop`."""
 
     def __init__(
         self,
@@ -80,153 +89,132 @@ class PeerServer:
         most_connections: int,
     ) -> None:
         """Raises `InvalidRequest` where the address is taken."""
+        self._tier = tier
+        self._token = token
+        self._rate = rate
         try:
-            self._server = _Server((host.strip("[]"), port), _Handler)
+            self._port = PeerPort(
+                host.strip("[]"),
+                port,
+                check=self._refusal,
+                serve=self._serve,
+                most_at_once=most_connections,
+            )
         except OSError as error:
             raise InvalidRequest(
                 f"Cannot listen on {host}:{port} for other agents: {error.strerror}."
             ) from None
-        self._server.tier = tier
-        self._server.token = token
-        self._server.rate = rate
-        self._server.free = threading.BoundedSemaphore(most_connections)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="peers"
-        )
+        self._address = f"{host}:{self.port}"
 
     @property
     def port(self) -> int:
-        port: int = self._server.server_address[1]
-        return port
+        return self._port.port
 
-    def start(self) -> None:
-        self._thread.start()
+    def start(self, address: str | None = None) -> None:
+        """Begin to answer; `address` is how others reach this node, if not as it listens."""
+        self._address = address or self._address
+        self._port.start()
 
     def stop(self) -> None:
         """Close everything; reads that run break off, which costs their readers only time."""
-        if self._thread.ident is not None:
-            self._server.shutdown()
-            self._thread.join()
-        self._server.server_close()
+        self._port.stop()
 
+    def _refusal(self, request: PeerRequest) -> tuple[int, str] | None:
+        if self._question(request).is_signed(_signed(request), self._token, time.time()):
+            return None
+        return 403, "The cluster token is missing or wrong."
 
-class _Server(ThreadingHTTPServer):
-    tier: Tier
-    token: str | None
-    rate: RateLimit
-    free: threading.BoundedSemaphore
-    #: Their threads are waited for, so that none reads a tier that is closed.
-    daemon_threads = False
+    def _question(self, request: PeerRequest) -> PeerQuestion:
+        """Return what is asked. It was asked of us: what is signed for others does not fit."""
+        return PeerQuestion(
+            host=self._address,
+            path=request.path,
+            byte_range=_range_of(request),
+            nonce=request.headers.get(NONCE_HEADER.lower(), ""),
+        )
 
-    def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
-        # First: where the address is taken, `__init__` ends with `server_close`.
-        self._open: set[socket.socket] = set()
-        self._closing = False
-        self._lock = threading.Lock()
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(address, handler)
-
-    def server_close(self) -> None:
-        with self._lock:
-            self._closing = True
-            for connection in self._open:
-                _shut(connection)
-        super().server_close()  # waits for the threads
-
-    @contextmanager
-    def noted(self, connection: socket.socket) -> Iterator[None]:
-        with self._lock:
-            self._open.add(connection)
-            if self._closing:
-                _shut(connection)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._open.remove(connection)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        logger.debug("peer connection broke client=%s", client_address, exc_info=True)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    timeout = _IDLE_S
-    server: _Server
-
-    def log_message(self, format: str, *args: object) -> None:
-        """A line per read would drown the agent's own."""
-
-    def setup(self) -> None:
-        super().setup()
-        if self.connection.family == socket.AF_INET6:
-            self.connection.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, _LOWER_EFFORT)
+    def _serve(self, request: PeerRequest, connection: socket.socket) -> None:
+        _lower_effort(connection)
+        asked = self._question(request)
+        if request.path.startswith(HOLDINGS_PATH):
+            self._tell_holdings(asked, connection)
+        elif request.path.startswith(OBJECTS_PATH):
+            self._give(asked, connection)
         else:
-            self.connection.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, _LOWER_EFFORT)
+            _say(connection, 404, b"")
 
-    def handle(self) -> None:
-        with self.server.noted(self.connection):
-            super().handle()
+    def _tell_holdings(self, asked: PeerQuestion, connection: socket.socket) -> None:
+        holdings = self._tier.holdings(asked.path.removeprefix(HOLDINGS_PATH).split(","))
+        body = json.dumps({name: asdict(holding) for name, holding in holdings.items()}).encode()
+        answer = PeerAnswer(
+            question=asked, version="", size_bytes=len(body), digest=body_digest(body)
+        )
+        proof = {PROOF_HEADER: answer.proof(self._token)}
+        connection.sendall(header_of(200, len(body), proof) + body)
 
-    def do_GET(self) -> None:
-        if not is_signed(self.path, self.server.token, time.time()):
-            self._answer(403, b"The cluster token is missing or wrong.")
-        elif not self.server.free.acquire(blocking=False):
-            self._answer(503, b"This node serves as many peers as it may.")
-        else:
-            try:
-                self._get(urlsplit(self.path).path)
-            finally:
-                self.server.free.release()
-
-    def _get(self, path: str) -> None:
-        if path.startswith(HOLDINGS_PATH):
-            holdings = self.server.tier.holdings(path.removeprefix(HOLDINGS_PATH).split(","))
-            answer = {name: asdict(holding) for name, holding in holdings.items()}
-            self._answer(200, json.dumps(answer).encode())
-        elif path.startswith(OBJECTS_PATH):
-            self._get_object(path.removeprefix(OBJECTS_PATH))
-        else:
-            self._answer(404, b"")
-
-    def _get_object(self, name: str) -> None:
-        found = _RANGE.fullmatch(self.headers.get("Range", ""))
-        if found is None:
-            self._answer(400, b"Ask for one range of bytes.")
+    def _give(self, asked: PeerQuestion, connection: socket.socket) -> None:
+        name, byte_range = asked.path.removeprefix(OBJECTS_PATH), asked.byte_range
+        if byte_range is None or not 0 < byte_range[1] - byte_range[0] <= _MOST_BYTES:
+            _say(connection, 400, b"Ask for one range of bytes, not too many.")
             return
-        byte_range = (int(found[1]), int(found[2]) + 1)
         try:
-            with self.server.tier.reading(name, byte_range) as (path, read):
-                self._send(path, byte_range, version=read.version, size_bytes=read.size_bytes)
+            with self._tier.reading(name, byte_range) as (fd, stored):
+                digest = self._tier.digests.attest(name, byte_range, fd)
+                self._send(asked, fd, byte_range, stored, digest, connection)
         except NotFound as error:
-            holding = self.server.tier.holdings([name])[name]
-            self._answer(416 if holding.landed else 404, str(error).encode())
+            holding = self._tier.holdings([name])[name]
+            _say(connection, 416 if holding.landed else 404, str(error).encode())
+        except DamagedPiece:
+            self._tier.drop_damaged(name, byte_range)
+            _say(connection, 404, b"These bytes are damaged here.")
 
-    def _send(self, path: Path, byte_range: ByteRange, *, version: str, size_bytes: int) -> None:
+    def _send(
+        self,
+        asked: PeerQuestion,
+        fd: int,
+        byte_range: ByteRange,
+        stored: StoredObject,
+        digest: int,
+        connection: socket.socket,
+    ) -> None:
         start, end = byte_range
-        self.send_response(206)
-        self.send_header("Content-Length", str(end - start))
-        self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size_bytes}")
-        self.send_header("ETag", f'"{version}"')
-        self.end_headers()
-        with path.open("rb") as file:
+        answer = PeerAnswer(
+            question=asked,
+            version=stored.version,
+            size_bytes=stored.size_bytes,
+            digest=str(digest),
+        )
+        headers = {
+            "Content-Range": f"bytes {start}-{end - 1}/{stored.size_bytes}",
+            "ETag": f'"{stored.version}"',
+            DIGEST_HEADER: answer.digest,
+            PROOF_HEADER: answer.proof(self._token),
+        }
+        connection.sendall(header_of(206, end - start, headers))
+        with open(fd, "rb", closefd=False) as file:
             for at in range(start, end, _STEP_BYTES):
                 count = min(_STEP_BYTES, end - at)
-                self.server.rate.wait(count)
-                if self.connection.sendfile(file, at, count) != count:
+                self._rate.wait(count)
+                if connection.sendfile(file, at, count) != count:
                     raise ConnectionError("the object file ended early")
 
-    def _answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+
+def _signed(request: PeerRequest) -> dict[str, str]:
+    """Return the headers by the names that signatures have."""
+    return {name: request.headers.get(name.lower(), "") for name in SIGNED_HEADERS}
 
 
-def _shut(connection: socket.socket) -> None:
-    try:
-        connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return  # the peer has gone already
+def _range_of(request: PeerRequest) -> ByteRange | None:
+    found = _RANGE.fullmatch(request.headers.get("range", ""))
+    return (int(found[1]), int(found[2]) + 1) if found else None
+
+
+def _say(connection: socket.socket, status: int, body: bytes) -> None:
+    connection.sendall(header_of(status, len(body)) + body)
+
+
+def _lower_effort(connection: socket.socket) -> None:
+    if connection.family == socket.AF_INET6:
+        connection.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, _LOWER_EFFORT)
+    else:
+        connection.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, _LOWER_EFFORT)

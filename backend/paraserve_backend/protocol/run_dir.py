@@ -31,6 +31,10 @@ class TierDir:
         return self.fetch(fetch_id) / "spans.jsonl"
 
 
+#: What may lie in a run_dir.
+RUN_DIR_ENTRIES = ("tier", "keys", "secrets", "pulses", "loaded")
+
+
 @dataclass(frozen=True, slots=True)
 class RunDir:
     path: Path

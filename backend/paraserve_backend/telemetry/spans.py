@@ -8,6 +8,7 @@ it, and nobody else does either.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ class SpanName(StrEnum):
     GROW = "grow"
 
 
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAMES = {name.value: name for name in SpanName}
 _DETAILED = (
     SpanName.FETCH_FROM,
@@ -112,7 +114,8 @@ class SpanFile:
         self.append(Span(name=name, detail=detail, start_s=start_s, end_s=time.time()))
 
     def append(self, span: Span) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        fd = os.open(self._path, _APPEND, 0o600)
+        with open(fd, "a", encoding="utf-8") as file:
             file.write(json.dumps(span.fields()) + "\n")
 
     def read(self) -> tuple[Span, ...]:

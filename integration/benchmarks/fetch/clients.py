@@ -102,7 +102,12 @@ def paraserve(target: Target) -> Read:
         end=target.size_bytes,
     )
     plan = FetchPlan(
-        fetch_id="bench", source_uri=uri, objects=(stored,), tensors=(whole,), files=()
+        fetch_id="bench",
+        source_uri=uri,
+        objects=(stored,),
+        tensors=(whole,),
+        files=(),
+        store=source.store,
     )
     tier = Tier.open(target.folder)
 

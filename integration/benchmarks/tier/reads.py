@@ -35,7 +35,7 @@ from paraserve_backend.roles.weights import Fetched, read_spec
 from paraserve_backend.telemetry.spans import SpanFile
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.fetching.fetch import fetch
-from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.sources.base import FOLDERS, StoredObject
 from paraserve_backend.weights.tiers.disk import DiskTier
 from paraserve_backend.weights.tiers.layout import Manifest
 from paraserve_backend.weights.tiers.memory import Tier
@@ -153,6 +153,7 @@ class _NoStore:
     """Everything is to come from disk."""
 
     uri = "none:"
+    store = FOLDERS
 
     def list(self) -> tuple[StoredObject, ...]:
         return ()

@@ -34,6 +34,11 @@ class SchedulerConfig:
         Path | None,
         "File with the cluster token; without a token only loopback addresses may be used.",
     ] = None
+    source_roots: Annotated[
+        tuple[Path, ...],
+        "Model folders are deployed only from below these, absolute paths; empty: from wherever "
+        "this user may read.",
+    ] = ()
     heartbeat_interval_s: Annotated[float, "How often agents report."] = 1.0
     remove_timeout_s: Annotated[
         float, "Longest time for a node to unload a replica that no request runs on."

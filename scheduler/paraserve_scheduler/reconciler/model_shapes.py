@@ -22,7 +22,7 @@ from paraserve_scheduler.state.spec import Deployment
 def held_keys(deployment: Deployment) -> Mapping[str, StoredObject]:
     """The objects of a checkpoint by the keys that they have in a tier."""
     index = deployment.index
-    return {f"{index.source_uri}/{stored.key}": stored for stored in index.objects}
+    return {index.store.key_of(index.source_uri, stored.key): stored for stored in index.objects}
 
 
 @kept_per_deployment

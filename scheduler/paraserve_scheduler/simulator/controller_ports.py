@@ -170,7 +170,7 @@ class SimulatedAgents:
                 )
                 if landed:
                     yield HeldObject(
-                        key=f"{index.source_uri}/{stored.key}",
+                        key=index.store.key_of(index.source_uri, stored.key),
                         version=stored.version,
                         landed_bytes=sum(end - start for start, end in landed),
                         landed=tuple(dict.fromkeys(landed)),

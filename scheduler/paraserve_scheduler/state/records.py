@@ -63,7 +63,8 @@ class NodeInfo:
 class HeldObject:
     """One object version in a node's tier, of which it may have only a part."""
 
-    #: The source's URI, a slash and the object's own key.
+    #: Which object of which store: see `StoreIdentity.key_of`. Nodes report only what they would
+    #: use themselves, so who read it need not be told.
     key: str
     version: str
     landed_bytes: int

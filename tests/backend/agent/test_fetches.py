@@ -88,6 +88,7 @@ class _MeetingSource:
 
     def __init__(self, inner: Source, num_connections: int) -> None:
         self._inner = inner
+        self.store = inner.store
         self._barrier = threading.Barrier(num_connections, timeout=HANG_S)
         self.connections: list[Connection] = []
 
@@ -130,16 +131,14 @@ def test_a_request_says_whether_anybody_waits_for_it(tmp_path: Path) -> None:
         assert FetchRequest.from_message(message).background is background
 
 
-async def test_readers_learn_that_a_source_cannot_even_be_opened(
+async def test_a_fetch_whose_source_cannot_even_be_opened_does_not_start(
     fetches: Fetches, tmp_path: Path
 ) -> None:
     plan = replace(make_plan(tmp_path / "m"), source_uri="ftp://nowhere")
-    fetching = await fetches.start(make_request(plan), HANG_S)
     with pytest.raises(InvalidRequest, match="ftp://nowhere"):
-        await fetching.wait()
-    reader = TierReader.open(tmp_path / "tier", "tiny.1.0")
-    with pytest.raises(InvalidRequest, match="ftp://nowhere"):
-        reader.wait_for("model.norm.weight", timeout_s=HANG_S)
+        await fetches.start(make_request(plan), HANG_S)
+    with pytest.raises(NotFound):
+        TierReader.open(tmp_path / "tier", "tiny.1.0")
 
 
 async def test_a_failed_fetch_can_be_started_again(fetches: Fetches, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from paraserve_backend.errors import Cancelled, InsufficientCapacity, Unavailable
 from paraserve_backend.roles.standalone_fetch import StandaloneFetch
-from paraserve_backend.weights.sources.base import Connection
+from paraserve_backend.weights.sources.base import FOLDERS, Connection
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.reader import TierReader
@@ -58,6 +58,7 @@ class _Source:
     """A source whose store never answers, or has a bug."""
 
     uri = "odd:"
+    store = FOLDERS
 
     def __init__(self, error: Exception | None) -> None:
         self._error = error

@@ -14,12 +14,13 @@ from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
-from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.sources.base import UNKNOWN_STORE, StoredObject, StoreIdentity
 from paraserve_backend.weights.tiers.disk_format import Identity
 from paraserve_backend.weights.tiers.eviction import CachedObject, Extent
 from paraserve_backend.weights.tiers.layout import MANIFEST, Manifest
 
 SOURCE = "s3://b/m"
+STORE = StoreIdentity(endpoint="https://s3.amazonaws.com", principal="p")
 OBJECT = StoredObject(key="model.safetensors", size_bytes=96, version='"é1"')
 FILE = StoredObject(key="config.json", size_bytes=2, version="2-7")
 TENSORS = (
@@ -32,11 +33,20 @@ INDEX = CheckpointIndex(
     files=(FILE,),
     objects=(OBJECT,),
     tensors={tensor.name: tensor for tensor in TENSORS},
+    store=STORE,
 )
 PLAN = FetchPlan(
-    fetch_id="m.1.0", source_uri=SOURCE, objects=(OBJECT,), tensors=TENSORS, files=(FILE,)
+    fetch_id="m.1.0",
+    source_uri=SOURCE,
+    objects=(OBJECT,),
+    tensors=TENSORS,
+    files=(FILE,),
+    store=STORE,
 )
-CACHED = CachedObject(source_uri=SOURCE, stored=OBJECT, extents=(Extent(start=0, end=9, used=3),))
+CACHED = CachedObject(
+    store=STORE, source_uri=SOURCE, stored=OBJECT, extents=(Extent(start=0, end=9, used=3),)
+)
+IDENTITY = Identity(store=STORE, source_uri=SOURCE, stored=OBJECT)
 
 INDEX_BYTES = (
     rb'{"source_uri":"s3://b/m","config":{"x":1.5,"y":[Infinity],"z":null},'
@@ -68,6 +78,15 @@ IDENTITY_BYTES = (
     rb'{"source_uri": "s3://b/m", '
     rb'"stored": {"key": "model.safetensors", "size_bytes": 96, "version": "\"\u00e91\""}}'
 )
+STORE_BYTES = rb'"store":{"endpoint":"https://s3.amazonaws.com","principal":"p"}'
+
+
+def with_store(record: bytes) -> bytes:
+    """Return the record as this version writes it."""
+    return record.removesuffix(b"}") + b"," + STORE_BYTES + b"}"
+
+
+MANIFEST_WITH_STORE = with_store(MANIFEST_BYTES.removesuffix(b"}")) + b"}"
 
 
 def read_manifest(content: bytes, folder: Path) -> Manifest:
@@ -76,24 +95,39 @@ def read_manifest(content: bytes, folder: Path) -> Manifest:
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
-    assert CheckpointIndex.from_json(INDEX_BYTES) == INDEX
-    assert FetchPlan.from_json(PLAN_BYTES) == PLAN
-    assert read_manifest(MANIFEST_BYTES, tmp_path) == Manifest(plan=PLAN, part_bytes=8)
-    assert CachedObject.from_json(CACHED_BYTES) == CACHED
-    identity = Identity(source_uri=SOURCE, stored=OBJECT)
-    folder = tmp_path / identity.name
+    assert CheckpointIndex.from_json(with_store(INDEX_BYTES)) == INDEX
+    assert FetchPlan.from_json(with_store(PLAN_BYTES)) == PLAN
+    assert read_manifest(MANIFEST_WITH_STORE, tmp_path) == Manifest(plan=PLAN, part_bytes=8)
+    assert CachedObject.from_json(with_store(CACHED_BYTES)) == CACHED
+    folder = tmp_path / IDENTITY.name
+    folder.mkdir()
+    (folder / "object.json").write_bytes(with_store(IDENTITY_BYTES))
+    assert Identity.read(folder) == IDENTITY
+
+
+def test_what_the_scheduler_stored_before_stores_were_told_apart_is_read_as_of_no_store() -> None:
+    assert CheckpointIndex.from_json(INDEX_BYTES) == replace(INDEX, store=UNKNOWN_STORE)
+    assert FetchPlan.from_json(PLAN_BYTES) == replace(PLAN, store=UNKNOWN_STORE)
+
+
+def test_bytes_in_a_tier_that_do_not_say_whose_they_are_are_not_used(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="store"):
+        read_manifest(MANIFEST_BYTES, tmp_path)
+    with pytest.raises(ValueError, match="store"):
+        CachedObject.from_json(CACHED_BYTES)
+    folder = tmp_path / IDENTITY.name
     folder.mkdir()
     (folder / "object.json").write_bytes(IDENTITY_BYTES)
-    assert Identity.read(folder) == identity
+    assert Identity.read(folder) is None
 
 
 @pytest.mark.parametrize(
     ("written", "before"),
     [
-        (INDEX.to_json, INDEX_BYTES),
-        (PLAN.to_json, PLAN_BYTES),
-        (Manifest(plan=PLAN, part_bytes=8).to_json, MANIFEST_BYTES),
-        (CACHED.to_json, CACHED_BYTES),
+        (INDEX.to_json, with_store(INDEX_BYTES)),
+        (PLAN.to_json, with_store(PLAN_BYTES)),
+        (Manifest(plan=PLAN, part_bytes=8).to_json, MANIFEST_WITH_STORE),
+        (CACHED.to_json, with_store(CACHED_BYTES[:-1] + b', "pieces": []}')),
     ],
 )
 def test_what_is_written_says_the_same_to_an_earlier_version(

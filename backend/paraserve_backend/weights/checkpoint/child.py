@@ -14,7 +14,9 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -25,7 +27,7 @@ from paraserve_backend.weights.checkpoint.index import CheckpointIndex
 from paraserve_backend.weights.checkpoint.model import read_model
 from paraserve_backend.weights.checkpoint.token_lengths import read_longest_token
 from paraserve_backend.weights.sources.base import Source
-from paraserve_backend.weights.sources.open import open_source
+from paraserve_backend.weights.sources.open import Sources
 
 #: The child's exit status where its output is the index, and where it is a `_Failure`.
 _READ, _FAILED = 0, 3
@@ -48,6 +50,8 @@ class _Order(msgspec.Struct, frozen=True, kw_only=True):
     uri: str
     endpoint_url: str | None
     region: str | None
+    #: Paths; where there are any, folders are read in them only.
+    roots: tuple[str, ...]
     limits: ReadLimits
 
 
@@ -76,6 +80,7 @@ def read_apart(
     *,
     endpoint_url: str | None = None,
     region: str | None = None,
+    roots: Sequence[Path] = (),
     limits: ReadLimits | None = None,
 ) -> ReadCheckpoint:
     """Read and check the model folder at `uri` in a child process; blocks until it is through.
@@ -83,9 +88,15 @@ def read_apart(
     Raises:
         InvalidCheckpoint: also where it takes more memory or time to read than `limits` allow.
         SourceUnavailable: also where the source takes longer than `limits` allow.
-        ParaServeError: whatever `open_source` and `read_model` raise.
+        ParaServeError: whatever `Sources.open` and `read_model` raise.
     """
-    order = _Order(uri=uri, endpoint_url=endpoint_url, region=region, limits=limits or ReadLimits())
+    order = _Order(
+        uri=uri,
+        endpoint_url=endpoint_url,
+        region=region,
+        roots=tuple(map(str, roots)),
+        limits=limits or ReadLimits(),
+    )
     try:
         done = subprocess.run(
             # -P: what lies in the working directory is no module.
@@ -128,7 +139,8 @@ def main() -> NoReturn:
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=_Order)
     _limit(order.limits)
     try:
-        source = open_source(order.uri, endpoint_url=order.endpoint_url, region=order.region)
+        sources = Sources(roots=[Path(root) for root in order.roots])
+        source = sources.open(order.uri, endpoint_url=order.endpoint_url, region=order.region)
         output, status = _read(source), _READ
     except ParaServeError as error:
         output, status = _failure(type(error), str(error)), _FAILED

@@ -17,7 +17,13 @@ from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.weights.checkpoint.index import CheckpointIndex
 from paraserve_backend.weights.checkpoint.safetensors import TensorEntry
 from paraserve_backend.weights.checkpoint.stages import total_bytes_of
-from paraserve_backend.weights.sources.base import ObjectRange, StoredObject, check_key
+from paraserve_backend.weights.sources.base import (
+    UNKNOWN_STORE,
+    ObjectRange,
+    StoredObject,
+    StoreIdentity,
+    check_key,
+)
 
 DEFAULT_PART_BYTES = 8 << 20
 _FETCH_ID = re.compile(r"[a-z0-9][a-z0-9.-]{0,199}")
@@ -73,6 +79,9 @@ class FetchPlan:
     tensors: tuple[TensorEntry, ...]
     files: tuple[StoredObject, ...]
     dtype: str = ""
+    #: What the source is to the node that fetches, which fills it in: its environment may name
+    #: another endpoint and other credentials than the scheduler's.
+    store: StoreIdentity = UNKNOWN_STORE
 
     def __post_init__(self) -> None:
         if not _FETCH_ID.fullmatch(self.fetch_id):
@@ -118,6 +127,7 @@ def plan_fetch(
         tensors=tuple(tensors),
         files=index.files,
         dtype=index.dtype,
+        store=index.store,
     )
 
 

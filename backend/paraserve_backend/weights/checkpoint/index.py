@@ -22,7 +22,12 @@ from paraserve_backend.weights.checkpoint.safetensors import (
     header_end,
     parse_header,
 )
-from paraserve_backend.weights.sources.base import Source, StoredObject
+from paraserve_backend.weights.sources.base import (
+    UNKNOWN_STORE,
+    Source,
+    StoredObject,
+    StoreIdentity,
+)
 from paraserve_backend.weights.sources.retry import read_range
 
 CONFIG = "config.json"
@@ -70,6 +75,9 @@ class CheckpointIndex:
     dtype: str = ""
     #: Tensors that the shard map puts into files that are not there. Not stored.
     missing: Mapping[str, str] = field(default_factory=dict)
+    #: Where the source was read, and as whom. An index of an earlier version does not say: until
+    #: the model is deployed again, the scheduler finds none of its weights on any node.
+    store: StoreIdentity = UNKNOWN_STORE
 
     @property
     def size_bytes(self) -> int:
@@ -89,6 +97,7 @@ class CheckpointIndex:
             objects=self.objects,
             tensors=tuple(self.tensors.values()),
             dtype=self.dtype,
+            store=self.store,
         )
         # A config.json may have NaN and Infinity, which msgspec cannot write.
         return json.dumps(msgspec.to_builtins(record), separators=(",", ":")).encode()
@@ -109,6 +118,7 @@ class CheckpointIndex:
             objects=record.objects,
             tensors={tensor.name: tensor for tensor in record.tensors},
             dtype=record.dtype,
+            store=record.store,
         )
 
 
@@ -121,6 +131,7 @@ class _StoredIndex(msgspec.Struct, frozen=True, kw_only=True):
     objects: tuple[StoredObject, ...]
     tensors: tuple[TensorEntry, ...]
     dtype: str = ""
+    store: StoreIdentity = UNKNOWN_STORE
 
 
 def read_index(source: Source) -> CheckpointIndex:
@@ -148,6 +159,7 @@ def read_index(source: Source) -> CheckpointIndex:
         tensors=_merge(headers, shard_map),
         dtype=_first_dtype(headers[0]),
         missing={name: key for name, key in shard_map.items() if key not in stored},
+        store=source.store,
     )
 
 

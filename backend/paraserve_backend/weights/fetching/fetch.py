@@ -16,6 +16,7 @@ from paraserve_backend.errors import (
     ParaServeError,
     Unavailable,
 )
+from paraserve_backend.weights.fetching.access import require_access
 from paraserve_backend.weights.fetching.assignment import Assignment
 from paraserve_backend.weights.fetching.tasks import Rank, missing_tasks
 from paraserve_backend.weights.fetching.workers import FetchWorkers, Origins
@@ -85,6 +86,8 @@ def fetch(
         watch = _Watch(workers, cancel, timeout_s, on_progress or _ignore_progress)
         workers.run(watch.check)
         watch.check()
+        if not workers.bytes_from(Rank.STORE):
+            require_access(source, writer.plan)
     writer.finish()
     return _report(workers)
 

@@ -32,6 +32,9 @@ class SourceReader(Protocol):
     def read(self, task: Task) -> memoryview | None:
         """Return the task's bytes, valid until the next read; `None` if they are not to be had."""
 
+    def distrust(self, task: Task) -> None:
+        """What was read last for the task is not what the store gave; ask no more for that."""
+
     def break_off(self) -> None:
         """Make the read that runs return or raise at once, if it can be ended."""
 
@@ -81,6 +84,9 @@ class StoreReader:
                 self._connection, self._is_broken_off = None, False
             return None
         return content
+
+    def distrust(self, task: Task) -> None:
+        """The store says what is right."""
 
     def break_off(self) -> None:
         with self._lock:
@@ -144,6 +150,9 @@ class PeerReader:
             return None
         return content
 
+    def distrust(self, task: Task) -> None:
+        self._assignment.lose(self._source)
+
     def break_off(self) -> None:
         self._connection.abort()
 
@@ -176,6 +185,10 @@ class DiskReader:
         else:
             self._disk.use(task.name, [task.byte_range])
         return content
+
+    def distrust(self, task: Task) -> None:
+        self._disk.drop(task.name, task.byte_range)
+        self._report_holdings()
 
     def break_off(self) -> None:
         """A read of a disk cannot be ended."""

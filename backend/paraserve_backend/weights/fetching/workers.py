@@ -5,6 +5,7 @@ What the assignment decides, they carry out: claims in the tier, reads, writes.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -32,9 +33,12 @@ from paraserve_backend.weights.sources.base import Source
 from paraserve_backend.weights.sources.peer import Peer
 from paraserve_backend.weights.sources.retry import Retrier, RetryPolicy
 from paraserve_backend.weights.tiers.contents import Claim
+from paraserve_backend.weights.tiers.digests import DamagedPiece
 from paraserve_backend.weights.tiers.disk import DiskTier
 from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.writer import TierFetch
+
+logger = logging.getLogger(__name__)
 
 #: Connections to each peer.
 _PER_PEER = 2
@@ -202,11 +206,28 @@ class FetchWorkers:
         is_there = False
         try:
             content = reader.read(task)
-            if content is not None:
+            if content is not None and self._is_right(task, content, worker, reader):
                 self._put(task, content)
                 is_there = True
         finally:
             self._end(task, worker, is_there=is_there)
+
+    def _is_right(
+        self, task: Task, content: memoryview, worker: FetchWorker, reader: SourceReader
+    ) -> bool:
+        """Learn what the store's bytes are, and compare with that what others bring."""
+        if worker.source.rank is Rank.STORE:
+            self._tier.digests.learn(task.name, task.byte_range, content)
+            return True
+        try:
+            self._tier.digests.check(task.name, task.byte_range, content)
+        except DamagedPiece as damage:
+            logger.warning(
+                "damage from %s object=%s reason=%s", worker.source.rank.name, task.name, damage
+            )
+            reader.distrust(task)
+            return False
+        return True
 
     def _end(self, task: Task, worker: FetchWorker, *, is_there: bool) -> None:
         if not self._assignment.settle(task, worker):

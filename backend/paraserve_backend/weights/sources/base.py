@@ -12,6 +12,28 @@ from paraserve_backend.byte_ranges import ByteRange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreIdentity:
+    """Whose bytes a source gives, and to whom: the same URI elsewhere, or read by somebody else,
+    names other bytes. Neither part is a secret.
+    """
+
+    #: Where requests really go, whatever was asked for: scheme, host, port and path.
+    endpoint: str
+    #: Who reads there: a hash of what names the credentials, never of a secret.
+    principal: str
+
+    def key_of(self, source_uri: str, object_key: str) -> str:
+        """Return what nodes and the scheduler call an object of this store, whoever reads it."""
+        return f"{self.endpoint} {source_uri}/{object_key}"
+
+
+#: All folders of a machine: who may read them is up to the file system.
+FOLDERS = StoreIdentity(endpoint="file://", principal="folder")
+#: Of records that do not say; nothing in a tier is ever known by it.
+UNKNOWN_STORE = StoreIdentity(endpoint="", principal="")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredObject:
     """One object (or file) of a source, in one particular version.
 
@@ -71,6 +93,9 @@ class Source(Protocol):
 
     @property
     def uri(self) -> str: ...
+
+    @property
+    def store(self) -> StoreIdentity: ...
 
     def list(self) -> tuple[StoredObject, ...]:
         """Return the objects directly in the folder, by key; keys are relative to it.

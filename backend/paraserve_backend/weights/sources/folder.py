@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from paraserve_backend.errors import (
@@ -12,6 +15,7 @@ from paraserve_backend.errors import (
     SourceUnavailable,
 )
 from paraserve_backend.weights.sources.base import (
+    FOLDERS,
     StoredObject,
     check_key,
 )
@@ -22,17 +26,23 @@ class FolderSource:
     """A folder on this machine: a local disk or a shared file system.
 
     Versions are modification times, so that copies of a folder on several nodes must keep them.
+    Files are read as this process's user, for whoever may write to the folder. So no link leads out
+    of it, except in a Hugging Face cache, from a snapshot to the files of its own repository. With
+    `roots`, the folder itself has to lie in one of them.
     """
 
-    def __init__(self, uri: str, folder: Path) -> None:
+    def __init__(self, uri: str, folder: Path, *, roots: Sequence[Path] = ()) -> None:
         self.uri = uri
+        self.store = FOLDERS
         self._folder = folder
+        self._roots = roots
 
     def list(self) -> tuple[StoredObject, ...]:
         try:
-            with os.scandir(self._folder) as entries:
-                # is_file() and stat() follow links: a Hugging Face cache is a folder of links.
-                files = [_stored(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+            with _opened_folder(self._folder, self._roots) as folder:
+                names = os.listdir(folder.fd)
+                found = [(name, folder.stat(name)) for name in names]
+                files = [_stored(name, stat) for name, stat in found if stat is not None]
         except PermissionError:
             raise AccessDenied(f"no permission to read model folder {self.uri}") from None
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -46,7 +56,7 @@ class FolderSource:
         return tuple(sorted(files, key=lambda stored: stored.key))
 
     def connect(self) -> FileConnection:
-        return FileConnection(self._folder)
+        return FileConnection(self._folder, self._roots)
 
 
 class FileConnection:
@@ -55,8 +65,9 @@ class FileConnection:
     #: Bytes per system call: small enough that `abort` is prompt on a slow disk.
     _STEP_BYTES = 4 << 20
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, roots: Sequence[Path]) -> None:
         self._folder = folder
+        self._roots = roots
         self._open: tuple[str, int] | None = None
         self._aborted = False
 
@@ -87,7 +98,8 @@ class FileConnection:
             return self._open[1]
         self.close()
         check_key(key)
-        fd = os.open(self._folder / key, os.O_RDONLY | os.O_CLOEXEC)
+        with _opened_folder(self._folder, self._roots) as folder:
+            fd = folder.open(key)
         self._open = (key, fd)
         return fd
 
@@ -98,6 +110,83 @@ class FileConnection:
         if self._open is not None:
             os.close(self._open[1])
             self._open = None
+
+
+class _OpenFolder:
+    """A folder that is open, so that nobody can put another in its place while it is used."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self.fd = fd
+        self._path = path
+        #: The real folders in which its files may lie.
+        self._homes = {path, *_blobs(path)}
+
+    def stat(self, name: str) -> os.stat_result | None:
+        """Return what is known of a file, `None` for what is none.
+
+        Raises `AccessDenied` where it is a link out of the folder.
+        """
+        try:
+            with self._located(name) as fd:
+                return os.fstat(fd)
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+
+    def open(self, name: str) -> int:
+        """Return a descriptor for reading; raises what `stat` does, or `FileNotFoundError`."""
+        with self._located(name) as fd:
+            return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    @contextmanager
+    def _located(self, name: str) -> Iterator[int]:
+        """Give a plain file without opening it, and only where its real place is in the folder.
+
+        What was found is what will be read: a check by path would leave time to exchange it.
+        """
+        fd = os.open(name, os.O_PATH | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise IsADirectoryError(name)
+            real = _real_path(fd)
+            if not any(real.is_relative_to(home) for home in self._homes):
+                raise AccessDenied(
+                    f"{name} in model folder {self._path} is a link that leaves the folder: put "
+                    "the file itself there"
+                )
+            yield fd
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def _opened_folder(folder: Path, roots: Sequence[Path]) -> Iterator[_OpenFolder]:
+    """Open a model folder; raises `AccessDenied` where it lies outside all of `roots`."""
+    if roots and not any(Path(os.path.normpath(folder)).is_relative_to(it) for it in roots):
+        raise _outside(folder, roots)  # and nothing of what is there is looked at or told
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        path = _real_path(fd)
+        if roots and not any(path.is_relative_to(root.resolve()) for root in roots):
+            raise _outside(folder, roots)
+        yield _OpenFolder(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _outside(folder: Path, roots: Sequence[Path]) -> AccessDenied:
+    allowed = ", ".join(map(str, roots))
+    return AccessDenied(f"model folder {folder} is in none of the source_roots: {allowed}")
+
+
+def _real_path(fd: int) -> Path:
+    return Path(os.readlink(f"/proc/self/fd/{fd}"))
+
+
+def _blobs(path: Path) -> tuple[Path, ...]:
+    """Return where a Hugging Face cache keeps the files that a snapshot's links lead to."""
+    repository = path.parents[1] if len(path.parents) > 1 else path
+    is_snapshot = path.parent.name == "snapshots" and repository.name.startswith("models--")
+    return (repository / "blobs",) if is_snapshot else ()
 
 
 def _stored(name: str, stat: os.stat_result) -> StoredObject:

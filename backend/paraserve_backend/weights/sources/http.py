@@ -37,12 +37,24 @@ _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
+def _no_headers(url: str, start: int, end: int) -> Mapping[str, str]:
+    return {}
+
+
+def _believe(stored: StoredObject, start: int, end: int, headers: http.client.HTTPMessage) -> None:
+    """A store is known by its certificate, or not at all."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UrlSigner:
     """`url_for(key)` gives a URL that allows GET; `renew(key)` one that is freshly signed."""
 
     url_for: Callable[[str], str]
     renew: Callable[[str], str]
+    #: Further headers of a request for bytes `[start, end)`.
+    headers_for: Callable[[str, int, int], Mapping[str, str]] = _no_headers
+    #: Raises `SourceUnavailable` where an answer's headers are not to be believed.
+    check: Callable[[StoredObject, int, int, http.client.HTTPMessage], None] = _believe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +104,7 @@ class HttpConnection:
         try:
             response = self._get_signed(stored, start, start + len(view))
             _check_response(response, stored, start, start + len(view))
+            self._signer.check(stored, start, start + len(view), response.headers)
             while landed < len(view):
                 self._wake_late(len(view) - landed)
                 count = response.readinto(view[landed : landed + _STEP_BYTES])
@@ -137,7 +150,9 @@ class HttpConnection:
         parts = urlsplit(url)
         client = self._connected(parts)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
-        headers = {"Range": f"bytes={start}-{end - 1}"}
+        headers = {"Range": f"bytes={start}-{end - 1}"} | dict(
+            self._signer.headers_for(url, start, end)
+        )
         if self._proxy is not None and parts.scheme == "http":
             target = f"http://{parts.netloc.rpartition('@')[2]}{target}"
             headers |= self._proxy.headers

@@ -6,7 +6,7 @@ Object stores are in `sources.s3`, which is imported only when one is opened.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +17,8 @@ from paraserve_backend.errors import (
     ParaServeError,
 )
 from paraserve_backend.weights.sources.base import (
-    Connection,
     Source,
-    StoredObject,
+    StoreIdentity,
 )
 
 if TYPE_CHECKING:
@@ -28,11 +27,19 @@ from paraserve_backend.weights.sources.folder import FolderSource
 
 
 class Sources:
-    """Opens sources, and keeps for the next one what takes long to make. Thread-safe."""
+    """Opens sources, and keeps for the next one what takes long to make. Thread-safe.
 
-    def __init__(self) -> None:
+    `principal` is the name of who reads object stores here, where the credentials do not tell it.
+    With `roots`, only folders in one of them are read.
+    """
+
+    def __init__(self, *, principal: str | None = None, roots: Sequence[Path] = ()) -> None:
+        self._principal = principal
+        self._roots = roots
         self._lock = threading.Lock()
         self._clients: S3Clients | None = None
+        #: Who reads at each endpoint, as last opened.
+        self._principals: dict[str, str] = {}
 
     def open(
         self, uri: str, *, endpoint_url: str | None = None, region: str | None = None
@@ -43,17 +50,32 @@ class Sources:
         except ValueError:
             raise _not_a_source(uri) from None
         if parts.scheme != "s3":
-            return _open_path(uri, parts)
+            return _open_path(uri, parts, self._roots)
         # boto3 takes 0.3 s to import, which a folder need not pay.
         from paraserve_backend.weights.sources.s3 import S3Clients, open_s3
 
         with self._lock:
             self._clients = self._clients or S3Clients()
-        return open_s3(uri, endpoint_url=endpoint_url, region=region, clients=self._clients)
+        source = open_s3(
+            uri,
+            endpoint_url=endpoint_url,
+            region=region,
+            clients=self._clients,
+            principal=self._principal,
+        )
+        self._principals[source.store.endpoint] = source.store.principal
+        return source
+
+    def may_use(self, store: StoreIdentity) -> bool:
+        """Whether bytes of a store are of use to the next fetch, as far as is known.
+
+        Those that were read with credentials that have been replaced since are not.
+        """
+        return self._principals.get(store.endpoint, store.principal) == store.principal
 
     def prepare(self) -> None:
         """Make what every object store needs before the first of them is wanted."""
-        with suppress(ParaServeError):  # whoever opens one is told
+        with suppress(ParaServeError, OSError, ImportError):  # whoever opens one is told
             self.open("s3://any")
 
 
@@ -66,11 +88,11 @@ def open_source(uri: str, *, endpoint_url: str | None = None, region: str | None
     return Sources().open(uri, endpoint_url=endpoint_url, region=region)
 
 
-def _open_path(uri: str, parts: SplitResult) -> FolderSource:
+def _open_path(uri: str, parts: SplitResult, roots: Sequence[Path]) -> FolderSource:
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        return _open_folder(uri, Path(unquote(parts.path)))
+        return _open_folder(uri, Path(unquote(parts.path)), roots)
     if uri and not parts.scheme:
-        return _open_folder(uri, Path(uri))
+        return _open_folder(uri, Path(uri), roots)
     raise _not_a_source(uri)
 
 
@@ -80,31 +102,9 @@ def _not_a_source(uri: str) -> InvalidRequest:
     )
 
 
-def _open_folder(uri: str, folder: Path) -> FolderSource:
+def _open_folder(uri: str, folder: Path, roots: Sequence[Path]) -> FolderSource:
     if "\0" in str(folder):
         raise _not_a_source(uri)
     if not folder.is_absolute():
         raise InvalidRequest(f"model folder {uri!r} must be an absolute path: nodes have no cwd")
-    return FolderSource(uri, folder)
-
-
-class LazySource:
-    """A source that is opened when it is first used, by whichever thread that is."""
-
-    def __init__(self, uri: str, open_it: Callable[[], Source]) -> None:
-        self.uri = uri
-        self._open = open_it
-        self._lock = threading.Lock()
-        self._opened: Source | None = None
-
-    def list(self) -> tuple[StoredObject, ...]:
-        return self._source().list()
-
-    def connect(self) -> Connection:
-        return self._source().connect()
-
-    def _source(self) -> Source:
-        with self._lock:
-            if self._opened is None:
-                self._opened = self._open()
-            return self._opened
+    return FolderSource(uri, folder, roots=roots)

@@ -1,14 +1,11 @@
 """Reads bytes from other nodes' tiers: the client of `agent.peer_server`.
 
-A peer is inside the cluster, so it is never asked through a proxy. Requests are plain HTTP/1.1,
-signed with the cluster token, which itself is never sent: the URL carries a keyed hash of its path
-and of the time until which it is valid.
+A peer is inside the cluster, so it is never asked through a proxy. Requests are plain HTTP/1.1;
+both sides prove that they know the cluster token: see `sources.peer_auth`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import http.client
 import json
 import ssl
@@ -17,19 +14,33 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from paraserve_backend.errors import SourceUnavailable
-from paraserve_backend.weights.sources.base import Connection, Holding
+from paraserve_backend.weights.sources.base import (
+    BrokenTransfer,
+    Connection,
+    Holding,
+    StoredObject,
+)
+from paraserve_backend.weights.sources.digest import digest_of
 from paraserve_backend.weights.sources.http import HttpConnection, UrlSigner
+from paraserve_backend.weights.sources.peer_auth import (
+    DIGEST_HEADER,
+    PROOF_HEADER,
+    PeerAnswer,
+    PeerQuestion,
+    body_digest,
+)
 
 OBJECTS_PATH = "/objects/"
 HOLDINGS_PATH = "/holdings/"
 #: A peer that sends nothing for so long is given up; the store has the bytes too.
 _TIMEOUT_S = 2.0
-_SIGNED_FOR_S = 3600
 #: Names in one question; each is 40 characters of a URL.
 _MOST_NAMES = 200
+#: More than a true answer to so many names ever has.
+_MOST_ANSWER_BYTES = 16 << 20
 
 
 class Peer(Protocol):
@@ -63,60 +74,89 @@ class HttpPeer:
         try:
             for at in range(0, len(wanted), _MOST_NAMES):
                 path = HOLDINGS_PATH + ",".join(wanted[at : at + _MOST_NAMES])
-                found |= _ask(client, sign(path, self.token, time.time()))
+                found |= self._ask(client, PeerQuestion.of(self.address, path))
         except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
             raise SourceUnavailable(f"peer {self.address} gave no answer: {error!r}") from None
         finally:
             client.close()
         return found
 
-    def connect(self, names: Mapping[str, str]) -> HttpConnection:
-        def url_for(key: str) -> str:
-            target = sign(OBJECTS_PATH + names[key], self.token, time.time())
-            return f"http://{self.address}{target}"
+    def connect(self, names: Mapping[str, str]) -> Connection:
+        return PeerConnection(self.address, self.token, names)
 
-        signer = UrlSigner(url_for=url_for, renew=url_for)
-        return HttpConnection(signer, tls=_no_tls(), timeout_s=_TIMEOUT_S, proxy=None)
+    def _ask(self, client: http.client.HTTPConnection, asked: PeerQuestion) -> dict[str, Holding]:
+        client.request("GET", asked.path, headers=asked.headers(self.token, time.time()))
+        response = client.getresponse()
+        body = response.read(_MOST_ANSWER_BYTES)
+        if response.status != 200:
+            raise http.client.HTTPException(f"HTTP {response.status}")
+        answer = PeerAnswer(
+            question=asked, version="", size_bytes=len(body), digest=body_digest(body)
+        )
+        if not answer.is_proved(response.headers.get(PROOF_HEADER, ""), self.token):
+            raise http.client.HTTPException("it does not know the cluster token")
+        return {name: _holding(fields) for name, fields in json.loads(body).items()}
+
+
+class PeerConnection:
+    """Reads of one thread. What comes is what a member of the cluster sent, undamaged."""
+
+    def __init__(self, address: str, token: str | None, names: Mapping[str, str]) -> None:
+        self._address = address
+        self._token = token
+        self._names = names
+        self._asked: PeerQuestion | None = None
+        self._told_digest = 0
+        signer = UrlSigner(
+            url_for=self._url_for,
+            renew=self._url_for,
+            headers_for=self._headers_for,
+            check=self._check,
+        )
+        self._inner = HttpConnection(signer, tls=_no_tls(), timeout_s=_TIMEOUT_S, proxy=None)
+
+    def read_into(self, stored: StoredObject, start: int, view: memoryview) -> None:
+        self._inner.read_into(stored, start, view)
+        if digest_of(view) != self._told_digest:
+            raise BrokenTransfer(
+                f"peer {self._address} sent other bytes of {stored.key} than it should"
+            )
+
+    def abort(self) -> None:
+        self._inner.abort()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _url_for(self, key: str) -> str:
+        return f"http://{self._address}{OBJECTS_PATH}{self._names[key]}"
+
+    def _headers_for(self, url: str, start: int, end: int) -> Mapping[str, str]:
+        path = urlsplit(url).path
+        self._asked = PeerQuestion.of(self._address, path, (start, end))
+        return self._asked.headers(self._token, time.time())
+
+    def _check(
+        self, stored: StoredObject, start: int, end: int, headers: http.client.HTTPMessage
+    ) -> None:
+        told = headers.get(DIGEST_HEADER, "")
+        assert self._asked is not None, "an answer follows a question"
+        answer = PeerAnswer(
+            question=self._asked,
+            version=stored.version,
+            size_bytes=stored.size_bytes,
+            digest=told,
+        )
+        if not answer.is_proved(headers.get(PROOF_HEADER, ""), self._token):
+            raise SourceUnavailable(f"peer {self._address} does not know the cluster token")
+        if not (told.isascii() and told.isdecimal()):
+            raise SourceUnavailable(f"peer {self._address} tells no digest of {stored.key}")
+        self._told_digest = int(told)
 
 
 @cache
 def _no_tls() -> ssl.SSLContext:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-
-
-def sign(path: str, token: str | None, now_s: float) -> str:
-    """Return `path` with what lets a peer see that a member of the cluster asks."""
-    if token is None:
-        return path
-    expires_s = int(now_s) + _SIGNED_FOR_S
-    return f"{path}?expires={expires_s}&signature={_signature(path, expires_s, token)}"
-
-
-def is_signed(target: str, token: str | None, now_s: float) -> bool:
-    """Whether `sign` has made this request target, not too long ago, with the same token."""
-    if token is None:
-        return True
-    parts = urlsplit(target)
-    query = parse_qs(parts.query)
-    expires, given = query.get("expires", [""])[0], query.get("signature", [""])[0]
-    if not expires.isdecimal() or int(expires) < now_s:
-        return False
-    expected = _signature(parts.path, int(expires), token)
-    return hmac.compare_digest(expected.encode(), given.encode())
-
-
-def _signature(path: str, expires_s: int, token: str) -> str:
-    message = f"paraserve peer\n{expires_s}\n{path}".encode()
-    return hmac.new(token.encode(), message, hashlib.sha256).hexdigest()
-
-
-def _ask(client: http.client.HTTPConnection, target: str) -> dict[str, Holding]:
-    client.request("GET", target)
-    response = client.getresponse()
-    body = response.read()
-    if response.status != 200:
-        raise http.client.HTTPException(f"HTTP {response.status}")
-    return {name: _holding(fields) for name, fields in json.loads(body).items()}
 
 
 def _holding(fields: Mapping[str, list[list[int]]]) -> Holding:

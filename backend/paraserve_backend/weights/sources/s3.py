@@ -6,6 +6,8 @@ clients are kept from one fetch to the next.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import ssl
 import threading
 import time
@@ -27,7 +29,7 @@ from paraserve_backend.errors import (
     NotFound,
     SourceUnavailable,
 )
-from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.sources.base import StoredObject, StoreIdentity
 from paraserve_backend.weights.sources.http import (
     HttpConnection,
     HttpProxy,
@@ -50,9 +52,17 @@ _PROXY_FAILURES = frozenset({502, 503, 504})
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Store:
     client: _S3Client
+    session: Any
     tls: ssl.SSLContext
     #: None: directly, as boto3 does then.
     proxy: HttpProxy | None
+
+    def identity(self, principal: str | None) -> StoreIdentity:
+        """Return where it is and who reads there by now: credentials of a role change."""
+        endpoint = _endpoint_of(self.client)
+        return StoreIdentity(
+            endpoint=endpoint, principal=_digest(principal or _principal(self.session))
+        )
 
 
 class S3Clients:
@@ -78,9 +88,17 @@ class S3Clients:
 
 
 def open_s3(
-    uri: str, *, endpoint_url: str | None, region: str | None, clients: S3Clients
+    uri: str,
+    *,
+    endpoint_url: str | None,
+    region: str | None,
+    clients: S3Clients,
+    principal: str | None,
 ) -> S3Source:
-    """Open `s3://bucket/prefix`; raises `InvalidRequest` where the URI or the endpoint is wrong."""
+    """Open `s3://bucket/prefix`; raises `InvalidRequest` where the URI or the endpoint is wrong.
+
+    `principal` is the name of who reads; `None` leaves that to the credentials.
+    """
     parts = urlsplit(uri)
     if not parts.netloc or parts.query or parts.fragment:
         raise InvalidRequest(f"{uri!r} does not have the form s3://bucket/prefix")
@@ -94,6 +112,7 @@ def open_s3(
         lambda unlike: clients.get(uri, endpoint_url=endpoint_url, region=region, unlike=unlike),
         bucket=parts.netloc,
         prefix=f"{prefix}/" if prefix else "",
+        principal=principal,
     )
 
 
@@ -110,7 +129,35 @@ def _make_store(uri: str, endpoint_url: str | None, region: str | None) -> _Stor
         client.meta.events.register("before-parse.s3", _refuse_web_page)
         tls = ssl.create_default_context(cafile=core.get_config_variable("ca_bundle"))
     proxy = environment_proxy(client.meta.endpoint_url)
-    return _Store(client=client, tls=tls, proxy=proxy)
+    return _Store(client=client, session=core, tls=tls, proxy=proxy)
+
+
+def _endpoint_of(client: _S3Client) -> str:
+    """Return the endpoint in one spelling; never a user and password that the URL may hold."""
+    parts = urlsplit(client.meta.endpoint_url)
+    default_port = {"http": 80, "https": 443}.get(parts.scheme)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    port = "" if parts.port in (None, default_port) else f":{parts.port}"
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
+#: How boto3 says that credentials are those of a role that its settings name.
+_ROLE_METHODS = frozenset({"assume-role", "assume-role-with-web-identity"})
+
+
+def _principal(session: Any) -> str:
+    """Return what names the credentials: the role where it is known, else the access key's id."""
+    credentials = session.get_credentials()
+    if credentials is None:
+        return "anonymous"
+    role = os.environ.get("AWS_ROLE_ARN") or session.get_scoped_config().get("role_arn")
+    if role and credentials.method in _ROLE_METHODS:
+        return f"role {role}"
+    return f"key {credentials.get_frozen_credentials().access_key}"
+
+
+def _digest(principal: str) -> str:
+    return hashlib.sha256(f"paraserve principal\n{principal}".encode()).hexdigest()[:32]
 
 
 def _is_url(text: str) -> bool:
@@ -175,12 +222,20 @@ class S3Source:
     """The objects directly below one prefix of a bucket."""
 
     def __init__(
-        self, uri: str, find: Callable[[_Store | None], _Store], *, bucket: str, prefix: str
+        self,
+        uri: str,
+        find: Callable[[_Store | None], _Store],
+        *,
+        bucket: str,
+        prefix: str,
+        principal: str | None,
     ) -> None:
         self.uri = uri
         #: Gives a store unlike the one that is its argument.
         self._find = find
         self._store = find(None)
+        with _aws_errors(uri):
+            self.store = self._store.identity(principal)
         self._bucket = bucket
         self._prefix = prefix
         self._signed: dict[str, _SignedUrl] = {}

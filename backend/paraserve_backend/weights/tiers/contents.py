@@ -17,7 +17,7 @@ from paraserve_backend.byte_ranges import (
     within,
 )
 from paraserve_backend.errors import NotFound
-from paraserve_backend.weights.sources.base import Holding, StoredObject
+from paraserve_backend.weights.sources.base import Holding, StoredObject, StoreIdentity
 from paraserve_backend.weights.tiers.eviction import CacheIndex
 from paraserve_backend.weights.tiers.layout import FILES, OBJECTS, FetchStatus, object_name
 from paraserve_backend.weights.tiers.writer import TierFetch
@@ -42,21 +42,25 @@ class TierContents:
     def objects(self) -> dict[str, TierObject]:
         """Return what has an object file: a small file has one once its fetch is released."""
         known = {
-            name: (cached.source_uri, cached.stored) for name, cached in self._cache.objects.items()
+            name: (cached.store, cached.source_uri, cached.stored)
+            for name, cached in self._cache.objects.items()
         }
         for fetch in self._fetches.values():
             for name, stored in fetch.object_names.items():
-                known[name] = (fetch.plan.source_uri, stored)
+                known[name] = (fetch.plan.store, fetch.plan.source_uri, stored)
         return {
-            name: TierObject(source_uri=uri, stored=stored, landed=self.landed(name))
-            for name, (uri, stored) in known.items()
+            name: TierObject(store=store, source_uri=uri, stored=stored, landed=self.landed(name))
+            for name, (store, uri, stored) in known.items()
         }
 
     def files(self) -> dict[str, TierObject]:
         """Return the small files of fetches, which are there whole."""
         return {
             name: TierObject(
-                source_uri=fetch.plan.source_uri, stored=stored, landed=((0, stored.size_bytes),)
+                store=fetch.plan.store,
+                source_uri=fetch.plan.source_uri,
+                stored=stored,
+                landed=((0, stored.size_bytes),),
             )
             for fetch in self._fetches.values()
             for name, stored in fetch.file_names.items()
@@ -84,8 +88,8 @@ class TierContents:
 
     def holding(self, name: str) -> Holding:
         landed = self.landed(name)
-        if (path := self.file(name)) is not None:
-            landed = ((0, path.stat().st_size),)
+        if self.file(name) is not None:
+            landed = ((0, self._identity(name).size_bytes),)
         coming: list[ByteRange] = []
         for fetch in self.having(name):
             if fetch.status is not FetchStatus.RUNNING:
@@ -111,7 +115,9 @@ class TierContents:
         """Return where a small file lies whole, if any fetch has or had it."""
         cached = self._cache.objects.get(name)
         if cached is not None and cached.byte_ranges == ((0, cached.stored.size_bytes),):
-            return self._directory / OBJECTS / name
+            path = self._directory / OBJECTS / name
+            if path.exists():
+                return path
         for fetch in self.having(name):
             if name in fetch.file_names and fetch.has_file(fetch.file_names[name].key):
                 return fetch.file_path(fetch.file_names[name].key)
@@ -144,6 +150,7 @@ class TierContents:
 class TierObject:
     """One object version in the tier, and which of its bytes are in place (sorted, disjoint)."""
 
+    store: StoreIdentity
     source_uri: str
     stored: StoredObject
     landed: tuple[ByteRange, ...]
@@ -151,7 +158,7 @@ class TierObject:
     @property
     def name(self) -> str:
         """The object's file name in any tier."""
-        return object_name(self.source_uri, self.stored)
+        return object_name(self.store, self.source_uri, self.stored)
 
     @property
     def landed_bytes(self) -> int:

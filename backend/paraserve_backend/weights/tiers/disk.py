@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from paraserve_backend.byte_ranges import ByteRange, merge, within
+from paraserve_backend.daemon.private_files import make_folder, own_folder
 from paraserve_backend.weights.tiers.contents import TierObject
 from paraserve_backend.weights.tiers.disk_format import (
     DamagedExtent,
@@ -31,7 +32,7 @@ from paraserve_backend.weights.tiers.disk_format import (
     whole_extents,
     write_extent,
 )
-from paraserve_backend.weights.tiers.filesystem import lock_folder
+from paraserve_backend.weights.tiers.filesystem import LOCK, lock_folder
 from paraserve_backend.weights.tiers.layout import OBJECTS
 
 logger = logging.getLogger(__name__)
@@ -70,9 +71,11 @@ class DiskTier:
     ) -> DiskTier:
         """Open or create a tier of at most `disk_bytes`, with what an earlier agent left in it.
 
-        Raises `AlreadyExists` where another process has it open.
+        Raises `AlreadyExists` where another process has it open, and `InvalidRequest` where the
+        folder is not ours alone.
         """
-        (directory / OBJECTS).mkdir(parents=True, exist_ok=True)
+        own_folder(directory, entries=(OBJECTS, LOCK))
+        make_folder(directory / OBJECTS)
         disk = cls(directory, lock_folder(directory), disk_bytes, now)
         disk._load()
         disk._make_room(0, lambda _: ())
@@ -102,6 +105,7 @@ class DiskTier:
             identities = [self._identities[name] for name, found in self._extents.items() if found]
         return tuple(
             TierObject(
+                store=identity.store,
                 source_uri=identity.source_uri,
                 stored=identity.stored,
                 landed=self.byte_ranges(identity.name),
@@ -156,7 +160,7 @@ class DiskTier:
         size_bytes = byte_range[1] - byte_range[0]
         if self.is_resting or not self._make_room(whole_blocks(size_bytes), kept):
             return False
-        identity = Identity(source_uri=found.source_uri, stored=found.stored)
+        identity = Identity(store=found.store, source_uri=found.source_uri, stored=found.stored)
         try:
             folder = identity.make_folder(self.directory)
             extent = write_extent(folder, byte_range[0], size_bytes, buffer)
@@ -166,6 +170,11 @@ class DiskTier:
         with self._lock:
             self._add(identity, extent)
         return True
+
+    def drop(self, name: str, byte_range: ByteRange) -> None:
+        """Forget all extents that have any of these bytes."""
+        for held in self.touching(name, byte_range):
+            self._drop(held)
 
     def check_integrity(self) -> tuple[str, ...]:
         """Return one sentence for every file that is not as the index says; reads no content."""

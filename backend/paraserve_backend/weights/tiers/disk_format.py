@@ -10,24 +10,22 @@ import errno
 import mmap
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from paraserve_backend.byte_ranges import ByteRange
+from paraserve_backend.daemon.private_files import make_folder
 from paraserve_backend.weights.checkpoint.fetch_plan import DEFAULT_PART_BYTES
-from paraserve_backend.weights.sources.base import StoredObject, check_key
+from paraserve_backend.weights.sources.base import StoredObject, StoreIdentity, check_key
+from paraserve_backend.weights.sources.digest import BLOCK_BYTES, digest_of
 from paraserve_backend.weights.tiers.layout import OBJECTS, object_name, write_atomically
 
 #: Extents end at multiples of this in their object, as a fetch's parts do.
 EXTENT_BYTES = DEFAULT_PART_BYTES
-#: Direct I/O wants offsets, lengths and memory aligned to the disk's blocks.
-BLOCK_BYTES = 4096
 _NAME = re.compile(r"(\d{1,18})-(\d{1,18})-([0-9a-f]{8})")
 
 
@@ -74,21 +72,6 @@ def aligned_buffer() -> memoryview:
     return memoryview(mmap.mmap(-1, EXTENT_BYTES))
 
 
-def checksum(content: memoryview) -> int:
-    """Return the CRC-32 of the sums of all blocks' words, in rows and in columns, and of the rest.
-
-    It sees any damage but such as cancels out in both, and takes a third of the processor time of
-    the CRC-32 of all bytes, which would be half of what a read from disk takes.
-    """
-    whole_bytes = len(content) // BLOCK_BYTES * BLOCK_BYTES
-    found = zlib.crc32(content[whole_bytes:])
-    if whole_bytes:
-        words = np.frombuffer(content[:whole_bytes], "<u8").reshape(-1, BLOCK_BYTES // 8)
-        for sums in (np.add.reduce(words, axis=1), np.add.reduce(words, axis=0)):
-            found = zlib.crc32(sums.tobytes(), found)
-    return found
-
-
 def read_extent(path: Path, extent: DiskExtent, buffer: memoryview) -> memoryview:
     """Return the extent's bytes, which lie in `buffer`, an `aligned_buffer`.
 
@@ -102,7 +85,7 @@ def read_extent(path: Path, extent: DiskExtent, buffer: memoryview) -> memoryvie
     content = buffer[: extent.size_bytes]
     if count != extent.size_bytes:
         raise DamagedExtent(f"has {count} bytes instead of {extent.size_bytes}")
-    if checksum(content) != extent.checksum:
+    if digest_of(content) != extent.checksum:
         raise DamagedExtent("has other bytes than were written")
     return content
 
@@ -112,10 +95,14 @@ def write_extent(folder: Path, start: int, size_bytes: int, buffer: memoryview) 
 
     The file is there whole or not at all. Raises `OSError`.
     """
-    extent = DiskExtent(start=start, end=start + size_bytes, checksum=checksum(buffer[:size_bytes]))
+    extent = DiskExtent(
+        start=start, end=start + size_bytes, checksum=digest_of(buffer[:size_bytes])
+    )
     unfinished = folder / f".{extent.file_name}"
     try:
+        unfinished.unlink(missing_ok=True)
         with _opened(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+            os.fchmod(fd, 0o600)
             _write_all(fd, buffer[: extent.disk_bytes])
             os.ftruncate(fd, size_bytes)
         unfinished.rename(folder / extent.file_name)
@@ -129,12 +116,12 @@ def write_extent(folder: Path, start: int, size_bytes: int, buffer: memoryview) 
 def _opened(path: Path, flags: int) -> Iterator[int]:
     """Open for direct I/O, or, where the file system has none, through the page cache."""
     try:
-        fd = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, flags | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         is_direct = True
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         is_direct = False
     try:
         yield fd
@@ -191,18 +178,19 @@ class Held:
 class Identity:
     """The object version that a folder is for."""
 
+    store: StoreIdentity
     source_uri: str
     stored: StoredObject
 
     @property
     def name(self) -> str:
-        return object_name(self.source_uri, self.stored)
+        return object_name(self.store, self.source_uri, self.stored)
 
     def make_folder(self, directory: Path) -> Path:
         """Make the folder for this object's extents, if it is not there."""
         folder = directory / OBJECTS / self.name
         if not (folder / _OBJECT).exists():
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
             write_atomically(folder / _OBJECT, msgspec.json.encode(self))
         return folder
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import msgspec
 
 from paraserve_backend.byte_ranges import ByteRange, merge, subtract
-from paraserve_backend.weights.sources.base import StoredObject, check_key
+from paraserve_backend.daemon.private_files import make_folder
+from paraserve_backend.weights.sources.base import StoredObject, StoreIdentity, check_key
+from paraserve_backend.weights.tiers.digests import DigestPiece
 from paraserve_backend.weights.tiers.layout import object_name, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -39,13 +41,16 @@ class Extent:
 class CachedObject:
     """An object version and which of its bytes may be used again (sorted, disjoint)."""
 
+    store: StoreIdentity
     source_uri: str
     stored: StoredObject
     extents: tuple[Extent, ...]
+    #: What is known of the bytes.
+    pieces: tuple[DigestPiece, ...] = ()
 
     @property
     def name(self) -> str:
-        return object_name(self.source_uri, self.stored)
+        return object_name(self.store, self.source_uri, self.stored)
 
     @property
     def byte_ranges(self) -> tuple[ByteRange, ...]:
@@ -86,7 +91,7 @@ class CacheIndex:
     @classmethod
     def open(cls, directory: Path) -> CacheIndex:
         """Read what an earlier agent left; an entry that cannot be read is dropped."""
-        directory.mkdir(exist_ok=True)
+        make_folder(directory)
         objects = {}
         for path in sorted(directory.iterdir()):
             try:
@@ -113,15 +118,14 @@ class CacheIndex:
         self._clock += 1
         return self._clock
 
-    def add(
-        self, source_uri: str, stored: StoredObject, byte_ranges: Sequence[ByteRange], used: int
-    ) -> None:
-        """Trust these bytes from now on; they must be in place."""
-        if not byte_ranges:
-            return
-        name = object_name(source_uri, stored)
-        empty = CachedObject(source_uri=source_uri, stored=stored, extents=())
-        self._put(self._objects.get(name, empty).with_ranges(byte_ranges, used))
+    def add(self, found: CachedObject, byte_ranges: Sequence[ByteRange], used: int) -> None:
+        """Trust these bytes of an object from now on; they must be in place.
+
+        `found` is what is known of it; where the index has it already, that is added to.
+        """
+        if byte_ranges:
+            before = self._objects.get(found.name, found)
+            self._put(replace(before.with_ranges(byte_ranges, used), pieces=found.pieces))
 
     def remove(self, name: str, byte_ranges: Sequence[ByteRange]) -> None:
         """Trust these bytes no longer; to be called before they go."""

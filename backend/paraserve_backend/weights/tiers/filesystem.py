@@ -9,8 +9,11 @@ import os
 from pathlib import Path
 
 from paraserve_backend.byte_ranges import ByteRange
+from paraserve_backend.daemon.private_files import create_file
 from paraserve_backend.errors import AlreadyExists
 
+#: Name of the file whose lock says that a process uses a tier's folder.
+LOCK = "lock"
 # From linux/falloc.h; the os module has no call for it.
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
@@ -62,7 +65,7 @@ def lock_folder(directory: Path) -> int:
 
     Raises `AlreadyExists` where another process has it.
     """
-    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = create_file(directory / LOCK, at_most_one=False)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

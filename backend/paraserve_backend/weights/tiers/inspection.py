@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paraserve_backend.byte_ranges import ByteRange, merge
 from paraserve_backend.errors import NotFound
 from paraserve_backend.protocol.run_dir import TierDir
-from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.sources.base import StoredObject, StoreIdentity
 from paraserve_backend.weights.tiers.contents import TierObject
 from paraserve_backend.weights.tiers.disk_format import (
     DamagedExtent,
@@ -33,7 +33,6 @@ from paraserve_backend.weights.tiers.layout import (
     FetchStatus,
     Manifest,
     ProgressFile,
-    object_name,
 )
 
 
@@ -84,10 +83,10 @@ def _require(directory: Path) -> None:
 def _tier_problems(directory: Path) -> Iterator[str]:
     found: dict[str, TierObject] = {}
     growing = set()
-    for uri, stored, landed, is_running in _landed(directory):
-        name = object_name(uri, stored)
+    for each, is_running in _landed(directory):
+        name = each.name
         before = found[name].landed if name in found else ()
-        found[name] = TierObject(source_uri=uri, stored=stored, landed=merge([*before, *landed]))
+        found[name] = replace(each, landed=merge([*before, *each.landed]))
         if is_running:
             growing.add(name)
     for name, each in found.items():
@@ -98,12 +97,13 @@ def _tier_problems(directory: Path) -> Iterator[str]:
             yield f"object file {path.name} belongs to no fetch"
 
 
-def _landed(directory: Path) -> Iterator[tuple[str, StoredObject, tuple[ByteRange, ...], bool]]:
-    """Yield which bytes of which object the cache and each fetch say are there."""
+def _landed(directory: Path) -> Iterator[tuple[TierObject, bool]]:
+    """Yield what the cache and each fetch say is there, and whether that fetch still runs."""
     for path in (directory / CACHE).iterdir():
         with suppress(FileNotFoundError):
             cached = CachedObject.from_json(path.read_bytes())
-            yield cached.source_uri, cached.stored, cached.byte_ranges, False
+            found = _found(cached.store, cached.source_uri, cached.stored, cached.byte_ranges)
+            yield found, False
     for fetch_dir in TierDir(directory).fetches.iterdir():
         with suppress(FileNotFoundError):
             manifest = Manifest.read(fetch_dir)
@@ -114,8 +114,15 @@ def _landed(directory: Path) -> Iterator[tuple[str, StoredObject, tuple[ByteRang
                     (part.start, part.end) for part in parts if part.object_key == stored.key
                 )
                 is_done = progress.status is FetchStatus.DONE
-                yield manifest.plan.source_uri, stored, landed, not is_done
+                plan = manifest.plan
+                yield _found(plan.store, plan.source_uri, stored, landed), not is_done
             progress.close()
+
+
+def _found(
+    store: StoreIdentity, source_uri: str, stored: StoredObject, landed: tuple[ByteRange, ...]
+) -> TierObject:
+    return TierObject(store=store, source_uri=source_uri, stored=stored, landed=landed)
 
 
 def _used_bytes(path: Path) -> int:

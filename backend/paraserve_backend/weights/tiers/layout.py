@@ -24,9 +24,15 @@ import msgspec
 
 from paraserve_backend import errors
 from paraserve_backend.byte_ranges import ByteRange
+from paraserve_backend.daemon.private_files import create_file
 from paraserve_backend.errors import ParaServeError
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan, split_parts
-from paraserve_backend.weights.sources.base import ObjectRange, StoredObject
+from paraserve_backend.weights.sources.base import (
+    UNKNOWN_STORE,
+    ObjectRange,
+    StoredObject,
+    StoreIdentity,
+)
 
 OBJECTS = "objects"
 MANIFEST = "manifest.json"
@@ -42,9 +48,12 @@ class FetchStatus(IntEnum):
     FAILED = 3
 
 
-def object_name(source_uri: str, stored: StoredObject) -> str:
-    """Return the file name of one object version; two fetches of it share that file."""
-    identity = json.dumps([source_uri, stored.key, stored.version])
+def object_name(store: StoreIdentity, source_uri: str, stored: StoredObject) -> str:
+    """Return the file name of one object version; two fetches of it share that file.
+
+    It is the same on every node and tells nobody anything: peers ask each other by it.
+    """
+    identity = json.dumps([store.endpoint, store.principal, source_uri, stored.key, stored.version])
     return hashlib.sha256(identity.encode()).hexdigest()[:40]
 
 
@@ -65,7 +74,10 @@ class Manifest:
     @classmethod
     def read(cls, fetch_dir: Path) -> Manifest:
         """Raises `FileNotFoundError` where there is no such fetch, `ValueError` for other bytes."""
-        return msgspec.json.decode((fetch_dir / MANIFEST).read_bytes(), type=cls)
+        found = msgspec.json.decode((fetch_dir / MANIFEST).read_bytes(), type=cls)
+        if found.plan.store == UNKNOWN_STORE:
+            raise ValueError("it does not say from which store its bytes are")
+        return found
 
 
 class PartTable:
@@ -115,7 +127,9 @@ class ProgressFile:
 
     @staticmethod
     def create(path: Path, *, parts: int) -> None:
-        path.write_bytes(bytes([FetchStatus.RUNNING]) + bytes(parts + _ERROR_BYTES))
+        fd = create_file(path)
+        with open(fd, "wb") as file:
+            file.write(bytes([FetchStatus.RUNNING]) + bytes(parts + _ERROR_BYTES))
 
     @property
     def status(self) -> FetchStatus:
@@ -159,7 +173,9 @@ class ProgressFile:
 
 
 def write_atomically(path: Path, content: bytes | bytearray | memoryview) -> None:
-    """Write a file that a reader finds complete or not at all."""
+    """Write a file of ours that a reader finds complete or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
+    unfinished.unlink(missing_ok=True)
+    with open(create_file(unfinished), "wb") as file:
+        file.write(content)
     unfinished.rename(path)

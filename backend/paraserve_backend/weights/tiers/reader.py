@@ -65,7 +65,8 @@ class TierReader:
     def object_path(self, key: str) -> Path:
         """Return the file that holds an object; it has holes where nothing was fetched."""
         stored = next(stored for stored in self.plan.objects if stored.key == key)
-        return self._tier_dir / OBJECTS / object_name(self.plan.source_uri, stored)
+        name = object_name(self.plan.store, self.plan.source_uri, stored)
+        return self._tier_dir / OBJECTS / name
 
     def entry(self, name: str) -> TensorEntry:
         """Raises `NotFound` where the fetch has no such tensor."""

@@ -53,7 +53,7 @@ class TierFetch:
         self.file_names = {self.name_of(stored): stored for stored in self.plan.files}
 
     def name_of(self, stored: StoredObject) -> str:
-        return object_name(self.plan.source_uri, stored)
+        return object_name(self.plan.store, self.plan.source_uri, stored)
 
     @property
     def parts(self) -> tuple[ObjectRange, ...]:
@@ -146,9 +146,8 @@ class TierFetch:
     def _descriptor(self, key: str) -> int:
         with self._lock:
             if key not in self._descriptors:
-                name = object_name(self.plan.source_uri, self._objects[key])
-                path = self._tier_dir / OBJECTS / name
-                self._descriptors[key] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                path = self._tier_dir / OBJECTS / self.name_of(self._objects[key])
+                self._descriptors[key] = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             return self._descriptors[key]
 
     def _close_objects(self) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from paraserve_backend.architectures.spec import ModelSpec
 from paraserve_backend.errors import InvalidCheckpoint, InvalidRequest
@@ -49,15 +51,19 @@ def validated_spec(message: pb.DeploymentSpec, defaults: DeploymentDefaults) -> 
     return DeploymentSpec(**asdict(defaults) | stated | checked)
 
 
-def read_deployment(spec: DeploymentSpec) -> Deployment:
+def read_deployment(spec: DeploymentSpec, source_roots: Sequence[Path] = ()) -> Deployment:
     """Have the checkpoint's headers and tokenizer read, and check that we can run the model.
+
+    Folders are read below `source_roots` only, where there are any.
 
     Raises:
         InvalidCheckpoint, UnsupportedModel: the files are wrong or of a kind we cannot run.
         InvalidRequest: the source or the context length does not make sense.
         NotFound, AccessDenied, SourceUnavailable: the source cannot be read.
     """
-    read = read_apart(spec.source, endpoint_url=spec.endpoint_url, region=spec.region)
+    read = read_apart(
+        spec.source, endpoint_url=spec.endpoint_url, region=spec.region, roots=source_roots
+    )
     index = read.index
     model = spec_of(index)
     _check_tokenizer(spec, index)

@@ -130,7 +130,7 @@ class SchedulerService(SchedulerServicer):
         state = self._existing(spec)
         if state is not None:
             return state
-        deployment = await asyncio.to_thread(read_deployment, spec)
+        deployment = await asyncio.to_thread(read_deployment, spec, self._config.source_roots)
         # Somebody else may have deployed under this name meanwhile.
         return self._existing(spec) or self._add(deployment)
 

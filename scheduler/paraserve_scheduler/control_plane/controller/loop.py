@@ -183,7 +183,7 @@ class Controller:
         deployment = self._view.deployments[plan.deployment].deployment
         keys = self._store.channel_keys(plan.deployment)
         for stage, where in enumerate(plan.stages):
-            peers = peer_addresses(self._view, deployment, where.node)
+            peers = peer_addresses(self.turn(), deployment, where.node)
             part = part_message(deployment, plan, stage, keys, peers)
             address = self._view.nodes[where.node].info.agent_address
             name = f"apply {fetch_id(plan.replica, stage)}"

@@ -11,6 +11,8 @@ from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_backend.weights.checkpoint.fetch_plan import plan_fetch, whole_objects
 from paraserve_backend.weights.checkpoint.stages import stage_tensors
 from paraserve_scheduler.control_plane.messages.triton_models import stage_models
+from paraserve_scheduler.reconciler.capacity import is_alive
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.events import NodeReported
 from paraserve_scheduler.state.plans import ReplicaPlan
 from paraserve_scheduler.state.records import (
@@ -21,7 +23,6 @@ from paraserve_scheduler.state.records import (
     Phase,
 )
 from paraserve_scheduler.state.spec import ChannelKeys, Deployment
-from paraserve_scheduler.state.view import ClusterView
 
 #: Nodes that a fetch is told of.
 _MOST_PEERS = 3
@@ -93,10 +94,16 @@ def _failure(message: pb.Failure) -> Failure:
     return Failure(grpc_code=message.grpc_code, message=message.message)
 
 
-def peer_addresses(view: ClusterView, deployment: Deployment, node: str) -> tuple[str, ...]:
-    """Where `node` may read some of a deployment's weights, the nodes that have most first."""
+def peer_addresses(turn: Turn, deployment: Deployment, node: str) -> tuple[str, ...]:
+    """Where `node` may read some of a deployment's weights, the nodes that have most first.
+
+    Only of live nodes: the address of one that is lost may be somebody else's by now.
+    """
     index = deployment.index
-    wanted = {(f"{index.source_uri}/{stored.key}", stored.version) for stored in index.objects}
+    wanted = {
+        (index.store.key_of(index.source_uri, stored.key), stored.version)
+        for stored in index.objects
+    }
     held = [
         (
             sum(
@@ -106,8 +113,8 @@ def peer_addresses(view: ClusterView, deployment: Deployment, node: str) -> tupl
             ),
             peer.info,
         )
-        for name, peer in sorted(view.nodes.items())
-        if name != node and peer.info.peer_address
+        for name, peer in sorted(turn.view.nodes.items())
+        if name != node and peer.info.peer_address and is_alive(turn, peer)
     ]
     holders = sorted((entry for entry in held if entry[0]), key=lambda entry: -entry[0])
     return tuple(info.peer_address for _, info in holders[:_MOST_PEERS])

@@ -123,13 +123,15 @@ async def test_a_failed_fetch_is_told_although_the_load_still_waits(
 async def test_an_unexpected_error_is_reported_without_its_details(
     node: AgentHarness, tmp_path: Path
 ) -> None:
-    # A file where the folder of keys should be.
-    (tmp_path / "keys").write_text("in the way")
+    # A folder where the file of keys should be.
+    in_the_way = tmp_path / "keys" / "tiny.1" / "curve.key"
+    in_the_way.mkdir(parents=True)
     last = (await follow(node, make_part(keys=True)))[-1]
     assert last.failure.grpc_code == "INTERNAL"
     assert str(tmp_path) not in last.failure.message
     assert "Error" in last.failure.message
-    (tmp_path / "keys").unlink()
+    in_the_way.rmdir()
+    in_the_way.parent.rmdir()
     await node.assert_nothing_left()
 
 
@@ -265,7 +267,7 @@ async def test_removing_a_replica_releases_fetches_without_a_part(
         await (await node.fetches.start(make_request(each), HANG_S)).wait()
     assert await node.parts.remove("tiny.1") is True
     objects, _ = await node.fetches.contents()
-    assert {found.key.startswith(other.source_uri) for found in objects} == {True}
+    assert {found.key.startswith(f"file:// {other.source_uri}/") for found in objects} == {True}
 
 
 @pytest.mark.parametrize(

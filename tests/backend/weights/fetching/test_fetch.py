@@ -19,8 +19,8 @@ from paraserve_backend.errors import (
 from paraserve_backend.weights.checkpoint.fetch_plan import FetchPlan
 from paraserve_backend.weights.fetching.fetch import FetchReport, fetch
 from paraserve_backend.weights.sources import s3
-from paraserve_backend.weights.sources.base import Connection, ObjectRange, Source
-from paraserve_backend.weights.sources.open import LazySource, open_source
+from paraserve_backend.weights.sources.base import FOLDERS, Connection, ObjectRange, Source
+from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.sources.retry import RetryPolicy
 from paraserve_backend.weights.tiers.layout import FetchStatus
 from paraserve_backend.weights.tiers.memory import Tier
@@ -123,20 +123,11 @@ def test_a_finished_fetch_is_not_repeated(tier: Tier, model: Path) -> None:
     assert again.first_part_s is None
 
 
-def test_a_fetch_that_finds_everything_opens_no_source(model: Path, tier: Tier) -> None:
-    def open_it() -> Source:
-        raise AssertionError("nobody needs it")
-
-    plan = make_plan(model)
-    first = run(plan, open_source(str(model)), tier)
-    again = run(plan, LazySource(str(model), open_it), tier)
-    assert again.reused_bytes == first.fetched_bytes == plan.total_bytes
-
-
 class BrokenSource:
     """A source with a bug."""
 
     uri = "broken:"
+    store = FOLDERS
 
     def list(self) -> tuple[()]:
         return ()

@@ -36,6 +36,7 @@ class CountingSource:
     def __init__(self, folder: Path, num_fetches: int) -> None:
         self._folder = open_source(str(folder))
         self.uri = self._folder.uri
+        self.store = self._folder.store
         self.list = self._folder.list
         self._num_fetches = num_fetches
         self._running: set[str] = set()

@@ -5,8 +5,9 @@ import re
 import shutil
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from paraserve_backend.errors import (
     SourceUnavailable,
 )
 from paraserve_backend.weights.sources.base import Source, StoredObject
-from paraserve_backend.weights.sources.open import LazySource, Sources, open_source
+from paraserve_backend.weights.sources.open import Sources, open_source
 from paraserve_backend.weights.sources.retry import read_range
 from tests.support.stores import (
     BUCKET,
@@ -76,12 +77,108 @@ def test_a_folder_lists_its_files_and_no_folders_by_key(bucket: Path) -> None:
     ]
 
 
-def test_a_folder_may_be_a_file_uri_and_hold_links(bucket: Path, tmp_path: Path) -> None:
+def test_a_folder_may_be_a_file_uri_and_hold_links_within_itself(tmp_path: Path) -> None:
     folder = tmp_path / "with space"
-    folder.mkdir()
-    (folder / "weights.bin").symlink_to(bucket / "tiny" / "weights.bin")
+    (folder / "files").mkdir(parents=True)
+    (folder / "files" / "1").write_bytes(CONTENT)
+    (folder / "weights.bin").symlink_to("files/1")
+    (folder / "gone").symlink_to("nowhere")
     source = open_source(folder.as_uri())
     assert read_range(source, only_object(source), 3, 700) == CONTENT[3:700]
+
+
+def hub_snapshot(cache: Path, repository: str = "models--a--b") -> Path:
+    """Make what the Hugging Face hub's cache is: folders of links to files beside them."""
+    snapshot = cache / repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (cache / repository / "blobs").mkdir()
+    (cache / repository / "blobs" / "89ab").write_bytes(CONTENT)
+    (snapshot / "weights.bin").symlink_to("../../blobs/89ab")
+    return snapshot
+
+
+def test_a_snapshot_of_a_hugging_face_cache_is_read_through_its_links(tmp_path: Path) -> None:
+    snapshot = hub_snapshot(tmp_path)
+    (tmp_path / "latest").symlink_to(snapshot)  # the name of the folder itself may be a link
+    for folder in (snapshot, tmp_path / "latest"):
+        source = open_source(str(folder))
+        assert read_range(source, only_object(source)) == CONTENT
+
+
+def _link(path: Path, secret: Path) -> None:
+    path.symlink_to(secret)
+
+
+def _link_twice(path: Path, secret: Path) -> None:
+    hop = path.with_name("hop")
+    hop.unlink(missing_ok=True)
+    hop.symlink_to(secret.parent, target_is_directory=True)
+    path.symlink_to(f"hop/{secret.name}")
+
+
+def _link_upwards(path: Path, secret: Path) -> None:
+    path.symlink_to(os.path.relpath(secret, path.parent))
+
+
+def _link_through_proc(path: Path, secret: Path) -> None:
+    path.symlink_to(f"/proc/self/root{secret}")
+
+
+_LINKS = [_link, _link_twice, _link_upwards, _link_through_proc]
+
+
+@pytest.mark.parametrize("plant", _LINKS)
+@pytest.mark.parametrize("place", ["model", "repo/snapshots/0123", "models--a--b/snapshots/0123"])
+def test_no_file_is_read_through_a_link_that_leaves_the_folder(
+    tmp_path: Path, plant: Callable[[Path, Path], None], place: str
+) -> None:
+    secret, folder = tmp_path / "repo" / "secret", tmp_path / place
+    folder.mkdir(parents=True)
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_text("only root may read this")
+    (folder / "config.json").write_text("{}")
+    source = open_source(str(folder))
+    (config,) = source.list()
+    plant(folder / "tokenizer.json", secret)
+    with pytest.raises(AccessDenied, match=r"tokenizer.json in .* is a link that leaves"):
+        source.list()
+    # Nor where the link is put there once the listing has been made.
+    connection = source.connect()
+    (folder / "config.json").unlink()
+    plant(folder / "config.json", secret)
+    with pytest.raises(AccessDenied, match="leaves the folder"):
+        connection.read_into(config, 0, memoryview(bytearray(2)))
+
+
+def test_what_is_no_plain_file_is_neither_listed_nor_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "tokenizer.json")
+    (tmp_path / "terminal").symlink_to("/dev/null")
+    source = open_source(str(tmp_path))
+    config = only_object(source)
+    fifo = replace(config, key="tokenizer.json")
+    with pytest.raises(SourceUnavailable):
+        source.connect().read_into(fifo, 0, memoryview(bytearray(2)))
+
+
+def test_folders_are_read_below_the_roots_only(tmp_path: Path) -> None:
+    roots = (tmp_path / "models", tmp_path / "more")
+    for folder in (roots[0] / "tiny", roots[1], tmp_path / "else"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    (roots[0] / "way-out").symlink_to(tmp_path / "else")
+    (tmp_path / "models-too").mkdir()
+    sources = Sources(roots=roots)
+    for folder in (roots[0] / "tiny", roots[1]):
+        source = sources.open(str(folder))
+        assert read_range(source, only_object(source)) == b"{}"
+    for name in ("else", "nowhere", "models/../else", "models/way-out", "models-too"):
+        source = sources.open((tmp_path / name).as_uri())
+        with pytest.raises(AccessDenied, match=r"in none of the source_roots: .*models, .*more"):
+            source.list()
+        config = StoredObject(key="config.json", size_bytes=2, version="1")
+        with pytest.raises(AccessDenied, match="is in none of the source_roots"):
+            source.connect().read_into(config, 0, memoryview(bytearray(2)))
 
 
 @pytest.mark.parametrize(
@@ -91,22 +188,6 @@ def test_a_folder_may_be_a_file_uri_and_hold_links(bucket: Path, tmp_path: Path)
 def test_a_uri_of_another_form_is_refused(uri: str) -> None:
     with pytest.raises(InvalidRequest):
         open_source(uri)
-
-
-def test_a_lazy_source_is_opened_once_when_it_is_first_used(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    opened: list[str] = []
-
-    def open_it() -> Source:
-        opened.append(str(tmp_path))
-        return open_source(str(tmp_path))
-
-    source = LazySource(str(tmp_path), open_it)
-    assert (source.uri, opened) == (str(tmp_path), [])
-    (stored,) = source.list()
-    source.connect().close()
-    assert stored.key == "config.json"
-    assert len(opened) == 1
 
 
 def test_a_missing_or_empty_folder_is_not_found(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from paraserve_backend.byte_ranges import ByteRange, merge, subtract
 from paraserve_backend.weights.fetching.fetch import FetchReport, fetch
-from paraserve_backend.weights.sources.base import StoredObject
+from paraserve_backend.weights.sources.base import FOLDERS, StoredObject
 from paraserve_backend.weights.sources.open import open_source
 from paraserve_backend.weights.tiers.eviction import CachedObject
 from paraserve_backend.weights.tiers.memory import Tier
@@ -154,12 +154,12 @@ def test_bytes_that_are_read_are_not_evicted_before_the_read_has_ended(
 ) -> None:
     use(tier, wide, "gone")
     found = next(it for it in tier.contents() if it.stored.key.endswith(".safetensors"))
-    name = CachedObject(source_uri=found.source_uri, stored=found.stored, extents=()).name
+    name = found.name
     start, end = found.landed[0]
     expected = (wide / found.stored.key).read_bytes()[start:end]
-    with tier.reading(name, (start, end)) as (path, _):
+    with tier.reading(name, (start, end)) as (fd, _):
         tier.limit_cache(0)
-        assert path.read_bytes()[start:end] == expected
+        assert os.pread(fd, end - start, start) == expected
     assert tier.used_bytes == 0
 
 
@@ -264,7 +264,7 @@ def test_extents_are_what_was_added_and_not_removed(
     steps: list[tuple[bool, tuple[ByteRange, ...]]],
 ) -> None:
     stored = StoredObject(key="k", size_bytes=64, version="1")
-    found = CachedObject(source_uri="/m", stored=stored, extents=())
+    found = CachedObject(store=FOLDERS, source_uri="/m", stored=stored, extents=())
     expected: tuple[ByteRange, ...] = ()
     for used, (adds, byte_ranges) in enumerate(steps):
         if adds:

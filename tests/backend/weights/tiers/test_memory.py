@@ -320,7 +320,7 @@ from paraserve_backend.weights.tiers.memory import Tier
 from paraserve_backend.weights.tiers.reader import TierReader
 from tests.support.checkpoints import land, make_plan
 small, model = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "none", str(small)], check=True)
 fetch = Tier.open(small).begin(make_plan(model), part_bytes=100_000)
 try:
     land(fetch, model)
@@ -336,7 +336,7 @@ import pathlib, subprocess, sys
 from paraserve_backend.weights.tiers.memory import Tier
 from tests.support.checkpoints import land, make_plan
 small, models = pathlib.Path(sys.argv[1]), map(pathlib.Path, sys.argv[2:])
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "none", str(small)], check=True)
 tier = Tier.open(small, cache_bytes=1 << 30)
 for number, model in enumerate(models):
     fetch = tier.begin(make_plan(model, fetch_id=f"fetch-{number}"))

@@ -14,6 +14,9 @@ from paraserve_scheduler.control_plane.messages.agents import (
 )
 from paraserve_scheduler.control_plane.messages.gateways import route_table
 from paraserve_scheduler.control_plane.messages.status import cluster_status
+from paraserve_scheduler.reconciler.config import PolicyConfig
+from paraserve_scheduler.reconciler.model_shapes import held_keys
+from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.events import NodeRegistered, PartReported
 from paraserve_scheduler.state.fold import fold
 from paraserve_scheduler.state.records import Phase
@@ -24,16 +27,21 @@ from tests.support.scheduler_records import NOW_S, make_deployment, make_state
 
 
 def reported(
-    deployment: Deployment, landed_bytes: dict[str, int], version: str | None
+    deployment: Deployment,
+    landed_bytes: dict[str, int],
+    version: str | None = None,
+    endpoint: str | None = None,
 ) -> ClusterView:
     """A view after heartbeats of nodes that hold so much of the deployment's one object."""
     (stored,) = deployment.index.objects
+    index = deployment.index
+    store = replace(index.store, endpoint=endpoint) if endpoint else index.store
     view = ClusterView(started_s=NOW_S, listening_since_s=NOW_S)
     for number, (name, size_bytes) in enumerate(landed_bytes.items()):
         info = node_info(pb.NodeInfo(name=name, peer_address=f"10.0.0.{number}:1"))
         view = fold(view, NodeRegistered(info=info, at_s=NOW_S))
         held = pb.TierObject(
-            key=f"{deployment.index.source_uri}/{stored.key}",
+            key=store.key_of(index.source_uri, stored.key),
             version=version or stored.version,
             landed_bytes=size_bytes,
         )
@@ -42,23 +50,46 @@ def reported(
     return view
 
 
+def turn_of(view: ClusterView, now_s: float = NOW_S) -> Turn:
+    return Turn(view=view, now_s=now_s, config=PolicyConfig())
+
+
+def test_a_node_that_is_lost_is_no_peer_whoever_has_its_address_now() -> None:
+    deployment = make_deployment()
+    view = reported(deployment, {"a": 5})
+    lost_s = NOW_S + PolicyConfig().node_timeout_s + 1
+    assert peer_addresses(turn_of(view, lost_s), deployment, "b") == ()
+
+
 def test_nodes_that_have_most_come_first_and_the_node_itself_not_at_all() -> None:
     deployment = make_deployment()
     view = reported(deployment, {"a": 5, "b": 0, "c": 9, "d": 7, "e": 1, "f": 6}, None)
-    assert peer_addresses(view, deployment, "c") == ("10.0.0.3:1", "10.0.0.5:1", "10.0.0.0:1")
+    assert peer_addresses(turn_of(view), deployment, "c") == (
+        "10.0.0.3:1",
+        "10.0.0.5:1",
+        "10.0.0.0:1",
+    )
 
 
 def test_another_version_is_nothing() -> None:
     deployment = make_deployment()
     view = reported(deployment, {"a": 5}, "another")
-    assert peer_addresses(view, deployment, "b") == ()
+    assert peer_addresses(turn_of(view), deployment, "b") == ()
+
+
+def test_the_same_name_in_another_store_is_nothing() -> None:
+    deployment = make_deployment()
+    view = reported(deployment, {"a": 5}, endpoint="http://10.6.6.6:9000")
+    assert peer_addresses(turn_of(view), deployment, "b") == ()
+    tier = view.nodes["a"].tier
+    assert [found for found in tier if found.key in held_keys(deployment)] == []
 
 
 def test_a_node_that_serves_nobody_is_no_peer() -> None:
     deployment = make_deployment()
     view = reported(deployment, {"a": 5}, None)
     silent = replace(view.nodes["a"], info=replace(view.nodes["a"].info, peer_address=""))
-    assert peer_addresses(replace(view, nodes={"a": silent}), deployment, "b") == ()
+    assert peer_addresses(turn_of(replace(view, nodes={"a": silent})), deployment, "b") == ()
 
 
 def test_requests_for_a_replica_in_a_slot_go_to_the_slots_model() -> None:
