@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from paraserve_backend.channel.keys import KeyStore
-from paraserve_backend.daemon.private_files import create_file, make_folder, own_folder
+from paraserve_backend.daemon.private_files import (
+    create_file,
+    make_folder,
+    own_folder,
+    write_private,
+)
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.run_dir import RunDir
 from paraserve_backend.rpc import paraserve_pb2 as pb
