@@ -23,6 +23,7 @@ from integration.benchmarks.fetch.run import Fetched, Store
 from integration.benchmarks.gateway import run as bench_gateway
 from integration.benchmarks.gateway.run import Figures, Throughput
 from integration.benchmarks.hop import run as bench_hop
+from integration.benchmarks.overload import run as bench_overload
 from integration.clients import environments
 from integration.support.rest import busy_share
 from paraserve_backend.errors import InvalidRequest, ParaServeError
@@ -294,3 +295,12 @@ def test_time_spent_waiting_for_disks_is_not_busy() -> None:
     before = "cpu  10 0 10 100 0 0 0 0 0 0\ncpu0 1 2 3\n"
     now = "cpu  20 0 20 140 40 0 0 0 0 0\ncpu0 1 2 3\n"
     assert busy_share(before, now) == pytest.approx(0.2)
+
+
+def test_overload_is_met_by_its_targets_alone_and_a_skip_meets_none() -> None:
+    figures = {name: limit for name, (_, limit) in bench_overload.TARGETS.items()}
+    assert bench_overload.summary(figures)["met"]
+    worse = {**figures, "held_lost": 1, "running_ratio_300": 0.89}
+    assert bench_overload.summary(worse)["missed"] == ["running_ratio_300", "held_lost"]
+    skipped = bench_overload.summary({}, skipped="There is no Triton.")
+    assert (skipped["met"], skipped["skipped"]) == (False, "There is no Triton.")

@@ -45,6 +45,8 @@ _STREAM_TOKENS = CONTEXT - 16
 Load = Callable[[float], Awaitable[None]]
 #: Measured so often at most: what the code does shows each time, what the machine does does not.
 _TRIES = 3
+#: A hostile request that takes longer has a line of its own.
+_SLOW_S = 5.0
 
 MAX_PAUSE_MS = 50.0
 TARGETS: Mapping[str, tuple[str, float]] = {
@@ -310,7 +312,10 @@ async def _worst_pause(bench: Bench, sendings: AsyncIterator[Sending]) -> Pause:
         pauses_ms: list[float] = []
         while not pauses_ms or (min(pauses_ms) > MAX_PAUSE_MS and len(pauses_ms) < _TRIES):
             await worst_delay_ms(bench.socket)
+            start_s = time.monotonic()
             await send()
+            if time.monotonic() - start_s > _SLOW_S:
+                say(f"  {name}: {time.monotonic() - start_s:.1f} s")
             pauses_ms.append(await worst_delay_ms(bench.socket))
         if min(pauses_ms) > worst_ms:
             worst_ms, of = min(pauses_ms), name
