@@ -80,12 +80,13 @@ def _with_measurements(view: ClusterView, demands: Iterable[Demand]) -> ClusterV
 
 
 def _waits_for_a_start(view: ClusterView, deployment: str) -> bool:
-    """Whether requests wait and no replica serves.
+    """Whether requests wait and no replica answers any.
 
     Where one does, each waits until another one ends, and how long there have been some says
     nothing of how long any of them has waited.
     """
-    return view.waiting(deployment) > 0 and not view.routed_replicas(deployment)
+    routed = view.routed_replicas(deployment)
+    return view.waiting(deployment) > 0 and all(map(view.is_silent, routed))
 
 
 def _note_demand(

@@ -181,8 +181,13 @@ class _ClientStream:
 
     async def _write(self, entry: kserve.ModelStreamInferResponse) -> None:
         async with self._writing:
+            writing = asyncio.ensure_future(self._context.write(entry))
             try:
-                await self._context.write(entry)
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                # gRPC goes on writing, and takes no end of the stream before that is done.
+                await asyncio.gather(writing, return_exceptions=True)
+                raise
             except grpc.aio.InternalError:
                 # A write that ran into the client's cancellation.
                 raise _ClientLeft from None
