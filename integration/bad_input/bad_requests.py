@@ -179,6 +179,12 @@ REQUESTS = (
         4,
         "'beam_width' asks for beam search, which is not supported; leave it out.",
     ),
+    BadRequest(
+        what="a prompt that is longer than the context",
+        says="The prompt has 256 tokens; the context of 'asleep' holds 256, and at least one of "
+        "them is for the answer, so send less.",
+        inputs={"input_ids": ("INT32", [5] * 256)},
+    ),
 )
 
 #: Only a replica knows: these need one that runs.
@@ -192,12 +198,6 @@ REPLICA_REQUESTS = (
         what="a negative token",
         says="Token ids must be in [0, 199).",
         inputs={"input_ids": ("INT32", [-1])},
-    ),
-    BadRequest(
-        what="a prompt that is longer than the context",
-        says="The prompt has 256 tokens; the context holds 256, and at least one must be left for "
-        "the answer.",
-        inputs={"input_ids": ("INT32", [5] * 256)},
     ),
     BadRequest(
         what="an end token that is not in the vocabulary",

@@ -68,8 +68,11 @@ async def post(gateway: GatewayHarness, url: str, body: dict[str, Any]) -> tuple
     [
         ("generate", {"text_input": "count"}),
         ("generate", {"max_tokens": 1, "id": "7", "text_input": ["count"]}),
-        ("generate", {"text_input": "parameters", "id": "", "a": 1, "b": True, "c": "x"}),
-        ("generate", {"text_input": "parameters", "id": "", "parameters": {"d": -5, "top_k": 2}}),
+        ("generate", {"text_input": "parameters", "id": "", "logprobs": 1, "detokenize": True}),
+        (
+            "generate",
+            {"text_input": "parameters", "id": "", "parameters": {"min_length": 5, "top_k": 2}},
+        ),
         ("generate_stream", {"text_input": "count", "max_tokens": 4, "stream": True, "id": "s"}),
         ("generate_stream", {"text_input": "end empty", "max_tokens": 2}),
     ],

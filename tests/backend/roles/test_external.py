@@ -484,10 +484,11 @@ def until_error(reply: Reply) -> ParaServeError:
 def test_a_reply_that_cannot_fail_or_move_ends_nothing(bench: Bench) -> None:
     mute, stuck = Reply(), Reply()
     mute.fail = raising(RuntimeError)  # type: ignore[method-assign]
-    mute.cancelled.set()
     stuck.move = raising(RuntimeError)  # type: ignore[method-assign]
-    bench.role.add(request(), mute)
-    bench.role.add(request(), stuck, resume())
+    for reply, begun in ((mute, None), (stuck, resume())):
+        bench.role.add(request(), reply, begun)
+        bench.submitted()
+    mute.cancelled.set()
     bench.role.hand_over((OTHER,))
     assert str(stuck.error()) == "internal error"
     bench.role.hand_over(())

@@ -9,7 +9,7 @@ from paraserve_scheduler.planner.fleet import Fleet, Node, ReplicaPhase
 from paraserve_scheduler.policies.paraserve import decide
 from paraserve_scheduler.reconciler.capacity import node_spaces
 from paraserve_scheduler.reconciler.fleet_view import fleet_of, with_only_waiting
-from paraserve_scheduler.reconciler.model_shapes import shape_of
+from paraserve_scheduler.reconciler.model_shapes import held_keys, shape_of
 from paraserve_scheduler.reconciler.turn import Turn
 from paraserve_scheduler.state.actions import StartReplica
 from paraserve_scheduler.state.events import DemandReported
@@ -114,7 +114,7 @@ def test_a_node_has_the_layers_whose_tensors_are_all_in_its_memory_or_on_its_dis
     first = [place for name, place in places.items() if ".layers.0." in name or "embed" in name]
     third = [place for name, place in places.items() if ".layers.2." in name]
     held = HeldObject(
-        key="s3://models/tiny/model.safetensors",
+        key=next(iter(held_keys(deployment))),
         version="v1",
         landed_bytes=1,
         landed=tuple(sorted(first)),

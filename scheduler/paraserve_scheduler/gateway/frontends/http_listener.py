@@ -93,8 +93,13 @@ class _InPieces(asyncio.BufferedProtocol):
 
 
 def _without_text(record: logging.LogRecord) -> bool:
-    """Reduce an exception in aiohttp's log to its type: its text quotes what a client sent."""
+    """Reduce an exception in aiohttp's log to its type: its text quotes what a client sent.
+
+    A client who has left is no error, and no line.
+    """
     if record.exc_info and record.exc_info[0] is not None:
+        if issubclass(record.exc_info[0], ConnectionResetError):
+            return False
         record.msg, record.args = f"{record.getMessage()}: {record.exc_info[0].__name__}", None
         record.exc_info = None
     return True
