@@ -111,9 +111,10 @@ def test_bad_requests_are_refused_without_waking_the_model(cluster: TinyCluster)
     try:
         with pytest.raises(Exception, match="'max_tokens' is 0; it must be at least 1"):
             generate(cluster, "strict", [1], 0)
-        assert not cluster.client.status("strict").deployments[0].replicas
-        with pytest.raises(Exception, match="The prompt has 300 tokens; the context holds 256"):
+        too_long = "The prompt has 300 tokens; the context of 'strict' holds 256"
+        with pytest.raises(Exception, match=too_long):
             generate(cluster, "strict", [1] * 300, 4)
+        assert not cluster.client.status("strict").deployments[0].replicas
         assert generate(cluster, "strict", [1, 2], 3) == cluster.models["qwen2-tied"].greedy(
             [1, 2], 3
         )
