@@ -2,8 +2,8 @@
 
     python -m integration.benchmarks.overload.running_streams ADDRESS DEPLOYMENT STREAMS TOKENS
 
-It prints a line for each token, as it comes: the stream's number and the monotonic time, which all
-processes of a machine share.
+A stream that has all its tokens is followed by another one. It prints a line for each token, as it
+comes: which stream it is of, and the monotonic time, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
+import grpc.aio
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from integration.benchmarks.overload.client import only, request
@@ -95,21 +96,26 @@ async def running(
         process.wait()
 
 
-async def _stream(address: str, deployment: str, number: int, tokens: int) -> None:
+async def _streams(address: str, deployment: str, number: int, tokens: int) -> None:
     async with triton_channel(address) as channel:
-        call = GRPCInferenceServiceStub(channel).ModelStreamInfer(
-            only(request(deployment, tokens=tokens, is_stream=True))
-        )
-        async for message in call:
-            if message.error_message:
-                raise RuntimeError(message.error_message)
-            sys.stdout.write(f"{number} {time.monotonic():.6f}\n")
-            sys.stdout.flush()
+        for turn in count():
+            await _stream(channel, deployment, f"{number}.{turn}", tokens)
+
+
+async def _stream(channel: grpc.aio.Channel, deployment: str, name: str, tokens: int) -> None:
+    call = GRPCInferenceServiceStub(channel).ModelStreamInfer(
+        only(request(deployment, tokens=tokens, is_stream=True))
+    )
+    async for message in call:
+        if message.error_message:
+            raise RuntimeError(message.error_message)
+        sys.stdout.write(f"{name} {time.monotonic():.6f}\n")
+        sys.stdout.flush()
 
 
 async def _main(address: str, deployment: str, streams: int, tokens: int) -> None:
     await asyncio.gather(
-        *(_stream(address, deployment, number, tokens) for number in range(streams))
+        *(_streams(address, deployment, number, tokens) for number in range(streams))
     )
 
 
