@@ -87,7 +87,7 @@ bench-alignment: .venv/ready
 
 # Random input to whatever takes some. Another run: `python -m integration.fuzz --seed N`.
 fuzz: .venv/ready
-	$(BIN)/python -m integration.fuzz
+	GRPC_VERBOSITY=ERROR $(BIN)/python -m integration.fuzz
 
 simulate-paper: .venv/ready
 	$(BIN)/python -m integration.experiments.simulate_paper --seeds 3 --out docs/figures
