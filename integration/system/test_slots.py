@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
 
 from integration.support.agent import AgentNode, running_node
 from integration.support.tiny_cluster import (
@@ -222,6 +228,41 @@ async def obey(node: AgentNode, slot: str, command: dict[str, object]) -> None:
 
 def secret_of(node: AgentNode, slot: str) -> str:
     return RunDir(node.config.run_dir).secret_file(slot).read_text()
+
+
+def command_over_grpc(cluster: TinyCluster, deployment: str, command: str) -> None:
+    ids = triton.InferInput("input_ids", [len(PROMPT)], "INT32")
+    ids.set_data_from_numpy(np.array(PROMPT, np.int32))
+    with closing(triton.InferenceServerClient(cluster.layout.gateway_address)) as client:
+        client.infer(deployment, [ids], parameters={"command": command})
+
+
+def test_no_client_commands_a_slot(slots_cluster: TinyCluster, agents: Agents) -> None:
+    """The attack: unbind what serves another tenant, or bind it as that tenant's neighbour."""
+    assert slots_of(start(slots_cluster, "victim", FIRST, stages=1))
+    assert slots_of(start(slots_cluster, "secret", SECOND, stages=1))
+    layout = slots_cluster.layout
+    bind = {
+        "role": "generate",
+        "replica": "victim.1",
+        "run_dir": str(layout.files.run_dir(layout.nodes[0].name)),
+        "fetch_id": "secret.1.0",
+        "kv_blocks": "64",
+    }
+    commands = [{"unbind": True}, {"bind": bind}, {"hand_over": []}]
+    try:
+        for text in map(json.dumps, commands):
+            with pytest.raises(InferenceServerException, match="'command'"):
+                command_over_grpc(slots_cluster, "victim", text)
+            body = json.dumps({"text_input": "x", "command": text}).encode()
+            url = f"http://{layout.host}:{layout.gateway_http_port}/v2/models/victim/generate"
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                urllib.request.urlopen(url, body)
+        expected = slots_cluster.models[FIRST].greedy(PROMPT, 8)
+        assert generate(slots_cluster, "victim", PROMPT, 8) == expected
+    finally:
+        remove(slots_cluster, "victim")
+        remove(slots_cluster, "secret")
 
 
 def test_a_pipeline_in_slots_hands_its_request_over_to_a_full_instance(
