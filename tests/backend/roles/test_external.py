@@ -492,8 +492,9 @@ def test_a_reply_that_cannot_fail_or_move_ends_nothing(bench: Bench) -> None:
     bench.role.hand_over((OTHER,))
     assert str(stuck.error()) == "internal error"
     bench.role.hand_over(())
+    for _ in (mute, stuck):
+        bench.engine.closed.get(timeout=HANG_S)
     after = bench.ask(request(max_tokens=1))
-    bench.engine.closed.get(timeout=HANG_S)
     bench.engine.give([7])
     assert after.delta().finish_reason == "length"
 
