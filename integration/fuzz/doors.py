@@ -14,7 +14,6 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from integration.fuzz.bodies import generate_body, infer_body, infer_message, packed
 from integration.fuzz.target import MAX_S, Case, ServerError
-from paraserve_scheduler.gateway.kserve.errors import INTERNAL_ERROR
 from tests.support.gateway import DEPLOYMENT, GatewayHarness
 
 _SERVICE = "/inference.GRPCInferenceService"
@@ -69,7 +68,7 @@ class HttpDoor:
             status, answer = await self._ask(request)
             if status >= 500 and status not in (501, 503, 504):
                 raise ServerError(f"HTTP {status}")
-            if INTERNAL_ERROR.encode() in answer:
+            if str(internal_error()).encode() in answer:
                 raise ServerError("an internal error in an event stream")
 
         return Case(shown=repr(request), run=run)
@@ -181,7 +180,7 @@ class GrpcDoor:
         )
         for data in call:
             entry = kserve.ModelStreamInferResponse.FromString(data)
-            if INTERNAL_ERROR in entry.error_message:
+            if str(internal_error()) in entry.error_message:
                 raise ServerError("an internal error in a stream")
 
 

@@ -27,10 +27,14 @@ def internal_error() -> ParaServeError:
     return ParaServeError("internal error")
 
 
+def frames_of(error: BaseException) -> str:
+    """Return the lines that an exception came through, without its own words."""
+    return "".join(traceback.format_tb(error.__traceback__)).rstrip()
+
+
 def log_failure(logger: logging.Logger, what: str, error: BaseException) -> None:
     """Log an exception's type and the lines it came through, without its own words."""
-    frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
-    logger.error("%s failed: %s\n%s", what, type(error).__name__, frames)
+    logger.error("%s failed: %s\n%s", what, type(error).__name__, frames_of(error))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from paraserve_backend.errors import ParaServeError, Unavailable
+from paraserve_backend.errors import ParaServeError, ResourceExhausted, Unavailable
 from paraserve_backend.generation.answer import Delta
 from paraserve_backend.protocol.engine_abilities import Abilities
 from paraserve_backend.protocol.resume import Resume
@@ -158,6 +158,13 @@ AnswerProbe = Callable[[ParaServeError | None], None]
 #: So many requests may wait in a replica; one more is refused. It is what a gateway may hold for a
 #: whole deployment, and a queue of many minutes even for short answers.
 MAX_WAITING = 1024
+
+
+def too_many_wait() -> ResourceExhausted:
+    """Return what one request more than may wait is told."""
+    return ResourceExhausted(
+        f"{MAX_WAITING} requests wait in this replica already; send it again later."
+    )
 
 
 def does_not_return() -> Unavailable:

@@ -32,10 +32,11 @@ from paraserve_backend.engines.base import (
     LoopState,
     Reply,
     does_not_return,
+    too_many_wait,
 )
 from paraserve_backend.engines.pass_clock import PassClock
 from paraserve_backend.engines.pulse import Pulse
-from paraserve_backend.errors import Cancelled, ParaServeError, ResourceExhausted, Unavailable
+from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
 from paraserve_backend.generation.answer import Answer
 from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.hand_over import Target
@@ -291,11 +292,7 @@ class EngineHost:
             elif self._targets and job.is_resumable:
                 self._move(job)
             elif len(self._jobs) >= self._most_jobs and not job.tokens:
-                job.reply.fail(
-                    ResourceExhausted(
-                        f"{MAX_WAITING} requests wait in this replica already; send it again later."
-                    )
-                )
+                job.reply.fail(too_many_wait())
             else:
                 self._serve(job)
 

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from paraserve_backend.daemon.private_files import create_file, make_folder
+from paraserve_backend.errors import InvalidRequest
+
 logger = logging.getLogger(__name__)
 #: A loop turns at least so often, with or without something to do.
 TURN_S = 0.25
@@ -37,9 +40,10 @@ class Pulse:
         self._next_s = now_s + TURN_S / 2
         try:
             if self._descriptor is None:
-                self._descriptor = _create(self._path)
+                make_folder(self._path.parent)
+                self._descriptor = create_file(self._path, at_most_one=False)
             os.utime(self._descriptor)
-        except OSError as error:
+        except (OSError, InvalidRequest) as error:
             # No pulse at all is better than one that looks like a dead loop's.
             logger.error("%s cannot be touched: %s", self._path, error)
             self.close()
@@ -52,8 +56,3 @@ class Pulse:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
         self._path = self._descriptor = None
-
-
-def _create(path: Path) -> int:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

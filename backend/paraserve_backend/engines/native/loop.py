@@ -32,6 +32,7 @@ from paraserve_backend.engines.base import (
     LoopState,
     Reply,
     does_not_return,
+    too_many_wait,
 )
 from paraserve_backend.engines.native.batcher import (
     Advance,
@@ -43,7 +44,7 @@ from paraserve_backend.engines.native.handover_source import HandOverSource
 from paraserve_backend.engines.native.handover_target import HandOverTarget
 from paraserve_backend.engines.pass_clock import PassClock
 from paraserve_backend.engines.pulse import TURN_S, Pulse
-from paraserve_backend.errors import Cancelled, ParaServeError, ResourceExhausted, Unavailable
+from paraserve_backend.errors import Cancelled, ParaServeError, Unavailable
 from paraserve_backend.generation.answer import Answer
 from paraserve_backend.generation.sequence import TokenSequence
 from paraserve_backend.protocol.forward import ForwardResult
@@ -247,11 +248,7 @@ class GenerateLoop:
         # One that comes from another replica has waited there, or has begun: it is never refused.
         if len(self._batcher.waiting) >= MAX_WAITING and not request.tokens:
             with guarded(logger, "a request"):
-                request.reply.fail(
-                    ResourceExhausted(
-                        f"{MAX_WAITING} requests wait in this replica already; send it again later."
-                    )
-                )
+                request.reply.fail(too_many_wait())
             return
         self._requests[sequence] = request
         with self._one(sequence):

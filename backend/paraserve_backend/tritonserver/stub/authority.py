@@ -20,6 +20,7 @@ from paraserve_backend.protocol.names import (
     REPLICA_PARAMETER,
     SECRET_PARAMETER,
 )
+from paraserve_backend.protocol.request_settings import show
 from paraserve_backend.protocol.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,4 @@ class Authority:
 
 
 def _not_for_clients(name: str) -> InvalidRequest:
-    return InvalidRequest(f"Parameter {_shown(name)} is not for clients; leave it out.")
-
-
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 60 else name[:57] + "...")
+    return InvalidRequest(f"Parameter {show(name)} is not for clients; leave it out.")

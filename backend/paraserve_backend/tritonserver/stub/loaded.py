@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from paraserve_backend.daemon.private_files import write_private
+from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.protocol.parameters import read_config, run_dir_of
 
 logger = logging.getLogger(__name__)
@@ -16,7 +18,6 @@ def say_loaded(model_config: str, model: str) -> None:
         return
     path = run_dir.loaded_file(model)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.touch(0o600)
-    except OSError as error:
+        write_private(path, "")
+    except (OSError, InvalidRequest) as error:
         logger.warning("%s cannot be made: %s", path, error)

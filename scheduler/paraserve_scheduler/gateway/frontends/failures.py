@@ -6,12 +6,12 @@ An exception's own text may quote a prompt, so the log has only its type and whe
 from __future__ import annotations
 
 import logging
-import traceback
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
+from paraserve_backend.daemon.guard import frames_of
 from paraserve_backend.errors import ParaServeError
 from paraserve_scheduler.gateway.kserve.errors import client_sentence, retry_after_s
 
@@ -35,5 +35,4 @@ async def abort(context: Context, error: ParaServeError) -> NoReturn:
 
 def log_failure(error: Exception) -> None:
     """Log what is a bug of ours."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("A request failed with %s:\n%s", type(error).__name__, frames.rstrip())
+    logger.error("A request failed with %s:\n%s", type(error).__name__, frames_of(error))

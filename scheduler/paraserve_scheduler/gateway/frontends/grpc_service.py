@@ -15,12 +15,13 @@ import grpc.aio
 from grpc_health.v1 import health_pb2 as health
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.daemon.guard import internal_error
 from paraserve_backend.errors import NotFound, ParaServeError
 from paraserve_scheduler.gateway.admission import ClientRequest
 from paraserve_scheduler.gateway.frontends.failures import Context, log_failure
 from paraserve_scheduler.gateway.frontends.refused_calls import RefusedCalls
 from paraserve_scheduler.gateway.kserve import metadata
-from paraserve_scheduler.gateway.kserve.errors import INTERNAL_ERROR, client_sentence
+from paraserve_scheduler.gateway.kserve.errors import client_sentence
 from paraserve_scheduler.gateway.kserve.statistics import Statistics
 from paraserve_scheduler.gateway.proxy import Proxy
 from paraserve_scheduler.gateway.routes import Routes
@@ -169,7 +170,7 @@ class _ClientStream:
             await self._fail(request.message, error)
         except Exception as error:
             log_failure(error)
-            await self._fail(request.message, ParaServeError(INTERNAL_ERROR))
+            await self._fail(request.message, internal_error())
 
     async def _fail(self, request: kserve.ModelInferRequest, error: ParaServeError) -> None:
         if self._ends_on_error:

@@ -14,6 +14,7 @@ from http import HTTPStatus
 from aiohttp import web
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.daemon.guard import internal_error
 from paraserve_backend.errors import InvalidRequest, ParaServeError
 from paraserve_backend.rpc.errors import Unimplemented
 from paraserve_scheduler.gateway.admission import ClientRequest
@@ -26,7 +27,6 @@ from paraserve_scheduler.gateway.kserve.compression import (
     pack,
 )
 from paraserve_scheduler.gateway.kserve.errors import (
-    INTERNAL_ERROR,
     TooLarge,
     UnsupportedCoding,
     client_sentence,
@@ -151,7 +151,7 @@ class HttpService:
             if not events.is_started:
                 raise
             log_failure(error)
-            await events.send_error(INTERNAL_ERROR)
+            await events.send_error(client_sentence(internal_error()))
         return events.response
 
     async def _read(self, http: web.Request, form: Form) -> ClientRequest:
@@ -212,7 +212,7 @@ async def _errors_as_json(request: web.Request, handler: _Handler) -> web.Stream
         return _error(error.status, error.reason)
     except Exception as error:
         log_failure(error)
-        return _error(500, INTERNAL_ERROR)
+        return _refused(internal_error())
 
 
 @web.middleware

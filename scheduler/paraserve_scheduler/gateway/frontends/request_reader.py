@@ -14,11 +14,12 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as kserve
 
+from paraserve_backend.daemon.guard import internal_error
 from paraserve_backend.errors import InvalidRequest, ParaServeError
 from paraserve_scheduler.gateway.admission import ClientRequest
 from paraserve_scheduler.gateway.frontends.failures import Context, abort, log_failure
 from paraserve_scheduler.gateway.kserve.compression import unpack
-from paraserve_scheduler.gateway.kserve.errors import INTERNAL_ERROR, TooLarge
+from paraserve_scheduler.gateway.kserve.errors import TooLarge
 from paraserve_scheduler.gateway.large_requests import RequestReading
 from paraserve_scheduler.gateway.reading import MAX_SMALL_BYTES, Form, UnreadRequest
 
@@ -68,7 +69,7 @@ class RequestReader(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no
                 raise
             except Exception as error:
                 log_failure(error)
-                await abort(context, ParaServeError(INTERNAL_ERROR))
+                await abort(context, internal_error())
             if _answer_in_kind(data, context):
                 # grpc.aio forgets the compression where it sends these together with the answer.
                 await context.send_initial_metadata(())

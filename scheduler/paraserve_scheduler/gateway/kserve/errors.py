@@ -16,9 +16,6 @@ from paraserve_backend.errors import (
     Unavailable,
 )
 
-#: All a client learns of an error of our own; the log has the rest.
-INTERNAL_ERROR = "internal error"
-
 
 class ReplicaRefused(Unavailable):
     """A replica did not take the request at all: another one may."""
