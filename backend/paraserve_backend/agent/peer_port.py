@@ -13,7 +13,7 @@ import selectors
 import socket
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,7 +33,7 @@ _MOST_STRANGERS, _MOST_STRANGERS_A_HOST = 64, 16
 #: All connections, and which part of this process's descriptors they may be.
 _MOST_CONNECTIONS, _DESCRIPTORS_PART = 512, 4
 _BACKLOG = 128
-#: How long nobody is let in after the machine has refused a descriptor.
+#: Pause before the port accepts again after the process ran out of descriptors.
 _REST_S = 0.2
 
 
@@ -170,7 +170,7 @@ class PeerPort:
         """Let go the stranger that has waited longest, where there are as many as may be."""
         strangers = [caller for caller in self._waiting.values() if not caller.is_member]
         of_host = [caller for caller in strangers if caller.host == host]
-        if Counter(it.host for it in strangers)[host] >= _MOST_STRANGERS_A_HOST:
+        if len(of_host) >= _MOST_STRANGERS_A_HOST:
             self._let_go(of_host[0])
         elif len(strangers) >= _MOST_STRANGERS:
             self._let_go(strangers[0])

@@ -24,11 +24,8 @@ class PromptTokenizer:
     """Used by one thread at a time."""
 
     def __init__(self, tokenizer: Tokenizer, max_context: int) -> None:
-        """Take a tokenizer over: it cuts and pads nothing from now on."""
         self._tokenizer = tokenizer
         self._max_context = max_context
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
 
     @cached_property
     def max_bytes(self) -> int:

@@ -69,8 +69,7 @@ def _after_failed_starts(turn: Turn, state: DeploymentState) -> Pause | None:
     # The first costs nothing. If a node is lost, or its Triton, that is known before the third try,
     # which goes around it.
     config, failed = turn.config, state.failed_starts
-    is_asked_for = turn.view.waiting(state.name) > 0
-    if not failed or (is_asked_for and _is_permanent(failed[-1])):
+    if not failed or (_is_permanent(failed[-1]) and turn.view.waiting(state.name) > 0):
         return None
     # So long a time without a try is a new beginning.
     forgotten_s = 2 * config.most_pause_s

@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 
 from paraserve_backend.errors import InvalidRequest
 from paraserve_backend.generation.prompts import PromptTokenizer
+from paraserve_backend.generation.text import read_tokenizer
 
 CONTEXT = 1000
 
@@ -76,7 +77,8 @@ def test_what_a_tokenizer_cuts_or_pads_by_itself_it_does_not_here() -> None:
     tokenizer = words()
     tokenizer.enable_truncation(max_length=3)
     tokenizer.enable_padding(length=8)
-    assert PromptTokenizer(tokenizer, CONTEXT).ids("w1 w2 w3 w4") == [1, 2, 3, 4]
+    read = read_tokenizer(tokenizer.to_str().encode())
+    assert PromptTokenizer(read, CONTEXT).ids("w1 w2 w3 w4") == [1, 2, 3, 4]
 
 
 def test_other_threads_go_on_while_a_long_prompt_is_tokenised() -> None:

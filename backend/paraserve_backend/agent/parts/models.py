@@ -97,7 +97,8 @@ class PartModels:
 
     def stubs(self, found: Iterable[Stub]) -> frozenset[Stub]:
         """Return those processes that run the part's models."""
-        return frozenset(stub for stub in found if stub.model in self.triton_models)
+        models = self.triton_models
+        return frozenset(stub for stub in found if stub.model in models)
 
     async def load(self) -> None:
         """Bind what slots there are and load the rest; returns when all models are ready.

@@ -56,10 +56,11 @@ class DigestBook:
                     del known[other.byte_range]
             known[byte_range] = piece
 
-    def check(self, name: str, byte_range: ByteRange, content: memoryview) -> None:
+    def check(self, name: str, byte_range: ByteRange, content: memoryview) -> int:
         """Compare bytes that come from elsewhere with all that is known of them.
 
-        Raises `DamagedPiece` where they differ. Else what was not known is known from now on.
+        Returns their digest, and raises `DamagedPiece` where they differ. What was not known is
+        known from now on.
         """
         start = byte_range[0]
         for piece in self.of(name):
@@ -70,6 +71,7 @@ class DigestBook:
             known = self._pieces.setdefault(name, {}).setdefault(byte_range, found)
         if known != found:
             raise DamagedPiece(f"bytes {byte_range} are not those that the store gave")
+        return found.digest
 
     def attest(self, name: str, byte_range: ByteRange, fd: int) -> int:
         """Return the digest of bytes in an object's file, for somebody who gets them from here.
@@ -83,9 +85,7 @@ class DigestBook:
                 return piece.digest
         for piece in pieces:
             _compare(piece, _read(fd, piece.byte_range))
-        content = _read(fd, byte_range)
-        self.check(name, byte_range, content)
-        return digest_of(content)
+        return self.check(name, byte_range, _read(fd, byte_range))
 
     def of(self, name: str) -> tuple[DigestPiece, ...]:
         with self._lock:
