@@ -165,7 +165,7 @@ class Fetches:
 
         Raises:
             AlreadyExists: the id belongs to another plan.
-            ParaServeError: the source cannot be opened, or there is no room.
+            ParaServeError: why the source could not be opened, or that the node lacks memory.
         """
         fetch_id = request.plan.fetch_id
         fetching = self._running.get(fetch_id)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Generic, TypeVar
 
-#: A look that comes after so many intervals is late.
+#: A look is late if it comes more than this many intervals after the one before.
 _LATE = 2.0
 #: A process that is stopped for one look may be going on already.
 _STOPPED_LOOKS = 2
@@ -57,7 +57,7 @@ class Stops(Generic[Subject]):
 
 
 class Standstills(Generic[Subject]):
-    """What has not changed for `limit_s` of looks that were on time."""
+    """Finds the subjects whose state stayed the same in punctual looks for `limit_s`."""
 
     def __init__(self, *, interval_s: float, limit_s: float) -> None:
         self._looks = math.ceil(limit_s / interval_s)

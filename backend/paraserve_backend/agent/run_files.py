@@ -35,7 +35,7 @@ class RunFiles:
         return self._secrets.get(model, "")
 
     def pulse(self, model: str) -> int | None:
-        """Return what changes whenever the model's loop turns; `None`: it has not begun to."""
+        """Return when the model's loop last beat, or `None` if it has not beaten yet."""
         try:
             return os.stat(self._run_dir.pulse_file(model)).st_mtime_ns
         except OSError:
@@ -50,7 +50,7 @@ class RunFiles:
         self._run_dir.pulse_file(model).unlink(missing_ok=True)
 
     def remove(self, model: str) -> None:
-        """Remove what a model that is gone has left; to have nothing is no error."""
+        """Remove the files of a model that is gone. Missing files are no error."""
         self._secrets.pop(model, None)
         self._run_dir.secret_file(model).unlink(missing_ok=True)
         self._run_dir.loaded_file(model).unlink(missing_ok=True)

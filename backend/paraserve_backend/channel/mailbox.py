@@ -123,8 +123,8 @@ class Post:
     def send(self, address: str, message: Message) -> None:
         """Queue a message without waiting.
 
-        One that cannot be queued is lost: whoever waits for its answer gives up in time. Also one
-        to an address that is none, which another replica has said is its own.
+        A message that cannot be queued is lost: whoever waits for its answer gives up in time. So
+        is a message to a malformed address, which another replica may have sent us.
         """
         with self._lock:
             try:

@@ -160,7 +160,7 @@ class Inbox:
     def receive(self) -> Frame | None:
         """Wait a moment for a frame; `None` gives the caller a chance to stop.
 
-        What is no frame of ours is dropped.
+        A malformed frame is dropped and logged.
         """
         # What came before a loss is taken before it.
         parts = self._parts(zmq.NOBLOCK)
@@ -207,7 +207,7 @@ class Outbox:
             timeout_s: how long `send` then waits.
 
         Raises:
-            InvalidRequest: the address is none.
+            InvalidRequest: the address is malformed.
         """
         self._context = zmq.Context()
         self._socket = _socket(self._context, zmq.PUSH, keys)

@@ -23,7 +23,7 @@ from paraserve_scheduler.gateway.kserve.json_codec import (
 )
 from paraserve_scheduler.gateway.kserve.message_parameters import TIME_LIMIT
 
-#: Read on the event loop: the worst of that size takes 3 ms there (docs/benchmarks.md).
+#: Requests of at most this size are read on the event loop.
 MAX_SMALL_BYTES = 32 << 10
 #: Of the names that a refused request is answered under; longer ones name nothing.
 _MAX_NAME_CHARACTERS = 1024

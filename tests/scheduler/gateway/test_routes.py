@@ -13,6 +13,7 @@ from paraserve_backend.errors import NotFound, Unavailable
 from paraserve_backend.rpc import paraserve_pb2 as pb
 from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.routes import Routes
+from tests.support.gateway import end_all
 from tests.support.limits import HANG_S
 
 
@@ -142,9 +143,7 @@ async def test_every_request_is_waiting_or_in_flight_or_over(steps: list[str]) -
             await asyncio.sleep(0)
         open_now = sum(not task.done() for task in tasks)
         assert demand.num_waiting("d") + demand.num_in_flight("d", "d.1") == open_now
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end_all(tasks)
     assert demand.num_waiting("d") + demand.num_in_flight("d", "d.1") == 0
 
 

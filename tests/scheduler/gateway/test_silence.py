@@ -14,6 +14,7 @@ from paraserve_scheduler.gateway.kserve.errors import ReplicaSilent
 from paraserve_scheduler.gateway.leases import Lease, Wish
 from paraserve_scheduler.gateway.routes import Routes
 from paraserve_scheduler.gateway.silence import SilenceWatch
+from tests.support.gateway import end_all
 from tests.support.limits import HANG_S
 
 _TICK_S = 0.05
@@ -81,9 +82,7 @@ async def replicas(*names: str) -> AsyncIterator[Replicas]:
     try:
         yield them
     finally:
-        for task in them.tasks:
-            task.cancel()
-        await asyncio.gather(*them.tasks, return_exceptions=True)
+        await end_all(them.tasks)
 
 
 async def test_a_stopped_replica_is_silent_within_three_seconds_and_its_requests_move() -> None:

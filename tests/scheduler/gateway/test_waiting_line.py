@@ -17,6 +17,7 @@ from paraserve_scheduler.gateway.demand import DemandMeter
 from paraserve_scheduler.gateway.kserve.errors import NoCapacity, Overloaded
 from paraserve_scheduler.gateway.leases import Wish
 from paraserve_scheduler.gateway.routes import Routes
+from tests.support.gateway import end_all
 from tests.support.limits import HANG_S
 
 _RESUMED = Wish(is_resumed=True)
@@ -103,9 +104,7 @@ async def crowd(
     try:
         yield them
     finally:
-        for task in them.tasks:
-            task.cancel()
-        await asyncio.gather(*them.tasks, return_exceptions=True)
+        await end_all(them.tasks)
 
 
 _STEPS = st.sampled_from(["arrive", "arrive", "resume", "cancel", "leave", "finish", "table"])

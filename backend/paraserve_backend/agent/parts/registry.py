@@ -124,7 +124,7 @@ class Parts:
     def observe(
         self, found: Iterable[Stub], *, triton_live: bool, hung: Set[str] = frozenset()
     ) -> None:
-        """Tell every part which processes live now, and forget failures nobody removed.
+        """Tell every part which processes live now; drop failed parts that nobody removed.
 
         `hung` are Triton models whose processes are there, but do nothing; `found` is without them.
         """
