@@ -14,6 +14,7 @@ from tritonclient.grpc import service_pb2 as kserve
 
 from integration.fuzz.bodies import generate_body, infer_body, infer_message, packed
 from integration.fuzz.target import MAX_S, Case, ServerError
+from paraserve_backend.daemon.guard import internal_error
 from tests.support.gateway import DEPLOYMENT, GatewayHarness
 
 _SERVICE = "/inference.GRPCInferenceService"
